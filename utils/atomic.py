@@ -1,0 +1,48 @@
+"""Files that are whole or not there: every writer of the project goes through `atomic_write`."""
+import contextlib
+import os
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb", **open_arguments):
+    """Open a file that appears under `path` only when the block has ended well.
+
+    The bytes go to a temporary name in the same folder, are flushed to the disk, and then take the place of `path` in
+    one step (`os.replace`): a kill, a crash or a full disk at any instant leaves the old file or the new one. Folders
+    that are missing are made. What the block raises is raised again, with the temporary file removed.
+
+    >>> with atomic_write("epoch_loss.csv", "w", encoding="utf-8") as file:
+    ...     file.write("epoch,loss")
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, **open_arguments) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder):
+    """Make the rename itself survive a power cut, where the system can flush a folder (Windows cannot)."""
+    with contextlib.suppress(OSError, AttributeError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_leftovers(folder):
+    """Delete the temporary files that killed processes left in `folder`. Only for folders with one writer."""
+    for temporary in Path(folder).glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            temporary.unlink()
