@@ -1,0 +1,105 @@
+"""The same code with and without torchrun: every function here works where there is one process only."""
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# Rank 0 may draw previews and save while the others wait. A rank that dies is noticed by torchrun at once, not by this.
+PATIENCE = timedelta(hours=6)
+
+
+def start(device_type):
+    """Join the process group that torchrun announces in the environment. NCCL carries CUDA tensors, gloo all others."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank():
+    """The number of this process on its own machine: it picks the GPU, and who builds the cache."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main():
+    return rank() == 0
+
+
+def barrier():
+    if dist.is_initialized():
+        # A reduction over the CPU: NCCL's own barrier would want to know the GPU.
+        dist.all_reduce(torch.zeros(1))
+
+
+@contextmanager
+def one_per_machine_first():
+    """The block runs in one process of each machine, then in the others: what the first leaves on disk, they find."""
+    if local_rank() != 0:
+        barrier()
+    yield
+    if local_rank() == 0:
+        barrier()
+
+
+def sum_over_ranks(tensor):
+    """The sum over all processes, on every one of them. tensor: any shape; it is changed in place and returned."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(value):
+    """A list of each process's value in the order of their ranks, on every one of them. value: anything picklable."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value=None):
+    """Rank 0's value, on every process."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+class Agreement:
+    """Small whole numbers on which all processes agree, step by step, without waiting for anything that takes time.
+
+    Each step every process hands in its numbers and gets the largest that any handed in `LAG` steps ago: that reduction
+    runs in the background over the CPU, so neither host nor GPU stands still, and all act at the same step. One process
+    alone gets its own numbers back at once.
+    """
+
+    LAG = 2
+
+    def __init__(self):
+        self.pending = []
+
+    def largest(self, *numbers):
+        if not dist.is_initialized():
+            return list(numbers)
+        tensor = torch.tensor(numbers)
+        self.pending.append((dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True), tensor))
+        if len(self.pending) <= self.LAG:
+            return [0] * len(numbers)
+        work, tensor = self.pending.pop(0)
+        work.wait()
+        return tensor.tolist()
