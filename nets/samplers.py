@@ -1,0 +1,222 @@
+"""Solvers: the ways back from noise to an image, and the timesteps they stop at.
+
+A solver is a generator over `steps` that yields (x_s, predicted x_0) after each: the last x is the picture, all of them are the
+film. It sees the network only as `denoise(x_t, t) -> x_0`, and the schedule only as Python floats in float64. Throughout,
+x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, and a step goes from time t to an earlier time s.
+"""
+
+import inspect
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+NOISE_BLOCK = 8  # steps of noise drawn at once for an image; another number gives other pictures for the same seeds
+
+
+class Step(NamedTuple):
+    """From timestep t, where the image's share is alpha_bar_t, to the next one's alpha_bar_s (1 at the end: no noise left)."""
+
+    alpha_bar_t: float
+    alpha_bar_s: float
+    t: int
+
+
+def ddpm(denoise, x, steps, noise, *, variance="beta"):
+    """Ancestral sampling (Ho et al. 2020, algorithm 2): the mean of q(x_s | x_t, x_0) (equation 7), plus noise.
+
+    `variance` of that noise: "beta", or "posterior", the smaller one of equation 7. Both fall to their end without noise.
+    """
+    if variance not in ("beta", "posterior"):
+        raise ValueError(f"unknown variance {variance!r}; known: beta, posterior")
+    for alpha_bar_t, alpha_bar_s, t in steps:
+        alpha = alpha_bar_t / alpha_bar_s
+        beta = 1 - alpha
+        x_0 = denoise(x, t)
+        x = (math.sqrt(alpha_bar_s) * beta * x_0 + math.sqrt(alpha) * (1 - alpha_bar_s) * x) / (1 - alpha_bar_t)
+        if alpha_bar_s < 1:
+            share = (1 - alpha_bar_s) / (1 - alpha_bar_t) if variance == "posterior" else 1
+            x = x + math.sqrt(beta * share) * next(noise)
+        yield x, x_0
+
+
+def ddim(denoise, x, steps, noise, *, eta=0.0):
+    """Song et al. 2021 ("DDIM"), equations 12 and 16: eta 0 draws no noise, eta 1 is ddpm with the posterior's variance."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie between 0 and 1, not {eta}")
+    for alpha_bar_t, alpha_bar_s, t in steps:
+        x_0 = denoise(x, t)
+        eps = (x - math.sqrt(alpha_bar_t) * x_0) / math.sqrt(1 - alpha_bar_t)
+        sigma_squared = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
+        x = math.sqrt(alpha_bar_s) * x_0 + math.sqrt(max(1 - alpha_bar_s - sigma_squared, 0.0)) * eps
+        if sigma_squared > 0:
+            x = x + math.sqrt(sigma_squared) * next(noise)
+        yield x, x_0
+
+
+def dpm_solver_pp(denoise, x, steps, noise, *, order=2):
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): x_0 is taken as linear in lambda, half the log of the signal-to-noise ratio.
+
+    `order` 1 takes it as constant. So do the first step, which has no earlier x_0, and the last, where lambda is infinite.
+    """
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, not {order}")
+    last_x_0 = last_h = None
+    for alpha_bar_t, alpha_bar_s, t in steps:
+        x_0 = extrapolated = denoise(x, t)
+        h = half_log_snr(alpha_bar_s) - half_log_snr(alpha_bar_t)
+        if order == 2 and last_x_0 is not None and alpha_bar_s < 1:
+            extrapolated = x_0 + 0.5 * h / last_h * (x_0 - last_x_0)
+        shrink = math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t))  # sigma_s / sigma_t
+        x = shrink * x + (math.sqrt(alpha_bar_s) - shrink * math.sqrt(alpha_bar_t)) * extrapolated
+        last_x_0, last_h = x_0, h
+        yield x, x_0
+
+
+def heun(denoise, x, steps, noise):
+    """Karras et al. 2022 ("EDM"), algorithm 1 (no churn), on our timesteps: N steps are 2N - 1 calls of the network.
+
+    It solves dz/dsigma = (z - x_0) / sigma for z = x / sqrt(alpha_bar), whose noise has the standard deviation sigma.
+    """
+    for i, (alpha_bar_t, alpha_bar_s, t) in enumerate(steps):
+        sigma_t, sigma_s = noise_level(alpha_bar_t), noise_level(alpha_bar_s)
+        z = x / math.sqrt(alpha_bar_t)
+        x_0 = denoise(x, t)
+        slope = (z - x_0) / sigma_t
+        x = math.sqrt(alpha_bar_s) * (z + (sigma_s - sigma_t) * slope)
+        if alpha_bar_s < 1 and i + 1 < len(steps):
+            slope_s = (x / math.sqrt(alpha_bar_s) - denoise(x, steps[i + 1].t)) / sigma_s
+            x = math.sqrt(alpha_bar_s) * (z + (sigma_s - sigma_t) * 0.5 * (slope + slope_s))
+        yield x, x_0
+
+
+def repaint(denoise, x, steps, noise, *, known, mask, variance="beta", resamplings=10):
+    """RePaint (Lugmayr et al. 2022, algorithm 1, jumps of one step): ddpm where `mask` is 1, the noised `known` where it is 0.
+
+    known (b, c, h, w), mask broadcastable to it. Each step is taken `resamplings` times, with the noise put back in between, so
+    that the new part comes to fit the known one. The pixels with mask 0 end exactly as they are in `known`.
+    """
+    if resamplings < 1:
+        raise ValueError(f"resamplings must be at least 1, not {resamplings}")
+    for step in steps:
+        alpha = step.alpha_bar_t / step.alpha_bar_s
+        for again in reversed(range(resamplings if step.alpha_bar_s < 1 else 1)):
+            x, x_0 = next(ddpm(denoise, x, [step], noise, variance=variance))
+            x = torch.where(mask > 0.5, x, diffuse(known, step.alpha_bar_s, noise))
+            if again:
+                x = math.sqrt(alpha) * x + math.sqrt(1 - alpha) * next(noise)
+        yield x, x_0
+
+
+def diffuse(x_0, alpha_bar, noise):
+    """A draw from q(x_t | x_0) (Ho et al. 2020, equation 4); x_0 itself where alpha_bar is 1."""
+    return math.sqrt(alpha_bar) * x_0 + math.sqrt(1 - alpha_bar) * next(noise) if alpha_bar < 1 else x_0
+
+
+def noise_level(alpha_bar):
+    """EDM's sigma: noise over image, 0 for alpha_bar 1."""
+    return math.sqrt((1 - alpha_bar) / alpha_bar)
+
+
+def half_log_snr(alpha_bar):
+    """DPM-Solver's lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), infinite for alpha_bar 1."""
+    return 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar)) if alpha_bar < 1 else math.inf
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp, "heun": heun}
+DEFAULT_SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr", "heun": "logsnr"}
+DEFAULT_STEPS = 25  # of every solver but ddpm, which walks through all of its timesteps
+
+
+def find_sampler(name):
+    """The solver called `name`; ValueError that lists the known ones."""
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
+
+
+def check_options(name, solver, options):
+    """ValueError for an option that the solver does not have, listing those that it has."""
+    known = [key for key, parameter in inspect.signature(solver).parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise ValueError(f"sampler {name} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}")
+
+
+def uniform(alpha_bars, steps, start):
+    """Equal distances in t, timestep 0 included."""
+    return np.linspace(start, 0, steps)
+
+
+def trailing(alpha_bars, steps, start):
+    """The ends of `steps` equal parts of 0..start (Lin et al. 2024, "Common diffusion noise schedules ... are flawed", table 2)."""
+    return (start + 1) * np.arange(steps, 0, -1) / steps - 1
+
+
+def logsnr(alpha_bars, steps, start):
+    """Equal distances in the log of the signal-to-noise ratio (Lu et al. 2022, DPM-Solver, section 3.4): many steps near the end."""
+    lambdas = [half_log_snr(alpha_bar) for alpha_bar in alpha_bars[: start + 1]]  # falls with t
+    wanted = np.linspace(lambdas[start], lambdas[0], steps)
+    return np.interp(-wanted, -np.asarray(lambdas), np.arange(start + 1))
+
+
+SPACINGS = {"uniform": uniform, "trailing": trailing, "logsnr": logsnr}
+
+
+def timesteps(alpha_bars, steps, spacing, start=None):
+    """`steps` different timesteps, falling from `start` (T - 1, the last, unless given), for a table of T alpha_bars.
+
+    Where a spacing puts several on one timestep, they give way to its neighbours. ValueError: an unknown spacing, or more steps
+    than there are timesteps.
+    """
+    start = len(alpha_bars) - 1 if start is None else start
+    if spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing {spacing!r}; known: {', '.join(SPACINGS)}")
+    if not 1 <= steps <= start + 1:
+        raise ValueError(f"steps must be from 1 to {start + 1}, the timesteps that there are to walk through, not {steps}")
+    chosen = []
+    for i, t in enumerate(np.rint(SPACINGS[spacing](alpha_bars, steps, start)).astype(int).tolist()):
+        below = chosen[-1] - 1 if chosen else start
+        chosen.append(max(min(t, below), steps - 1 - i))  # below the one before, with room for those to come
+    return chosen
+
+
+def solver_steps(alpha_bars, chosen):
+    """Falling timesteps -> [Step]; the last one goes to alpha_bar 1."""
+    shares = [alpha_bars[t] for t in chosen] + [1.0]
+    return [Step(shares[i], shares[i + 1], t) for i, t in enumerate(chosen)]
+
+
+def seeded_noise(seeds, shape, device):
+    """Endless (len(seeds), *shape) standard normal noise: image i's is a function of seeds[i] alone, whatever else is in the batch.
+
+    The first draw is x_T; after it the noise comes in blocks of constant length, as the number of launches, one an image, would
+    otherwise grow with the steps.
+    """
+    generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+
+    def draw(*steps):
+        one_each = [torch.randn(*steps, *shape, generator=generator, device=device) for generator in generators]
+        return torch.stack(one_each, dim=len(steps))
+
+    yield draw()
+    while True:
+        yield from draw(NOISE_BLOCK).unbind(0)
+
+
+def global_noise(batch_size, shape, device):
+    """Endless (batch_size, *shape) standard normal noise from torch's global generator."""
+    while True:
+        yield torch.randn(batch_size, *shape, device=device)
+
+
+def slerp(a, b, weight):
+    """Between two noises along the circle (Shoemake 1985), per image: unlike a mix, it keeps their length, which the network expects.
+
+    a, b (..., c, h, w); `weight` 0 is a, 1 is b.
+    """
+    dims = (-3, -2, -1)
+    cosine = (a * b).sum(dims, keepdim=True) / (a.square().sum(dims, keepdim=True) * b.square().sum(dims, keepdim=True)).sqrt()
+    angle = torch.acos(cosine.clamp(-1, 1)).clamp(min=1e-6)
+    return (torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)

@@ -1,0 +1,73 @@
+"""Noise schedules: beta_t, the variance that step t of the forward process adds (Ho et al. 2020, equation 2), in float64.
+
+Everything else (alpha, alpha_bar, ...) follows from the betas. float64 matters: 1 - beta loses beta's digits in float32.
+"""
+
+import warnings
+
+import numpy as np
+
+MAX_BETA = 0.999  # a beta of 1 would erase the image in one step; alpha = 0 then divides by zero
+
+
+def generate_linear_schedule(T, low, high):
+    """T betas in equal steps from `low` to `high` (Ho et al. 2020, section 4: 1e-4 to 0.02 for T = 1000)."""
+    return np.linspace(low, high, T, dtype=np.float64)
+
+
+def generate_cosine_schedule(T, s=0.008):
+    """T betas whose alpha_bar follows cos^2 (Nichol & Dhariwal 2021, equation 17), capped at 0.999."""
+    time = np.arange(T + 1, dtype=np.float64) / T
+    return betas_from_alpha_bar(np.cos((time + s) / (1 + s) * np.pi / 2) ** 2)
+
+
+def generate_sigmoid_schedule(T, start=-3, end=3, tau=1.0):
+    """T betas whose alpha_bar follows a falling sigmoid, scaled to go from 1 to 0 (Jabri et al. 2022, algorithm 1), capped at 0.999."""
+    time = np.arange(T + 1, dtype=np.float64) / T
+    falling = 1 / (1 + np.exp((time * (end - start) + start) / tau))
+    return betas_from_alpha_bar(falling - falling[-1])
+
+
+def betas_from_alpha_bar(alpha_bar):
+    """(T + 1,) alpha_bar at times 0..T, up to a common factor -> (T,) betas: beta_t = 1 - alpha_bar_t / alpha_bar_(t-1)."""
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], MAX_BETA)
+
+
+def scaled_linear(T, low, high):
+    """The linear schedule for any T: betas scaled by 1000/T keep alpha_bar_T about where it is for T = 1000; capped at 0.999."""
+    return np.minimum(generate_linear_schedule(T, low * 1000 / T, high * 1000 / T), MAX_BETA)
+
+
+SCHEDULES = {
+    "linear": scaled_linear,
+    "cosine": lambda T, low, high: generate_cosine_schedule(T),
+    "sigmoid": lambda T, low, high: generate_sigmoid_schedule(T),
+}
+
+
+def make_betas(schedule, num_timesteps, schedule_low=1e-4, schedule_high=0.02):
+    """The (T,) float64 betas of a schedule by its name; low and high are the linear one's, as for T = 1000.
+
+    ValueError: an unknown name, T < 1, or betas outside (0, 1). Warns where x_T keeps so much of the image (alpha_bar_T > 0.01)
+    that pure noise, from which sampling starts, is nothing that the network has seen.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
+    if num_timesteps != int(num_timesteps) or num_timesteps < 1:
+        raise ValueError(f"num_timesteps must be a whole number of at least 1, not {num_timesteps}")
+    betas = check_betas(SCHEDULES[schedule](int(num_timesteps), schedule_low, schedule_high))
+    alpha_bar_T = float(np.prod(1 - betas))
+    if alpha_bar_T > 0.01:
+        warnings.warn(f"the {schedule} schedule ends at alpha_bar_T = {alpha_bar_T:.3g}: above 0.01, x_T is not pure noise and samples "
+                      "will be off; raise schedule_high or num_timesteps, or use the cosine schedule", stacklevel=2)
+    return betas
+
+
+def check_betas(betas):
+    """`betas` as a (T,) float64 array. ValueError unless T >= 1 and every beta lies strictly between 0 and 1."""
+    betas = np.asarray(betas, dtype=np.float64)
+    if betas.ndim != 1 or betas.size == 0:
+        raise ValueError(f"betas must be a list of at least one number, not of shape {betas.shape}")
+    if not np.all((betas > 0) & (betas < 1)):
+        raise ValueError(f"every beta must lie between 0 and 1, these run from {betas.min():.3g} to {betas.max():.3g}")
+    return betas

@@ -1,0 +1,231 @@
+"""The UNet of Ho et al. 2020 ("Denoising Diffusion Probabilistic Models"): (x_t, t, y) -> prediction of the same shape as x_t.
+
+Shapes in comments are (b, c, h, w): images, channels, height, width. The blocks' names fix the keys of the weights' file.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def get_norm(norm, num_channels, num_groups):
+    """The normalisation called "gn" (group), "in" (instance), "bn" (batch) or None (the identity). ValueError for another name."""
+    if norm == "gn" and num_channels % num_groups:
+        raise ValueError(f"group norm: {num_channels} channels are not a multiple of {num_groups} groups; choose another width")
+    choices = {
+        "gn": lambda: nn.GroupNorm(num_groups, num_channels),
+        "in": lambda: nn.InstanceNorm2d(num_channels, affine=True),
+        "bn": lambda: nn.BatchNorm2d(num_channels),
+        None: nn.Identity,
+    }
+    if norm not in choices:
+        raise ValueError(f"unknown normalization {norm!r}; known: {', '.join(map(str, choices))}")
+    return choices[norm]()
+
+
+def zero_init(layer):
+    """`layer` with weight and bias zero: the residual branch it ends starts as nothing, so that the network starts as a short one."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class PositionalEmbedding(nn.Module):
+    """Sines and cosines of the timestep at `dim`/2 frequencies from 1 down to about 1/10000 (Vaswani et al. 2017, section 3.5).
+
+    (b,) integers or floats -> (b, dim) float32. Computed in float32 under autocast too: bf16 cannot tell timestep 999 from 1000.
+    """
+
+    def __init__(self, dim, scale=1.0):
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"a positional embedding has an even number of channels, not {dim}")
+        self.dim = dim
+        self.scale = scale
+
+    def forward(self, t):
+        half = self.dim // 2
+        frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000) / half))
+        angles = (t.float() * self.scale)[:, None] * frequencies  # (b, dim/2)
+        return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class Downsample(nn.Module):
+    """Halves height and width with a strided convolution. ValueError for an odd size, which Upsample could not restore."""
+
+    def __init__(self, in_channels):
+        super().__init__()
+        self.downsample = nn.Conv2d(in_channels, in_channels, 3, stride=2, padding=1)
+
+    def forward(self, x, time_emb=None, y=None):
+        for name, size in zip(("height", "width"), x.shape[2:]):
+            if size % 2:
+                raise ValueError(f"downsampling needs an even {name}, got {size}: each level but the last halves the image")
+        return self.downsample(x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width: nearest neighbour, then a convolution (a transposed one would leave a checkerboard)."""
+
+    def __init__(self, in_channels):
+        super().__init__()
+        self.upsample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(in_channels, in_channels, 3, padding=1))
+
+    def forward(self, x, time_emb=None, y=None):
+        return self.upsample(x)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all pixels with one head, added to its input; costs (h*w)^2, so it sits at low resolutions."""
+
+    def __init__(self, in_channels, norm="gn", num_groups=32):
+        super().__init__()
+        self.in_channels = in_channels
+        self.norm = get_norm(norm, in_channels, num_groups)
+        self.to_qkv = nn.Conv2d(in_channels, in_channels * 3, 1)
+        self.to_out = zero_init(nn.Conv2d(in_channels, in_channels, 1))
+
+    def forward(self, x):
+        qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (b, h*w, 3c)
+        # The fast kernels want the channels next to each other: free in channels_last, one copy otherwise.
+        q, k, v = qkv.contiguous().unsqueeze(1).chunk(3, dim=-1)  # (b, 1 head, h*w, c)
+        out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(c)) v
+        out = out.squeeze(1).transpose(1, 2).reshape(x.shape)
+        return x + self.to_out(out)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions around a shift by time and class, a shortcut, and attention where asked for: (b, in, h, w) -> (b, out, h, w).
+
+    Each convolution is preceded by a normalisation and the activation. `time_emb_dim` or `num_classes` None: no such shift;
+    given, a call without `time_emb` or `y` is a ValueError.
+    """
+
+    def __init__(self, in_channels, out_channels, dropout, time_emb_dim=None, num_classes=None, activation=F.relu,
+                 norm="gn", num_groups=32, use_attention=False):
+        super().__init__()
+        self.activation = activation
+        self.norm_1 = get_norm(norm, in_channels, num_groups)
+        self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm_2 = get_norm(norm, out_channels, num_groups)
+        self.conv_2 = nn.Sequential(nn.Dropout(dropout), zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
+        self.time_bias = nn.Linear(time_emb_dim, out_channels) if time_emb_dim is not None else None
+        self.class_bias = nn.Embedding(num_classes, out_channels) if num_classes is not None else None
+        self.residual_connection = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.attention = AttentionBlock(out_channels, norm, num_groups) if use_attention else nn.Identity()
+
+    def forward(self, x, time_emb=None, y=None):
+        out = self.conv_1(self.activation(self.norm_1(x)))
+        shift = self.shift(time_emb, y)
+        if shift is not None:
+            out = out + shift[:, :, None, None]
+        out = self.conv_2(self.activation(self.norm_2(out)))
+        return self.attention(out + self.residual_connection(x))
+
+    def shift(self, time_emb, y):
+        """What time and class add to each channel, (b, out_channels), summed while it is small; None without either."""
+        if self.time_bias is not None and time_emb is None:
+            raise ValueError("this block is conditioned on time: pass time_emb")
+        if self.class_bias is not None and y is None:
+            raise ValueError("this block is conditioned on classes: pass y")
+        shift = None
+        if self.time_bias is not None:
+            shift = self.time_bias(self.activation(time_emb))
+        if self.class_bias is not None:
+            shift = self.class_bias(y) if shift is None else shift + self.class_bias(y)
+        return shift
+
+
+class UNet(nn.Module):
+    """Predicts the noise in x_t (or x_0, or v: whatever it was trained for).
+
+    `channel_mults` has one factor of `base_channels` a level, `attention_resolutions` are indices of levels (0 is the full
+    resolution), `time_emb_dim` None leaves the time out, `num_classes` None the classes, `initial_pad` adds a border of zeros that
+    is cut off again. `activation_checkpointing` keeps only the blocks' inputs for the backward pass and computes the rest a second
+    time: about a third more time for a fraction of the memory.
+    """
+
+    def __init__(self, img_channels, base_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2, time_emb_dim=128 * 4,
+                 time_emb_scale=1.0, num_classes=None, activation=F.silu, dropout=0.1, attention_resolutions=(1,), norm="gn",
+                 num_groups=32, initial_pad=0, *, activation_checkpointing=False):
+        super().__init__()
+        self.activation = activation
+        self.initial_pad = initial_pad
+        self.num_classes = num_classes
+        self.activation_checkpointing = activation_checkpointing
+        self.time_mlp = None
+        if time_emb_dim is not None:
+            self.time_mlp = nn.Sequential(
+                PositionalEmbedding(base_channels, time_emb_scale),
+                nn.Linear(base_channels, time_emb_dim),
+                nn.SiLU(),
+                nn.Linear(time_emb_dim, time_emb_dim),
+            )
+        self.init_conv = nn.Conv2d(img_channels, base_channels, 3, padding=1)
+
+        def block(in_channels, out_channels, use_attention):
+            return ResidualBlock(in_channels, out_channels, dropout, time_emb_dim, num_classes, activation, norm, num_groups, use_attention)
+
+        widths = [base_channels * mult for mult in channel_mults]
+        last = len(widths) - 1
+        channels = base_channels
+        skips = [channels]  # the widths that the way up will find on the stack
+        self.downs = nn.ModuleList()
+        for level, width in enumerate(widths):
+            for _ in range(num_res_blocks):
+                self.downs.append(block(channels, width, level in attention_resolutions))
+                channels = width
+                skips.append(channels)
+            if level < last:
+                self.downs.append(Downsample(channels))
+                skips.append(channels)
+
+        self.mid = nn.ModuleList([block(channels, channels, True), block(channels, channels, False)])
+
+        self.ups = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(num_res_blocks + 1):
+                self.ups.append(block(channels + skips.pop(), width, level in attention_resolutions))
+                channels = width
+            if level > 0:
+                self.ups.append(Upsample(channels))
+
+        self.out_norm = get_norm(norm, channels, num_groups)
+        self.out_conv = zero_init(nn.Conv2d(channels, img_channels, 3, padding=1))
+
+    def forward(self, x, time=None, y=None):
+        """x (b, c, h, w), time (b,) timesteps, y (b,) class ids -> (b, c, h, w). h and w halve once a level but the last."""
+        if self.num_classes is not None and y is None:
+            raise ValueError("this network is conditioned on classes: pass y")
+        time_emb = self.embed_time(time)
+        pad = self.initial_pad
+        x = self.init_conv(F.pad(x, (pad,) * 4) if pad else x)
+        skips = [x]
+        for layer in self.downs:
+            x = self.run(layer, x, time_emb, y)
+            skips.append(x)
+        for layer in self.mid:
+            x = self.run(layer, x, time_emb, y)
+        for layer in self.ups:
+            if isinstance(layer, ResidualBlock):
+                x = torch.cat((x, skips.pop()), dim=1)
+            x = self.run(layer, x, time_emb, y)
+        x = self.out_conv(self.activation(self.out_norm(x)))
+        return x[:, :, pad:-pad, pad:-pad] if pad else x
+
+    def embed_time(self, time):
+        """(b,) timesteps -> (b, time_emb_dim), or None for a network without time."""
+        if self.time_mlp is None:
+            return None
+        if time is None:
+            raise ValueError("this network is conditioned on time: pass time")
+        return self.time_mlp(time)
+
+    def run(self, layer, x, time_emb, y):
+        """One layer, its inner activations kept or computed again in the backward pass."""
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, x, time_emb, y, use_reentrant=False)
+        return layer(x, time_emb, y)
