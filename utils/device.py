@@ -1,0 +1,107 @@
+"""Where and in which numbers a job runs: every "auto" is resolved here, once, and printed."""
+import contextlib
+import platform
+from pathlib import Path
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name, local_rank=0):
+    """torch.device for "auto" (CUDA, else Apple's MPS, else the CPU) or a name. Raises ValueError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is unknown: choose auto, cuda, cuda:1, mps or cpu") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: PyTorch finds no CUDA GPU here; --device auto takes what there is")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device {name!r}: PyTorch finds no Apple GPU here; --device auto takes what there is")
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device {device}: there are {torch.cuda.device_count()} GPUs, and one process needs one")
+        torch.cuda.set_device(device)
+        # Shapes never change within a run, so the search for the fastest convolution pays.
+        torch.backends.cudnn.benchmark = True
+    return device
+
+
+def choose_precision(name, device):
+    """"fp32", "bf16" or "fp16" for "auto": bf16 where the processor multiplies in it, fp16 on older CUDA GPUs."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise ValueError(f"precision {name!r} is unknown: choose one of auto, {', '.join(DTYPES)}")
+        if name == "fp16" and device.type == "cpu":
+            raise ValueError("precision 'fp16' is for GPUs: on the CPU choose 'fp32' or 'bf16'")
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+
+
+def cpu_has_bf16():
+    """Whether this processor has instructions for bf16 products; elsewhere they are emulated, slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    words = set(flags.split())
+    return bool(words & ({"bf16"} if platform.machine() in ("aarch64", "arm64") else {"avx512_bf16", "amx_bf16"}))
+
+
+def autocast(device, precision):
+    """The context in which the network runs; with fp32 one that does nothing."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+def memory_format(device, precision):
+    """channels_last where the tensor cores want it (half precision on CUDA), PyTorch's own order elsewhere."""
+    return torch.channels_last if device.type == "cuda" and precision != "fp32" else torch.contiguous_format
+
+
+def peak_memory(device):
+    """The most memory that this process has held so far, in MiB: the GPU's on CUDA, else the process's own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if platform.system() == "Darwin" else peak / 2**10
+
+
+def describe_device(device):
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
+    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+def is_available(name):
+    """Whether a device of this name ("cuda", "mps", "cpu") is here."""
+    try:
+        choose_device(name)
+    except ValueError:
+        return False
+    return True
+
+
+def choose_compile(setting, device):
+    """Whether to compile the network: "auto" does on CUDA, where it pays within an epoch. Without a working compiler
+    it says so in a line, and the run goes on uncompiled."""
+    if setting == "auto":
+        setting = device.type == "cuda"
+    if setting:
+        try:
+            torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+        except Exception as error:  # whatever a compiler may throw
+            print(f"not compiled, as no compiler works here ({str(error).strip().splitlines()[0][:120]})")
+            return False
+    return bool(setting)

@@ -1,0 +1,91 @@
+"""What a run has seen: a row an epoch, as CSV, as curves in TensorBoard, and as a picture."""
+import csv
+import time
+from pathlib import Path
+
+from utils.atomic import atomic_write
+
+SECONDS_BETWEEN_PLOTS = 30
+
+
+class LossHistory:
+    """The rows of a run, one an epoch, kept in memory and in the checkpoint; the files are always written whole.
+
+    `epoch_loss.csv` has columns that are the same in every repetition of the run, `speed.csv` those that are not.
+    """
+
+    def __init__(self, folder, rows=(), speed_rows=(), step=0):
+        """rows, speed_rows: what a checkpoint kept. Later rows that the files may have are dropped: they will come again."""
+        self.folder, self.rows, self.speed_rows = Path(folder), list(rows), list(speed_rows)
+        self.board, self.plotted = _tensorboard(self.folder, step), 0.0
+        self.plotting = True
+        if rows:
+            self._write_tables()
+
+    def add(self, row, speed_row, step):
+        """row, speed_row: {column: number}, with "epoch" first. step: steps of the whole run so far."""
+        self.rows.append(row)
+        self.speed_rows.append(speed_row)
+        self._write_tables()
+        for name, value in {**row, **speed_row}.items():
+            if self.board and name not in ("epoch", "step") and value is not None:
+                self.board.add_scalar(name, value, step)
+
+    def add_picture(self, picture, step):
+        """picture: (H, W, C) uint8 array, into TensorBoard."""
+        if self.board:
+            self.board.add_image("preview", picture, step, dataformats="HWC")
+
+    def _write_tables(self):
+        for name, rows in (("epoch_loss.csv", self.rows), ("speed.csv", self.speed_rows)):
+            with atomic_write(self.folder / name, "w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=list(rows[-1]), restval="", extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
+
+    def plot(self, final=False):
+        """Draw epoch_loss.png, at most every half minute: drawing takes longer than a small epoch."""
+        if not self.plotting or not self.rows or (not final and time.monotonic() - self.plotted < SECONDS_BETWEEN_PLOTS):
+            return
+        try:
+            _draw(self.rows, self.folder / "epoch_loss.png")
+        except ImportError:
+            self.plotting = False
+            print("no loss curve is drawn: `pip install matplotlib` brings it (epoch_loss.csv has the numbers)")
+        self.plotted = time.monotonic()
+
+    def close(self):
+        self.plot(final=True)
+        if self.board:
+            self.board.close()
+
+
+def _tensorboard(folder, step):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("no TensorBoard curves are written: `pip install tensorboard` brings them")
+        return None
+    # Steps behind the restored one are hidden: the run takes them again.
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step, flush_secs=30)
+
+
+def _draw(rows, path):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    epochs = [row["epoch"] for row in rows]
+    quarters = [name for name in rows[-1] if name.startswith("loss_t")]
+    for name in ("loss", "val_loss", *quarters):
+        values = [row.get(name) for row in rows]
+        if any(value is not None for value in values):
+            values = [float("nan") if value is None else value for value in values]
+            axes.plot(epochs, values, label=name, linewidth=0.8 if name in quarters else 1.8, alpha=0.6 if name in quarters else 1)
+    axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+    axes.grid(True, alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
