@@ -33,8 +33,10 @@ def ddpm(denoise, x, steps, noise, *, variance="beta"):
     for alpha_bar_t, alpha_bar_s, t in steps:
         alpha = alpha_bar_t / alpha_bar_s
         beta = 1 - alpha
+        x_0_share = math.sqrt(alpha_bar_s) * beta / (1 - alpha_bar_t)
+        x_share = math.sqrt(alpha) * (1 - alpha_bar_s) / (1 - alpha_bar_t)
         x_0 = denoise(x, t)
-        x = (math.sqrt(alpha_bar_s) * beta * x_0 + math.sqrt(alpha) * (1 - alpha_bar_s) * x) / (1 - alpha_bar_t)
+        x = x_0_share * x_0 + x_share * x
         if alpha_bar_s < 1:
             share = (1 - alpha_bar_s) / (1 - alpha_bar_t) if variance == "posterior" else 1
             x = x + math.sqrt(beta * share) * next(noise)
