@@ -1,0 +1,76 @@
+"""List the images below datasets/ in train_lines.txt, for train.py."""
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.annotation import (
+    SHIPPED,
+    check_images,
+    classes_path,
+    find_images,
+    label_by_folder,
+    printable,
+    without_shipped,
+    write_annotation,
+)
+from utils.config import parse_config, run_script
+from utils.images import EXTENSIONS
+
+
+@dataclass
+class Config:
+    datasets_path: str = "datasets"            # folder of the images, of any depth; folders right below the common root are classes
+    annotation_path: str = "train_lines.txt"   # the list that is written; class names go beside it
+    verify: bool = True                        # decode every image fully and leave out the bad ones (False: read headers only)
+    num_workers: int = 0                       # threads for that; 0 = all cores
+
+
+def main():
+    config = parse_config(Config, __doc__)
+    found = find_images(config.datasets_path)
+    paths, num_shipped = without_shipped(found, config.datasets_path)
+    good, bad = check_images(paths, config.verify, config.num_workers) if paths else ([], [])
+    for path, reason in bad:
+        print(f"left out {printable(path)}: {reason}")
+    if not good:
+        raise ValueError(nothing_found(config.datasets_path, len(bad)))
+
+    paths = [path for path, _ in good]
+    labels, classes = label_by_folder(paths)
+    write_annotation(config.annotation_path, paths, labels, classes)
+
+    if num_shipped:
+        print(f"your own images are used; the {num_shipped} shipped ones in {SHIPPED}/ are left out")
+    print(f"{len(paths)} images, {describe_sizes([size for _, size in good])}{f'; {len(bad)} bad files left out' if bad else ''}")
+    print(describe_classes(labels, classes))
+    print(f"list: {printable(Path(config.annotation_path).absolute())}")
+    if labels is not None:
+        print(f"class names: {printable(classes_path(config.annotation_path).absolute())}")
+
+
+def nothing_found(folder, num_bad):
+    where = printable(Path(folder).absolute())
+    if num_bad:
+        return f"none of the {num_bad} images in {where} can be read: put whole images there, or set datasets_path to another folder"
+    return f"no image in {where}: put images there ({' '.join(EXTENSIONS)}), or set datasets_path to where they are"
+
+
+def describe_sizes(sizes):
+    """[(width, height), ...] in words: all equal, or the most frequent ones."""
+    counts = Counter(sizes).most_common()
+    shown = ", ".join(f"{width}x{height} ({count})" for (width, height), count in counts[:5])
+    if len(counts) == 1:
+        return f"all {counts[0][0][0]}x{counts[0][0][1]} (width x height)"
+    return f"width x height: {shown}{f' and {len(counts) - 5} other sizes' if len(counts) > 5 else ''}"
+
+
+def describe_classes(labels, classes):
+    if labels is None:
+        return "no class folders: the images are unlabelled"
+    counts = Counter(labels)
+    shown = ", ".join(f"{printable(name)} ({counts[i]})" for i, name in list(enumerate(classes))[:20])
+    return f"{len(classes)} class{'es' if len(classes) > 1 else ''}: {shown}{' ...' if len(classes) > 20 else ''}"
+
+
+if __name__ == "__main__":
+    run_script(main)
