@@ -172,8 +172,8 @@ def config_from_weights(state_dict):
     weights = clean_keys(state_dict)
     found = read_architecture(weights, "model." if "model.init_conv.weight" in weights else "ema_model.")
     if found["time_emb_dim"] != 512 or found["norm"] != "gn":
-        raise ValueError(f"a network with time_emb_dim {found['time_emb_dim']} and norm {found['norm']!r} can be drawn with, not trained on: "
-                         "train.py builds 512 and 'gn'")
+        raise ValueError(f"a network with time_emb_dim {found['time_emb_dim']} and norm {found['norm']!r} can be drawn with, not trained "
+                         "on: train.py builds 512 and 'gn'")
     return {
         "img_channels": found["img_channels"], "channel": found["base_channels"], "channel_mults": found["channel_mults"],
         "num_res_blocks": found["num_res_blocks"], "attention_resolutions": found["attention_resolutions"],
