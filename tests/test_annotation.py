@@ -1,0 +1,298 @@
+"""Finding, checking and listing images, and the script that does it."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.annotation import (
+    Annotation,
+    check_images,
+    classes_path,
+    find_images,
+    label_by_folder,
+    read_annotation,
+    without_shipped,
+    write_annotation,
+)
+from utils.images import EXTENSIONS
+from utils.parallel import map_in_threads
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def make_image(path, size=(8, 6)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+def relative(paths, root):
+    return [Path(path).relative_to(root).as_posix() for path in paths]
+
+
+# Finding
+
+def test_every_extension_in_any_case_at_any_depth(tmp_path):
+    names = [f"d{i}/deeper/a{ending}" for i, ending in enumerate((*EXTENSIONS, ".PNG", ".JpEg", ".TIFF"))]
+    for name in [*names, "notes.txt", "a.png.part", "png", "archive.zip"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert sorted(relative(find_images(tmp_path), tmp_path)) == sorted(names)
+
+
+def test_hidden_files_folders_and_the_cache_are_left_out(tmp_path):
+    for name in (".cache/a.png", ".hidden.png", "x/.git/a.png", "x/._a.png", "x/a.png"):
+        make_image(tmp_path / name)
+    assert relative(find_images(tmp_path), tmp_path) == ["x/a.png"]
+
+
+def test_a_hidden_root_is_searched_all_the_same(tmp_path):
+    make_image(tmp_path / ".mine" / "a.png")
+    assert len(find_images(tmp_path / ".mine")) == 1
+
+
+def test_paths_are_absolute_and_sorted_by_folder(tmp_path, monkeypatch):
+    for name in ("b/1.png", "a b/1.png", "a/z.png", "a/10.png", "a/2.png", "a-/1.png"):
+        make_image(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    found = find_images(".")
+    assert all(os.path.isabs(path) for path in found)
+    assert relative(found, tmp_path) == ["a/10.png", "a/2.png", "a/z.png", "a b/1.png", "a-/1.png", "b/1.png"]
+
+
+def test_links_in_circles_end_and_no_folder_is_listed_twice(tmp_path):
+    make_image(tmp_path / "data" / "z" / "1.png")
+    make_image(tmp_path / "outside" / "2.png")
+    (tmp_path / "data" / "z" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "a").symlink_to(tmp_path / "data" / "z")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "outside")
+    (tmp_path / "data" / "self").symlink_to(tmp_path / "data" / "self")
+    (tmp_path / "data" / "file.png").symlink_to(tmp_path / "outside" / "2.png")
+    assert relative(find_images(tmp_path / "data"), tmp_path / "data") == ["file.png", "linked/2.png", "z/1.png"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
+def test_a_pipe_is_not_waited_for_and_a_broken_link_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    assert relative(find_images(tmp_path), tmp_path) == ["lost.png"]
+    _, bad = check_images(find_images(tmp_path))
+    assert bad == [(str(tmp_path / "lost.png"), "No such file or directory")]
+
+
+def test_a_root_that_is_no_folder_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(ValueError, match="missing is not a folder.*datasets_path"):
+        find_images(tmp_path / "missing")
+
+
+# Checking
+
+def test_each_bad_file_is_left_out_with_its_reason(tmp_path):
+    good = [make_image(tmp_path / "a.png", (8, 6)), make_image(tmp_path / "b.png", (5, 9))]
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.jpg").write_text("no picture at all")
+    cut = tmp_path / "cut.jpg"
+    make_image(cut, (200, 200))
+    cut.write_bytes(cut.read_bytes()[:-900])
+    paths = [good[0], str(tmp_path / "empty.png"), str(cut), good[1], str(tmp_path / "text.jpg")]
+    whole, bad = check_images(paths)
+    assert whole == [(good[0], (8, 6)), (good[1], (5, 9))]
+    assert [path for path, _ in bad] == [paths[1], paths[2], paths[4]]
+    assert "truncated" in bad[1][1] and "not a picture" in bad[2][1] and bad[0][1]
+
+
+def test_a_name_with_a_line_break_is_left_out(tmp_path):
+    path = make_image(tmp_path / "a\nb.png")
+    assert check_images([path])[1][0][0] == path
+
+
+# Classes
+
+@pytest.mark.parametrize("paths, labels, classes", [
+    (["/d/cats/1.png", "/d/cats/2.png", "/d/dogs/1.png"], [0, 0, 1], ["cats", "dogs"]),
+    (["/d/set/dogs/old/1.png", "/d/set/cats/x/y/2.png", "/d/set/dogs/3.png"], [1, 0, 1], ["cats", "dogs"]),
+    (["/d/1.png", "/d/2.png"], None, []),
+    (["/d/deep/er/1.png", "/d/deep/er/2.png"], None, []),  # one folder alone holds no classes
+    (["/d/1.png", "/d/cats/2.png"], None, []),
+    (["/d/cats/2.png"], None, []),
+    (["/d/cat/1.png", "/d/cats/1.png"], [0, 1], ["cat", "cats"]),  # a common prefix of names is no folder
+])
+def test_the_class_is_the_folder_below_the_common_root(paths, labels, classes):
+    assert label_by_folder(paths) == (labels, classes)
+
+
+def test_the_shipped_emoji_alone_have_seven_classes():
+    labels, classes = label_by_folder(find_images(PROJECT / "datasets" / "noto_emoji"))
+    assert classes == ["activities", "faces", "flags", "food", "nature", "objects", "travel"]
+    assert len(labels) == 1296 and labels.count(classes.index("faces")) == 169
+
+
+def test_the_shipped_emoji_make_way_for_other_images():
+    shipped, own = "/d/datasets/noto_emoji/faces/1.png", "/d/datasets/noto_emoji_mine/1.png"
+    assert without_shipped([shipped], "/d/datasets") == ([shipped], 0)
+    assert without_shipped([shipped, own], "/d/datasets/") == ([own], 1)
+    assert without_shipped([shipped], "/d/datasets/noto_emoji") == ([shipped], 0)
+
+
+# The list
+
+ODD_NAMES = ["with space.png", " b, c.png", "ü/日本/é.png", "1;b.png", "12;/x.png", "a;b;c.png", "x\u2028y\x85z\x0b.png", "\ufeff.png",
+             "tab\t'\"#%\\n.png", "bytes\udcff.png", "end .png "]
+
+
+@pytest.mark.parametrize("labels", [None, [i % 3 for i in range(len(ODD_NAMES))]])
+def test_odd_names_survive_the_list(tmp_path, labels):
+    paths = [f"{tmp_path}/{name}" for name in ODD_NAMES]
+    classes = [] if labels is None else ["a b", "ü;1", " "]
+    write_annotation(tmp_path / "train_lines.txt", paths, labels, classes)
+    assert read_annotation(tmp_path / "train_lines.txt") == Annotation(paths, labels, classes)
+
+
+def test_the_format_is_the_agreed_one(tmp_path):
+    write_annotation(tmp_path / "train_lines.txt", ["/d/ä b.png", "/d/c.png"], [1, 0], ["cats", "dögs"])
+    assert (tmp_path / "train_lines.txt").read_bytes() == "1;/d/ä b.png\n0;/d/c.png\n".encode()
+    assert (tmp_path / "train_classes.txt").read_bytes() == "cats\ndögs\n".encode()
+
+
+def test_class_names_of_an_older_list_go(tmp_path):
+    path = tmp_path / "train_lines.txt"
+    write_annotation(path, ["/d/1.png"], [0], ["cats"])
+    write_annotation(path, ["/d/1.png"], [0], ["dogs"])
+    assert read_annotation(path).classes == ["dogs"]
+    write_annotation(path, ["/d/1.png"])
+    assert [file.name for file in tmp_path.iterdir()] == ["train_lines.txt"]
+
+
+def test_class_names_lie_beside_the_list():
+    assert classes_path("/d/train_lines.txt") == Path("/d/train_classes.txt")
+    assert classes_path("/d/flowers.txt") == Path("/d/flowers_classes.txt")
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_a_write_that_fails_never_leaves_wrong_names(tmp_path, monkeypatch, fails_at):
+    """Killed before the list, between list and names, and after both: the old pair, the new pair, or a clear refusal."""
+    path = tmp_path / "train_lines.txt"
+    write_annotation(path, ["/d/old.png"], [0], ["old"])
+    replace, calls = os.replace, []
+
+    def failing(source, target):
+        if len(calls) == fails_at:
+            raise OSError("killed")
+        calls.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    try:
+        write_annotation(path, ["/d/new.png"], [0], ["new"])
+    except OSError:
+        assert fails_at < 2
+        with pytest.raises(ValueError, match=r"train_classes\.txt is missing.*txt_annotation\.py"):
+            read_annotation(path)
+    else:
+        assert read_annotation(path) == Annotation(["/d/new.png"], [0], ["new"])
+
+
+def test_a_full_disk_leaves_list_and_names_untouched(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "train_lines.txt"
+    write_annotation(path, ["/d/old.png"], [0], ["old"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            write_annotation(path, [f"/d/{i}.png" for i in range(10_000)], [0] * 10_000, ["new"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert read_annotation(path) == Annotation(["/d/old.png"], [0], ["old"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["train_classes.txt", "train_lines.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="paths of POSIX")
+def test_a_list_saved_by_a_windows_editor_is_read(tmp_path):
+    (tmp_path / "train_lines.txt").write_bytes("\ufeff1;/d/ü.png\r\n0;/d/b.png\r\n\r\n".encode())
+    (tmp_path / "train_classes.txt").write_bytes("\ufeffcats\r\ndogs\r\n".encode())
+    assert read_annotation(tmp_path / "train_lines.txt") == Annotation(["/d/ü.png", "/d/b.png"], [1, 0], ["cats", "dogs"])
+
+
+@pytest.mark.parametrize("text, classes, message", [
+    (None, None, "is not there: run `python txt_annotation.py`"),
+    ("", None, "lists no image: run `python txt_annotation.py`"),
+    ("\n\n", None, "lists no image"),
+    ("/d/a.png\n0;/d/b.png\n", "cats\n", "line 2: expected"),
+    ("0;/d/a.png\n/d/b.png\n", "cats\n", "line 2: expected"),
+    ("\n/d/a.png\nb.png\n", None, "line 3: expected"),
+    ("/d/a.png 1,2,3\nsome text\n", None, "line 2: expected"),
+    ("\0\1\2binary", None, "line 1: expected"),
+    ("2;/d/a.png\n", "cats\ndogs\n", "uses class id 2, but .* names 2 classes only"),
+    ("0;/d/a.png\n", None, "is missing or empty: run"),
+])
+def test_a_list_that_cannot_be_used_is_one_clear_line(tmp_path, text, classes, message):
+    for name, content in (("train_lines.txt", text), ("train_classes.txt", classes)):
+        if content is not None:
+            (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        read_annotation(tmp_path / "train_lines.txt")
+    assert "\n" not in str(caught.value)
+
+
+# The script
+
+def run_script(folder, *options):
+    command = [sys.executable, str(PROJECT / "txt_annotation.py"), *options]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=120)
+
+
+def test_the_script_lists_what_is_good_and_says_what_it_did(tmp_path):
+    for name in ("noto_emoji/faces/1.png", "my set/cats/1.PNG", "my set/dögs/1.jpg", "my set/dögs/2.png"):
+        make_image(tmp_path / "datasets" / name)
+    (tmp_path / "datasets" / "my set" / "cats" / "bad.png").write_bytes(b"bad")
+    done = run_script(tmp_path)
+    assert done.returncode == 0, done.stderr
+    listed = read_annotation(tmp_path / "train_lines.txt")
+    assert relative(listed.paths, tmp_path / "datasets") == ["my set/cats/1.PNG", "my set/dögs/1.jpg", "my set/dögs/2.png"]
+    assert (listed.labels, listed.classes) == ([0, 1, 1], ["cats", "dögs"])
+    for said in ("3 images, all 8x6", "2 classes: cats (1), dögs (2)", "bad.png: not a picture", "the 1 shipped ones",
+                 str(tmp_path / "train_lines.txt")):
+        assert said in done.stdout
+    assert "checking images" in done.stderr
+
+
+@pytest.mark.parametrize("content", [None, b"broken"])
+def test_without_an_image_the_script_fails_and_the_old_list_stays(tmp_path, content):
+    (tmp_path / "datasets").mkdir()
+    if content:
+        (tmp_path / "datasets" / "a.png").write_bytes(content)
+    (tmp_path / "train_lines.txt").write_text("/old.png\n")
+    done = run_script(tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert str(tmp_path / "datasets") in done.stderr and "put" in done.stderr
+    assert (tmp_path / "train_lines.txt").read_text() == "/old.png\n"
+
+
+# Threads
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_results_come_in_order(num_workers):
+    assert list(map_in_threads(lambda i: i * i, range(1000), num_workers)) == [i * i for i in range(1000)]
+
+
+def test_only_a_bounded_number_of_items_is_taken_ahead():
+    taken = []
+    results = map_in_threads(taken.append, range(100_000), num_workers=2)
+    for _ in range(10):
+        next(results)
+    results.close()
+    assert len(taken) < 1000
+
+
+def test_an_error_is_raised_where_the_results_are_read():
+    with pytest.raises(ZeroDivisionError):
+        list(map_in_threads(lambda i: 1 / (i - 500), range(1000), 2))
+    with pytest.raises(ValueError, match="num_workers -1"):
+        list(map_in_threads(str, [1], -1))
