@@ -129,11 +129,12 @@ def main():
 def check(config):
     """Refuse now what would fail later: ValueError for a setting out of range or unknown."""
     check_values(
-        config, input_shape=(1, None), img_channels=(1, 3), background=(0, 255), num_workers=(0, None), channel=(1, None), channel_mults=(1, None),
-        num_res_blocks=(1, None), dropout=(0, 0.99), label_dropout=(0, 0.99), num_timesteps=(1, None), min_snr_gamma=(0, None), epochs=(1, None),
-        batch_size=(1, None), accumulate=(1, None), init_lr=(0, None), min_lr=(0, None), warmup=(0, 1), momentum=(0, 0.9999),
-        weight_decay=(0, None), grad_clip=(0, None), max_bad_steps=(1, None), ema_decay=(0, 1), ema_start=(0, None), save_period=(1, None),
-        save_minutes=(0, None), keep_last=(0, None), preview_period=(0, None), preview_steps=(1, None), val_split=(0, 0.9),
+        config, input_shape=(1, None), background=(0, 255), num_workers=(0, None), channel=(1, None), channel_mults=(1, None),
+        num_res_blocks=(1, None), dropout=(0, 0.99), label_dropout=(0, 0.99), num_timesteps=(1, None), min_snr_gamma=(0, None),
+        epochs=(1, None), batch_size=(1, None), accumulate=(1, None), init_lr=(0, None), min_lr=(0, None), warmup=(0, 1),
+        momentum=(0, 0.9999), weight_decay=(0, None), grad_clip=(0, None), max_bad_steps=(1, None), ema_decay=(0, 1),
+        ema_start=(0, None), save_period=(1, None), save_minutes=(0, None), keep_last=(0, None), preview_period=(0, None),
+        preview_steps=(1, None), val_split=(0, 0.9),
     )  # fmt: skip
     check_choice("img_channels", config.img_channels, (1, 3))
     check_choice("lr_decay_type", config.lr_decay_type, DECAYS)

@@ -1,6 +1,8 @@
 """Checkpoints: one file of plain types and tensors, written whole or not at all, read without running any code in it."""
+import hashlib
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -22,17 +24,18 @@ def save_checkpoint(path, checkpoint):
             raise OSError(f"{path}: could not be written ({_first_line(error)})") from error
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, lazily=False):
     """Read a checkpoint of this project, or a bare state dict such as the reference saves.
 
     Returns a dict with at least `weights` (a state dict), `weights_kind` ("full" or "ema"), `config` (a dict, empty for
-    a bare state dict) and `classes` (a list of names), all on the CPU. Raises ValueError for what is no such file.
+    a bare state dict) and `classes` (a list of names), all on the CPU. `lazily` maps the file, so that what is never
+    used (the optimizer's state, when drawing) is never read. Raises ValueError for what is no such file.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: there is no such checkpoint")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily and zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path}: not a file of tensors and plain values only; it is refused, as loading it could run code hidden in it"
@@ -70,8 +73,8 @@ def rotate(folder, keep):
 
 def epoch_files(folder):
     """The epoch_XXXX.pth of a run, oldest first."""
-    found = [(int(EPOCH_FILE.fullmatch(path.name)[1]), path) for path in Path(folder).glob("epoch_*.pth") if EPOCH_FILE.fullmatch(path.name)]
-    return [path for _, path in sorted(found)]
+    found = [path for path in Path(folder).glob("epoch_*.pth") if EPOCH_FILE.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(EPOCH_FILE.fullmatch(path.name)[1]))
 
 
 def newest_last(save_dir):
@@ -84,7 +87,32 @@ def newest_last(save_dir):
     return None, None
 
 
-def newest_weights(save_dir):
-    """The path of the newest run's weights: its `last.pth`, or its last epoch file; None without any."""
-    candidates = [path for path in Path(save_dir).glob("*/*.pth") if path.name == LAST or EPOCH_FILE.fullmatch(path.name)]
-    return max(candidates, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
+def find_weights(path, save_dir="logs"):
+    """(file, remark) of the weights to draw with: `path`, a run's folder or a file, or for "" the newest run's.
+
+    Without any run the weights that come with the project are taken. ValueError where there are none at all.
+    """
+    if path:
+        folder = Path(path)
+        return (_newest_in(folder) or folder / LAST, "") if folder.is_dir() else (folder, "")
+    runs = [found for folder in Path(save_dir).glob("*/") if (found := _newest_in(folder))]
+    if runs:
+        return max(runs, key=lambda found: (found.stat().st_mtime_ns, str(found))), ", the newest run's"
+    shipped = next(iter(sorted(Path(save_dir).glob("*.pth"))), None)
+    if shipped:
+        return shipped, ", which come with this project: your own run's go first once there is one"
+    raise ValueError(f"{Path(save_dir).resolve()} holds no weights: run `python train.py` first, or name a checkpoint with --model_path")
+
+
+def _newest_in(folder):
+    last = folder / LAST
+    return last if last.is_file() else next(iter(epoch_files(folder)[::-1]), None)
+
+
+def weights_digest(state_dict):
+    """A short digest of all values of a network: it tells whose picture a picture is."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in state_dict.items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data if value.ndim else str(value.item()).encode())
+    return digest.hexdigest()

@@ -10,11 +10,10 @@ import torch.distributed as dist
 PATIENCE = timedelta(hours=6)
 
 
-def start(device_type):
+def start():
     """Join the process group that torchrun announces in the environment. NCCL carries CUDA tensors, gloo all others."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
 
 
 def stop():

@@ -61,7 +61,8 @@ def merge_config(config_class, typed, checkpoint, source):
         same = getattr(base, name) == value if name != "label_dropout" else (base.label_dropout > 0) == (value > 0)
         if name in checkpoint["config"] and name in (*FIXED, "label_dropout") and not same:
             raise ValueError(
-                f"--{name} {value}: {source} was built with {name} = {getattr(base, name)}, which cannot change; leave it out, or start a fresh run"
+                f"--{name} {value}: {source} was built with {name} = {getattr(base, name)}, which cannot change; "
+                "leave it out, or start a fresh run"
             )
     script = config_class()
     unused = [name for name in sorted(known - set(typed) - {"resume"}) if getattr(script, name) not in ("auto", getattr(base, name))]
@@ -100,7 +101,7 @@ def check_classes(config, classes, checkpoint):
         return
     known = checkpoint["classes"]
     if known and known != classes:
-        raise ValueError(f"the run was trained on the classes {', '.join(known)}, and the list has {', '.join(classes) or 'none'}: they cannot change")
+        raise ValueError(f"the run's classes are {', '.join(known)}, and the list's are {', '.join(classes) or 'none'}: they cannot change")
 
 
 class Start(NamedTuple):
@@ -217,7 +218,8 @@ class RunFiles:
     def end_epoch(self, row, seconds, memory):
         """Tables, curves, preview and checkpoints at the end of an epoch. row: see LossHistory. memory: MiB."""
         epoch, final = row["epoch"], row["epoch"] == self.config.epochs
-        speed = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(self.epoch_images / seconds, 2), "memory_mib": round(memory)}
+        rate = self.epoch_images / seconds
+        speed = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(rate, 2), "memory_mib": round(memory)}
         self._try(lambda: self.history.add(row, speed, row["step"]))
         if self.config.preview_period and (epoch % self.config.preview_period == 0 or final):
             self._try(lambda: self._preview(epoch, row["step"]))

@@ -18,7 +18,7 @@ def print_summary(config, parts):
     height, width = config.input_shape
     print(f"device     {describe_device(parts.device)}, precision {config.precision}, compile {config.compile}{processes}")
     print(f"pictures   {pictures:,} of {height}x{width}, {config.img_channels} channels{aside}{classes}{used}")
-    print(f"network    {count / 1e6:.2f} million parameters; {config.prediction}, {config.schedule} schedule of {config.num_timesteps} steps")
+    print(f"network    {count / 1e6:.2f} million parameters; {config.prediction}, {config.schedule} schedule, T = {config.num_timesteps}")
     print(f"training   {config.epochs} epochs of {steps} steps of {parts.batch_size}, {config.epochs * steps:,} steps in all")
 
 
@@ -28,7 +28,8 @@ def print_memory(config, parts):
     weights = sum(p.numel() * p.element_size() for p in parts.diffusion.model.parameters())
     activations = activation_bytes(config, parts) * size
     mib = [value / 2**20 for value in (weights * 2, weights, weights * 2, activations)]
-    print("memory     " + ", ".join(f"{value:,.0f} MiB {name}" for value, name in zip(mib, ("weights and average", "gradients", "moments", "activations"))))
+    names = ("weights and average", "gradients", "moments", "activations")
+    print("memory     " + ", ".join(f"{value:,.0f} MiB {name}" for value, name in zip(mib, names)))
     print(f"           {sum(mib):,.0f} MiB in all for {size} pictures at a time; --accumulate N divides the activations by N")
 
 
