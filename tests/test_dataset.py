@@ -1,0 +1,420 @@
+"""The cache and the batches: what is decoded, when it is decoded again, and the order of the data."""
+import errno
+import hashlib
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils import dataset as module
+from utils.annotation import Annotation, write_annotation
+from utils.dataset import (
+    EpochBatches,
+    ImageDataset,
+    check_input_shape,
+    data_loader,
+    effective_batch_size,
+    normalise,
+    open_dataset,
+)
+from utils.images import load_image, to_uint8
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """A labelled list of 40 pictures and the folder of its cache: (list, paths, cache folder)."""
+    paths, generator = [], np.random.default_rng(0)
+    for i in range(40):
+        path = tmp_path / "pictures" / "ab"[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (12, 10, 3), dtype=np.uint8)).save(path)
+        paths.append(str(path))
+    write_annotation(tmp_path / "train_lines.txt", paths, [i % 2 for i in range(40)], ["a", "b"])
+    return tmp_path / "train_lines.txt", paths, tmp_path / "cache"
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How many files were decoded: a list that grows."""
+    calls = []
+    monkeypatch.setattr(module, "load_image", lambda *args, **kwargs: calls.append(1) or load_image(*args, **kwargs))
+    return calls
+
+
+def open_listed(listed, **settings):
+    return open_dataset(listed[0], **{"input_shape": (8, 16), "cache_path": listed[2], **settings})
+
+
+# What is in the cache
+
+@pytest.mark.parametrize("settings", [
+    {}, {"img_channels": 1}, {"resize_mode": "pad", "background": (9, 0, 200)}, {"input_shape": (16, 4)}, {"num_workers": 3}])
+def test_the_cache_holds_what_load_image_gives(listed, settings):
+    data = open_listed(listed, **settings)
+    shape = settings.get("input_shape", (8, 16))
+    assert len(data) == 40 and data.paths == listed[1] and data.classes == ["a", "b"]
+    kept = {name: value for name, value in settings.items() if name not in ("input_shape", "num_workers")}
+    expected = torch.from_numpy(np.stack([load_image(path, shape, **kept) for path in listed[1]]))
+    images, labels = data.__getitems__(range(40))
+    assert images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert torch.equal(images, expected) and labels.tolist() == [i % 2 for i in range(40)]
+    image, label = data[-3]
+    assert torch.equal(image, expected[37]) and label == 1
+
+
+def test_batches_can_be_written_to(listed):
+    images, _ = open_listed(listed).__getitems__([1, 2])
+    images.zero_()  # the cache itself is read-only: a batch must be a copy
+    assert open_listed(listed).__getitems__([1])[0].any()
+
+
+def test_hashes_are_of_the_files_content(listed):
+    Path(listed[1][3]).write_bytes(Path(listed[1][7]).read_bytes())
+    data = open_listed(listed)
+    assert data.hashes[3] == data.hashes[7] and len(set(data.hashes)) == 39
+    assert data.hashes[5] == hashlib.blake2b(Path(listed[1][5]).read_bytes(), digest_size=16).hexdigest()
+
+
+def test_unlabelled_images_have_label_zero(listed):
+    write_annotation(listed[0], listed[1])
+    data = open_listed(listed)
+    assert data.classes == [] and data.labels.tolist() == [0] * 40
+
+
+# When it is built again
+
+def test_an_unchanged_list_is_decoded_once(listed, decoded):
+    first, second = open_listed(listed), open_listed(listed)
+    assert len(decoded) == 40
+    assert torch.equal(first.__getitems__(range(40))[0], second.__getitems__(range(40))[0]) and first.hashes == second.hashes
+
+
+def test_other_labels_need_no_decoding(listed, decoded):
+    open_listed(listed)
+    write_annotation(listed[0], listed[1], [0] * 39 + [1], ["c", "d"])
+    data = open_listed(listed)
+    assert len(decoded) == 40 and data.labels.tolist() == [0] * 39 + [1] and data.classes == ["c", "d"]
+
+
+@pytest.mark.parametrize("settings", [
+    {"input_shape": (16, 8)}, {"img_channels": 1}, {"resize_mode": "stretch"}, {"background": (0, 0, 0)}])
+def test_another_setting_is_another_cache(listed, decoded, settings):
+    open_listed(listed)
+    data = open_listed(listed, **settings)
+    assert len(decoded) == 80
+    assert torch.equal(data[0][0], torch.from_numpy(load_image(listed[1][0], **{"input_shape": (8, 16), **settings})))
+    open_listed(listed)
+    assert len(decoded) == 80  # the first one is still there
+
+
+def test_a_changed_file_is_decoded_again(listed):
+    before = open_listed(listed)[4][0]
+    stat = os.stat(listed[1][4])
+    with Image.open(listed[1][4]) as picture:
+        Image.fromarray(255 - np.asarray(picture)).save(listed[1][4])
+    os.utime(listed[1][4], ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert not torch.equal(open_listed(listed)[4][0], before)
+
+
+def test_an_added_and_a_removed_file_are_noticed(listed):
+    open_listed(listed)
+    write_annotation(listed[0], listed[1][1:])
+    assert open_listed(listed).paths == listed[1][1:]
+    write_annotation(listed[0], listed[1][::-1])
+    data = open_listed(listed)
+    assert torch.equal(data[0][0], torch.from_numpy(load_image(listed[1][-1], (8, 16))))
+
+
+# Builds that do not end well
+
+def damage_index(pixels, index):
+    index.write_text(index.read_text()[:-5])
+
+
+def forget_bad_files(pixels, index):
+    index.write_text(json.dumps({**json.loads(index.read_text()), "shape": [39, 8, 16, 3]}))
+
+
+def cut_pixels(pixels, index):
+    pixels.write_bytes(pixels.read_bytes()[:-1])
+
+
+def remove_index(pixels, index):
+    index.unlink()
+
+
+def remove_pixels(pixels, index):
+    pixels.unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_index, forget_bad_files, cut_pixels, remove_index, remove_pixels])
+def test_a_damaged_cache_is_built_again(listed, decoded, damage):
+    whole = open_listed(listed).__getitems__(range(40))[0]
+    (pixels,), (index,) = listed[2].glob("*.pixels"), listed[2].glob("*.json")
+    damage(pixels, index)
+    assert torch.equal(open_listed(listed).__getitems__(range(40))[0], whole) and len(decoded) == 80
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_build_killed_at_any_file_is_not_taken_for_whole(listed, decoded, monkeypatch, writes):
+    """Killed before the probe, the pixels or the index appears."""
+    replace, calls = os.replace, []
+
+    def killed(source, target):
+        if len(calls) == writes:
+            raise KeyboardInterrupt
+        calls.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_listed(listed)
+    monkeypatch.setattr(os, "replace", replace)
+    before = len(decoded)
+    assert len(open_listed(listed)) == 40 and len(decoded) == before + 40
+    assert sorted(path.suffix for path in listed[2].iterdir()) == [".json", ".pixels"]
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(listed, capsys):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))  # 40 images of 384 bytes are more
+    try:
+        with pytest.raises(OSError, match="cache of decoded images could not be written.*free some space"):
+            open_listed(listed)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(listed[2].iterdir()) == []
+    assert len(open_listed(listed)) == 40
+
+
+# Files that went bad or are gone
+
+def test_files_gone_bad_are_named_and_left_out(listed, capsys, decoded):
+    Path(listed[1][5]).write_bytes(b"no longer a picture")
+    Path(listed[1][30]).write_bytes(Path(listed[1][30]).read_bytes()[:100])
+    for _ in range(2):  # built, then from the cache
+        data = open_listed(listed)
+        said = capsys.readouterr().out
+        assert "left out 2 of 40" in said and listed[1][5] in said and listed[1][30] in said
+        kept = [i for i in range(40) if i not in (5, 30)]
+        assert data.paths == [listed[1][i] for i in kept] and data.labels.tolist() == [i % 2 for i in kept]
+        expected = np.stack([load_image(listed[1][i], (8, 16)) for i in kept])
+        assert torch.equal(data.__getitems__(range(38))[0], torch.from_numpy(expected)) and len(data.hashes) == 38
+    assert len(decoded) == 40
+
+
+def test_a_bad_file_made_good_again_comes_back(listed):
+    content = Path(listed[1][5]).read_bytes()
+    Path(listed[1][5]).write_bytes(b"bad")
+    assert len(open_listed(listed)) == 39
+    Path(listed[1][5]).write_bytes(content)
+    assert len(open_listed(listed)) == 40
+
+
+def test_nothing_that_can_be_decoded_is_an_error(listed):
+    for path in listed[1]:
+        Path(path).write_bytes(b"bad")
+    with pytest.raises(ValueError, match=r"none of the 40 .*txt_annotation\.py"):
+        open_listed(listed)
+    assert list(listed[2].iterdir()) == []
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_files_that_are_gone_are_an_error_that_names_them(listed, cached):
+    if cached:
+        open_listed(listed)
+    for path in listed[1][8:21]:
+        os.unlink(path)
+    with pytest.raises(ValueError, match=r"13 of 40 listed images are gone: .* and 3 more; run `python txt_annotation\.py`") as caught:
+        open_listed(listed)
+    assert listed[1][8] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_setting_is_refused_before_any_work(listed, decoded):
+    with pytest.raises(ValueError, match="crop, stretch, pad"):
+        open_listed(listed, resize_mode="fit")
+    assert not decoded
+
+
+# Where it is
+
+def test_the_cache_lies_in_the_datasets_folder_beside_the_list(listed):
+    (listed[0].parent / "datasets").mkdir()
+    open_listed(listed, cache_path=None)
+    assert len(list((listed[0].parent / "datasets" / ".cache").iterdir())) == 2
+
+
+def test_a_folder_that_cannot_be_written_makes_way_for_the_users(listed, decoded, monkeypatch):
+    (listed[0].parent / "datasets").mkdir()
+    (listed[0].parent / "datasets" / ".cache").write_text("a file, so that no folder can be made, even by root")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(listed[2]))
+    monkeypatch.setenv("LOCALAPPDATA", str(listed[2]))
+    for _ in range(2):
+        assert len(open_listed(listed, cache_path=None)) == 40
+    assert len(decoded) == 40 and len(list((listed[2] / "ddpm-pytorch").iterdir())) == 2
+
+
+def test_no_folder_to_write_to_is_an_error_that_names_them(listed):
+    listed[2].write_text("a file")
+    with pytest.raises(OSError, match=re.escape(str(listed[2]))):
+        open_listed(listed)
+
+
+def test_the_caches_used_longest_ago_go(listed):
+    old = time.time() - 7200
+    for i in range(7):
+        open_listed(listed, input_shape=(4 + i, 4))
+        for path in listed[2].iterdir():
+            if path.stat().st_mtime > time.time() - 3600:
+                os.utime(path, (old + i, old + i))
+    (listed[2] / ".leftover.pixels.1.tmp").touch()
+    os.utime(listed[2] / ".leftover.pixels.1.tmp", (old, old))
+    open_listed(listed, input_shape=(4, 4), img_channels=1)
+    kept = sorted(json.loads(path.read_text())["shape"][1:] for path in listed[2].glob("*.json"))
+    assert kept == [[4, 4, 1], [8, 4, 3], [9, 4, 3], [10, 4, 3]]
+    assert len(list(listed[2].iterdir())) == 8
+
+
+def test_caches_used_within_the_hour_stay(listed):
+    for i in range(7):
+        open_listed(listed, input_shape=(4 + i, 4))
+    assert len(list(listed[2].glob("*.pixels"))) == 7
+
+
+# Batches
+
+def test_an_epoch_takes_every_image_once_and_drops_the_rest():
+    batches = EpochBatches(23, 5, seed=1, epoch=0)
+    taken = np.concatenate(list(batches))
+    assert len(batches) == 4 == len(list(batches)) and all(len(batch) == 5 for batch in batches)
+    assert len(set(taken)) == 20 and set(taken) <= set(range(23)) and list(taken) != sorted(taken)
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    def order(seed, epoch):
+        return np.concatenate(list(EpochBatches(1000, 10, seed, epoch))).tolist()
+    torch.manual_seed(0)
+    first = order(3, 4)
+    torch.manual_seed(1)
+    assert order(3, 4) == first
+    assert len({tuple(order(seed, epoch)) for seed in (-1, 0, 3) for epoch in (0, 4, 5)}) == 9
+
+
+@pytest.mark.parametrize("start", [0, 8, 16, 24])
+def test_an_epoch_goes_on_where_it_was_left(start):
+    whole, rest = EpochBatches(30, 8, 0, 2), EpochBatches(30, 8, 0, 2, start=start)
+    assert [batch.tolist() for batch in rest] == [batch.tolist() for batch in whole][start // 8:]
+    assert len(rest) == 3 - start // 8
+
+
+def test_the_ranks_slices_make_the_whole_batch():
+    whole = list(EpochBatches(50, 12, 5, 1, start=12))
+    ranks = [list(EpochBatches(50, 12, 5, 1, start=12, rank=rank, world_size=3)) for rank in range(3)]
+    np.testing.assert_array_equal(np.concatenate(ranks, axis=1), whole)
+    assert len(ranks[0][0]) == 4
+
+
+def test_only_the_given_indices_are_drawn():
+    share = np.array([3, 5, 8, 13, 21, 34])
+    taken = np.concatenate(list(EpochBatches(share, 3, 0, 0)))
+    assert sorted(taken) == share.tolist()
+
+
+@pytest.mark.parametrize("pin_memory", [False, pytest.param(True, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA"))])
+def test_the_loader_gives_whole_batches_of_its_order(listed, pin_memory):
+    data, batches = open_listed(listed), EpochBatches(40, 16, 0, 0)
+    for indices, (images, labels) in zip(batches, data_loader(data, batches, pin_memory), strict=True):
+        assert images.shape == (16, 8, 16, 3) and images.dtype == torch.uint8 and images.is_pinned() == pin_memory
+        assert labels.tolist() == [i % 2 for i in indices]
+        assert torch.equal(images[5], data[indices[5]][0])
+
+
+def test_a_batch_is_one_gather():
+    class Counting(np.ndarray):
+        gathers = 0
+
+        def __getitem__(self, rows):
+            Counting.gathers += 1
+            return np.asarray(self)[rows]
+
+    pixels = np.zeros((32, 4, 4, 3), dtype=np.uint8).view(Counting)
+    data = ImageDataset(pixels, [""] * 32, Annotation([""] * 32, None, []))
+    assert len(list(data_loader(data, EpochBatches(32, 8, 0, 0)))) == 4 == Counting.gathers
+
+
+# Sizes
+
+def test_the_batch_shrinks_to_the_images_there_are(capsys):
+    assert effective_batch_size(100, 64) == 64 and capsys.readouterr().out == ""
+    assert effective_batch_size(10, 64) == 10
+    assert "batch_size is 10, not 64: there are 10 images" in capsys.readouterr().out
+    assert effective_batch_size(10, 64, multiple=4) == 8
+
+
+@pytest.mark.parametrize("images, batch_size, multiple, message", [
+    (100, 10, 4, "use 8 or 12"), (100, 3, 4, "use 4"), (100, 0, 1, "use 1"), (100, -5, 2, "use 2"),
+    (3, 8, 4, "3 images are too few"), (0, 8, 1, "0 images are too few")])
+def test_batch_sizes_that_cannot_be_are_refused_with_what_can(images, batch_size, multiple, message):
+    with pytest.raises(ValueError, match=message):
+        effective_batch_size(images, batch_size, multiple)
+
+
+@pytest.mark.parametrize("shape, levels, nearest", [
+    ((30, 32), 4, "use 24,32 or 32,32"), ((30, 30), 4, "use 24,24 or 32,32"), ((4, 64), 4, "use 8,64$"), ((0, 8), 2, "use 2,8$"),
+    ((33, 50), 2, "use 32,50 or 34,50")])
+def test_sizes_that_cannot_be_halved_are_refused_with_the_nearest(shape, levels, nearest):
+    with pytest.raises(ValueError, match=nearest):
+        check_input_shape(shape, levels)
+
+
+@pytest.mark.parametrize("shape, levels", [((32, 32), 4), ((24, 40), 4), ((33, 7), 1), ((8, 8), 4)])
+def test_sizes_that_can_be_halved_are_not(shape, levels):
+    check_input_shape(shape, levels)
+
+
+# To the device
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (2, 4, 6, 1), (1, 1, 5, 3), (3, 1, 1, 1)])
+def test_normalise_scales_and_is_contiguous_as_asked(shape, memory_format):
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+    x = normalise(pixels, "cpu", memory_format=memory_format)
+    expected = (pixels.double() / 255 * 2 - 1).permute(0, 3, 1, 2)
+    torch.testing.assert_close(x.double(), expected, atol=1e-6, rtol=0)
+    batch, height, width, channels = shape
+    assert x.is_contiguous(memory_format=memory_format) and x.dtype == torch.float32
+    assert x.stride() == torch.empty((batch, channels, height, width), memory_format=memory_format).stride()
+
+
+def test_every_level_survives_there_and_back():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
+    x = normalise(pixels, "cpu")
+    assert (x.min(), x.max()) == (-1, 1)
+    np.testing.assert_array_equal(to_uint8(x), pixels.numpy())
+
+
+def test_only_the_chosen_images_are_mirrored_left_to_right():
+    pixels = torch.randint(0, 256, (3, 4, 6, 3), dtype=torch.uint8)
+    plain, flipped = normalise(pixels, "cpu"), normalise(pixels, "cpu", flip=torch.tensor([True, False, True]))
+    assert torch.equal(flipped[1], plain[1])
+    assert torch.equal(flipped[[0, 2]], plain[[0, 2]].flip(-1)) and not torch.equal(flipped[0], plain[0])
+
+
+def test_an_unwritable_index_is_the_same_clear_error(listed, monkeypatch):
+    dump = json.dump
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module.json, "dump", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        open_listed(listed)
+    monkeypatch.setattr(module.json, "dump", dump)
+    assert len(open_listed(listed)) == 40
