@@ -91,9 +91,9 @@ def test_time_and_class_reach_the_output(batch):
 
 def test_conditions_that_are_missing_are_named(batch):
     x, t = batch
-    with pytest.raises(ValueError, match="time"):
+    with pytest.raises(ValueError, match="network is conditioned on time"):
         small_unet()(x)
-    with pytest.raises(ValueError, match="pass y"):
+    with pytest.raises(ValueError, match="network is conditioned on classes"):
         small_unet(num_classes=5)(x, t)
     block = ResidualBlock(32, 32, 0.0, time_emb_dim=8, num_classes=3)
     with pytest.raises(ValueError, match="time_emb"):
