@@ -47,6 +47,24 @@ def from_config(config, num_classes=0):
     )
 
 
+def from_checkpoint(checkpoint, input_shape=None):
+    """(GaussianDiffusion in eval mode, class names) of a loaded checkpoint: a dict with `weights`, `weights_kind`, `config`, `classes`.
+
+    An empty `config` is a bare state dict, whose classes are called by their numbers; without classes there are no names.
+    input_shape: another (height, width) than it was trained for. ValueError where settings and weights do not fit together.
+    """
+    overrides = {"input_shape": input_shape} if input_shape else {}
+    if checkpoint["config"]:
+        diffusion = from_config({**checkpoint["config"], **overrides}, len(checkpoint["classes"]))
+        load_weights(diffusion, checkpoint["weights"], checkpoint["weights_kind"])
+    else:
+        diffusion = from_weights(checkpoint["weights"], **overrides)
+    if diffusion.num_classes is None:
+        return diffusion.eval(), []
+    named = diffusion.num_classes - (diffusion.null_class is not None)
+    return diffusion.eval(), checkpoint["classes"] or [str(number) for number in range(named)]
+
+
 def class_rows(config, num_classes):
     """(rows of the class embeddings, the null class): (None, None) without classes."""
     if not config.get("class_conditional", False):

@@ -1,6 +1,7 @@
 """Files that are whole or not there: every writer of the project goes through `atomic_write`."""
 import contextlib
 import os
+import shutil
 from pathlib import Path
 
 
@@ -27,6 +28,30 @@ def atomic_write(path, mode="wb", **open_arguments):
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        raise
+    _flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path):
+    """Yield an empty folder to fill, which takes the name `path` only when the block has ended well.
+
+    As atomic_write, for many files at once: a folder of that name is whole. An empty one of before is replaced. OSError where
+    another is in the way.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        with contextlib.suppress(AttributeError):  # all files before the name: one call is cheaper than a flush of each
+            os.sync()
+        with contextlib.suppress(OSError):
+            path.rmdir()
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     _flush_folder(path.parent)
 
