@@ -1,0 +1,89 @@
+"""Comparing two sets of features that are kept whole: kernel distance, precision and recall, nearest neighbours. In blocks, float64."""
+import torch
+
+from utils.frechet import as_features
+
+BLOCK = 2**23  # numbers in a block of distances or features: 64 MiB
+
+
+def kernel_distance(features_1, features_2, subsets=100, subset_size=1000, seed=0):
+    """(mean, standard deviation over subsets) of the squared maximum mean discrepancy (KID; Binkowski et al. 2018, section 4).
+
+    Kernel (x y / d + 1)^3, the unbiased estimate: it may fall below 0 where the sets are alike. features: (n, d), (m, d).
+    subset_size: pictures of each set that one estimate takes, fewer where a set is smaller; where that is all of both sets, one
+    estimate says it all. ValueError for sets of fewer than 2.
+    """
+    features_1, features_2 = as_features(features_1), as_features(features_2)
+    size = min(subset_size, len(features_1), len(features_2))
+    if size < 2:
+        raise ValueError(f"a kernel distance needs at least 2 pictures on both sides, not {len(features_1)} and {len(features_2)}")
+    if size == len(features_1) == len(features_2):
+        subsets = 1
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(subsets):
+        x, y = (features[torch.randperm(len(features), generator=generator)[:size]] for features in (features_1, features_2))
+        values.append(squared_discrepancy(x, y))
+    values = torch.stack(values)
+    return values.mean().item(), values.std(correction=0).item()
+
+
+def squared_discrepancy(x, y):
+    """The unbiased estimate of equation 4 in Binkowski et al. 2018 for x (n, d) and y (m, d), 0-dim."""
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def mean_of_pairs(a):  # of different pictures: a picture with itself would bias it
+        k = kernel(a, a)
+        return (k.sum() - k.trace()) / (len(a) * (len(a) - 1))
+
+    return mean_of_pairs(x) + mean_of_pairs(y) - 2 * kernel(x, y).mean()
+
+
+def precision_and_recall(samples, reference, k=3):
+    """(precision, recall), 0 to 1 each (Kynkaanniemi et al. 2019, equations 1 and 2).
+
+    A set's manifold is the union of balls around its features, each as large as the distance to its k-th nearest neighbour in the
+    set. Precision is the share of samples (n, d) in the manifold of the reference (m, d), recall the converse. Both depend on n and
+    m: compare values of the same counts only. ValueError unless both sets have more than k.
+    """
+    samples, reference = as_features(samples), as_features(reference)
+    if min(len(samples), len(reference)) <= k:
+        raise ValueError(f"precision and recall with k = {k} need more than {k} pictures on both sides, "
+                         f"not {len(samples)} and {len(reference)}")
+    centre = reference.mean(0)  # distances of centred features lose fewer digits
+    samples, reference = samples - centre, reference - centre
+    return share_inside(samples, reference, k), share_inside(reference, samples, k)
+
+
+def share_inside(queries, centres, k):
+    """The share of queries (n, d) that lie in a ball around one of the centres (m, d)."""
+    # Copies are at a distance of rounding errors, not of 0: without this a ball of copies would not hold another copy.
+    slack = 1e-6 * centres.square().sum(1).mean().sqrt()
+    rows = max(BLOCK // len(centres), 1)
+    radii = torch.cat([torch.cdist(block, centres).kthvalue(k + 1, dim=1).values for block in centres.split(rows)])  # itself is one
+    inside = [(torch.cdist(block, centres) <= radii + slack).any(1) for block in queries.split(rows)]
+    return torch.cat(inside).double().mean().item()
+
+
+def nearest(queries, bank, k=1):
+    """The k nearest of a bank for each query: (Euclidean distances (n, k) float64, positions in the bank (n, k)), nearest first.
+
+    queries: (n, d). bank: an iterable of blocks (b, d), read once; both of any number type, uint8 pixels too, and turned into
+    float64 a block at a time. ValueError for a bank of fewer than k.
+    """
+    queries = torch.as_tensor(queries)
+    best = torch.full((len(queries), k), float("inf"), dtype=torch.float64)
+    found = torch.full((len(queries), k), -1)
+    position = 0
+    for block in bank:
+        block = as_features(block)
+        positions = torch.arange(position, position + len(block))
+        for part in torch.arange(len(queries)).split(max(BLOCK // max(block.shape), 1)):
+            distances = torch.cat((best[part], torch.cdist(as_features(queries[part]), block)), 1)
+            best[part], order = distances.topk(k, largest=False)
+            found[part] = torch.cat((found[part], positions.expand(len(part), -1)), 1).gather(1, order)
+        position += len(block)
+    if position < k:
+        raise ValueError(f"the {k} nearest of {position} pictures cannot be found")
+    return best, found
