@@ -1,0 +1,298 @@
+"""Models as folders of diffusers, and back, against diffusers itself."""
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nets import UNet, build
+from train import Config
+from utils import diffusers_format
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.config import run_script
+from utils.diffusers_format import export_model, import_model, to_unet2d
+
+diffusers = pytest.importorskip("diffusers")
+diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+
+PROJECT = Path(__file__).resolve().parents[1]
+SMALL = {
+    "input_shape": (8, 8), "channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "num_timesteps": 40,
+}  # fmt: skip
+CLASSES = ["cats", "dogs", "old trees"]
+
+
+def scramble(network):
+    """Weights far from what a fresh network has: zeros would hide a layer in the wrong place, ones a swapped norm."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in network.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = noise * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3 * noise + ("norm" in name and "weight" in name)
+
+
+def write_checkpoint(path, classes=(), **settings):
+    config = asdict(Config(**{**SMALL, "class_conditional": bool(classes), **settings}))
+    diffusion = build.from_config(config, len(classes))
+    scramble(diffusion.ema_model)
+    checkpoint = {"config": config, "classes": list(classes), "weights": diffusion.state_dict(), "weights_kind": "full"}
+    save_checkpoint(path, checkpoint)
+    return diffusion.eval()
+
+
+def outputs(network, size=(8, 8), channels=3, T=40, **arguments):
+    """What a network says of fixed noise at the first, a middle and the last timestep."""
+    x = torch.randn(3, channels, *size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return network(x, torch.tensor([0, T // 3, T - 1]), **arguments)
+
+
+def assert_equal_networks(ours, theirs, label=None, **shape):
+    y = None if label is None else torch.full((3,), label)
+    expected = outputs(ours, y=y, **shape)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(outputs(theirs, **shape).sample, expected, rtol=0, atol=1e-4)
+
+
+# To diffusers
+
+ARCHITECTURES = [
+    {}, {"channel_mults": (1, 2, 1, 3), "num_res_blocks": 2, "attention_resolutions": (0, 2)},
+    {"img_channels": 1, "attention_resolutions": ()}, {"channel_mults": (1,), "attention_resolutions": (0,), "channel": 64},
+    {"input_shape": (8, 12)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_diffusers_network_is_ours(tmp_path, architecture):
+    ours = write_checkpoint(tmp_path / "a.pth", **architecture)
+    export_model(tmp_path / "a.pth", tmp_path / "out")
+    theirs = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out").unet
+    assert type(theirs) is diffusers.UNet2DModel
+    assert_equal_networks(ours.ema_model, theirs, size=ours.img_size, channels=ours.img_channels)
+
+
+@pytest.mark.parametrize("name, label", [("", 3), ("dogs", 1), ("old trees", 2)])
+def test_a_class_is_folded_in_and_the_null_class_unless_named(tmp_path, name, label):
+    ours = write_checkpoint(tmp_path / "a.pth", CLASSES)
+    export_model(tmp_path / "a.pth", tmp_path / "out", name)
+    theirs = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out").unet
+    assert_equal_networks(ours.ema_model, theirs, label)
+
+
+# alpha_bar hardly moves within the last steps of so short a schedule, so the pictures of one seed agree to float32's rounding.
+@pytest.mark.parametrize("settings", [{}, {"schedule": "cosine"}, {"prediction": "x0", "schedule": "sigmoid"}, {"prediction": "v"},
+                                      {"input_shape": (8, 12), "img_channels": 1}], ids=str)
+def test_the_pipeline_draws_what_our_ddpm_draws(tmp_path, settings):
+    ours = write_checkpoint(tmp_path / "a.pth", **settings)
+    export_model(tmp_path / "a.pth", tmp_path / "out")
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.scheduler.betas.tolist() == ours.betas.tolist()
+    torch.manual_seed(5)
+    theirs = pipeline(batch_size=2, num_inference_steps=40, output_type="pt").images
+    torch.manual_seed(5)
+    expected = (ours.sample(2, "cpu", sampler="ddpm") / 2 + 0.5).clamp(0, 1)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-3)
+
+
+def test_with_few_steps_the_pipeline_starts_at_the_last_timestep(tmp_path):
+    write_checkpoint(tmp_path / "a.pth")
+    export_model(tmp_path / "a.pth", tmp_path / "out")
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
+    pipeline.scheduler.set_timesteps(5)
+    assert pipeline.scheduler.timesteps.tolist() == [39, 31, 23, 15, 7]
+
+
+def test_a_bare_state_dict_is_exported_too(tmp_path):
+    ours = build.from_config({**SMALL, "input_shape": (32, 32)})
+    scramble(ours.ema_model)
+    save_checkpoint(tmp_path / "a.pth", ours.state_dict())
+    export_model(tmp_path / "a.pth", tmp_path / "out")
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.unet.config.sample_size == 32
+    assert_equal_networks(ours.ema_model.eval(), pipeline.unet)
+
+
+def test_without_safetensors_pytorchs_format_is_written_and_read(tmp_path, monkeypatch):
+    ours = write_checkpoint(tmp_path / "a.pth")
+    monkeypatch.setattr(diffusers_format, "safetensors", None)
+    export_model(tmp_path / "a.pth", tmp_path / "out")
+    assert [path.name for path in sorted((tmp_path / "out" / "unet").iterdir())] == ["config.json", "diffusion_pytorch_model.bin"]
+    assert_equal_networks(ours.ema_model, diffusers.DDPMPipeline.from_pretrained(tmp_path / "out").unet)
+    import_model(tmp_path / "out", tmp_path / "back.pth")
+    torch.testing.assert_close(loaded(tmp_path / "back.pth").ema_model.state_dict(), ours.ema_model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("arguments, part", [
+    ({"norm": "in"}, "norm InstanceNorm2d"), ({"norm": "bn"}, "norm BatchNorm2d"), ({"norm": None}, "norm None"),
+    ({"initial_pad": 2}, "initial_pad 2"), ({"time_emb_scale": 2.0}, "time_emb_scale"), ({"time_emb_dim": None}, "time_emb_dim None"),
+    ({"activation": F.relu}, "activation relu"), ({"channel_mults": (2, 2)}, r"channel_mults \(2, 2\)")])
+def test_what_diffusers_cannot_express_is_named(arguments, part):
+    network = UNet(**{"img_channels": 3, "base_channels": 32, "channel_mults": (1, 2), "num_res_blocks": 1, **arguments})
+    with pytest.raises(ValueError, match=f"cannot express this network: {part}"):
+        to_unet2d(network, (8, 8))
+
+
+def test_other_groups_and_embeddings_are_expressed():
+    network = UNet(3, 32, (1, 2), 1, num_groups=8, time_emb_dim=48).eval()
+    scramble(network)
+    settings, weights = to_unet2d(network, (8, 8))
+    theirs = diffusers.UNet2DModel.from_config(settings).eval()
+    theirs.load_state_dict(weights)
+    assert_equal_networks(network, theirs)
+
+
+def test_classes_that_do_not_fit_are_refused(tmp_path):
+    write_checkpoint(tmp_path / "null.pth", CLASSES)
+    write_checkpoint(tmp_path / "classes.pth", CLASSES, label_dropout=0.0)
+    write_checkpoint(tmp_path / "plain.pth")
+    for file, name, message in [("null", "birds", "known: cats, dogs, old trees"), ("classes", "", "no null class.* cats, dogs, old trees"),
+                                ("plain", "cats", "without classes")]:
+        with pytest.raises(ValueError, match=message):
+            export_model(tmp_path / f"{file}.pth", tmp_path / "out", name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten_and_nothing_half_is_left(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "a.pth")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="there already"):
+        export_model(tmp_path / "a.pth", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+    def disk_full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(diffusers_format, "write_weights", disk_full)
+    with pytest.raises(OSError, match="no space"):
+        export_model(tmp_path / "a.pth", tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "out"]
+
+
+# And back
+
+
+def loaded(path):
+    return build.from_checkpoint(load_checkpoint(path))[0]
+
+
+SETTINGS = [
+    {}, {"schedule": "cosine", "prediction": "v"}, {"schedule": "sigmoid", "prediction": "x0", "num_timesteps": 1000},
+    {"num_timesteps": 1000, "schedule_low": 2e-4, "schedule_high": 0.015, "dropout": 0.25},
+    {"input_shape": (8, 12), "img_channels": 1, "channel_mults": (1, 3), "num_res_blocks": 2, "attention_resolutions": (0, 1)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_there_and_back_is_the_same_model(tmp_path, settings):
+    ours = write_checkpoint(tmp_path / "a.pth", **settings)
+    export_model(tmp_path / "a.pth", tmp_path / "out")
+    diffusers.DDPMPipeline.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "resaved")
+    import_model(tmp_path / "resaved", tmp_path / "back.pth")
+    back = loaded(tmp_path / "back.pth")
+    for network in (back.ema_model, back.model):
+        torch.testing.assert_close(network.state_dict(), ours.ema_model.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(back.betas, ours.betas, rtol=1e-5, atol=0)
+    before, after = (load_checkpoint(tmp_path / name)["config"] for name in ("a.pth", "back.pth"))
+    assert {name: before[name] for name in after} == {**after, "label_dropout": before["label_dropout"]}
+
+
+def foreign(folder, unet=(), scheduler=()):
+    """A pipeline that is ours but for these settings, as diffusers writes it."""
+    settings = {"sample_size": 8, "block_out_channels": (32, 64), "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+                "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1, "attention_head_dim": None,
+                "flip_sin_to_cos": False, "time_embedding_dim": 512}
+    network = diffusers.UNet2DModel(**settings | dict(unet))
+    diffusers.DDPMPipeline(network, diffusers.DDPMScheduler(**dict(scheduler))).save_pretrained(folder)
+    return network
+
+
+@pytest.mark.parametrize("settings, schedule", [({"beta_schedule": "squaredcos_cap_v2"}, "cosine"), ({}, "linear")])
+def test_a_model_made_with_diffusers_comes_in(tmp_path, settings, schedule):
+    theirs = foreign(tmp_path / "in", scheduler=settings)
+    import_model(tmp_path / "in", tmp_path / "back.pth")
+    back = loaded(tmp_path / "back.pth")
+    assert load_checkpoint(tmp_path / "back.pth")["config"]["schedule"] == schedule
+    torch.testing.assert_close(back.betas, diffusers.DDPMScheduler(**settings).betas, rtol=1e-5, atol=1e-9)
+    assert_equal_networks(back.ema_model, theirs.eval())
+
+
+@pytest.mark.parametrize("unet, part", [
+    ({"flip_sin_to_cos": True}, "flip_sin_to_cos is True"), ({"freq_shift": 1}, "freq_shift is 1"),
+    ({"norm_eps": 1e-6}, "norm_eps is 1e-06"), ({"out_channels": 6}, "out_channels is 6"),
+    ({"attention_head_dim": 8}, "attention_head_dim is 8"), ({"time_embedding_dim": None}, "time_embedding_dim is 128"),
+    ({"downsample_padding": 0}, "downsample_padding is 0"), ({"num_class_embeds": 4}, "num_class_embeds is 4"),
+    ({"act_fn": "relu"}, "act_fn is 'relu'"), ({"norm_num_groups": 16}, "norm_num_groups is 16"),
+    ({"block_out_channels": (64, 96)}, "block_out_channels is"), ({"up_block_types": ("UpBlock2D", "UpBlock2D")}, "up_block_types is"),
+    ({"down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D")}, "down_block_types is .*'AttnDownBlock2D'.*; up_block_types is"),
+    ({"add_attention": False}, "add_attention is False"), ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift is")])
+def test_the_part_that_is_not_ours_is_named(tmp_path, unet, part):
+    foreign(tmp_path / "in", unet)
+    with pytest.raises(ValueError, match=f"not one of our networks: {part}[^;]*$"):
+        import_model(tmp_path / "in", tmp_path / "back.pth")
+    assert not (tmp_path / "back.pth").exists()
+
+
+@pytest.mark.parametrize("scheduler, part", [
+    ({"beta_schedule": "scaled_linear"}, "scaled_linear"), ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+    ({"trained_betas": [0.1, 0.3, 0.2]}, "its betas"), ({"prediction_type": "score"}, "prediction_type is 'score'"),
+    ({"trained_betas": [0.1, 0.3, 1.2]}, "between 0 and 1")])
+def test_a_schedule_or_prediction_that_is_not_ours_is_named(tmp_path, scheduler, part):
+    foreign(tmp_path / "in", scheduler=scheduler)
+    with pytest.raises(ValueError, match=part):
+        import_model(tmp_path / "in", tmp_path / "back.pth")
+
+
+def test_settings_that_a_file_leaves_out_are_diffusers_own(tmp_path):
+    foreign(tmp_path / "in")
+    path = tmp_path / "in" / "unet" / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in settings.items() if name not in ("attention_head_dim", "flip_sin_to_cos")}))
+    with pytest.raises(ValueError, match="flip_sin_to_cos is True .*; attention_head_dim is 8"):
+        import_model(tmp_path / "in", tmp_path / "back.pth")
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    network = foreign(tmp_path / "in")
+    for change, message in [(lambda w: w.pop("conv_in.bias"), "lack conv_in.bias"),
+                            (lambda w: w.update(extra=torch.zeros(1)), "hold extra"),
+                            (lambda w: w.update({"conv_in.bias": torch.zeros(7)}), r"conv_in.bias have the shape \(7,\), ours \(32,\)")]:
+        weights = dict(network.state_dict())
+        change(weights)
+        (tmp_path / "in" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(diffusers_format.safetensors.save(weights))
+        with pytest.raises(ValueError, match=message):
+            import_model(tmp_path / "in", tmp_path / "back.pth")
+
+
+def test_damaged_and_missing_files_are_named(tmp_path):
+    foreign(tmp_path / "in")
+    for name, message in [("unet/diffusion_pytorch_model.safetensors", "damaged"), ("scheduler/scheduler_config.json", "damaged: no JSON")]:
+        (tmp_path / "in" / name).write_bytes(b"\x07")
+        with pytest.raises(ValueError, match=message):
+            import_model(tmp_path / "in", tmp_path / "back.pth")
+    with pytest.raises(ValueError, match="config.json is not there"):
+        import_model(tmp_path / "nowhere", tmp_path / "back.pth")
+
+
+# The command
+
+
+def test_the_command_exports_and_imports(tmp_path, monkeypatch, capsys):
+    ours = write_checkpoint(tmp_path / "run" / "last.pth", CLASSES)
+    command = [sys.executable, "-m", "utils.diffusers_format", "export", tmp_path / "run", tmp_path / "out", "--class_name", "old trees"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0 and "num_inference_steps=40" in done.stdout, done.stderr
+    monkeypatch.setattr(sys, "argv", ["diffusers_format", "import", str(tmp_path / "out"), str(tmp_path / "back.pth")])
+    diffusers_format.main()
+    expected = outputs(ours.ema_model, y=torch.full((3,), 2))
+    torch.testing.assert_close(outputs(loaded(tmp_path / "back.pth").ema_model), expected, rtol=0, atol=1e-4)
+    with pytest.raises(SystemExit):
+        run_script(diffusers_format.main)
+    assert capsys.readouterr().err == f"error: {tmp_path / 'back.pth'} is there already: choose another name, or move it away\n"
