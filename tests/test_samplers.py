@@ -297,6 +297,12 @@ def test_an_images_noise_depends_on_its_seed_alone():
     assert abs(flat.mean()) < 0.05 and abs(flat.std() - 1) < 0.05
 
 
+def test_the_first_noise_is_a_plain_draw_from_the_seed():
+    """So an image's start can be had without its other noise, and does not change with the length of a block."""
+    expected = torch.randn(3, 5, 5, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(next(seeded_noise([7], (3, 5, 5), "cpu"))[0], expected)
+
+
 class Wave(nn.Module):
     """A network without weights that remembers its timesteps and inputs; dropout would show in what it answers."""
 
