@@ -62,7 +62,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
     stored.save(path, exif=exif, **{"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {}))
     stored.getexif()[ORIENTATION] = orientation
     upright = ImageOps.exif_transpose(stored)
-    assert check_image(path) == upright.size == ((32, 48) if orientation >= 5 else (48, 32))
+    assert check_image(path) == check_image(path, full=False) == upright.size == ((32, 48) if orientation >= 5 else (48, 32))
     error = np.abs(load_same_size(path) - np.asarray(upright, dtype=int))
     assert error.max() <= (4 if suffix == "jpg" else 0)
 
@@ -192,7 +192,9 @@ def test_16_bit_modes_of_both_byte_orders(mode, dtype):
 def test_a_dark_16_bit_picture_stays_dark(tmp_path):
     Image.fromarray((RAMP16 // 257).astype(np.uint16)).save(tmp_path / "a.png")
     (tmp_path / "a.pgm").write_bytes(b"P5\n16 16\n65535\n" + (RAMP16 // 257).astype(">u2").tobytes())
-    assert load_same_size(tmp_path / "a.png").max() == load_same_size(tmp_path / "a.pgm").max() == 1  # 255 of 65535
+    Image.fromarray((RAMP16 // 257).astype(np.uint16)).save(tmp_path / "a.tif")
+    for name in ("a.png", "a.pgm", "a.tif"):
+        assert load_same_size(tmp_path / name).max() == 1  # 255 of 65535
 
 
 def test_16_bit_colour_keeps_its_full_range(tmp_path):
@@ -325,6 +327,16 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path, monkeypatch, 
         assert np.abs(from_jpeg - from_png).max() <= 3
         assert sizes[0] == reduced or mode == "pad"
         sizes.clear()
+
+
+def test_the_reduced_scale_of_a_turned_jpeg_is_for_its_upright_shape(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    smooth(100, 800).save(tmp_path / "a.jpg", exif=exif)
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *args, **kwargs: sizes.append(self.size) or resize(self, *args, **kwargs))
+    load_image(tmp_path / "a.jpg", (50, 10), 3, "stretch")  # 100 -> 50 and 800 -> 10: no room for less
+    assert sizes == [(100, 800)]
 
 
 def test_reduced_jpegs_keep_their_place(tmp_path):

@@ -11,7 +11,7 @@ from utils.atomic import atomic_write
 EXTENSIONS = (".bmp", ".dib", ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".pbm", ".pgm", ".ppm", ".tif", ".tiff")
 # Only these decoders look at a file: others (EPS) start programs of their own. MPO, two JPEGs in one file, comes with JPEG.
 FORMATS = ("BMP", "DIB", "PNG", "JPEG", "WEBP", "GIF", "PPM", "TIFF")
-ORIENTATION_TAG = 0x0112
+TIFF_WIDTH, TIFF_HEIGHT, ORIENTATION_TAG = 256, 257, 274
 UPRIGHT = {  # EXIF orientation -> what brings the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -81,9 +81,10 @@ def check_image(path, full=True):
     """
     with Image.open(path, formats=FORMATS) as image:
         if full:
-            image.load()
-            _opaque(image.crop((0, 0, 1, 1)), (255, 255, 255))
+            _opaque(image.crop((0, 0, 1, 1)), (255, 255, 255))  # crop decodes the whole file first
         width, height = image.size
+        if image.format == "TIFF" and not full:  # Pillow 11 swaps the size of a turned one before it is loaded, 10 does not
+            width, height = image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT]
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
@@ -131,7 +132,7 @@ def _opaque(image, background):
         return _composite(image, image.getchannel("A"), background)
     if image.mode in ("L", "RGB"):
         return image
-    return image.convert("L" if image.mode == "1" else "RGB")
+    return image.convert("RGB")
 
 
 def _raw_mode(image):
