@@ -1,0 +1,181 @@
+"""python -m utils.checkpoint export: small files to give away, and files for the reference's code."""
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from nets import build
+from train import Config
+from utils import checkpoint as checkpoints
+from utils.checkpoint import export_weights, load_checkpoint, save_checkpoint
+
+PROJECT = Path(__file__).resolve().parents[1]
+SMALL = {"input_shape": (8, 8), "channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "num_timesteps": 50, "schedule": "cosine"}
+CLASSES = ["cats", "dogs"]
+TABLES = ["alphas", "alphas_cumprod", "betas", "reciprocal_sqrt_alphas", "remove_noise_coeff", "sigma",
+          "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"]  # fmt: skip
+
+
+def write_run(folder, classes=CLASSES, **settings):
+    """A run's last.pth, whose average is not its network, with a training state as large as the weights."""
+    config = asdict(Config(**{**SMALL, "class_conditional": bool(classes), **settings}))
+    diffusion = build.from_config(config, len(classes)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for network, scale in ((diffusion.model, 2.0), (diffusion.ema_model, 1.0)):
+        for parameter in network.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data = noise * scale * (parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3)
+    weights = diffusion.state_dict()
+    optimizer = {name: torch.zeros_like(value) for name, value in diffusion.model.state_dict().items()}
+    save_checkpoint(folder / "last.pth", {"config": config, "classes": list(classes), "weights": weights, "weights_kind": "full",
+                                          "ema_step": 7, "optimizer": optimizer, "position": {"epoch": 3}})
+    return diffusion
+
+
+def loaded(path):
+    return build.from_checkpoint(load_checkpoint(path))[0]
+
+
+def draw(diffusion, y=(0, 1, 2)):
+    return diffusion.sample(3, "cpu", torch.tensor(y), sampler="ddim", steps=10, seeds=[1, 2, 3])
+
+
+def test_the_export_draws_what_the_runs_average_draws(tmp_path):
+    source = write_run(tmp_path / "run")
+    export_weights(tmp_path / "run", tmp_path / "small.pth")
+    expected, pictures = draw(source), draw(loaded(tmp_path / "small.pth"))
+    assert expected.std() > 0.2 and (expected - source.sample(3, "cpu", torch.tensor((0, 1, 2)), use_ema=False, sampler="ddim",
+                                                              steps=10, seeds=[1, 2, 3])).abs().max() > 0.5
+    torch.testing.assert_close(pictures, expected, rtol=0, atol=0.05)
+    assert not torch.equal(pictures, expected)  # half precision was rounded to
+
+
+def test_the_export_holds_the_average_in_half_precision_and_nothing_of_the_training(tmp_path):
+    source = write_run(tmp_path / "run")
+    export_weights(tmp_path / "run" / "last.pth", tmp_path / "small.pth")
+    exported, original = torch.load(tmp_path / "small.pth", weights_only=True), load_checkpoint(tmp_path / "run" / "last.pth")
+    assert sorted(exported) == ["classes", "config", "format", "weights", "weights_kind"]
+    assert exported["weights_kind"] == "ema" and exported["classes"] == CLASSES and exported["config"] == original["config"]
+    expected = [*TABLES, *(f"ema_model.{name}" for name in source.ema_model.state_dict())]
+    assert sorted(exported["weights"]) == sorted(expected)
+    for name, value in exported["weights"].items():
+        assert value.dtype == (torch.float32 if name in TABLES else torch.float16), name
+        torch.testing.assert_close(value, source.state_dict()[name].to(value.dtype), rtol=0, atol=0)
+
+
+def test_the_export_is_as_small_as_its_halves(tmp_path):
+    source = write_run(tmp_path / "run")
+    export_weights(tmp_path / "run", tmp_path / "small.pth")
+    weights = sum(parameter.numel() for parameter in source.ema_model.parameters()) * 2
+    assert weights < (tmp_path / "small.pth").stat().st_size < weights * 1.15
+
+
+def test_an_export_is_exported_again_unchanged(tmp_path):
+    write_run(tmp_path / "run")
+    export_weights(tmp_path / "run", tmp_path / "small.pth")
+    export_weights(tmp_path / "small.pth", tmp_path / "again.pth")
+    first, second = (load_checkpoint(tmp_path / name) for name in ("small.pth", "again.pth"))
+    torch.testing.assert_close(first.pop("weights"), second.pop("weights"), rtol=0, atol=0)
+    assert first == second
+
+
+def test_training_goes_on_from_an_export_with_its_average_kept(tmp_path):
+    write_run(tmp_path / "run")
+    export_weights(tmp_path / "run", tmp_path / "small.pth")
+    exported = load_checkpoint(tmp_path / "small.pth")
+    assert "position" not in exported  # a run of its own, at epoch 0
+    diffusion = loaded(tmp_path / "small.pth")
+    torch.testing.assert_close(diffusion.model.state_dict(), diffusion.ema_model.state_dict(), rtol=0, atol=0)
+
+
+# For the reference's code
+
+
+def test_the_reference_gets_all_its_keys_in_float32(tmp_path):
+    source = write_run(tmp_path / "run")
+    export_weights(tmp_path / "run", tmp_path / "bare.pth", reference=True)
+    bare = torch.load(tmp_path / "bare.pth", weights_only=True)
+    torch.testing.assert_close(bare, dict(source.state_dict()), rtol=0, atol=0)
+    back = build.from_weights(bare, (8, 8)).eval()
+    torch.testing.assert_close(draw(back), draw(source), rtol=0, atol=0)
+
+
+def test_from_averages_alone_the_reference_gets_them_twice(tmp_path):
+    write_run(tmp_path / "run", classes=())
+    export_weights(tmp_path / "run", tmp_path / "small.pth")
+    export_weights(tmp_path / "small.pth", tmp_path / "bare.pth", reference=True)
+    bare, small = torch.load(tmp_path / "bare.pth", weights_only=True), loaded(tmp_path / "small.pth")
+    assert all(value.dtype == torch.float32 for value in bare.values())
+    torch.testing.assert_close(bare, dict(small.state_dict()), rtol=0, atol=0)
+
+
+def test_the_references_own_file_is_exported_too(tmp_path):
+    source = build.from_config({**SMALL, "input_shape": (32, 32)})
+    wrapped = {f"module.{name}": value for name, value in source.state_dict().items()}
+    save_checkpoint(tmp_path / "published.pth", wrapped)
+    export_weights(tmp_path / "published.pth", tmp_path / "small.pth")
+    export_weights(tmp_path / "published.pth", tmp_path / "bare.pth", reference=True)
+    back = loaded(tmp_path / "small.pth")
+    for name, value in source.ema_model.state_dict().items():
+        torch.testing.assert_close(back.ema_model.state_dict()[name], value.half().float(), rtol=0, atol=0)
+    torch.testing.assert_close(torch.load(tmp_path / "bare.pth", weights_only=True), dict(source.state_dict()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_what_the_reference_would_misread_is_refused(tmp_path, prediction):
+    write_run(tmp_path / "run", prediction=prediction)
+    with pytest.raises(ValueError, match=f"predicts {prediction}"):
+        export_weights(tmp_path / "run", tmp_path / "bare.pth", reference=True)
+    assert not (tmp_path / "bare.pth").exists()
+    export_weights(tmp_path / "run", tmp_path / "small.pth")
+    assert loaded(tmp_path / "small.pth").prediction == prediction
+
+
+# Mistakes
+
+
+def test_nothing_is_overwritten_not_even_the_run_itself(tmp_path):
+    write_run(tmp_path / "run")
+    before = (tmp_path / "run" / "last.pth").read_bytes()
+    with pytest.raises(ValueError, match="is there already"):
+        export_weights(tmp_path / "run", tmp_path / "run" / "last.pth")
+    assert (tmp_path / "run" / "last.pth").read_bytes() == before
+
+
+def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path):
+    source = write_run(tmp_path / "run")
+    source.ema_model.out_conv.bias.data[0] = 1e5
+    save_checkpoint(tmp_path / "run" / "last.pth", {**load_checkpoint(tmp_path / "run" / "last.pth"), "weights": source.state_dict()})
+    with pytest.raises(ValueError, match="65504"):
+        export_weights(tmp_path / "run", tmp_path / "small.pth")
+    export_weights(tmp_path / "run", tmp_path / "bare.pth", reference=True)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["bare.pth", "run"]
+
+
+def test_weights_that_are_not_those_of_their_settings_are_refused(tmp_path):
+    source = write_run(tmp_path / "run")
+    weights = source.state_dict()
+    del weights["ema_model.init_conv.bias"]
+    save_checkpoint(tmp_path / "run" / "last.pth", {**load_checkpoint(tmp_path / "run" / "last.pth"), "weights": weights})
+    with pytest.raises(ValueError, match="missing: ema_model.init_conv.bias"):
+        export_weights(tmp_path / "run", tmp_path / "small.pth")
+
+
+# The command
+
+
+def test_the_command_takes_a_runs_folder_and_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "run")
+    command = [sys.executable, "-m", "utils.checkpoint", "export", tmp_path / "run", tmp_path / "out" / "small.pth"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert load_checkpoint(tmp_path / "out" / "small.pth")["weights_kind"] == "ema"
+    monkeypatch.setattr(sys, "argv", ["checkpoint", "export", str(tmp_path / "run"), str(tmp_path / "bare.pth"), "--reference"])
+    checkpoints.main()
+    assert "model.init_conv.bias" in torch.load(tmp_path / "bare.pth", weights_only=True)
+    with pytest.raises(SystemExit):
+        checkpoints.run_script(checkpoints.main)
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'bare.pth'} is there already")
