@@ -70,6 +70,7 @@ def test_links_in_circles_end_and_no_folder_is_listed_twice(tmp_path):
     make_image(tmp_path / "outside" / "2.png")
     (tmp_path / "data" / "z" / "up").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "a").symlink_to(tmp_path / "data" / "z")
+    (tmp_path / "data" / "zz").symlink_to(tmp_path / "data" / "z")
     (tmp_path / "data" / "linked").symlink_to(tmp_path / "outside")
     (tmp_path / "data" / "self").symlink_to(tmp_path / "data" / "self")
     (tmp_path / "data" / "file.png").symlink_to(tmp_path / "outside" / "2.png")
@@ -142,7 +143,7 @@ def test_the_shipped_emoji_make_way_for_other_images():
 # The list
 
 ODD_NAMES = ["with space.png", " b, c.png", "ü/日本/é.png", "1;b.png", "12;/x.png", "a;b;c.png", "x\u2028y\x85z\x0b.png", "\ufeff.png",
-             "tab\t'\"#%\\n.png", "bytes\udcff.png", "end .png "]
+             "tab\t'\"#%\\n.png", "car\rriage.png", "bytes\udcff.png", "end .png "]
 
 
 @pytest.mark.parametrize("labels", [None, [i % 3 for i in range(len(ODD_NAMES))]])
@@ -202,10 +203,10 @@ def test_a_full_disk_leaves_list_and_names_untouched(tmp_path):
     path = tmp_path / "train_lines.txt"
     write_annotation(path, ["/d/old.png"], [0], ["old"])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
         with pytest.raises(OSError):
-            write_annotation(path, [f"/d/{i}.png" for i in range(10_000)], [0] * 10_000, ["new"])
+            write_annotation(path, [f"/d/{i}.png" for i in range(50)], [0] * 50, ["new"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert read_annotation(path) == Annotation(["/d/old.png"], [0], ["old"])
@@ -285,10 +286,10 @@ def test_results_come_in_order(num_workers):
 def test_only_a_bounded_number_of_items_is_taken_ahead():
     taken = []
     results = map_in_threads(taken.append, range(100_000), num_workers=2)
-    for _ in range(10):
+    for _ in range(2000):
         next(results)
     results.close()
-    assert len(taken) < 1000
+    assert len(taken) < 2500
 
 
 def test_an_error_is_raised_where_the_results_are_read():

@@ -137,8 +137,25 @@ def damage_index(pixels, index):
     index.write_text(index.read_text()[:-5])
 
 
-def forget_bad_files(pixels, index):
-    index.write_text(json.dumps({**json.loads(index.read_text()), "shape": [39, 8, 16, 3]}))
+def edit_index(index, **changes):
+    index.write_text(json.dumps({**json.loads(index.read_text()), **changes}))
+
+
+def forget_an_image(pixels, index):
+    pixels.write_bytes(pixels.read_bytes()[:39 * 8 * 16 * 3])
+    edit_index(index, shape=[39, 8, 16, 3], hashes=["0"] * 39)
+
+
+def forget_a_hash(pixels, index):
+    edit_index(index, hashes=["0"] * 39)
+
+
+def empty_index(pixels, index):
+    index.write_text("{}")
+
+
+def lengthen_pixels(pixels, index):
+    pixels.write_bytes(pixels.read_bytes() + b"0")
 
 
 def cut_pixels(pixels, index):
@@ -153,7 +170,8 @@ def remove_pixels(pixels, index):
     pixels.unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_index, forget_bad_files, cut_pixels, remove_index, remove_pixels])
+@pytest.mark.parametrize("damage", [
+    damage_index, empty_index, remove_index, forget_an_image, forget_a_hash, cut_pixels, lengthen_pixels, remove_pixels])
 def test_a_damaged_cache_is_built_again(listed, decoded, damage):
     whole = open_listed(listed).__getitems__(range(40))[0]
     (pixels,), (index,) = listed[2].glob("*.pixels"), listed[2].glob("*.json")
@@ -276,9 +294,10 @@ def test_the_caches_used_longest_ago_go(listed):
                 os.utime(path, (old + i, old + i))
     (listed[2] / ".leftover.pixels.1.tmp").touch()
     os.utime(listed[2] / ".leftover.pixels.1.tmp", (old, old))
+    open_listed(listed, input_shape=(7, 4))  # used just now, though made long ago
     open_listed(listed, input_shape=(4, 4), img_channels=1)
     kept = sorted(json.loads(path.read_text())["shape"][1:] for path in listed[2].glob("*.json"))
-    assert kept == [[4, 4, 1], [8, 4, 3], [9, 4, 3], [10, 4, 3]]
+    assert kept == [[4, 4, 1], [7, 4, 3], [9, 4, 3], [10, 4, 3]]
     assert len(list(listed[2].iterdir())) == 8
 
 

@@ -246,7 +246,6 @@ def _build_cache(folder, key, paths, settings, num_workers):
     shape = (*settings["input_shape"], settings["img_channels"])
     print(f"decoding {len(paths)} images to {shape[0]}x{shape[1]} (height x width), {np.prod(shape) * len(paths) / 1e6:.1f} MB: "
           f"{printable(pixels_path.absolute())}")
-    index_path.unlink(missing_ok=True)
     hashes, bad = [], []
     try:
         with atomic_write(pixels_path) as file:
