@@ -23,10 +23,15 @@ class Config:
     annotation_path: str = "train_lines.txt"   # the list that is written; class names go beside it
     verify: bool = True                        # decode every image fully and leave out the bad ones (False: read headers only)
     num_workers: int = 0                       # threads for that; 0 = all cores
+    download: str = ""                         # fetch and list one of: flowers102 cifar10 fashion_mnist mnist celeba oxford_pets stl10
 
 
 def main():
     config = parse_config(Config, __doc__)
+    if config.download:
+        from utils.downloads import download  # torchvision takes seconds to import
+
+        config.datasets_path = download(config.download, config.datasets_path)
     found = find_images(config.datasets_path)
     paths, num_shipped = without_shipped(found, config.datasets_path)
     good, bad = check_images(paths, config.verify, config.num_workers) if paths else ([], [])
