@@ -1,6 +1,7 @@
 """Train a DDPM on the pictures of train_lines.txt. Every setting below is also an option: --batch_size 32."""
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -153,6 +154,7 @@ def prepare(config, device, checkpoint=None):
     check_classes(config, dataset.classes, checkpoint)
     rows, val_rows = split_validation(dataset.hashes, config.val_split)
     batch_size = effective_batch_size(len(rows), config.batch_size, distributed.world_size() * config.accumulate)
+    torch.manual_seed(mix(config.seed, "weights"))
     diffusion = build.from_config(asdict(config), len(dataset.classes))
     if checkpoint:
         build.load_weights(diffusion, checkpoint["weights"], checkpoint["weights_kind"])
@@ -176,7 +178,11 @@ def train(config, parts, folder, start):
     trained = [parameter for parameter in diffusion.parameters() if parameter.requires_grad]
     steps_per_epoch, size = len(rows) // batch_size, batch_size // (world_size * config.accumulate)
     shape = (batch_size, config.img_channels, *config.input_shape)
-    total_steps, drop = config.epochs * steps_per_epoch, config.label_dropout if config.class_conditional else 0.0
+    drop = config.label_dropout if config.class_conditional else 0.0
+    rate_at = partial(
+        learning_rate, total_steps=config.epochs * steps_per_epoch, init_lr=config.init_lr, min_lr=config.min_lr, warmup=config.warmup,
+        decay=config.lr_decay_type,
+    )  # fmt: skip
     generator, agreement = torch.Generator(device), distributed.Agreement()
 
     with StopSignal() as stop, RunFiles(folder, config, parts, start) as files:
@@ -185,8 +191,7 @@ def train(config, parts, folder, start):
             meter.reset(start.sums if epoch == start.epoch else None)
             batches = EpochBatches(rows, batch_size, config.seed, epoch, consumed, rank, world_size)
             for images, labels in data_loader(dataset, batches, pin_memory=device.type == "cuda"):
-                step = epoch * steps_per_epoch + consumed // batch_size
-                rate = learning_rate(step, total_steps, config.init_lr, config.min_lr, config.warmup, config.lr_decay_type)
+                rate = rate_at(epoch * steps_per_epoch + consumed // batch_size)
                 set_rate(optimizer, rate)
 
                 # Drawn for the whole batch on every process, so that their number changes nothing but dropout.
@@ -227,7 +232,8 @@ def train(config, parts, folder, start):
 
             sums = torch.stack(distributed.gather(meter.sums.cpu()))
             seconds = files.seconds()
-            row = {"epoch": epoch + 1, "step": (epoch + 1) * steps_per_epoch, **summary(sums), "learning_rate": rate}
+            step = (epoch + 1) * steps_per_epoch
+            row = {"epoch": epoch + 1, "step": step, **summary(sums), "learning_rate": rate_at(step - 1)}
             if len(val_rows):
                 row["val_loss"] = validation_loss(diffusion, dataset, val_rows, batch_size, config, device, layout)
             if is_main:
