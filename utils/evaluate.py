@@ -24,7 +24,7 @@ from utils.config import check_values, parse_config, run_script
 from utils.dataset import normalise
 from utils.device import autocast, choose_device, choose_precision, describe_device, memory_format
 from utils.feature_sets import kernel_distance, nearest, precision_and_recall
-from utils.features import FeatureCache, collect, load_extractor
+from utils.features import FeatureCache, collect, load_extractor, with_progress
 from utils.frechet import statistics_distance
 from utils.images import make_grid, save_png, to_uint8
 from utils.picture_sets import natural_shape, open_pictures
@@ -105,7 +105,7 @@ def main():
         extractor = load_extractor(config.features, reference, cache, device, config.batch_size, config.inception_weights)
         say("features", extractor.name)
     if config.distances or config.nearest:
-        sampled = collect(tqdm(blocks, desc="samples", leave=False), extractor, config.max_features, config.nearest_images)
+        sampled = collect(with_progress(blocks, count, "samples"), extractor, config.max_features, config.nearest_images)
     if config.distances:
         results["distances"] = measure_distances(config, sampled, cache.collected(reference, extractor, config.max_features), extractor)
     if config.nearest:
@@ -169,7 +169,10 @@ def load_model(config, device, precision):
 
 def digest_of(config, model):
     """A short digest of the network that is measured; None where there is none."""
-    return weights_digest((model.diffusion.ema_model if config.use_ema else model.diffusion.model).state_dict()) if model else None
+    if model is None:
+        return None
+    weights = (model.diffusion.ema_model if config.use_ema else model.diffusion.model).state_dict()
+    return weights_digest({name: value.flatten() if value.ndim else value for name, value in weights.items()})
 
 
 def open_sides(config, model):
@@ -277,8 +280,7 @@ def measure_nearest(config, sampled, reference, held_out, extractor):
         return extractor(images) if by_features else images.flatten(1)
 
     def search(images, k=1):
-        bank = tqdm(reference.blocks(), total=-(-len(reference) // len(next(reference.blocks()))), desc="nearest", leave=False)
-        distances, found = nearest(describe(images), map(describe, bank), k)
+        distances, found = nearest(describe(images), map(describe, with_progress(reference.blocks(), len(reference), "nearest")), k)
         # Pixels: root mean square in levels of 0 to 255, which does not depend on the size.
         return distances[:, -1] / (1 if by_features else math.sqrt(images[0].numel())), found[:, -1]
 

@@ -9,6 +9,7 @@ from utils.checkpoint import weights_digest
 
 FORMAT = 1
 WIDTHS = (32, 64, 128)
+STEPS = 1400
 
 
 class FeatureNet(nn.Module):
@@ -46,13 +47,14 @@ class FeatureNet(nn.Module):
         return weights_digest(self.state_dict())
 
 
-def train_feature_net(images, labels, test_images, test_labels, num_classes=None, *, epochs=3, batch_size=128, rate=2e-3, seed=0,
+def train_feature_net(images, labels, test_images, test_labels, num_classes=None, *, epochs=None, batch_size=128, rate=2e-3, seed=0,
                       device="cpu"):
     """A FeatureNet in eval mode, trained on pictures (n, h, w, c) uint8 with labels (n,), its accuracy taken on the test pictures.
 
     A function of its arguments on a given machine with a given number of threads. Arrays or tensors; only batches are copied, so a
-    memory-mapped cache does. Adam with one cycle of the rate (Smith & Topin 2018). On 60,000 pictures of 28x28 an epoch takes about
-    half a minute on two cores. ValueError for arguments that do not fit together.
+    memory-mapped cache does. Adam with one cycle of the rate (Smith & Topin 2018). epochs: None makes about STEPS steps, one epoch at
+    least: three of 60,000 pictures, which at 28x28 take about two minutes on one core. ValueError for arguments that do not fit
+    together.
     """
     labels, test_labels = torch.as_tensor(labels).long(), torch.as_tensor(test_labels).long()
     check_labelled("training", images, labels)
@@ -63,6 +65,7 @@ def train_feature_net(images, labels, test_images, test_labels, num_classes=None
         torch.manual_seed(seed)
         net = FeatureNet(images.shape[-1], num_classes).to(device)
     batch_size = min(batch_size, len(labels))
+    epochs = epochs or max(1, round(STEPS * batch_size / len(labels)))
     steps = epochs * (len(labels) // batch_size)
     optimizer = torch.optim.Adam(net.parameters(), rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1)

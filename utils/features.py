@@ -56,6 +56,14 @@ def collect(blocks, extractor=None, max_features=10_000, max_pictures=0):
     return Collected(statistics, torch.cat(features) if features else torch.zeros(0, 0), torch.cat(pictures) if pictures else None)
 
 
+def with_progress(blocks, count, description):
+    """The blocks of `count` pictures, with a progress bar."""
+    with tqdm(total=count, desc=description, unit="img", dynamic_ncols=True, leave=False) as bar:
+        for images in blocks:
+            yield images
+            bar.update(len(images))
+
+
 class FeatureCache:
     """Reference statistics and classifiers on disk, by a key of the pictures and the settings: datasets/.cache, unless told.
 
@@ -80,8 +88,8 @@ class FeatureCache:
             statistics.count, statistics.mean, statistics.scatter = kept["count"], kept["mean"], kept["scatter"]
             return Collected(statistics, kept["features"], None)
         except Exception:  # none yet, or damaged, for which torch.load raises all kinds
-            blocks = tqdm(pictures.blocks(pictures.shuffled(0, seed=0)), desc="reference", unit="block", leave=False)
-            found = collect(blocks, extractor, max_features)
+            blocks = pictures.blocks(pictures.shuffled(0, seed=0))
+            found = collect(with_progress(blocks, len(pictures), "reference"), extractor, max_features)
         statistics = found.statistics
         kept = {"count": statistics.count, "mean": statistics.mean, "scatter": statistics.scatter, "features": found.features}
         with atomic_write(path) as file:
@@ -96,8 +104,11 @@ class FeatureCache:
                              "name the file of a classifier, or use --features inception")
         path = self.path("classifier", pictures.key())
         if not path.is_file():
+            if len(set(pictures.hashes)) < 100:
+                raise ValueError(f"{len(pictures):,} pictures are too few to train a classifier on: name the file of one with --features")
             parts = []
-            for numbers in split_validation(pictures.hashes, 0.1):
+            # Digits from the end: those at the start decided already what val_split kept aside.
+            for numbers in split_validation([digest[::-1] for digest in pictures.hashes], 0.1):
                 parts += [pictures.take(numbers), pictures.labels[numbers]]
             save_feature_net(path, train_feature_net(*parts, num_classes=len(pictures.classes), device=device))
             self.prune(path.parent)
