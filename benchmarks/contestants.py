@@ -1,0 +1,268 @@
+"""The implementations that are compared: each trains one step, takes one denoising step and draws pictures, on the same images.
+
+All have the same widths, blocks, dropout and batch. Ours takes what train.py would choose for the device. diffusers runs the loop of
+its unconditional training example (AdamW, its EMA, files decoded and augmented every epoch, the loss read every step; bf16 as its
+option on a GPU); denoising-diffusion-pytorch runs its own Trainer. A package that is missing is a ModuleNotFoundError here.
+"""
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+import train
+from benchmarks.timing import quiet
+from utils.annotation import find_images, write_annotation
+from utils.dataset import EpochBatches, data_loader, normalise
+from utils.device import autocast, choose_compile, choose_precision, memory_format
+from utils.learning_rate import learning_rate
+from utils.optimizer import held_against, set_rate, step_unless_bad
+from utils.randomness import draw_step, mix
+
+MULTS = (1, 2, 2, 2)
+
+
+@dataclass
+class Job:
+    """What is trained and where."""
+
+    device: torch.device
+    channel: int
+    size: int
+    batch_size: int
+    dropout: float
+    images: Path  # folder of pictures of size x size
+    scratch: Path
+
+
+def forever(make_iterator):
+    while True:
+        yield from make_iterator()
+
+
+class Ours:
+    """This project: the step of train.py's loop and the sampling of predict.py."""
+
+    name = "this project"
+
+    def __init__(self, job):
+        self.job = job
+        paths = find_images(job.images)
+        write_annotation(job.scratch / "train_lines.txt", paths)
+        precision = choose_precision("auto", job.device)
+        config = train.Config(
+            annotation_path=str(job.scratch / "train_lines.txt"), input_shape=(job.size, job.size), channel=job.channel,
+            dropout=job.dropout, batch_size=job.batch_size, device=job.device.type, precision=precision,
+        )  # fmt: skip
+        with quiet():
+            self.parts = train.prepare(config, job.device)
+        self.config, self.precision, self.diffusion = config, precision, self.parts.diffusion
+        self.trained = [parameter for parameter in self.diffusion.parameters() if parameter.requires_grad]
+        self.network = self.diffusion.model
+        self.compiled = choose_compile("auto", job.device)
+        if self.compiled:
+            self.diffusion.model.compile()
+            self.diffusion.ema_model.compile()
+        self.batches, self.step, self.generator = forever(self.epoch), 0, torch.Generator(job.device)
+
+    def epoch(self):
+        batches = EpochBatches(self.parts.rows, self.parts.batch_size, seed=0, epoch=self.step)
+        return data_loader(self.parts.dataset, batches, pin_memory=self.job.device.type == "cuda")
+
+    def train_step(self):
+        """What train.py's loop does for a batch, call for call, in one process and without accumulation."""
+        config, (device, layout, _, _, _, batch_size, diffusion, optimizer, scaler, meter) = self.config, self.parts
+        images, _ = next(self.batches)
+        set_rate(optimizer, learning_rate(self.step, 10_000, config.init_lr, config.min_lr, config.warmup, config.lr_decay_type))
+        torch.manual_seed(mix(config.seed, self.step, "dropout"))
+        shape = (batch_size, config.img_channels, *config.input_shape)
+        draws = draw_step(self.generator, mix(config.seed, self.step), shape, config.num_timesteps)
+        x = normalise(images, device, None, layout)
+        with autocast(device, self.precision):
+            losses = diffusion(x, t=draws.t, noise=draws.noise, reduction="none")
+            scaler.scale(losses.mean()).backward()
+        scaler.unscale_(optimizer)
+        norm = clip_grad_norm_(self.trained, config.grad_clip)
+        bad = 1 - norm.isfinite().float()
+        step_unless_bad(optimizer, scaler, bad)
+        diffusion.update_ema(skip=bad)
+        meter.add(losses.detach(), draws.t, norm, bad, held_against(bad, scaler))
+        meter.shown()
+        self.step += 1
+
+    def denoise_step(self):
+        """One step of ddpm, as `sample` takes it."""
+        if not hasattr(self, "steps"):
+            self.diffusion.to(memory_format=memory_format(self.job.device, self.precision))
+            self.steps = forever(lambda: self.diffusion.sample_steps(self.job.batch_size, self.job.device, sampler="ddpm"))
+        with autocast(self.job.device, self.precision):
+            next(self.steps)
+
+    def draw(self, count):
+        """`count` pictures as predict.py draws them: the whole job. Returns the share of it that was done."""
+        with autocast(self.job.device, self.precision):
+            self.diffusion.sample(count, self.job.device, sampler="dpm++", steps=25, seeds=range(count))
+        return 1.0
+
+    def batch(self):
+        images, _ = next(self.batches)
+        return normalise(images, self.job.device, None, self.parts.layout)
+
+
+class Files(torch.utils.data.Dataset):
+    """The data set of diffusers' example: each picture opened, augmented and normalised whenever it is asked for."""
+
+    def __init__(self, folder, size):
+        from torchvision import transforms
+
+        self.paths = find_images(folder)
+        self.transform = transforms.Compose([
+            transforms.Resize(size, interpolation=transforms.InterpolationMode.BILINEAR), transforms.CenterCrop(size),
+            transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize([0.5], [0.5]),
+        ])  # fmt: skip
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        from PIL import Image
+
+        return self.transform(Image.open(self.paths[index]).convert("RGB"))
+
+
+class Diffusers:
+    """diffusers: UNet2DModel in the loop of examples/unconditional_image_generation, with its defaults."""
+
+    name = "diffusers"
+
+    def __init__(self, job):
+        from accelerate import Accelerator
+        from diffusers import DDPMScheduler, UNet2DModel
+        from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
+
+        self.job = job
+        gpu = job.device.type == "cuda"
+        self.accelerator = Accelerator(mixed_precision="bf16" if gpu else "no", cpu=not gpu)
+        down, up = ["DownBlock2D"] * len(MULTS), ["UpBlock2D"] * len(MULTS)
+        down[1], up[-2] = "AttnDownBlock2D", "AttnUpBlock2D"
+        model = UNet2DModel(
+            sample_size=job.size, layers_per_block=2, block_out_channels=tuple(job.channel * mult for mult in MULTS), dropout=job.dropout,
+            down_block_types=tuple(down), up_block_types=tuple(up), attention_head_dim=None,
+        )  # fmt: skip
+        self.ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75,
+                            model_cls=UNet2DModel, model_config=model.config)
+        self.scheduler = DDPMScheduler(num_train_timesteps=1000)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+        loader = torch.utils.data.DataLoader(Files(job.images, job.size), batch_size=job.batch_size, shuffle=True, drop_last=True)
+        rate = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=10_000)
+        self.model, self.optimizer, self.loader, self.rate = self.accelerator.prepare(model, optimizer, loader, rate)
+        self.ema.to(self.accelerator.device)
+        self.network = model
+        self.batches = forever(lambda: self.loader)
+        self.generator = torch.Generator(job.device).manual_seed(0)
+
+    def train_step(self):
+        self.model.train()
+        images = next(self.batches)
+        noise = torch.randn(images.shape, device=images.device)
+        t = torch.randint(0, 1000, (len(images),), device=images.device, dtype=torch.int64)
+        noisy = self.scheduler.add_noise(images, noise, t)
+        with self.accelerator.accumulate(self.model):
+            loss = nn.functional.mse_loss(self.model(noisy, t).sample.float(), noise.float())
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.rate.step()
+            self.optimizer.zero_grad()
+        if self.accelerator.sync_gradients:
+            self.ema.step(self.model.parameters())
+        return loss.detach().item()
+
+    @torch.no_grad()
+    def denoise_step(self):
+        """One step of DDPMPipeline's loop."""
+        if not hasattr(self, "x"):
+            self.network.eval()
+            self.x = torch.randn(self.job.batch_size, 3, self.job.size, self.job.size, device=self.job.device)
+        with self.half():
+            predicted = self.network(self.x, 500).sample
+        self.scheduler.step(predicted, 500, self.x, generator=self.generator)
+
+    def half(self):
+        return torch.autocast("cuda", torch.bfloat16) if self.job.device.type == "cuda" else contextlib.nullcontext()
+
+    def draw(self, count, steps=5):
+        """`count` pictures by DDPMPipeline with `steps` of its 1000 steps, which are all alike. Returns the share of the job."""
+        from diffusers import DDPMPipeline, DDPMScheduler
+
+        pipeline = DDPMPipeline(unet=self.network, scheduler=DDPMScheduler(num_train_timesteps=1000))
+        pipeline.set_progress_bar_config(disable=True)
+        with self.half():
+            pipeline(batch_size=count, num_inference_steps=steps, generator=torch.manual_seed(0))
+        return steps / 1000
+
+    def batch(self):
+        return next(self.batches)
+
+
+class Lucidrains:
+    """denoising-diffusion-pytorch: its Unet, GaussianDiffusion and Trainer, as its README builds them."""
+
+    name = "denoising-diffusion-pytorch"
+
+    def __init__(self, job):
+        from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
+
+        self.job = job
+        self.network = Unet(dim=job.channel, dim_mults=MULTS, dropout=job.dropout, flash_attn=True)
+        diffusion = GaussianDiffusion(self.network, image_size=job.size, timesteps=1000).to(job.device)
+        gpu = job.device.type == "cuda"
+        self.trainer = Trainer(
+            diffusion, str(job.images), train_batch_size=job.batch_size, train_lr=8e-5, train_num_steps=0, calculate_fid=False, amp=gpu,
+            mixed_precision_type="bf16", save_and_sample_every=10**9, results_folder=str(job.scratch / "results"),
+        )  # fmt: skip
+        self.diffusion = diffusion
+
+    def train_step(self):
+        self.trainer.train_num_steps = self.trainer.step + 1
+        with quiet():
+            self.trainer.train()
+
+    @torch.inference_mode()
+    def denoise_step(self):
+        if not hasattr(self, "x"):
+            self.diffusion.eval()
+            self.x = torch.randn(self.job.batch_size, 3, self.job.size, self.job.size, device=self.job.device)
+        with self.trainer.accelerator.autocast():
+            self.diffusion.p_sample(self.x, 500)
+
+    @torch.inference_mode()
+    def draw(self, count, steps=5):
+        """`steps` of its 1000 steps for `count` pictures."""
+        self.diffusion.eval()
+        x = torch.randn(count, 3, self.job.size, self.job.size, device=self.job.device)
+        with self.trainer.accelerator.autocast():
+            for t in range(999, 999 - steps, -1):
+                x, _ = self.diffusion.p_sample(x, t)
+        return steps / 1000
+
+    def batch(self):
+        return next(self.trainer.dl)
+
+
+CONTESTANTS = {kind.name: kind for kind in (Ours, Diffusers, Lucidrains)}
+
+
+def installed(job):
+    """The contestants that can run here, built; a line for each that cannot."""
+    built = {}
+    for name, kind in CONTESTANTS.items():
+        try:
+            built[name] = kind(job)
+        except ImportError as error:
+            print(f"left out: {name} ({error}); pip install -r benchmarks/requirements.txt")
+    return built

@@ -1,0 +1,316 @@
+"""Speed and memory beside other implementations, interleaved in one process: python -m benchmarks.speed
+
+Writes a table and JSON into benchmarks/results/. Every row says what a line of it costs; ratios are of medians.
+"""
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.contestants import CONTESTANTS, Job, Ours, installed
+from benchmarks.timing import interleave, machine, markdown, quiet, spread, usable_cores
+from utils.annotation import find_images, write_annotation
+from utils.atomic import atomic_write
+from utils.config import parse_config, run_script
+from utils.dataset import EpochBatches, data_loader, open_dataset
+from utils.device import DTYPES, choose_device, choose_precision, peak_memory
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PROJECT = RESULTS.parent.parent
+
+
+@dataclass
+class Config:
+    sections: tuple[str, ...] = ("train", "denoise", "sample", "data", "cache", "start", "memory")  # what is measured
+    rounds: int = 7                       # rounds of each section, after the warm-up
+    channel: int = 0                      # width of the first level; 0: 128 on a GPU, 64 on a CPU
+    size: int = 32                        # height and width of the pictures
+    batch_size: int = 0                   # pictures a step; 0: 128 on a GPU, 16 on a CPU
+    memory_batch: int = 64                # pictures a step where memory is measured
+    dropout: float = 0.1                  # of all networks
+    num_images: int = 512                 # pictures that are trained on
+    num_jpegs: int = 200                  # 640x480 photographs that the cache is built from
+    threads: int = 0                      # of PyTorch; 0: one a core
+    clock: Literal["wall", "cpu"] = "wall"  # cpu: this process's own time, for a machine that others use too; with threads 1
+    device: str = "auto"                  # auto, cuda or cpu
+    name: str = ""                        # of the files in benchmarks/results; "": the device's
+    memory_of: str = ""                   # used by the script itself: print the peak memory of this contestant
+
+
+def main():
+    config = parse_config(Config, __doc__)
+    device = choose_device(config.device)
+    torch.set_num_threads(config.threads or usable_cores())
+    gpu = device.type == "cuda"
+    config = replace(config, channel=config.channel or (128 if gpu else 64), batch_size=config.batch_size or (128 if gpu else 16))
+    unknown = [name for name in config.sections if name not in SECTIONS]
+    if unknown:
+        raise ValueError(f"unknown sections {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
+    if config.memory_of:
+        print(json.dumps(measure_memory(config, device)))
+        return
+    with TemporaryDirectory() as scratch:
+        job = make_job(config, device, Path(scratch))
+        contestants = installed(job)
+        report = {"machine": machine(device, choose_precision("auto", device), config.clock), "settings": asdict(config), "rows": []}
+        for name in config.sections:
+            started = time.perf_counter()
+            report["rows"] += SECTIONS[name](config, job, contestants)
+            print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    write(report, config.name or device.type)
+
+
+def make_job(config, device, scratch):
+    """The pictures on disk, made once for all contestants."""
+    images = scratch / "datasets"  # by this name the cache comes to lie in it, not among the user's
+    images.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(config.num_images):
+        coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((config.size, config.size), Image.Resampling.BICUBIC).save(images / f"{number:05d}.png")
+    return Job(device, config.channel, config.size, config.batch_size, config.dropout, images, scratch)
+
+
+def timed(config, job, functions, **options):
+    return interleave(functions, config.rounds, job.device, clock=config.clock, **options)
+
+
+def rows_of(what, unit, seconds, per_call, flops=None):
+    """A row for each contestant: per_call things done in a call, as things a second, beside this project's."""
+    rows = []
+    ours = spread(seconds[Ours.name])["median"] / per_call[Ours.name] if Ours.name in seconds else None
+    for name, values in seconds.items():
+        time_of = spread(values)
+        row = {"what": what, "who": name, "unit": unit, "rate": per_call[name] / time_of["median"], "seconds_a_call": time_of,
+               "ours_is_faster": time_of["median"] / per_call[name] / ours if ours else None}
+        if flops:
+            row["flops_a_second"] = flops[name] / time_of["median"]
+        rows.append(row)
+    return rows
+
+
+def train_section(config, job, contestants):
+    """Images a second of a whole training step: data, network, optimizer, average. And FLOP/s beside the machine's peaks."""
+    seconds = timed(config, job, {name: one.train_step for name, one in contestants.items()})
+    flops = {name: count_flops(one.train_step) for name, one in contestants.items()}
+    rows = rows_of("training step", "images/s", seconds, dict.fromkeys(seconds, config.batch_size), flops)
+    peaks = measure_peaks(config, job)
+    for row in rows:
+        row["share_of_peaks"] = {peak["who"]: row["flops_a_second"] / peak["flops_a_second"] for peak in peaks}
+    return rows + peaks
+
+
+def count_flops(step):
+    """Of one call, counted on the uncompiled network: a compiled one hides its operations from the counter."""
+    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+        step()
+    return counter.get_total_flops()
+
+
+def measure_peaks(config, job):
+    """FLOP/s of one large matrix product and of one 3x3 convolution, in the dtype that this project trains in on this device."""
+    dtype, gpu = DTYPES[choose_precision("auto", job.device)], job.device.type == "cuda"
+    n, width, size = (8192, 256, 32) if gpu else (2048, 128, 32)
+    batch = 128 if gpu else 16
+    a = torch.randn(n, n, device=job.device, dtype=dtype)
+    x = torch.randn(batch, width, size, size, device=job.device, dtype=dtype).to(memory_format=torch.channels_last)
+    weight = torch.randn(width, width, 3, 3, device=job.device, dtype=dtype).to(memory_format=torch.channels_last)
+    flops = {"matrix product": 2 * n**3, "3x3 convolution": 2 * batch * width**2 * 9 * size**2}
+    with torch.no_grad():
+        functions = {"matrix product": lambda: a @ a, "3x3 convolution": lambda: torch.conv2d(x, weight, padding=1)}
+        seconds = timed(config, job, functions, warm_up=3)
+    return [{"what": f"peak, {str(dtype).removeprefix('torch.')}", "who": name, "unit": "FLOP/s", "seconds_a_call": spread(values),
+             "rate": flops[name] / min(values), "flops_a_second": flops[name] / min(values)} for name, values in seconds.items()]
+
+
+def denoise_section(config, job, contestants):
+    """One reverse step of ddpm for a batch, with the averaged weights where there are any."""
+    seconds = timed(config, job, {name: one.denoise_step for name, one in contestants.items()})
+    return rows_of("denoising step", "images/s", seconds, dict.fromkeys(seconds, config.batch_size))
+
+
+def sample_section(config, job, contestants):
+    """25 pictures: ours whole (25 network calls each), the others a stated share of their 1000 calls, scaled up."""
+    shares = {}
+
+    def drawing(name):
+        def draw():
+            shares[name] = contestants[name].draw(25)
+        return draw
+
+    rounds = replace(config, rounds=max(3, config.rounds // 2))
+    seconds = timed(rounds, job, {name: drawing(name) for name in contestants}, warm_up=1)
+    rows = rows_of("25 pictures", "pictures/s", seconds, {name: 25 * share for name, share in shares.items()})
+    for row in rows:
+        row["note"] = "whole" if shares[row["who"]] == 1 else f"measured {shares[row['who']]:.1%} of its 1000 steps, scaled up"
+    return rows
+
+
+def data_section(config, job, contestants):
+    """Batches on the device, ready for the network: ours from its cache, the others from the files as their loops read them."""
+    count = 20
+
+    def loading(one):
+        def load():
+            for _ in range(count):
+                one.batch()
+        return load
+
+    seconds = timed(config, job, {name: loading(one) for name, one in contestants.items()})
+    rows = rows_of("batches on the device", "images/s", seconds, dict.fromkeys(seconds, count * config.batch_size))
+    ours = contestants[Ours.name].parts.dataset
+
+    def gather():
+        for _ in data_loader(ours, EpochBatches(len(ours), 64, seed=0, epoch=0)):
+            pass
+
+    alone = timed(config, job, {Ours.name: gather})
+    whole = len(ours) // 64 * 64
+    return rows + rows_of("batches of 64 from the cache, host only", "images/s", alone, {Ours.name: whole})
+
+
+def cache_section(config, job, contestants):
+    """The uint8 cache built from 640x480 JPEGs on all cores, and a plain Pillow loop on one over the same files."""
+    folder = job.scratch / "jpegs"
+    folder.mkdir()
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    photo = coarse.resize((640, 480), Image.Resampling.BICUBIC)
+    for number in range(config.num_jpegs):
+        photo.rotate(number % 7).save(folder / f"{number:05d}.jpg", quality=90)
+    paths = find_images(folder)
+    annotation = job.scratch / "jpegs.txt"
+    write_annotation(annotation, paths)
+
+    def ours():
+        with TemporaryDirectory() as cache, quiet():
+            open_dataset(annotation, (config.size, config.size), cache_path=cache)
+
+    def pillow():
+        for path in paths:
+            picture = Image.open(path).convert("RGB").crop((80, 0, 560, 480))
+            np.asarray(picture.resize((config.size, config.size), Image.Resampling.BICUBIC))
+
+    seconds = interleave({Ours.name: ours, "a plain Pillow loop": pillow}, max(3, config.rounds // 2), warm_up=1)
+    rows = rows_of("cache build from 640x480 JPEGs", "images/s", seconds, dict.fromkeys(seconds, len(paths)))
+    rows[0]["note"] = f"{usable_cores()} cores; Pillow's loop has one"
+    rows[1]["ours_is_faster_a_core"] = rows[1]["ours_is_faster"] / usable_cores()
+    return rows
+
+
+START = """
+import os, runpy, sys
+from nets import unet
+unet.UNet.forward = lambda *arguments: os._exit(0)
+sys.argv = ["predict.py", *sys.argv[1:]]
+runpy.run_path("predict.py", run_name="__main__")
+"""
+
+
+def start_section(config, job, contestants):
+    """From the command `python predict.py` to its first network call, and what importing PyTorch alone takes. Always wall time."""
+    weights, out = job.scratch / "weights.pth", str(job.scratch / "pictures")
+    torch.save(contestants[Ours.name].diffusion.state_dict(), weights)
+    options = ["--model_path", str(weights), "--save_dir", out, "--device", job.device.type, "--input_shape", f"{job.size},{job.size}"]
+    commands = {
+        "python predict.py": [sys.executable, "-c", START, *options],
+        "import torch, torchvision": [sys.executable, "-c", "import torch, torchvision"],
+        "import torch": [sys.executable, "-c", "import torch"],
+    }
+    functions = {name: lambda command=command: subprocess.run(command, cwd=PROJECT, check=True, capture_output=True)
+                 for name, command in commands.items()}
+    seconds = {name: spread(values) for name, values in interleave(functions, config.rounds).items()}
+    ours = seconds["python predict.py"]["median"]
+    return [{"what": "start, to the first network call", "who": name, "unit": "s", "rate": values["median"], "seconds_a_call": values,
+             "predict_takes_of_it": ours / values["median"]} for name, values in seconds.items()]
+
+
+def memory_section(config, job, contestants):
+    """Peak memory of training, each contestant in a process of its own: the GPU's, or on a CPU the process's own, libraries included."""
+    rows = []
+    for name in contestants:
+        command = [sys.executable, "-m", "benchmarks.speed", "--memory_of", name, "--device", job.device.type, "--size", str(config.size),
+                   "--channel", str(config.channel), "--batch_size", str(config.memory_batch), "--dropout", str(config.dropout),
+                   "--threads", str(torch.get_num_threads())]
+        output = subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, text=True).stdout
+        rows.append({"what": f"peak memory, training, batch {config.memory_batch}", "who": name, "unit": "MiB",
+                     **json.loads(output.splitlines()[-1])})
+    for row in rows:
+        row["ours_takes_of_it"] = rows[0]["rate"] / row["rate"]
+        row["ours_takes_of_it_without_libraries"] = above_start(rows[0]) / above_start(row)
+    return rows
+
+
+def above_start(row):
+    return row["rate"] - row["before_training"]
+
+
+def measure_memory(config, device):
+    """Peak memory of three training steps, and what the process held before it built anything."""
+    before = peak_memory(device)
+    with TemporaryDirectory() as scratch, quiet():
+        one = CONTESTANTS[config.memory_of](make_job(config, device, Path(scratch)))
+        for _ in range(3):
+            one.train_step()
+    return {"rate": peak_memory(device), "before_training": before}
+
+
+SECTIONS = {
+    "train": train_section, "denoise": denoise_section, "sample": sample_section, "data": data_section, "cache": cache_section,
+    "start": start_section, "memory": memory_section,
+}  # fmt: skip
+
+
+def write(report, name):
+    """The table and the JSON, into benchmarks/results/."""
+    table = as_text(report)
+    print("\n" + table)
+    for ending, text in ((".md", table), (".json", json.dumps(report, indent=1))):
+        with atomic_write(RESULTS / f"speed_{name}{ending}", "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+    print(f"\nwritten: {RESULTS / f'speed_{name}.md'} and .json")
+
+
+def as_text(report):
+    """The report for people, in Markdown."""
+    about, settings = report["machine"], report["settings"]
+    gpu = about["gpu"] or "no CUDA GPU here: the same command measures one where there is one"
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    clock = "wall time" if about["clock"] == "wall" else "this process's CPU time"
+    lines = [
+        f"{about['cpu']}, {about['threads']} of {about['cores']} cores, load {about['load']:.1f}; {gpu}.",
+        f"{settings['channel']} channels, {settings['size']}x{settings['size']}, batch {settings['batch_size']}, "
+        f"dropout {settings['dropout']}, {about['precision']}; medians of {settings['rounds']} interleaved rounds, {clock}.",
+        f"Python {about['python']}, {versions}.", "",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n" + markdown(("what", "who", "rate", "a call (quartiles)", "ratio", "notes"), map(cells, report["rows"]))
+
+
+def cells(row):
+    """A row's cells as text."""
+    rate = f"{row['rate'] / 1e9:,.1f} GFLOP/s" if row["unit"] == "FLOP/s" else f"{row['rate']:,.4g} {row['unit']}"
+    call = "{median:.4g} s ({low:.4g} to {high:.4g})".format(**row["seconds_a_call"]) if "seconds_a_call" in row else ""
+    ratio = next((f"{text} {row[key]:.2f}{ending}" for key, text, ending in RATIOS if row.get(key)), "")
+    notes = [row["note"]] if "note" in row else []
+    if "share_of_peaks" in row:
+        shares = ", ".join(f"{share:.0%} of the {peak}" for peak, share in row["share_of_peaks"].items())
+        notes.append(f"{row['flops_a_second'] / 1e9:,.1f} GFLOP/s: {shares}")
+    notes += [f"{text} {row[key]:.2f}{ending}" for key, text, ending in EXTRA if row.get(key)]
+    return row["what"], row["who"], rate, call, ratio, "; ".join(notes)
+
+
+RATIOS = (("ours_is_faster", "ours is", "x as fast"), ("predict_takes_of_it", "predict.py takes", "x of it"),
+          ("ours_takes_of_it", "ours takes", " of it"))
+EXTRA = (("ours_is_faster_a_core", "a core:", "x"), ("ours_takes_of_it_without_libraries", "without the libraries", ""))
+
+
+if __name__ == "__main__":
+    run_script(main)

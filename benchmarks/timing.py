@@ -1,0 +1,84 @@
+"""Functions timed side by side, and what they ran on."""
+import contextlib
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+
+def interleave(functions, rounds, device=None, warm_up=2, clock="wall"):
+    """{name: function without arguments} -> {name: [seconds of each round]}.
+
+    Every round calls each function once, in turn, so that whatever slows the machine for a while slows all of them. The calls of
+    the warm-up are not counted. clock "cpu" counts the processor time of this process instead: on a machine that others use too, with
+    one thread (waiting threads of several spin, which would count).
+    """
+    read = time.process_time if clock == "cpu" else time.perf_counter
+    seconds = {name: [] for name in functions}
+    for number in range(-warm_up, rounds):
+        for name, function in functions.items():
+            wait(device)
+            start = read()
+            function()
+            wait(device)
+            if number >= 0:
+                seconds[name].append(read() - start)
+    return seconds
+
+
+def wait(device):
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Nothing is printed within: progress bars would cost time and lines."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def spread(values):
+    """{median, low, high}: the quartiles, or with fewer than four values the extremes."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) >= 4 else (min(values), None, max(values))
+    return {"median": statistics.median(values), "low": low, "high": high}
+
+
+def machine(device, precision, clock):
+    """Hardware and versions, for the record."""
+    packages = ("torch", "torchvision", "numpy", "pillow", "diffusers", "denoising-diffusion-pytorch", "accelerate")
+    return {
+        "cpu": cpu_name(), "cores": usable_cores(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "device": device.type, "precision": precision, "clock": clock, "python": platform.python_version(), "system": platform.platform(),
+        "cuda": torch.version.cuda, "versions": {name: version for name in packages if (version := version_of(name))},
+    }  # fmt: skip
+
+
+def cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def usable_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def version_of(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def markdown(columns, rows):
+    """A table of text cells."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
