@@ -30,7 +30,7 @@ PROJECT = RESULTS.parent.parent
 
 @dataclass
 class Config:
-    sections: tuple[str, ...] = ("train", "denoise", "sample", "data", "cache", "start", "memory")  # what is measured
+    sections: str = "train,denoise,sample,data,cache,start,memory"  # what is measured, with commas between
     rounds: int = 7                       # rounds of each section, after the warm-up
     channel: int = 0                      # width of the first level; 0: 128 on a GPU, 64 on a CPU
     size: int = 32                        # height and width of the pictures
@@ -52,7 +52,8 @@ def main():
     torch.set_num_threads(config.threads or usable_cores())
     gpu = device.type == "cuda"
     config = replace(config, channel=config.channel or (128 if gpu else 64), batch_size=config.batch_size or (128 if gpu else 16))
-    unknown = [name for name in config.sections if name not in SECTIONS]
+    chosen = config.sections.split(",")
+    unknown = [name for name in chosen if name not in SECTIONS]
     if unknown:
         raise ValueError(f"unknown sections {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
     if config.memory_of:
@@ -62,7 +63,7 @@ def main():
         job = make_job(config, device, Path(scratch))
         contestants = installed(job)
         report = {"machine": machine(device, choose_precision("auto", device), config.clock), "settings": asdict(config), "rows": []}
-        for name in config.sections:
+        for name in chosen:
             started = time.perf_counter()
             report["rows"] += SECTIONS[name](config, job, contestants)
             print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
@@ -225,12 +226,19 @@ def start_section(config, job, contestants):
         "import torch, torchvision": [sys.executable, "-c", "import torch, torchvision"],
         "import torch": [sys.executable, "-c", "import torch"],
     }
-    functions = {name: lambda command=command: subprocess.run(command, cwd=PROJECT, check=True, capture_output=True)
-                 for name, command in commands.items()}
+    functions = {name: lambda command=command: run_alone(command) for name, command in commands.items()}
     seconds = {name: spread(values) for name, values in interleave(functions, config.rounds).items()}
     ours = seconds["python predict.py"]["median"]
     return [{"what": "start, to the first network call", "who": name, "unit": "s", "rate": values["median"], "seconds_a_call": values,
              "predict_takes_of_it": ours / values["median"]} for name, values in seconds.items()]
+
+
+def run_alone(command):
+    """What a process of its own prints; RuntimeError with its last words where it fails."""
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[:4])} ...: {done.stderr[-2000:]}")
+    return done.stdout
 
 
 def memory_section(config, job, contestants):
@@ -240,7 +248,7 @@ def memory_section(config, job, contestants):
         command = [sys.executable, "-m", "benchmarks.speed", "--memory_of", name, "--device", job.device.type, "--size", str(config.size),
                    "--channel", str(config.channel), "--batch_size", str(config.memory_batch), "--dropout", str(config.dropout),
                    "--threads", str(torch.get_num_threads())]
-        output = subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, text=True).stdout
+        output = run_alone(command)
         rows.append({"what": f"peak memory, training, batch {config.memory_batch}", "who": name, "unit": "MiB",
                      **json.loads(output.splitlines()[-1])})
     for row in rows:

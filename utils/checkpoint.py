@@ -119,7 +119,7 @@ def weights_digest(state_dict):
     digest = hashlib.blake2b(digest_size=8)
     for name, value in state_dict.items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data if value.ndim else str(value.item()).encode())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().data if value.ndim else str(value.item()).encode())
     return digest.hexdigest()
 
 
