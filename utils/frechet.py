@@ -55,8 +55,8 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
     """|m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), a float, never below 0 (Dowson & Landau 1982; Heusel et al. 2017, equation 6).
 
     Args: means (d,) and symmetric covariances (d, d), which may be singular; tensors or arrays, taken as float64.
-    With C = L L^T the trace of the root is the sum of the singular values of L_1^T L_2: no root of a matrix that is not symmetric,
-    so nothing turns complex, and no root of a small eigenvalue, which would turn an error of 1e-16 into one of 1e-8.
+    With C = L L^T the trace of the root is the sum of the singular values of L_1^T L_2: there is no root of a matrix that is not
+    symmetric, so nothing turns complex, and a set against itself gives its own eigenvalues, so 0 to rounding even where C is singular.
     ValueError for shapes that do not fit or values not finite.
     """
     mean_1, cov_1, mean_2, cov_2 = (torch.as_tensor(value).detach().to("cpu", torch.float64) for value in (mean_1, cov_1, mean_2, cov_2))

@@ -1,0 +1,510 @@
+"""Distances between sets of pictures: closed forms, torchmetrics on the same features, and sets whose answer is known."""
+
+import json
+import math
+import shutil
+import sys
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from nets import build
+from utils import evaluate
+from utils.checkpoint import save_checkpoint
+from utils.feature_net import FeatureNet, load_feature_net, save_feature_net, train_feature_net
+from utils.feature_sets import kernel_distance, nearest, precision_and_recall
+from utils.features import Extractor, FeatureCache, collect
+from utils.frechet import FeatureStatistics, frechet_distance, statistics_distance
+from utils.images import save_png
+from utils.inception import load_inception
+from utils.picture_sets import natural_shape, open_pictures
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+KINDS = 4
+
+
+def shapes(count, size=12, seed=0):
+    """(count, size, size, 1) uint8 and labels: stripes across, stripes down, discs and squares, in random places and greys."""
+    draw = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:size, :size]
+    pictures, labels = [], np.arange(count) % KINDS
+    for kind in labels:
+        y, x, phase, grey = *draw.integers(3, size - 3, 2), draw.integers(0, 4), draw.integers(120, 256)
+        inside = [(rows + phase) % 4 < 2, (columns + phase) % 4 < 2, (rows - y) ** 2 + (columns - x) ** 2 < 10,
+                  np.maximum(abs(rows - y), abs(columns - x)) < 3][kind]
+        pictures.append(np.where(inside, grey, 20) + draw.integers(0, 10, (size, size)))
+    return np.clip(pictures, 0, 255).astype(np.uint8)[..., None], torch.from_numpy(labels)
+
+
+@pytest.fixture(scope="module")
+def net():
+    """A classifier of the shapes, as benchmarks train one."""
+    return train_feature_net(*shapes(800), *shapes(200, seed=1), epochs=4, batch_size=50)
+
+
+def features(net, pictures):
+    return Extractor(net, "net", "cpu")(torch.as_tensor(pictures))
+
+
+def frechet(net, first, second):
+    return statistics_distance(*(FeatureStatistics().add(features(net, pictures)) for pictures in (first, second)))
+
+
+# The Frechet distance
+
+
+def test_frechet_distance_of_one_dimension():
+    """(m_1 - m_2)^2 + (s_1 - s_2)^2."""
+    assert frechet_distance([1.0], [[4.0]], [-2.0], [[0.25]]) == pytest.approx(9 + 1.5**2)
+
+
+def test_frechet_distance_of_covariances_that_commute():
+    """In a shared basis of eigenvectors the deviations are subtracted one by one."""
+    basis = torch.linalg.qr(randn(6, 6)).Q
+    first, second = torch.tensor([3.0, 2, 1, 1e-3, 1e-9, 0]).double(), torch.tensor([1.0, 2, 5, 0, 1e-9, 0.5]).double()
+    covariances = [basis @ torch.diag(values) @ basis.T for values in (first, second)]
+    expected = 6 * 0.5**2 + (first.sqrt() - second.sqrt()).square().sum().item()
+    assert frechet_distance(torch.zeros(6), covariances[0], torch.full((6,), 0.5), covariances[1]) == pytest.approx(expected, rel=1e-7)
+
+
+def test_frechet_distance_of_covariances_that_do_not():
+    """The root's trace from the eigenvalues of C_1 C_2, in numpy."""
+    a, b = (randn(5, 5, seed=seed) for seed in (1, 2))
+    a, b, shift = (a @ a.T).numpy(), (b @ b.T).numpy(), np.arange(5.0)
+    assert np.abs(a @ b - b @ a).max() > 0.1
+    expected = shift @ shift + np.trace(a) + np.trace(b) - 2 * np.sqrt(np.linalg.eigvals(a @ b).real).sum()
+    assert frechet_distance(shift, a, 0 * shift, b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_of_singular_covariances():
+    """Fewer pictures than features, as in small data sets; nothing may turn negative, complex or NaN."""
+    few, others = randn(10, 200), randn(10, 200, seed=1)
+    first, second = FeatureStatistics().add(few), FeatureStatistics().add(others)
+    assert statistics_distance(first, first) < 1e-9
+    assert statistics_distance(first, second) > 10
+    line, other_line = torch.zeros(3, 3), torch.zeros(3, 3)
+    line[0, 0], other_line[1, 1] = 1, 4
+    assert frechet_distance(torch.zeros(3), line, torch.zeros(3), other_line) == pytest.approx(5)
+    assert 0 <= frechet_distance(torch.zeros(3), 1e-20 * line, torch.zeros(3), 1e-20 * line) < 1e-15
+
+
+@pytest.mark.parametrize("bad", [torch.eye(3), torch.full((2, 2), math.nan)])
+def test_frechet_distance_refuses(bad):
+    with pytest.raises(ValueError, match="fit together|NaN"):
+        frechet_distance(torch.zeros(2), torch.eye(2), torch.zeros(2), bad)
+
+
+def test_running_statistics_are_those_of_the_whole():
+    """In batches of odd sizes, and far from zero, where sums of squares would lose all digits."""
+    whole = randn(501, 7) * torch.arange(1, 8) + 1e6
+    running = FeatureStatistics()
+    for part in whole.split([1, 0, 300, 7, 193]):
+        running.add(part)
+    assert running.count == 501
+    assert_close(running.mean, torch.from_numpy(whole.numpy().mean(0)), rtol=1e-12, atol=0)
+    assert_close(running.covariance, torch.from_numpy(np.cov((whole.numpy() - 1e6).T)), rtol=1e-7, atol=1e-7)
+    for wrong in (torch.zeros(3), torch.zeros(2, 6), torch.tensor([[math.inf] * 7])):
+        with pytest.raises(ValueError, match="features"):
+            running.add(wrong)
+    with pytest.raises(ValueError, match="at least 2"):
+        _ = FeatureStatistics().add(whole[:1]).covariance
+
+
+def test_frechet_distance_is_torchmetrics(net):
+    fid = pytest.importorskip("torchmetrics.image.fid").FrechetInceptionDistance(feature=net)
+    first, second = shapes(300)[0], shapes(240, seed=5)[0] // 2 + 40
+    for pictures, real in ((first, True), (second, False)):
+        fid.update(torch.from_numpy(pictures).permute(0, 3, 1, 2), real=real)
+    assert frechet(net, first, second) == pytest.approx(fid.compute().item(), rel=1e-4)
+
+
+def test_frechet_distance_orders_pictures(net):
+    """Nothing to itself, little to others of the same kind; more with more noise; more with more classes missing."""
+    real, labels = shapes(600)
+    draw = np.random.default_rng(3)
+
+    def noisy(deviation):
+        return np.clip(real + deviation * draw.standard_normal(real.shape), 0, 255).astype(np.uint8)
+
+    assert frechet(net, real, real) < 1e-3
+    with_noise = [frechet(net, real, pictures) for pictures in (shapes(600, seed=7)[0], noisy(20), noisy(60), noisy(120))]
+    assert with_noise == sorted(with_noise) and with_noise[1] > 2 * with_noise[0]
+    with_fewer = [frechet(net, real, real[labels < kinds]) for kinds in (4, 3, 2, 1)]
+    assert with_fewer == sorted(with_fewer) and with_fewer[1] > 2 * with_noise[0]
+
+
+# Kernel distance, precision and recall
+
+
+def test_kernel_distance_is_torchmetrics(net):
+    """One subset of all pictures: nothing is drawn at random."""
+    with pytest.warns(UserWarning, match="buffer"):
+        kid = pytest.importorskip("torchmetrics.image.kid").KernelInceptionDistance(feature=net, subsets=1, subset_size=200)
+    first, second = shapes(200)[0], shapes(200, seed=5)[0] // 2 + 40
+    for pictures, real in ((first, True), (second, False)):
+        kid.update(torch.from_numpy(pictures).permute(0, 3, 1, 2), real=real)
+    mean, spread = kernel_distance(features(net, first), features(net, second))
+    assert mean == pytest.approx(kid.compute()[0].item(), rel=1e-3)
+    assert spread == 0
+
+
+def test_kernel_distance_is_unbiased():
+    """Two sets of one distribution: 0 on average, of either sign, while the biased estimate would be far above."""
+    values = [kernel_distance(randn(50, 8, seed=seed), randn(60, 8, seed=1000 + seed))[0] for seed in range(60)]
+    assert min(values) < 0 < max(values)
+    assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(len(values))
+    shifted, spread = kernel_distance(randn(300, 8), randn(400, 8, seed=1) + 1, subsets=20, subset_size=50)
+    assert shifted > 10 * max(values) and spread > 0
+    assert (shifted, spread) == kernel_distance(randn(300, 8), randn(400, 8, seed=1) + 1, subsets=20, subset_size=50)
+    with pytest.raises(ValueError, match="at least 2"):
+        kernel_distance(randn(1, 8), randn(60, 8))
+
+
+def test_precision_and_recall_of_known_sets():
+    """Four far clusters: identical, disjoint, one cluster of four, and half of the samples off."""
+    centres = 1000 * torch.eye(4).double()
+    clusters = [randn(40, 4, seed=seed) + centre for seed, centre in enumerate(centres)]
+    whole = torch.cat(clusters)
+    assert precision_and_recall(whole, whole) == (1, 1)
+    assert precision_and_recall(whole + 1e5, whole) == (0, 0)
+    assert precision_and_recall(clusters[2], whole) == (1, 0.25)
+    half_off = torch.cat((whole, whole + 1e5))
+    assert precision_and_recall(half_off, whole) == (0.5, 1)
+    copies = whole[:8].repeat(10, 1)  # more copies than neighbours: balls of no size
+    assert precision_and_recall(copies, copies) == (1, 1)
+    with pytest.raises(ValueError, match="more than 3"):
+        precision_and_recall(whole, whole[:3])
+
+
+def test_balls_reach_to_the_third_neighbour():
+    """Points on a line at 0, 1, 3, 6, 10: the ball around 0 has the radius 6, that around 10 the radius 9."""
+    line = torch.tensor([0.0, 1, 3, 6, 10])[:, None]
+    queries = torch.tensor([-5.9, -6.1, 18.9, 19.1, 16.5])[:, None]
+    assert precision_and_recall(queries, line)[0] == pytest.approx(3 / 5)
+    assert precision_and_recall(queries, line, k=1)[0] == 0
+
+
+# Nearest pictures
+
+
+def test_nearest_of_a_bank_in_blocks():
+    bank, queries = randn(57, 5), randn(9, 5, seed=1)
+    queries[4] = bank[50]
+    expected = (queries[:, None] - bank).square().sum(2).sqrt().sort(1)
+    distances, found = nearest(queries, bank.split(10), k=3)
+    assert_close(distances, expected.values[:, :3], atol=1e-6, rtol=1e-6)
+    assert torch.equal(found, expected.indices[:, :3])
+    assert found[4, 0] == 50
+    with pytest.raises(ValueError, match="58 nearest of 57"):
+        nearest(queries, [bank], k=58)
+
+
+def test_nearest_of_bytes_does_not_wrap():
+    distances, found = nearest(np.array([[250, 0]], np.uint8), [np.array([[0, 0], [255, 0], [250, 200]], np.uint8)])
+    assert distances.item() == pytest.approx(5) and found.item() == 1
+
+
+# The classifier
+
+
+def test_feature_net_learns_and_repeats(net, tmp_path):
+    assert net.accuracy > 0.9 and not net.training
+    again = train_feature_net(*shapes(200), *shapes(40, seed=1), epochs=1, batch_size=50, seed=4)
+    global_state = torch.random.get_rng_state()
+    same = train_feature_net(*shapes(200), *shapes(40, seed=1), epochs=1, batch_size=50, seed=4)
+    assert torch.equal(global_state, torch.random.get_rng_state())
+    other = train_feature_net(*shapes(200), *shapes(40, seed=1), epochs=1, batch_size=50, seed=5)
+    assert again.digest() == same.digest() != other.digest()
+    save_feature_net(tmp_path / "net.pth", net)
+    loaded = load_feature_net(tmp_path / "net.pth")
+    assert loaded.digest() == net.digest() and loaded.accuracy == net.accuracy
+    pictures = shapes(5)[0]
+    assert torch.equal(features(loaded, pictures), features(net, pictures))
+    assert features(net, pictures).shape == (5, net.num_features)
+
+
+def test_feature_net_refuses(tmp_path):
+    with pytest.raises(ValueError, match="no such"):
+        load_feature_net(tmp_path / "none.pth")
+    torch.save({"weights": {}}, tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("text")
+    for name in ("other.pth", "text.pth"):
+        with pytest.raises(ValueError, match="feature net"):
+            load_feature_net(tmp_path / name)
+    pictures, labels = shapes(8)
+    with pytest.raises(ValueError, match="uint8"):
+        train_feature_net(pictures, labels[:7], pictures, labels)
+    with pytest.raises(ValueError, match="uint8"):
+        FeatureNet(1, 4)(torch.zeros(1, 1, 8, 8))
+
+
+# Sets of pictures
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """40 shapes as PNG files in class folders, kind_0 to kind_3."""
+    pictures, labels = shapes(40, size=8)
+    for number, (picture, label) in enumerate(zip(pictures, labels)):
+        save_png(tmp_path / "pictures" / f"kind_{label}" / f"{number:03d}.png", picture)
+    return tmp_path / "pictures"
+
+
+def save_npz(path, pictures):
+    np.savez_compressed(path, arr_0=pictures)
+    return path
+
+
+def test_folder_list_and_npz_are_the_same_pictures(folder, tmp_path):
+    from utils.annotation import find_images, write_annotation
+
+    pictures = open_pictures(folder, (8, 8, 1), cache_path=tmp_path / "cache")
+    write_annotation(tmp_path / "list.txt", find_images(folder))
+    listed = open_pictures(tmp_path / "list.txt", (8, 8, 1), cache_path=tmp_path / "cache")
+    packed = open_pictures(save_npz(tmp_path / "p.npz", pictures.pixels), (8, 8, 1))
+    assert pictures.classes == [f"kind_{kind}" for kind in range(KINDS)] and listed.classes == packed.classes == []
+    expected = shapes(40, size=8)[0][np.argsort(np.arange(40) % KINDS, kind="stable")]
+    for source, name in ((folder, pictures), (tmp_path / "list.txt", listed), (tmp_path / "p.npz", packed)):
+        assert natural_shape(source) == (8, 8, 1)
+        assert_close(torch.cat(list(name.blocks())), torch.from_numpy(expected))
+    assert len({pictures.key(), listed.key(), packed.key()}) == 3
+    assert pictures.key() == open_pictures(folder, (8, 8, 1), cache_path=tmp_path / "cache").key()
+
+    part = pictures.part([30, 3, 7], "").part([2, 0], ", two")
+    assert part.name.endswith(", two") and [part.paths[0], part.paths[1]] == [pictures.paths[7], pictures.paths[30]]
+    assert_close(next(part.blocks()), pictures.take([7, 30]))
+    assert part.labels.tolist() == [pictures.labels[7], pictures.labels[30]]
+    order = pictures.shuffled(20, seed=1)
+    assert len(set(order)) == 20 and len({pictures.labels[number].item() for number in order}) > 1
+    assert order.tolist() == pictures.shuffled(20, seed=1).tolist() != pictures.shuffled(20, seed=2).tolist()
+
+
+def test_wrong_sets_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.npz").write_text("text")
+    np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 4, 4, 3)))
+    np.savez(tmp_path / "name.npz", other=np.zeros((2, 4, 4, 3), np.uint8))
+    for name, message in (("empty", "no pictures"), ("text.npz", "no .npz"), ("floats.npz", "float64"), ("name.npz", "arr_0"),
+                          ("none.npz", "no such"), ("none.txt", "not there")):
+        with pytest.raises(ValueError, match=message):
+            natural_shape(tmp_path / name)
+    good = save_npz(tmp_path / "good.npz", np.zeros((2, 4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match="as they are"):
+        open_pictures(good, (8, 8, 3))
+
+
+def test_collect_keeps_the_first_only(net):
+    pictures = torch.from_numpy(shapes(50)[0])
+    found = collect(pictures.split(20), Extractor(net, "net", "cpu"), max_features=30, max_pictures=25)
+    assert found.statistics.count == 50
+    assert_close(found.features, features(net, pictures)[:30])
+    assert torch.equal(found.pictures, pictures[:25])
+
+
+def test_reference_statistics_are_kept_by_data_and_network(net, tmp_path, monkeypatch):
+    pictures = open_pictures(save_npz(tmp_path / "p.npz", shapes(50)[0]), (12, 12, 1))
+    others = open_pictures(save_npz(tmp_path / "q.npz", shapes(50, seed=1)[0]), (12, 12, 1))
+    cache, extractor, calls = FeatureCache(tmp_path / "cache"), Extractor(net, "net", "cpu"), []
+    monkeypatch.setattr(FeatureNet, "__call__", lambda self, x: calls.append(len(x)) or self.forward(x))
+
+    def counted(*arguments):
+        calls.clear()
+        return cache.collected(*arguments), sum(calls)
+
+    first, count = counted(pictures, extractor, 20)
+    assert count == 50 and len(first.features) == 20
+    again, count = counted(pictures, extractor, 20)
+    assert count == 0
+    assert torch.equal(again.features, first.features) and statistics_distance(again.statistics, first.statistics) < 1e-9
+    assert counted(others, extractor, 20)[1] == 50
+    assert counted(pictures, extractor, 30)[1] == 50
+    random_net = Extractor(FeatureNet(1, KINDS).eval(), "other", "cpu")
+    assert counted(pictures, random_net, 20)[1] == 50
+    next(iter((tmp_path / "cache").glob("*.features.pth"))).write_bytes(b"damaged")
+    assert sorted(counted(p, e, n)[1] for p, e, n in ((pictures, extractor, 20), (others, extractor, 20), (pictures, extractor, 30),
+                                                     (pictures, random_net, 20))) == [0, 0, 0, 50]
+
+
+# The command
+
+
+def run(monkeypatch, tmp_path, *arguments):
+    """The JSON that the command writes."""
+    common = ["--save_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--device", "cpu", "--precision", "fp32"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments), *common])
+    evaluate.main()
+    return json.loads((tmp_path / "out" / "evaluate_results.json").read_text())
+
+
+@pytest.fixture
+def net_file(net, tmp_path):
+    save_feature_net(tmp_path / "net.pth", net)
+    return tmp_path / "net.pth"
+
+
+def test_a_set_against_itself_and_a_copy_of_it(folder, net_file, tmp_path, monkeypatch, capsys):
+    """The distance is 0, precision and recall are 1, and every sample is found to be a copy, of the right file."""
+    samples = save_npz(tmp_path / "samples.npz", open_pictures(folder, (8, 8, 1), cache_path=tmp_path / "cache").pixels)
+    found = run(monkeypatch, tmp_path, "--samples", samples, "--reference", folder, "--features", net_file)
+    assert found["distances"]["frechet_distance"] < 1e-3
+    assert (found["distances"]["precision"], found["distances"]["recall"]) == (1, 1)
+    assert found["nearest"]["quantiles"] and max(found["nearest"]["samples"]) < 1e-3
+    assert min(found["nearest"]["reference, to its others"]) > 1
+    assert found["nearest"]["share_closer_than_first_quantile"] == 1
+    order = np.random.default_rng(0).permutation(40)
+    paths = sorted(folder.rglob("*.png"))
+    assert all(pair["reference"] == str(paths[order[pair["sample"]]]) for pair in found["nearest"]["pairs"])
+    printed = capsys.readouterr().out
+    assert "warning: 40 samples are few" in printed
+    for name in ("evaluate_results.json", "evaluate_nearest_results.png"):
+        assert str(tmp_path / "out" / name) in printed
+
+
+def test_nearest_beside_held_out_pictures(folder, net_file, tmp_path, monkeypatch, capsys):
+    """By features too; held-out pictures that are copies are warned about."""
+    held_out = save_npz(tmp_path / "held_out.npz", shapes(12, size=8, seed=9)[0])
+    samples = save_npz(tmp_path / "samples.npz", shapes(10, size=8, seed=8)[0])
+    common = ("--samples", samples, "--reference", folder, "--distances", "False")
+    found = run(monkeypatch, tmp_path, *common, "--held_out", held_out, "--nearest_by", "features", "--features", net_file)
+    assert "distances" not in found and found["nearest"]["num_others"] == 12 and found["nearest"]["num_samples"] == 10
+    assert found["nearest"]["samples"][2] > 0 and found["nearest"]["held-out"][2] > 0
+    assert "warning" not in capsys.readouterr().out
+    by_pixels = run(monkeypatch, tmp_path, *common, "--held_out", folder)
+    assert max(by_pixels["nearest"]["held-out"]) < 1e-3
+    assert "40 of the held-out pictures are among the reference's" in capsys.readouterr().out
+    bank = torch.from_numpy(shapes(40, size=8)[0]).double()  # one picture by hand, in root mean square levels
+    apart = (torch.from_numpy(shapes(10, size=8, seed=8)[0]).double()[:, None] - bank).square().mean((2, 3, 4)).sqrt().min(1).values
+    assert_close(torch.quantile(apart, 0.5).item(), by_pixels["nearest"]["samples"][3], rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture
+def checkpoint(folder, tmp_path):
+    """An untrained model of the folder's classes, which kept a fifth of them aside."""
+    shutil.copytree(folder, tmp_path / "more" / "pictures")
+    config = {
+        "input_shape": (8, 8), "img_channels": 1, "channel": 32, "channel_mults": (1,), "num_res_blocks": 1, "attention_resolutions": (),
+        "class_conditional": True, "label_dropout": 0.1, "schedule": "cosine", "num_timesteps": 6, "val_split": 0.2,
+        "annotation_path": str(folder),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    diffusion = build.from_config(config, KINDS)
+    path = tmp_path / "run" / "last.pth"
+    save_checkpoint(path, {"config": config, "classes": [f"kind_{kind}" for kind in range(KINDS)], "weights": diffusion.state_dict(),
+                           "weights_kind": "full"})
+    return path
+
+
+def test_a_checkpoint_is_drawn_from_and_its_bits_are_measured(checkpoint, folder, net_file, tmp_path, monkeypatch):
+    """The reference is what was trained on, the held-out pictures the rest. A sample depends on its seed, not on the batch."""
+    common = ("--reference", folder, "--features", net_file, "--num_images", 12, "--steps", 3, "--bits", "True", "--guidance_scale", 2)
+    found = run(monkeypatch, tmp_path, "--samples", checkpoint.parent, "--batch_size", 8, *common)
+    aside = found["bits"]["num_images"]
+    assert 0 < aside < 40 and found["num_reference"] == 40 - aside and found["num_samples"] == 12
+    assert len(found["bits"]["terms"]) == 7
+    assert sum(found["bits"]["terms"]) == pytest.approx(found["bits"]["bits_per_dimension"])
+    assert found["bits"]["L_0"] + found["bits"]["L_between"] + found["bits"]["L_T"] == pytest.approx(sum(found["bits"]["terms"]))
+    again = run(monkeypatch, tmp_path, "--samples", checkpoint, "--batch_size", 12, *common)
+    assert again["distances"]["frechet_distance"] == pytest.approx(found["distances"]["frechet_distance"], rel=1e-3)
+    assert again["weights"] == found["weights"]
+
+
+def test_labels_follow_the_reference(checkpoint, folder, tmp_path):
+    config = evaluate.Config(samples=str(checkpoint), reference=str(folder), cache_dir=str(tmp_path / "cache"))
+    model = evaluate.load_model(config, torch.device("cpu"), "fp32")
+    reference, _ = evaluate.open_sides(config, model)
+    reference = reference.part(np.flatnonzero(reference.labels.numpy() < 2), "")
+    labels = evaluate.labels_like(reference, model, seed=0)
+    assert torch.equal(torch.bincount(labels), torch.bincount(reference.labels))
+    other_names = model._replace(classes=["a", "b", "c", "d"])
+    assert evaluate.labels_like(reference, other_names, seed=0).tolist() == [0, 1, 2, 3]
+    assert evaluate.labels_like(reference, model._replace(classes=[]), seed=0) is None
+
+
+def test_what_does_not_fit_is_said_in_one_line(checkpoint, folder, net_file, tmp_path, monkeypatch):
+    packed = save_npz(tmp_path / "p.npz", shapes(10, size=8)[0])
+    for arguments, message in (
+        (("--samples", packed, "--bits", "True"), "names? a checkpoint"),
+        (("--samples", checkpoint, "--reference", tmp_path / "more", "--bits", "True"), "--held_out"),
+        (("--samples", checkpoint, "--img_channels", 3), "pictures of 1"),
+        (("--samples", packed, "--input_shape", "16,16", "--reference", packed), "as they are"),
+        (("--samples", packed, "--reference", packed, "--features", "classifier"), "class folders"),
+        (("--samples", folder, "--reference", folder, "--features", "classifier"), "too few"),
+        (("--samples", folder, "--img_channels", 3, "--reference", folder, "--features", net_file), "1 channels"),
+        (("--samples", packed, "--sampler", "magic"), "ddim"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            run(monkeypatch, tmp_path, *arguments)
+        assert "\n" not in str(error.value)
+
+
+# Inception
+
+
+def test_without_the_packages(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ValueError, match="pip install torchmetrics torch-fidelity") as error:
+        load_inception()
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
+    extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="pip install torch-fidelity")
+
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(extractor, "load_state_dict_from_url", offline)
+    with pytest.raises(ValueError, match="cannot be downloaded from https.*no network.*--inception_weights") as error:
+        load_inception()
+    assert "\n" not in str(error.value)
+    (tmp_path / "weights.pth").write_text("text")
+    for name, message in (("none.pth", "cannot be read"), ("weights.pth", "not the Inception weights")):
+        with pytest.raises(ValueError, match=message):
+            load_inception(str(tmp_path / name))
+
+
+def test_inception_from_a_file_of_weights(monkeypatch, tmp_path):
+    """Random weights in the real network: grey pictures become colour, and the features are torchmetrics' own."""
+    extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="pip install torch-fidelity")
+    kind = extractor.FeatureExtractorInceptionV3
+    with monkeypatch.context() as patch:
+        patch.setattr(extractor, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(kind, "load_state_dict", lambda *_, **__: None)
+        torch.manual_seed(0)
+        torch.save(load_inception().network.state_dict(), tmp_path / "weights.pth")
+    network = load_inception(str(tmp_path / "weights.pth"))
+    grey = torch.from_numpy(shapes(3)[0]).permute(0, 3, 1, 2)
+    found = network(grey)
+    assert found.shape == (3, 2048) and found.std(0).max() > 0
+    assert_close(found, network.network(grey.repeat(1, 3, 1, 1)))
+    assert network.digest() == load_inception(str(tmp_path / "weights.pth")).digest()
+
+
+def test_inception_with_its_own_weights():
+    """Set against itself, with noise, and as torchmetrics has it."""
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="pip install torch-fidelity")
+    name = extractor.URL_INCEPTION_V3.rsplit("/", 1)[1]
+    kept = torch.hub.get_dir() + "/checkpoints/" + name
+    try:
+        network = load_inception(kept)
+    except ValueError:
+        pytest.skip(f"not run: the Inception weights are not in {kept} (python -m utils.evaluate downloads them, with a network)")
+    pictures = torch.from_numpy(shapes(24)[0])
+    noisy = (pictures.double() + 60 * randn(*pictures.shape)).clamp(0, 255).byte()
+    metric = fid.FrechetInceptionDistance(feature_extractor_weights_path=kept)
+    for images, real in ((pictures, True), (noisy, False)):
+        metric.update(images.permute(0, 3, 1, 2).repeat(1, 3, 1, 1), real=real)
+    assert frechet(network, pictures, pictures) < 1e-3
+    assert frechet(network, pictures, noisy) == pytest.approx(metric.compute().item(), rel=1e-3)
