@@ -4,6 +4,7 @@ import ast
 import difflib
 import inspect
 import io
+import re
 import sys
 import tokenize
 import traceback
@@ -13,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
+NEGATIVE = re.compile(r"-\.?\d")
 
 
 def parse_config(config_class, description, arguments=None):
@@ -28,8 +30,19 @@ def typed_options(config_class, description, arguments=None):
     for field in fields(config_class):
         text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%").strip()
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar="VALUE", help=text)
-    typed = vars(parser.parse_args(arguments))
+    typed = vars(parser.parse_args(_join_negative(sys.argv[1:] if arguments is None else arguments)))
     return {name: parse_value(name, text, types_[name]) for name, text in typed.items()}
+
+
+def _join_negative(arguments):
+    """`--seed -1` as `--seed=-1`: argparse takes some negative values, such as -1,2 and -1e3, for options."""
+    joined = []
+    for argument in map(str, arguments):
+        if joined and NEGATIVE.match(argument) and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,7 +62,7 @@ def parse_value(name, text, expected):
     """
     try:
         value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval documents
         value = {"true": True, "false": False, "none": None}.get(text.strip().lower(), text)
     for kind in typing.get_args(expected) if _is_union(expected) else (expected,):
         fitted = _fit(value, text, kind)
@@ -127,20 +140,37 @@ def trailing_comments(config_class):
 def run_script(main):
     """Run a script: a user's mistake is one line on stderr and exit code 1, a mistake of ours a traceback.
 
-    The user's are the ValueErrors that this project raises itself, and the system's refusals (OSError).
+    The user's are the ValueErrors that this project raises itself, the system's refusals (OSError), and too little memory.
     """
     try:
         main()
-    except (ValueError, OSError) as error:
-        if not _meant_for_user(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        line = _for_user(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
-def _meant_for_user(error):
+def _for_user(error):
+    """What to tell the user in one line; None for a mistake of ours."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}; check this path, or name another" if error.filename and error.strerror else _line(error)
+    if isinstance(error, ValueError) and _raised_here(error):
+        return _line(error)
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):  # PyTorch's, for a GPU and for the CPU
+        return "out of memory: lower --batch_size, or the size of the pictures or of the network"
+    return None
+
+
+def _line(error):
+    return " ".join(str(error).splitlines())
+
+
+def _raised_here(error):
+    """Whether it was raised by a line of this project itself, rather than by a library that it calls."""
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    return isinstance(error, OSError) or (PROJECT in raised_in.parents and "site-packages" not in raised_in.parts)
+    return PROJECT in raised_in.parents and "site-packages" not in raised_in.parts

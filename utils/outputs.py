@@ -1,4 +1,7 @@
 """What predict.py writes: one picture, the grid, single files, an .npz, and how the pictures formed. Only whole files."""
+import contextlib
+import os
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -7,100 +10,110 @@ from PIL import Image
 
 from utils import distributed
 from utils.atomic import atomic_write
-from utils.images import make_grid, save_animation, save_png, to_uint8
+from utils.images import describe_error, make_grid, save_animation, save_png, to_uint8
 
 COLUMNS = 5
-SHOWN = 25
+SHOWN = 25  # pictures in the grid
 STRIP_IMAGES, STRIP_MOMENTS, FRAMES = 4, 10, 40
+FRAME_MS, LAST_FRAME_MS = 80, 2000
+CHUNK = 2**24  # bytes copied at once
 
 
 class PredictFiles:
     """Takes the pictures as they come, in any order and from any process, and writes them in bounded memory.
 
-    config: predict.py's. rows: of the grid, for one row a class; None: 5, or one for a strip. text: what the pictures depend on, written
-    into each single file: one that is there already counts if its text matches, and is an error if not. shape: (H, W, C).
+    config: predict.py's, settled. shape: (H, W, C) of a picture. rows: of the grid, where each is a class; else None. text_of: the
+    function number -> dict of what a picture depends on, written into its single file: one that is there already counts if it says
+    the same, and is an error if not. ValueError where the folder cannot be written to.
     """
 
-    def __init__(self, config, rows, text, shape):
-        self.folder, self.config, self.text = Path(config.save_dir), config, text
-        self.columns = config.num_images if config.interpolate else COLUMNS
-        self.shown = config.num_images if config.interpolate else rows * COLUMNS if rows else SHOWN
-        self.first_ones, self.moments = {}, []
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.spool = self._open_spool((config.num_images, *shape)) if config.npz else None
+    def __init__(self, config, shape, rows, text_of):
+        self.folder, self.config, self.shape, self.text_of = Path(config.save_dir), config, tuple(shape), text_of
+        self.columns = config.interpolate or COLUMNS
+        self.shown = config.interpolate or (rows * COLUMNS if rows else SHOWN)
+        self.pictures = {}  # number -> (H, W, C): those in the grid
+        self.films = {}  # number -> [(x_t, x_0), ...], (H, W, C) each: the same, as they form
+        moments = np.linspace(0, config.steps - 1, min(FRAMES, config.steps)) if config.trajectory else []
+        self.moments = {round(moment) for moment in moments}
+        self.spool = None
+
+    def __enter__(self):
+        _check_folder(self.folder)
+        if self.config.npz:
+            self.spool = _open_spool(self.folder)
+        return self
+
+    def __exit__(self, *_):
+        if self.spool:
+            self.spool.close()
+            Path(self.spool.name).unlink(missing_ok=True)
 
     def have(self, first, size):
         """Whether all pictures of this batch are there already as single files: they are read instead of drawn again."""
-        numbers = range(first, min(first + size, self.config.num_images))
-        if not self.config.individual_files or (self.config.trajectory and first == 0):
+        if not self.config.individual_files:
             return False
-        found = [self._read(number) for number in numbers]
-        if any(picture is None for picture in found):
+        found = {number: self._read(number) for number in range(first, min(first + size, self.config.num_images))}
+        if any(picture is None for picture in found.values()) or (self.moments and first < self.shown):
             return False
-        self.add(first, np.stack(found), write=False)
+        for number, picture in found.items():
+            self._take(number, picture)
         return True
 
     def _path(self, number):
-        return self.folder / f"seed_{self.config.seed + number:010d}.png"
-
-    def _text(self, number):
-        return {**self.text, "seed": str(self.config.seed + number), "number": str(number)}
+        name = f"between_{number:06d}.png" if self.config.interpolate else f"seed_{self.config.seed + number:010d}.png"
+        return self.folder / name
 
     def _read(self, number):
-        """The pixels of a finished single file; None where there is none. ValueError for one of other settings."""
-        path = self._path(number)
-        if not path.exists():
+        """The pixels of a finished single file; None where there is none. ValueError for one of something else."""
+        path, wanted = self._path(number), self.text_of(number)
+        try:
+            with Image.open(path) as picture:
+                picture.load()
+                text, pixels = dict(getattr(picture, "text", {})), np.asarray(picture)
+        except FileNotFoundError:
             return None
-        with Image.open(path) as picture:
-            picture.load()
-            text, wanted = getattr(picture, "text", {}), self._text(number)
-            differing = [name for name in wanted if text.get(name) != wanted[name]]
-            if differing:
-                raise ValueError(
-                    f"{path.resolve()} was drawn with another {', '.join(differing)}: move it away, or choose another --save_dir"
-                )
-            pixels = np.asarray(picture)
-        return pixels if pixels.ndim == 3 else pixels[..., None]
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{path.resolve()} cannot be read ({describe_error(error)}): delete it, it is drawn again") from None
+        differing = [name for name in {**wanted, **text} if text.get(name) != wanted.get(name)]
+        if differing:
+            raise ValueError(f"{path.resolve()} is there already and differs in {', '.join(differing)}: move it away, or choose another "
+                             "--save_dir")
+        return pixels.reshape(self.shape)
 
-    def add(self, first, pixels, write=True):
+    def add(self, first, pixels):
         """pixels: (n, H, W, C) uint8, the pictures from number `first` on; those beyond num_images are padding."""
         for number, picture in enumerate(pixels[: self.config.num_images - first], first):
-            if write and self.config.individual_files and self._read(number) is None:
-                save_png(self._path(number), picture, self._text(number))
-            if number < self.shown:
-                self.first_ones[number] = picture
-            if self.config.npz:
-                self.spool[number] = picture
+            if self.config.individual_files and not self._path(number).exists():
+                save_png(self._path(number), picture, self.text_of(number))
+            self._take(number, picture)
 
-    def _open_spool(self, shape):
-        """All pictures in a file on disk rather than in memory, which every process fills at its own places."""
-        self.spool_path = self.folder / ".predict_results.npz.tmp"
-        if distributed.is_main():
-            np.memmap(self.spool_path, np.uint8, "w+", shape=shape).flush()
-        distributed.barrier()
-        return np.memmap(self.spool_path, np.uint8, "r+", shape=shape)
+    def _take(self, number, picture):
+        if number < self.shown:
+            self.pictures[number] = picture
+        if self.spool:
+            self.spool.seek(number * picture.size)
+            self.spool.write(picture.tobytes())
 
-    def add_moment(self, step, x, x_0):
-        """One step of the first batch: x_t and predicted x_0, (B, C, H, W). Kept for the strip and the animation."""
-        if len(self._moment_steps() & {step}):
-            self.moments.append((to_uint8(x[: self.shown]), to_uint8(x_0[: self.shown])))
-
-    def _moment_steps(self):
-        return set(np.linspace(0, self.config.steps - 1, min(FRAMES, self.config.steps)).round().astype(int).tolist())
+    def add_moment(self, first, step, x, x_0):
+        """A step of the batch from number `first` on: x_t and predicted x_0, (B, C, H, W). Kept for the strip and the animation."""
+        count = min(self.shown, self.config.num_images) - first
+        if step in self.moments and count > 0:
+            for number, pair in enumerate(zip(to_uint8(x[:count]), to_uint8(x_0[:count])), first):
+                self.films.setdefault(number, []).append(pair)
 
     def finish(self):
         """Write what needs all pictures. Rank 0 does it, with what the others drew."""
-        gathered = distributed.gather(self.first_ones)
+        gathered = distributed.gather((self.pictures, self.films))
         if not distributed.is_main():
             return
-        pictures = {number: picture for part in gathered for number, picture in part.items()}
+        pictures, films = ({number: part[number] for part in parts for number in part} for parts in zip(*gathered))
         ordered = np.stack([pictures[number] for number in sorted(pictures)])
         save_png(self._say("predict_1x1_results.png"), ordered[0])
         name = "predict_interpolation_results.png" if self.config.interpolate else "predict_5x5_results.png"
         save_png(self._say(name), make_grid(ordered, self.columns))
-        if self.config.trajectory:
-            self._write_moments()
-        if self.config.npz:
+        if films:
+            self._write_films([films[number] for number in sorted(films)])
+        if self.spool:
             self._write_npz()
         if self.config.individual_files:
             print(f"{self.config.num_images} single files in {self.folder.resolve()}")
@@ -110,24 +123,51 @@ class PredictFiles:
         print(path.resolve())
         return path
 
-    def _write_moments(self):
+    def _write_films(self, films):
         """The strip (for each of the first pictures a row of x_t over one of x_0) and the animation of the grid forming."""
-        chosen = np.linspace(0, len(self.moments) - 1, min(STRIP_MOMENTS, len(self.moments))).round().astype(int)
-        images = range(min(STRIP_IMAGES, len(self.moments[0][0])))
-        rows = [self.moments[moment][kind][image] for image in images for kind in (0, 1) for moment in chosen]
+        length = len(films[0])
+        chosen = [round(moment) for moment in np.linspace(0, length - 1, min(STRIP_MOMENTS, length))]
+        rows = [film[moment][kind] for film in films[:STRIP_IMAGES] for kind in (0, 1) for moment in chosen]
         save_png(self._say("predict_trajectory_results.png"), make_grid(np.stack(rows), len(chosen)))
-        frames = np.stack([make_grid(x, self.columns) for x, _ in self.moments])
-        save_animation(self._say("predict_trajectory_results.gif"), frames, [80] * (len(frames) - 1) + [2000])
+        frames = [make_grid(np.stack([film[moment][0] for film in films]), self.columns) for moment in range(length)]
+        save_animation(self._say("predict_trajectory_results.gif"), frames, [FRAME_MS] * (length - 1) + [LAST_FRAME_MS])
 
     def _write_npz(self):
         """arr_0: (num_images, H, W, C) uint8, the layout of the ADM evaluations' sample files."""
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self.config.num_images, *self.shape)}
         with (
             atomic_write(self._say("predict_results.npz")) as file,
             zipfile.ZipFile(file, "w") as archive,
             archive.open("arr_0.npy", "w", force_zip64=True) as member,
         ):
-            np.lib.format.write_array_header_1_0(member, np.lib.format.header_data_from_array_1_0(self.spool))
-            for start in range(0, len(self.spool), 1024):
-                member.write(self.spool[start : start + 1024].tobytes())
-        self.spool = None
-        self.spool_path.unlink()
+            np.lib.format.write_array_header_1_0(member, header)
+            self.spool.seek(0)
+            while chunk := self.spool.read(CHUNK):
+                member.write(chunk)
+
+
+def _check_folder(folder):
+    """Find out before hours of drawing whether the pictures can be written: ValueError if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder.resolve()} cannot be written to ({error.strerror}): choose another --save_dir") from None
+
+
+def _open_spool(folder):
+    """A file for all pictures, on disk rather than in memory, that every process fills at its own places.
+
+    Its name is gone as soon as all have it open: the space comes back whatever ends the processes, and no other run meets it.
+    """
+    path = distributed.from_main(folder / f".predict_results.{os.getpid()}.tmp")
+    if distributed.is_main():
+        path.touch()
+    distributed.barrier()
+    spool = open(path, "r+b", buffering=0)  # noqa: SIM115 (closed at the end of the drawing)
+    distributed.barrier()
+    if distributed.is_main():
+        with contextlib.suppress(PermissionError):  # Windows keeps the name of an open file
+            path.unlink()
+    return spool

@@ -1,37 +1,44 @@
-"""What a drawing can start from besides noise of one seed: a picture, a masked picture, the way between two noises."""
+"""The pictures that a drawing can start from: one to be changed, and a mask of what may change in it."""
+import hashlib
+
 import torch
 
-from utils.images import describe_error, load_image
+from utils.images import check_image, describe_error, load_image
 
 
-def load_picture(path, input_shape, img_channels):
-    """A picture file, converted as the training pictures are: (1, C, H, W) float32 in [-1, 1]. ValueError where it cannot be read."""
-    return _load(path, input_shape, img_channels) / 127.5 - 1
+def load_picture(path, input_shape, img_channels, trained):
+    """A picture file, converted as the training pictures were: (1, C, H, W) float32 in [-1, 1].
+
+    trained: the settings of the training, a dict by field name; it says how a picture is made to fit and what shows through it.
+    ValueError where the file cannot be read.
+    """
+    return _load(path, input_shape, img_channels, trained, tuple(trained.get("background", (255, 255, 255)))) / 127.5 - 1
 
 
-def load_mask(path, input_shape):
-    """A mask, (1, 1, H, W): 1. where it is lighter than mid-grey (drawn anew), else 0. (kept). ValueError for an empty or full one."""
-    mask = (_load(path, input_shape, 1) > 127.5).float()
+def load_mask(path, picture_path, input_shape, trained):
+    """A mask, (1, 1, H, W): 1. where it is lighter than mid-grey (drawn anew), else 0. (kept); it is cut as the picture is.
+
+    ValueError where it cannot be read, is not of the picture's shape, or asks for nothing or for everything.
+    """
+    mask = (_load(path, input_shape, 1, trained, (0, 0, 0)) > 127.5).float()
+    (width, height), (picture_width, picture_height) = check_image(path, full=False), check_image(picture_path, full=False)
+    if width * picture_height != height * picture_width:
+        raise ValueError(f"{path}: the mask is {width}x{height} and {picture_path} {picture_width}x{picture_height}: "
+                         "they must have the same shape, so that one lies on the other")
     if mask.min() == mask.max():
         raise ValueError(f"{path}: the mask is all {'white' if mask.max() else 'black'}: paint white what is drawn anew, black what stays")
     return mask
 
 
-def _load(path, input_shape, img_channels):
+def _load(path, input_shape, img_channels, trained, background):
+    """A picture file as (1, C, H, W) float32, 0 to 255."""
     try:
-        pixels = load_image(path, input_shape, img_channels)
-    except Exception as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({describe_error(error)})") from None
+        pixels = load_image(path, input_shape, img_channels, trained.get("resize_mode", "crop"), background)
+    except Exception as error:  # Pillow's decoders raise all kinds
+        raise ValueError(f"{path}: cannot be read as a picture ({describe_error(error)}); name another file") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
 
 
-def slerp(a, b, share):
-    """The point at `share` (0 ... 1) of the great circle from noise a to noise b, of the same shape (Shoemake 1985).
-
-    Between them the length stays that of Gaussian noise; on the straight line it would shrink, and the pictures turn grey.
-    """
-    cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1)
-    angle = torch.arccos(cosine)
-    if angle < 1e-4:
-        return torch.lerp(a, b, share)
-    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+def picture_digest(picture):
+    """A short digest of a picture's values, a CPU tensor: it tells two pictures apart whatever their files are called."""
+    return hashlib.blake2b(picture.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
