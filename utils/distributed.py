@@ -1,5 +1,8 @@
 """The same code with and without torchrun: every function here works where there is one process only."""
+import ctypes
 import os
+import signal
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -13,7 +16,15 @@ PATIENCE = timedelta(hours=6)
 def start():
     """Join the process group that torchrun announces in the environment. NCCL carries CUDA tensors, gloo all others."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        _end_with_torchrun()
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+
+
+def _end_with_torchrun():
+    """Get SIGTERM when torchrun itself is killed: else its processes would go on unseen, beside the run that replaces them."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def stop():

@@ -223,8 +223,7 @@ class RunFiles:
         self._try(lambda: self.history.add(row, speed, row["step"]))
         if self.config.preview_period and (epoch % self.config.preview_period == 0 or final):
             self._try(lambda: self._preview(epoch, row["step"]))
-        if final or time.monotonic() - self.saved >= 20 * self.cost:
-            # Epochs may be shorter than a save takes: the saves may cost 5 % of the time, no more.
+        if final or self.worthwhile():
             self._save(LAST, {**self._weights(), **self._training(epoch, 0, None)})
         if epoch % self.config.save_period == 0 or final:
             self._save(f"epoch_{epoch:04d}.pth", self._weights())
@@ -234,6 +233,10 @@ class RunFiles:
             self.bar.close()
             loss = "" if row["loss"] is None else f", loss {row['loss']:.4f}"
             print(f"done{loss}: weights in {(self.folder / LAST).resolve()}; `python predict.py` draws with them")
+
+    def worthwhile(self):
+        """Whether a save costs under 5 % of the time since the last one: epochs may be shorter than a save takes."""
+        return time.monotonic() - self.saved >= 20 * self.cost
 
     def advice(self):
         """What to do after too many bad steps."""

@@ -1,0 +1,98 @@
+"""What the tests share: tiny pictures, and the scripts run as a user runs them."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+PROJECT = Path(__file__).resolve().parent.parent
+# One thread: several would wait for each other wherever the machine does something else beside the tests.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+torch.set_num_threads(1)
+
+# The smallest network that has all kinds of blocks.
+TINY = (
+    *("--input_shape", "8,8", "--channel", "32", "--channel_mults", "1,", "--num_res_blocks", "1", "--attention_resolutions", "()"),
+    *("--num_timesteps", "20", "--batch_size", "8", "--preview_period", "0", "--ema_start", "3", "--device", "cpu"),
+)
+
+
+def write_pictures(folder, count=24, size=8, seed=0):
+    """`count` noisy PNGs in two class folders."""
+    generator = np.random.default_rng(seed)
+    for number in range(count):
+        path = Path(folder) / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder to work in, with 24 tiny pictures and their list."""
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "datasets")
+    run_main("txt_annotation.py")
+    return tmp_path
+
+
+def command(script, *arguments):
+    return [sys.executable, str(PROJECT / script), *map(str, arguments)]
+
+
+def torchrun(processes, script, *arguments):
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(PROJECT / script),
+        *map(str, arguments),
+    ]  # fmt: skip
+
+
+def run(arguments, cwd, expect=0):
+    """Run a command to its end and return what it printed; fails with its output if it ends with another code."""
+    done = subprocess.run(arguments, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == expect, f"exit code {done.returncode}, not {expect}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def run_main(script, *arguments):
+    """Run a script's main() in this process, in the current folder; much quicker than a process of its own."""
+    import importlib
+
+    from utils.config import run_script
+
+    module = importlib.import_module(Path(script).stem)
+    before = sys.argv
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        run_script(module.main)
+    finally:
+        sys.argv = before
+
+
+def newest_run(folder):
+    return max((Path(folder) / "logs").glob("*/"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def assert_same_state(one, other):
+    """Two checkpoints agree bit for bit in weights, averages, moments and counters."""
+    for name in ("weights", "optimizer", "scaler", "ema_step", "position", "bad_in_row", "history"):
+        assert_equal(one[name], other[name], name)
+
+
+def assert_equal(one, other, name):
+    assert type(one) is type(other), name
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), name
+        for key in one:
+            assert_equal(one[key], other[key], f"{name}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), name
+        for index, pair in enumerate(zip(one, other)):
+            assert_equal(*pair, f"{name}[{index}]")
+    elif torch.is_tensor(one):
+        assert torch.equal(one, other), name
+    else:
+        assert one == other, name

@@ -1,0 +1,155 @@
+"""Files are whole or not there: every system call of `atomic_write` is made to fail, and to be the last one before a kill."""
+import errno
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils import atomic
+from utils.atomic import atomic_write, remove_leftovers
+from utils.checkpoint import load_checkpoint, save_checkpoint
+
+OLD, NEW = b"old" * 1000, b"new" * 50_000
+CALLS = ("open", "write", "fsync", "replace", "close")
+
+
+class Faulty:
+    """Counts the system calls below `atomic_write` and lets `fault` happen before or after the one that is wanted."""
+
+    def __init__(self, wanted, when, fault):
+        self.left, self.when, self.fault = wanted, when, fault
+
+    def wrap(self, function):
+        def call(*arguments, **options):
+            self.left -= 1
+            if self.left == 0 and self.when == "before":
+                self.fault()
+            result = function(*arguments, **options)
+            if self.left == 0 and self.when == "after":
+                self.fault()
+            return result
+
+        return call
+
+
+def use_raw_calls(patch, faulty):
+    """Have `atomic_write` write through os.open, os.write and os.fsync, unbuffered, so that each call can be hit."""
+
+    class File:
+        def __init__(self, path, mode):
+            self.descriptor = faulty.wrap(os.open)(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            faulty.wrap(os.close)(self.descriptor)
+
+        def write(self, content):
+            for start in range(0, len(content), 40_000):
+                faulty.wrap(os.write)(self.descriptor, content[start : start + 40_000])
+
+        def flush(self):
+            pass
+
+        def fileno(self):
+            return self.descriptor
+
+    patch.setattr(atomic, "open", File, raising=False)
+    patch.setattr(atomic.os, "fsync", faulty.wrap(os.fsync))
+    patch.setattr(atomic.os, "replace", faulty.wrap(os.replace))
+
+
+def write(path, content=NEW):
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def count_calls(folder, monkeypatch):
+    faulty = Faulty(10**9, "before", None)
+    with monkeypatch.context() as patch:
+        use_raw_calls(patch, faulty)
+        write(folder / "counted")
+    return 10**9 - faulty.left
+
+
+def test_the_faults_cover_every_call(tmp_path, monkeypatch):
+    # open, four writes, fsync, close, replace, fsync of the folder
+    assert count_calls(tmp_path, monkeypatch) == 9
+    assert (tmp_path / "counted").read_bytes() == NEW
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("wanted", range(1, 10))
+def test_a_kill_at_any_call_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch, wanted, when):
+    path = tmp_path / "file"
+    path.write_bytes(OLD)
+    child = os.fork()
+    if child == 0:
+        use_raw_calls(monkeypatch, Faulty(wanted, when, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+        write(path)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    replaced = wanted > 8 or (wanted == 8 and when == "after")
+    assert path.read_bytes() == (NEW if replaced else OLD)
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("wanted", range(1, 9))
+def test_a_full_disk_at_any_call_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, wanted, when):
+    path = tmp_path / "file"
+    path.write_bytes(OLD)
+
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        use_raw_calls(patch, Faulty(wanted, when, full))
+        with pytest.raises(OSError, match="No space left"):
+            write(path)
+    assert path.read_bytes() == (NEW if (wanted, when) == (8, "after") else OLD)
+    if (wanted, when) != (1, "after"):  # an open that fails after the fact leaves a name that nobody knows of
+        assert os.listdir(tmp_path) == ["file"]
+
+
+def test_an_error_inside_the_block_leaves_the_old_file(tmp_path):
+    (tmp_path / "file").write_bytes(OLD)
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "file") as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert (tmp_path / "file").read_bytes() == OLD
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_checkpoint_that_does_not_fit_the_disk_is_an_oserror(tmp_path):
+    """The limit on a file's size stands for a full disk: the write fails in the middle of PyTorch's own writer."""
+    path = tmp_path / "last.pth"
+    save_checkpoint(path, {"weights": {"x": torch.zeros(3)}})
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            save_checkpoint(path, {"weights": {"x": torch.zeros(1_000_000)}})
+        except OSError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert load_checkpoint(path)["weights"]["x"].shape == (3,)
+    assert os.listdir(tmp_path) == ["last.pth"]
+
+
+def test_every_writer_goes_through_atomic_write():
+    """No module opens a file for writing by itself, or lets a library do so by name."""
+    project = Path(__file__).resolve().parent.parent
+    sources = [*project.glob("*.py"), *project.glob("utils/*.py"), *project.glob("nets/*.py")]
+    assert len(sources) > 20
+    banned = (".write_text(", ".write_bytes(", "torch.save(checkpoint, path", '.savefig("', "np.savez(", "np.save(")
+    found = [(path.name, word) for path in sources for word in banned if word in path.read_text(encoding="utf-8")]
+    assert found == []

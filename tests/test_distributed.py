@@ -1,0 +1,69 @@
+"""Several processes compute what one computes."""
+import pytest
+import torch
+from conftest import PROJECT, TINY, command, newest_run, run, run_main, torchrun
+
+from utils.checkpoint import load_checkpoint
+
+RUN = [*TINY, "--epochs", "5", "--dropout", "0", "--horizontal_flip", "True", "--class_conditional", "True", "--val_split", "0.2"]
+
+
+def train_in(folder, build, *settings):
+    folder.mkdir()
+    output = run(build("train.py", *RUN, "--annotation_path", folder.parent / "train_lines.txt", *settings), folder)
+    return load_checkpoint(newest_run(folder) / "last.pth"), output
+
+
+def assert_close(one, other):
+    """All parameters together to 1e-5 relative; each tensor to 1e-3: Adam's first steps are the gradient's sign, and where
+    a bias's gradient is all but zero, rounding chooses it."""
+    names = [name for name in one["weights"] if name.startswith("model.")]
+    both = [torch.cat([state["weights"][name].double().flatten() for name in names]) for state in (one, other)]
+    assert (both[0] - both[1]).norm() < 1e-5 * both[0].norm()
+    for name in names:
+        value, same = one["weights"][name].double(), other["weights"][name].double()
+        assert (value - same).norm() < 1e-3 * value.norm().clamp_min(1e-2), name
+
+
+def test_two_processes_compute_the_update_of_one_also_with_accumulation(workplace):
+    one, _ = train_in(workplace / "one", command)
+    two, output = train_in(workplace / "two", lambda *arguments: torchrun(2, *arguments))
+    parts, _ = train_in(workplace / "parts", lambda *arguments: torchrun(2, *arguments), "--accumulate", "2")
+    assert one["ema_step"] == 10
+    assert_close(one, two)
+    assert_close(one, parts)
+    for other in (two, parts):
+        for row, same in zip(one["history"], other["history"], strict=True):
+            assert row.keys() == same.keys()
+            for name, value in row.items():
+                assert same[name] == pytest.approx(value, rel=1e-4), name
+    assert output.count("this run writes to") == 1 and "2 processes" in output
+
+
+def test_accumulation_in_one_process(workplace):
+    run_main("train.py", *RUN)
+    one = newest_run(workplace)
+    run_main("train.py", *RUN, "--accumulate", "4")
+    assert newest_run(workplace) != one
+    one, parts = (load_checkpoint(folder / "last.pth") for folder in (one, newest_run(workplace)))
+    assert_close(one, parts)
+    assert not torch.equal(one["weights"]["model.out_conv.weight"], torch.zeros(3, 32, 3, 3))
+
+
+def test_a_rank_that_dies_ends_the_run_with_its_error(workplace):
+    script = workplace / "dying.py"
+    script.write_text(
+        "import sys, train\n"
+        "from utils import distributed\n"
+        "original, steps = train.normalise, []\n"
+        "def normalise(*a, **k):\n"
+        "    steps.append(1)\n"
+        "    if distributed.rank() == 1 and len(steps) == 3:\n"
+        "        raise RuntimeError('rank one broke')\n"
+        "    return original(*a, **k)\n"
+        "train.normalise = normalise\n"
+        "train.main()\n"
+    )
+    # An absolute path: torchrun() leaves it as it is.
+    output = run(["env", f"PYTHONPATH={PROJECT}", *torchrun(2, script, *RUN, "--epochs", "300")], workplace, expect=1)
+    assert "rank one broke" in output

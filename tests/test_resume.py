@@ -1,0 +1,179 @@
+"""A run that is stopped and resumed ends as one that never was: bit for bit, wherever and however it was stopped."""
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, assert_same_state, command, newest_run, run_main, torchrun
+from kill_run import RUN, kill_and_compare, result
+
+from utils.checkpoint import load_checkpoint
+
+
+@pytest.fixture
+def twin(workplace):
+    """Two folders with the same pictures, by the same list."""
+    for name in ("whole", "broken"):
+        (workplace / name).mkdir()
+    return workplace / "whole", workplace / "broken", ["--annotation_path", workplace / "train_lines.txt"]
+
+
+@pytest.mark.parametrize(("processes", "kills", "epochs"), [(1, 8, 40), (2, 3, 25)])
+def test_killed_run_ends_as_an_undisturbed_one(twin, processes, kills, epochs):
+    whole, broken, pictures = twin
+    kill_and_compare(whole, broken, [*RUN, *pictures], processes, kills, epochs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signal_saves_within_the_epoch_and_resume_goes_on(twin, monkeypatch, capfd, number):
+    """The signal comes in the middle of the second epoch; the step in hand is finished."""
+    import train
+
+    whole, broken, pictures = twin
+    monkeypatch.chdir(whole)
+    run_main("train.py", *RUN, *pictures)
+    monkeypatch.chdir(broken)
+    steps, normalise = [], train.normalise
+
+    def signal_at_third_step(*arguments, **options):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), number)
+        return normalise(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(train, "normalise", signal_at_third_step)
+        run_main("train.py", *RUN, *pictures)
+    assert end.value.code == 128 + number
+    assert "--resume" in capfd.readouterr().out
+    position = load_checkpoint(newest_run(broken) / "last.pth")["position"]
+    assert position["epoch"] == 1 and 0 < position["images"] < 16
+    run_main("train.py", "--resume", newest_run(broken))
+    (one, one_csv), (other, other_csv) = result(whole), result(broken)
+    assert_same_state(one, other)
+    assert one_csv == other_csv
+
+
+def test_second_signal_ends_at_once(tmp_path):
+    """A second signal, once the first has been noticed for a second, does not wait for a step that hangs."""
+    script = "import time; from utils.stopping import StopSignal\nwith StopSignal():\n    print('ready', flush=True)\n    time.sleep(60)"
+    process = subprocess.Popen([*command("")[:1], "-c", script], stdout=subprocess.PIPE, cwd=os.path.dirname(os.path.dirname(__file__)))
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+
+
+def test_torchrun_stops_all_processes_at_one_step(twin):
+    whole, broken, pictures = twin
+    settings = [*RUN, *pictures, "--epochs", "200", "--save_minutes", "0"]
+    process = subprocess.Popen(
+        torchrun(2, "train.py", *settings), cwd=broken, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while process.poll() is None and not list(broken.glob("logs/*/last.pth")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=100)[0].decode()
+    assert "goes on from here" in output, output
+    stopped = load_checkpoint(newest_run(broken) / "last.pth")["position"]
+    assert stopped["epoch"] < 199
+    assert len(load_checkpoint(newest_run(broken) / "last.pth")["sums"]) == 2
+
+
+def test_changed_batch_size_goes_on_at_the_next_epoch(twin, monkeypatch, capsys):
+    import train
+
+    _, broken, pictures = twin
+    monkeypatch.chdir(broken)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at_step(patch, train, 2)
+        run_main("train.py", *RUN, *pictures)
+    assert load_checkpoint(newest_run(broken) / "last.pth")["position"]["images"] == 16 - 8
+    run_main("train.py", "--resume", "latest", "--batch_size", "4")
+    assert "the batch size was 8 and is 4: going on with the next epoch" in capsys.readouterr().out
+    rows = load_checkpoint(newest_run(broken) / "last.pth")["history"]
+    assert [row["epoch"] for row in rows] == [1, 3, 4]
+
+
+def test_changed_pictures_are_said_and_not_fatal(workplace, monkeypatch, capsys):
+    run_main("train.py", *RUN, "--epochs", "1")
+    lines = (workplace / "train_lines.txt").read_text().splitlines()
+    (workplace / "train_lines.txt").write_text("\n".join(lines[:-3]) + "\n")
+    run_main("train.py", "--resume", "latest", "--epochs", "2")
+    assert "the pictures are not those of before" in capsys.readouterr().out
+    assert len(load_checkpoint(newest_run(workplace) / "last.pth")["history"]) == 2
+
+
+def stop_at_step(patch, train, number):
+    """Send SIGTERM to this process in the `number`-th step."""
+    steps, normalise = [], train.normalise
+
+    def noticing(*arguments, **options):
+        steps.append(1)
+        if len(steps) == number + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return normalise(*arguments, **options)
+
+    patch.setattr(train, "normalise", noticing)
+
+
+def test_only_typed_settings_override_the_runs_own(workplace, capsys):
+    run_main("train.py", *RUN, "--epochs", "1")
+    capsys.readouterr()
+    run_main("train.py", "--resume", "latest", "--epochs", "2", "--init_lr", "1e-3")
+    said = capsys.readouterr().out
+    unused = next(line for line in said.splitlines() if line.startswith("not used, as the run goes on with its own"))
+    assert "batch_size" in unused and "init_lr" not in unused and "epochs" not in unused
+    config = load_checkpoint(newest_run(workplace) / "last.pth")["config"]
+    assert (config["epochs"], config["init_lr"], config["channel"], config["batch_size"]) == (2, 1e-3, 32, 8)
+
+
+@pytest.mark.parametrize("option", [("--channel", "64"), ("--schedule", "cosine"), ("--input_shape", "16,16"), ("--label_dropout", "0")])
+def test_what_a_run_is_built_from_cannot_change(workplace, capsys, option):
+    run_main("train.py", *RUN, "--epochs", "1")
+    before = (newest_run(workplace) / "last.pth").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        run_main("train.py", "--resume", "latest", *option)
+    assert end.value.code == 1
+    error = capsys.readouterr().err
+    assert option[0] in error and "cannot change" in error
+    assert (newest_run(workplace) / "last.pth").read_bytes() == before
+
+
+def test_resume_latest_without_a_run_is_a_fresh_one(workplace, capsys):
+    run_main("train.py", *RUN, "--epochs", "1", "--resume", "latest")
+    assert "this is a fresh run" in capsys.readouterr().out
+
+
+def test_resume_latest_passes_over_a_damaged_checkpoint(workplace, capsys):
+    run_main("train.py", *RUN, "--epochs", "1")
+    first = newest_run(workplace)
+    (workplace / "logs/later").mkdir()
+    (workplace / "logs/later/last.pth").write_bytes((first / "last.pth").read_bytes()[:5000])
+    run_main("train.py", "--resume", "latest", "--epochs", "2")
+    assert "left out" in capsys.readouterr().out
+    assert load_checkpoint(first / "last.pth")["position"]["epoch"] == 2
+
+
+def test_a_file_of_weights_only_starts_a_run_of_its_own(workplace):
+    run_main("train.py", *RUN, "--epochs", "1")
+    first = newest_run(workplace)
+    weights = load_checkpoint(first / "epoch_0001.pth")
+    assert "optimizer" not in weights
+    run_main("train.py", "--resume", first / "epoch_0001.pth", "--epochs", "1")
+    assert newest_run(workplace) != first
+    ours = load_checkpoint(newest_run(workplace) / "last.pth")
+    # Its average goes on from where it was: no first update overwrites it.
+    assert ours["ema_step"] == weights["ema_step"] + 2
+
+
+def test_average_and_its_counter_survive(workplace):
+    run_main("train.py", *RUN, "--epochs", "2")
+    checkpoint = load_checkpoint(newest_run(workplace) / "last.pth")
+    assert checkpoint["ema_step"] == 4
+    pairs = [(value, checkpoint["weights"]["ema_" + name]) for name, value in checkpoint["weights"].items() if name.startswith("model.")]
+    assert any(not torch.equal(*pair) for pair in pairs)

@@ -1,0 +1,102 @@
+"""The pieces of the training loop, each by itself."""
+import hashlib
+import math
+
+import pytest
+import torch
+
+from utils.learning_rate import learning_rate
+from utils.meter import Meter, summary
+from utils.randomness import draw_step, mix
+from utils.validation import split_validation
+
+
+def test_rate_rises_then_falls_by_half_a_cosine():
+    rates = [learning_rate(step, 1000, 2e-4, 2e-6, 0.05) for step in range(1000)]
+    assert rates[0] == pytest.approx(2e-4 / 50)
+    assert rates[49] == rates[50] == max(rates) == 2e-4
+    assert rates[-1] == pytest.approx(2e-6)
+    middle = 50 + (999 - 50) / 2
+    assert (rates[math.floor(middle)] + rates[math.ceil(middle)]) / 2 == pytest.approx((2e-4 + 2e-6) / 2, rel=1e-3)
+    assert all(a >= b for a, b in zip(rates[50:], rates[51:]))
+
+
+def test_warmup_is_never_longer_than_a_thousand_steps():
+    assert learning_rate(999, 10**6, 1.0, 0.0, 0.05) == 1.0
+    assert learning_rate(499, 10**6, 1.0, 0.0, 0.05) == 0.5
+
+
+def test_step_decay_has_ten_equal_stages():
+    rates = [learning_rate(step, 1000, 1.0, 1e-3, 0.0, "step") for step in range(1000)]
+    assert len(set(rates)) == 10
+    assert rates[0] == 1.0 and rates[-1] == pytest.approx(1e-3)
+    assert [rates.count(rate) for rate in sorted(set(rates))][1:-1] == pytest.approx([100] * 8, abs=1)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3])
+def test_rate_of_the_shortest_runs_is_finite(total):
+    for decay in ("cos", "step"):
+        assert all(0 < learning_rate(step, total, 1e-3, 1e-5, 0.05, decay) <= 1e-3 for step in range(total))
+
+
+def test_unknown_decay_lists_the_known():
+    with pytest.raises(ValueError, match="cos, step"):
+        learning_rate(0, 1, 1, 1, decay="linear")
+
+
+def test_draws_are_those_of_the_whole_batch_whatever_the_share():
+    generator, shape = torch.Generator(), (8, 3, 4, 4)
+    whole = draw_step(generator, mix(0, 1, 2), shape, 100, flip=0.5, drop=0.3)
+    torch.randn(5, generator=generator)
+    shares = [draw_step(generator, mix(0, 1, 2), shape, 100, flip=0.5, drop=0.3).share(rank, 4) for rank in range(4)]
+    for name in whole._fields:
+        assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(whole, name))
+    other = draw_step(generator, mix(0, 1, 3), shape, 100, flip=0.5, drop=0.3)
+    assert not torch.equal(whole.noise, other.noise) and not torch.equal(whole.t, other.t)
+
+
+def test_an_option_does_not_change_another_ones_draws():
+    with_flips, without = (draw_step(torch.Generator(), 7, (64, 1, 2, 2), 10, flip=flip, drop=0.5) for flip in (0.5, 0.0))
+    assert torch.equal(with_flips.noise, without.noise) and torch.equal(with_flips.drop, without.drop)
+    assert with_flips.flip.any() and not without.flip.any()
+
+
+def test_seeds_of_neighbouring_steps_do_not_collide():
+    assert len({mix(seed, epoch, step) for seed in range(10) for epoch in range(20) for step in range(50)}) == 10_000
+
+
+def test_meter_adds_losses_by_quarter_and_leaves_bad_steps_out():
+    meter = Meter(torch.device("cpu"), 100)
+    t, losses = torch.tensor([0, 24, 25, 50, 99]), torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])
+    meter.add(losses, t, torch.tensor(2.0), torch.zeros(()), torch.zeros(()))
+    meter.add(losses * float("nan"), t, torch.tensor(float("nan")), torch.ones(()), torch.ones(()))
+    row = summary(meter.sums[None])
+    assert row == {"loss": 5.0, "loss_t1": 2.0, "loss_t2": 5.0, "loss_t3": 7.0, "loss_t4": 9.0, "grad_norm": 2.0, "skipped": 1}
+    assert meter.shown() == (5.0, 1)
+    meter.add(losses, t, torch.tensor(2.0), torch.zeros(()), torch.zeros(()))
+    assert meter.shown()[1] == 0
+
+
+def test_summary_of_two_processes_is_the_mean_over_all_images():
+    a, b = Meter(torch.device("cpu"), 4), Meter(torch.device("cpu"), 4)
+    zero = torch.zeros(())
+    a.add(torch.tensor([1.0, 1.0]), torch.tensor([0, 1]), torch.tensor(3.0), zero, zero)
+    b.add(torch.tensor([5.0, 2.0]), torch.tensor([1, 2]), torch.tensor(3.0), zero, zero)
+    row = summary(torch.stack([a.sums, b.sums]))
+    assert (row["loss"], row["loss_t2"], row["loss_t4"], row["grad_norm"]) == (2.25, 3.0, None, 3.0)
+
+
+def test_validation_side_is_the_contents_and_never_changes():
+    hashes = [hashlib.md5(str(number).encode()).hexdigest() for number in range(4000)]
+    train, aside = split_validation(hashes, 0.1)
+    assert 300 < len(aside) < 500 and len(train) + len(aside) == 4000
+    chosen = {hashes[row] for row in aside.tolist()}
+    _, again = split_validation(list(reversed(hashes[:1000])), 0.1)
+    assert {hashes[:1000][::-1][row] for row in again.tolist()} == chosen & set(hashes[:1000])
+
+
+def test_validation_share_that_leaves_a_side_empty_is_refused():
+    with pytest.raises(ValueError, match="val_split"):
+        split_validation(["ff" * 16] * 3, 0.1)
+    rows, aside = split_validation(["00" * 16, "ff" * 16], 0.0)
+    assert len(rows) == 2 and len(aside) == 0
