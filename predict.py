@@ -16,6 +16,7 @@ from utils.checkpoint import find_weights, load_checkpoint, weights_digest
 from utils.config import check_values, run_script, typed_options
 from utils.device import autocast, choose_compile, choose_device, choose_precision, describe_device, memory_format
 from utils.images import to_uint8
+from utils.memory import advice_for_drawing, explain_out_of_memory
 from utils.outputs import COLUMNS, SHOWN, PredictFiles
 from utils.starting_pictures import load_mask, load_picture, picture_digest
 
@@ -92,7 +93,7 @@ def main():
     rows = min(len(classes), MAX_ROWS) if by_class(config, classes) else None
     shape = (*diffusion.img_size, diffusion.img_channels)
     with PredictFiles(config, shape, rows, text_of_pictures(config, network, shape, classes, options)) as files:
-        with autocast(device, precision):
+        with autocast(device, precision), explain_out_of_memory(lambda: advice_for_drawing(config)):
             draw(config, diffusion, classes, options, files, device)
         files.finish()
     distributed.stop()

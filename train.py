@@ -16,6 +16,7 @@ from utils.config import check_values, run_script, typed_options
 from utils.dataset import EpochBatches, ImageDataset, data_loader, effective_batch_size, normalise, open_dataset
 from utils.device import autocast, choose_compile, choose_device, choose_precision, memory_format, peak_memory
 from utils.learning_rate import DECAYS, learning_rate
+from utils.memory import advice_for_training, explain_out_of_memory
 from utils.meter import Meter, summary
 from utils.optimizer import OPTIMIZERS, held_against, make_optimizer, set_rate, step_unless_bad
 from utils.randomness import draw_step, mix
@@ -42,6 +43,7 @@ class Config:
     num_res_blocks: int = 2                              # residual blocks a level
     attention_resolutions: tuple[int, ...] = (1,)        # the levels that have attention; 0 is full size
     dropout: float = 0.1                                 # share of features dropped in training
+    activation_checkpointing: bool = False               # half the memory or less for a third more time; the same gradients
     class_conditional: bool = False                      # learn the class folders, to draw by class later
     label_dropout: float = 0.1                           # share of labels hidden, for guidance when drawing by class
 
@@ -123,7 +125,8 @@ def main():
         print_memory(config, parts)
     else:
         folder = run_folder(checkpoint, source, config.save_dir)
-        train(config, parts, folder, restore(checkpoint, parts))
+        with explain_out_of_memory(lambda: advice_for_training(config, parts)):
+            train(config, parts, folder, restore(checkpoint, parts))
     distributed.stop()
 
 

@@ -25,12 +25,18 @@ def print_summary(config, parts):
 def print_memory(config, parts):
     """An estimate of what training holds in memory at once, from one image's forward pass."""
     size = parts.batch_size // (config.accumulate * distributed.world_size())
-    weights = sum(p.numel() * p.element_size() for p in parts.diffusion.model.parameters())
-    activations = activation_bytes(config, parts) * size
-    mib = [value / 2**20 for value in (weights * 2, weights, weights * 2, activations)]
+    fixed, per_picture = memory_needs(config, parts)
+    # Of the five copies two are the weights and their average, one the gradients, two the moments.
+    mib = [value / 2**20 for value in (fixed * 2 / 5, fixed / 5, fixed * 2 / 5, per_picture * size)]
     names = ("weights and average", "gradients", "moments", "activations")
     print("memory     " + ", ".join(f"{value:,.0f} MiB {name}" for value, name in zip(mib, names)))
     print(f"           {sum(mib):,.0f} MiB in all for {size} pictures at a time; --accumulate N divides the activations by N")
+
+
+def memory_needs(config, parts):
+    """Bytes that training needs: (whatever the batch, for each picture of it)."""
+    weights = sum(p.numel() * p.element_size() for p in parts.diffusion.model.parameters())
+    return 5 * weights, activation_bytes(config, parts)
 
 
 def activation_bytes(config, parts):

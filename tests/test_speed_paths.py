@@ -1,0 +1,152 @@
+"""What makes things fast or small changes no result: the fast paths against the plain ones. Nothing here is timed."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nets import UNet, fused, unet
+from nets.fused import NormSiluDropout, norm_act
+from utils.checkpoint import weights_digest
+from utils.device import memory_format
+
+
+def plain(norm, activation, x, dropout=None):
+    x = activation(norm(x))
+    return x if dropout is None else dropout(x)
+
+
+def norm_of(channels, groups=8):
+    generator = torch.Generator().manual_seed(1)
+    norm = nn.GroupNorm(groups, channels)
+    norm.weight.data = torch.randn(channels, generator=generator)
+    norm.bias.data = torch.randn(channels, generator=generator)
+    return norm
+
+
+def run(function, norm, x, dropout=None):
+    """(result, gradients of input, weight and bias) for a loss that weighs every feature differently."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    out = function(norm, F.silu, x, dropout)
+    weights = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+    return out.detach(), *torch.autograd.grad((out * weights).sum(), (x, norm.weight, norm.bias))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(3, 16, 6, 10), (2, 16, 1, 1), (2, 32, 8, 8)])
+def test_fused_norm_and_silu_have_the_plain_results_and_gradients(shape, layout):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
+    norm = norm_of(shape[1])
+    assert type(norm_act(norm, F.silu, x).grad_fn).__name__ == "NormSiluDropoutBackward"
+    for ours, expected in zip(run(norm_act, norm, x), run(plain, norm, x)):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_in_bf16_the_gradients_are_those_of_float32_within_rounding(layout):
+    x = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
+    norm = norm_of(16)
+    for ours, exact in zip(run(norm_act, norm, x.bfloat16()), run(plain, norm, x.bfloat16().float())):
+        torch.testing.assert_close(ours.float(), exact, atol=0.02 * exact.abs().max().item(), rtol=0)
+
+
+def test_fused_dropout_drops_its_share_scales_the_rest_and_passes_no_gradient_where_it_dropped():
+    x = torch.randn(8, 16, 32, 32, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last).requires_grad_()
+    norm, share = norm_of(16), 0.3
+    torch.manual_seed(0)
+    out = norm_act(norm, F.silu, x, nn.Dropout(share).train())
+    whole = plain(norm, F.silu, x).detach()
+    dropped = out == 0
+    assert abs(dropped.float().mean().item() - share) < 0.005  # of 131072 features: 4 standard deviations
+    for mean in (dropped.float().mean((0, 2, 3)), dropped.float().mean((0, 1, 2)), dropped.float().mean((0, 1, 3))):
+        assert (mean - share).abs().max() < 0.04  # no channel, row or column is spared
+    torch.testing.assert_close(out.detach(), torch.where(dropped, 0, whole / (1 - share)), atol=1e-4, rtol=1e-4)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    ours = torch.autograd.grad(out, (x, norm.weight, norm.bias), grad)
+    expected = torch.autograd.grad(plain(norm, F.silu, x), (x, norm.weight, norm.bias), torch.where(dropped, 0, grad / (1 - share)))
+    for one, other in zip(ours, expected):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
+
+
+def test_fused_dropout_is_a_function_of_the_seed_and_new_at_each_call():
+    x, norm, dropout = torch.randn(2, 8, 8, 8), norm_of(8), nn.Dropout(0.5).train()
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws += [norm_act(norm, F.silu, x, dropout), norm_act(norm, F.silu, x, dropout)]
+    assert torch.equal(draws[0], draws[2]) and torch.equal(draws[1], draws[3])
+    assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[4])
+
+
+def test_without_gradients_or_with_another_norm_or_activation_the_path_is_plain(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("fused")
+
+    monkeypatch.setattr(NormSiluDropout, "apply", refuse)
+    x, norm = torch.randn(2, 8, 4, 4), norm_of(8)
+    with torch.no_grad():
+        assert torch.equal(norm_act(norm, F.silu, x), plain(norm, F.silu, x))
+    frozen = copy.deepcopy(norm).requires_grad_(False)
+    assert torch.equal(norm_act(frozen, F.silu, x), plain(norm, F.silu, x))
+    assert torch.equal(norm_act(norm, F.relu, x), plain(norm, F.relu, x))
+    assert torch.equal(norm_act(nn.Identity(), F.silu, x), F.silu(x))
+
+
+def test_the_whole_network_has_the_plain_paths_result_and_gradients(monkeypatch):
+    torch.manual_seed(0)
+    network = UNet(3, base_channels=32, channel_mults=(1, 2), num_res_blocks=1, dropout=0.0).train()
+    nn.init.normal_(network.out_conv.weight, std=0.05)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
+
+    def outcome(layout):
+        copied = copy.deepcopy(network).to(memory_format=layout)
+        out = copied(x.to(memory_format=layout), t)
+        out.square().sum().backward()
+        return [out.detach(), *(parameter.grad for parameter in copied.parameters())]
+
+    fast = outcome(torch.channels_last)
+    monkeypatch.setattr(unet, "norm_act", plain)
+    for ours, expected in zip(fast, outcome(torch.contiguous_format)):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_the_fused_path_keeps_less_for_the_backward_pass(monkeypatch):
+    network = UNet(3, base_channels=32, channel_mults=(1,), num_res_blocks=1, attention_resolutions=()).train()
+    x, t = torch.randn(8, 3, 16, 16), torch.zeros(8)
+
+    def kept():
+        storages = {}
+
+        def count(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            out = network(x, t)
+        return sum(storages.values()), out
+
+    less, _ = kept()
+    monkeypatch.setattr(unet, "norm_act", plain)
+    assert less < 0.75 * kept()[0]
+
+
+@pytest.mark.parametrize("share, count", [(0.1, 6554), (0.5, 32768), (0.25, 16384)])
+def test_the_masks_share_and_factor_belong_together(share, count):
+    torch.manual_seed(0)
+    dropped, factor = fused.draw_mask(torch.empty(3, 5, 7, 11), share)  # no multiple of four
+    assert dropped.shape == (3, 5, 7, 11) and dropped.dtype == torch.bool
+    assert factor == 2**16 / (2**16 - count)
+
+
+def test_a_digest_of_weights_knows_no_memory_format():
+    network = UNet(3, base_channels=32, channel_mults=(1, 2), num_res_blocks=1)
+    before = weights_digest(network.state_dict())
+    assert weights_digest(network.to(memory_format=torch.channels_last).state_dict()) == before
+
+
+def test_layouts_by_device():
+    cpu = torch.channels_last if torch.backends.mkldnn.is_available() else torch.contiguous_format
+    assert memory_format(torch.device("cpu"), "fp32") == memory_format(torch.device("cpu"), "bf16") == cpu
+    assert memory_format(torch.device("cuda"), "bf16") == torch.channels_last
+    assert memory_format(torch.device("cuda"), "fp32") == memory_format(torch.device("mps"), "fp32") == torch.contiguous_format
