@@ -310,6 +310,9 @@ def test_collect_keeps_the_first_only(net):
     assert found.statistics.count == 50
     assert_close(found.features, features(net, pictures)[:30])
     assert torch.equal(found.pictures, pictures[:25])
+    blocks = iter(pictures.split(20))
+    assert torch.equal(collect(blocks, max_pictures=25).pictures, pictures[:25])
+    assert len(list(blocks)) == 1  # no more is drawn than is looked at
 
 
 def test_reference_statistics_are_kept_by_data_and_network(net, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ class Config:
     samples: str = ""                             # a folder, list or .npz of pictures, or a checkpoint to draw from; "": the newest run
     reference: str = "train_lines.txt"            # a folder, list or .npz: the pictures that were to be learned
     held_out: str = ""                            # a folder, list or .npz of pictures not trained on; "": those that val_split kept aside
-    num_images: int = 0                           # samples; 0: all there are, of a checkpoint 10,000
+    num_images: int = 0                           # samples; 0: all there are, of a checkpoint 10,000 (nearest_images without distances)
     input_shape: tuple[int, int] | None = None    # height and width to compare at; None: the samples'
     img_channels: int = 0                         # 3 colour, 1 grey; 0: the samples'
     resize_mode: Literal["", "crop", "stretch", "pad"] = ""  # how other shapes are made to fit; "": as in training
@@ -218,7 +218,8 @@ def open_samples(config, model, reference, device, precision):
         order = samples.shuffled(config.num_images, config.seed)
         count, blocks, what = len(order), samples.blocks(order), f"{len(order):,} pictures, {samples.name}"
     else:
-        count, T = config.num_images or ENOUGH, model.diffusion.num_timesteps
+        needed = ENOUGH if config.distances else config.nearest_images if config.nearest else 0
+        count, T = config.num_images or needed, model.diffusion.num_timesteps
         labels = labels_like(reference, model, config.seed)
         steps = config.steps or (T if config.sampler == "ddpm" else min(DEFAULT_STEPS, T))
         blocks = drawn(config, model.diffusion, steps, labels, count, device, precision)
@@ -297,7 +298,7 @@ def measure_nearest(config, sampled, reference, held_out, extractor):
     say("nearest, in " + ("features" if by_features else "levels"), "  ".join(f"{quantile:>7.0%}" for quantile in QUANTILES))
     for name, values in quantiles.items():
         say("  " + name, "  ".join(f"{value:7.3f}" for value in values))
-    say("  very close", f"{closer:.1%} of the samples: closer than all but 1 % of the other pictures are (so 1 % is what chance gives)")
+    say("  very close", f"{closer:.1%} of the samples are closer than the 1 % quantile of the other pictures; chance gives 1 %")
     order = distances.argsort().tolist()
     rest = order[PAIRS:]
     shown = order[:PAIRS] + [rest[i] for i in np.linspace(0, len(rest) - 1, min(PAIRS, len(rest))).astype(int)]

@@ -53,6 +53,8 @@ def collect(blocks, extractor=None, max_features=10_000, max_pictures=0):
         if shown < max_pictures:
             pictures.append(images[: max_pictures - shown])
             shown += len(pictures[-1])
+        if not extractor and shown == max_pictures:
+            break
     return Collected(statistics, torch.cat(features) if features else torch.zeros(0, 0), torch.cat(pictures) if pictures else None)
 
 
