@@ -196,4 +196,5 @@ def config_from_weights(state_dict):
         "img_channels": found["img_channels"], "channel": found["base_channels"], "channel_mults": found["channel_mults"],
         "num_res_blocks": found["num_res_blocks"], "attention_resolutions": found["attention_resolutions"],
         "class_conditional": found["num_classes"] is not None, "label_dropout": 0.0, "num_timesteps": len(weights["betas"]),
+        "ema_warmup": False,  # its average is an old one: a warm-up would replace most of it within a few steps
     }

@@ -177,3 +177,22 @@ def test_average_and_its_counter_survive(workplace):
     assert checkpoint["ema_step"] == 4
     pairs = [(value, checkpoint["weights"]["ema_" + name]) for name, value in checkpoint["weights"].items() if name.startswith("model.")]
     assert any(not torch.equal(*pair) for pair in pairs)
+
+
+def test_a_bare_state_dict_of_the_reference_goes_on(workplace, capsys):
+    """Its architecture is read off its shapes, its schedule off its buffers, and its average counts as begun."""
+    import numpy as np
+
+    from nets import GaussianDiffusion, UNet
+
+    network = UNet(3, 32, (1, 2), 1, num_classes=2, attention_resolutions=(0,))
+    betas = np.linspace(1e-3, 0.3, 50)
+    bare = GaussianDiffusion(network, (8, 8), 3, 2, betas).state_dict()
+    bare["ema_model.init_conv.bias"] = torch.full((32,), 7.0)
+    torch.save({f"module.{name}": value for name, value in bare.items()}, workplace / "reference.pth")
+    run_main("train.py", "--resume", "reference.pth", "--input_shape", "8,8", "--epochs", "1", "--batch_size", "8", "--preview_period", "0")
+    ours = load_checkpoint(newest_run(workplace) / "last.pth")
+    torch.testing.assert_close(ours["weights"]["betas"], torch.tensor(betas, dtype=torch.float32))
+    assert ours["ema_step"] == 2000 + 3
+    assert 6.99 < float(ours["weights"]["ema_model.init_conv.bias"][0]) < 7
+    assert ours["config"]["num_timesteps"] == 50 and ours["config"]["label_dropout"] == 0
