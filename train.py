@@ -5,7 +5,6 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from nets import GaussianDiffusion, build
@@ -175,7 +174,7 @@ def train(config, parts, folder, start):
     """The training loop, from the position in `start` to the last epoch, or to the signal that ends it earlier."""
     device, layout, dataset, rows, val_rows, batch_size, diffusion, optimizer, scaler, meter = parts
     rank, world_size, is_main = distributed.rank(), distributed.world_size(), distributed.is_main()
-    model = DistributedDataParallel(diffusion, broadcast_buffers=False) if world_size > 1 else diffusion
+    model = distributed.wrap(diffusion)
     if config.compile:
         diffusion.model.compile()
     trained = [parameter for parameter in diffusion.parameters() if parameter.requires_grad]

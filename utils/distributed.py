@@ -3,11 +3,13 @@ import ctypes
 import os
 import signal
 import sys
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 # Rank 0 may draw previews and save while the others wait. A rank that dies is noticed by torchrun at once, not by this.
 PATIENCE = timedelta(hours=6)
@@ -88,6 +90,15 @@ def from_main(value=None):
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def wrap(module):
+    """The module with its gradients averaged over all processes; as it is in a single one. Buffers are not sent: they never differ."""
+    if not dist.is_initialized():
+        return module
+    # 1x1 kernels have two equal layouts, and a gradient may come in the other one: one small copy, not worth a warning.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    return DistributedDataParallel(module, broadcast_buffers=False)
 
 
 class Agreement:
