@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
+NO_MEMORY = ("out of memory", "can't allocate memory")  # what PyTorch says on GPUs and on the CPU
 NEGATIVE = re.compile(r"-\.?\d")
 
 
@@ -157,11 +158,11 @@ def run_script(main):
 
 def _for_user(error):
     """What to tell the user in one line; None for a mistake of ours."""
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}; check this path, or name another" if error.filename and error.strerror else _line(error)
-    if isinstance(error, ValueError) and _raised_here(error):
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}; check this path, or name another"
+    if isinstance(error, OSError) or (isinstance(error, ValueError) and _raised_here(error)):
         return _line(error)
-    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):  # PyTorch's, for a GPU and for the CPU
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY):
         return "out of memory: lower --batch_size, or the size of the pictures or of the network"
     return None
 
