@@ -51,15 +51,15 @@ def precision_and_recall(samples, reference, k=3):
     if min(len(samples), len(reference)) <= k:
         raise ValueError(f"precision and recall with k = {k} need more than {k} pictures on both sides, "
                          f"not {len(samples)} and {len(reference)}")
+    # The float32 features of a copy differ in their last digits: without this a ball of copies would not hold another one.
+    slack = 1e-6 * reference.square().sum(1).mean().sqrt()
     centre = reference.mean(0)  # distances of centred features lose fewer digits
     samples, reference = samples - centre, reference - centre
-    return share_inside(samples, reference, k), share_inside(reference, samples, k)
+    return share_inside(samples, reference, k, slack), share_inside(reference, samples, k, slack)
 
 
-def share_inside(queries, centres, k):
-    """The share of queries (n, d) that lie in a ball around one of the centres (m, d)."""
-    # Copies are at a distance of rounding errors, not of 0: without this a ball of copies would not hold another copy.
-    slack = 1e-6 * centres.square().sum(1).mean().sqrt()
+def share_inside(queries, centres, k, slack):
+    """The share of queries (n, d) that lie in a ball around one of the centres (m, d), or at most `slack` outside."""
     rows = max(BLOCK // len(centres), 1)
     radii = torch.cat([torch.cdist(block, centres).kthvalue(k + 1, dim=1).values for block in centres.split(rows)])  # itself is one
     inside = [(torch.cdist(block, centres) <= radii + slack).any(1) for block in queries.split(rows)]
