@@ -1,0 +1,260 @@
+"""What a user gets wrong is one line that says what to do, exit code 1, no traceback, and nothing is lost."""
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, command, newest_run, run, run_main, write_pictures
+
+from utils.checkpoint import load_checkpoint, save_checkpoint
+
+TRAIN = [*TINY, "--epochs", "1", "--precision", "fp32"]
+PREDICT = ["--device", "cpu", "--precision", "fp32", "--num_images", "1", "--batch_size", "1", "--steps", "1", "--seed", "1"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with two classes and no null class, as files: {path below the folder: bytes}."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_pictures(folder / "datasets", count=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_main("txt_annotation.py")
+        run_main("train.py", *TRAIN, "--class_conditional", "True", "--label_dropout", "0")
+        return (newest_run(folder) / "last.pth").read_bytes()
+
+
+@pytest.fixture
+def place(trained, workplace):
+    """A folder with pictures, their list and that run's last.pth; everything in it must survive every mistake."""
+    folder = workplace / "logs" / "run"
+    folder.mkdir(parents=True)
+    (folder / "last.pth").write_bytes(trained)
+    return workplace
+
+
+def snapshot(folder):
+    """{path: bytes} of all files but the pictures' cache."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts}
+
+
+def refused(capsys, *arguments):
+    """Run a script that must refuse; returns its one line of stderr. Nothing may have changed on the disk."""
+    before = snapshot(Path.cwd())
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as raised:
+        run_main(*arguments)
+    assert raised.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "img/s" not in line]  # without progress bars
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert snapshot(Path.cwd()) == before
+    return lines[0]
+
+
+def test_lists(place, capsys):
+    listed, texts = place / "train_lines.txt", {}
+    texts["no_lines.txt"] = ("is not there: run `python txt_annotation.py`", None)
+    texts["empty_lines.txt"] = ("lists no image: run `python txt_annotation.py`", "\n")
+    texts["relative_lines.txt"] = ("line 1: expected '<absolute path>'", "datasets/even/000.png\n")
+    texts["gone_lines.txt"] = ("run `python txt_annotation.py`", f"{place / 'datasets/gone.png'}\n")
+    for name, (words, text) in texts.items():
+        if text is not None:
+            (place / name).write_text(text)
+        line = refused(capsys, "train.py", *TRAIN, "--annotation_path", name)
+        assert words in line and ("gone.png" in line or name in line), line
+    (place / "datasets/even/000.png").unlink()
+    assert "000.png" in refused(capsys, "train.py", *TRAIN)
+    assert listed.exists()
+
+
+def test_no_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train_lines.txt").write_text("an older list\n")
+    assert "is not a folder" in refused(capsys, "txt_annotation.py")
+    (tmp_path / "datasets").mkdir()
+    assert "no image in" in refused(capsys, "txt_annotation.py")
+    (tmp_path / "datasets" / "bad.png").write_text("no picture")
+    assert "none of the 1 images" in refused(capsys, "txt_annotation.py")
+
+
+class Attack:
+    """Makes a file where a pickle of it is loaded with trust."""
+
+    def __reduce__(self):
+        return os.mkdir, ("attacked",)
+
+
+def foreign_checkpoints(good):
+    """{file name: (bytes or a function that writes it, words of the refusal)}."""
+    weights = {name: torch.zeros(2) for name in ("conv.weight", "conv.bias")}
+
+    def saved(value, **options):
+        return lambda path: torch.save(value, path, **options)
+
+    def pickled(value):
+        return lambda path: path.write_bytes(pickle.dumps(value))
+
+    return {
+        "missing.pth": (None, "there is no such checkpoint"),
+        "empty.pth": (b"", "damaged, or no PyTorch checkpoint"),
+        "cut.pth": (good[: len(good) // 2], "damaged, or no PyTorch checkpoint"),
+        "cut_at_the_end.pth": (good[:-1], "damaged, or no PyTorch checkpoint"),
+        "foreign.pth": (saved({"model": weights}), "neither a checkpoint of this project nor a state dict (it holds: model)"),
+        "list.pth": (saved([1, 2]), "neither a checkpoint of this project nor a state dict (it holds: list)"),
+        "tensor.pth": (saved(torch.zeros(3)), "neither a checkpoint"),
+        "other_net.pth": (saved(weights), "not a state dict of a GaussianDiffusion"),
+        "attack.pth": (saved({"weights": Attack()}), "could run code hidden in it"),
+        "old_attack.pth": (saved(Attack(), _use_new_zipfile_serialization=False), "could run code hidden in it"),
+        "pickle.pth": (pickled(Attack()), "could run code hidden in it"),
+    }
+
+
+@pytest.mark.parametrize("script", ["predict.py", "train.py"])
+def test_files_that_are_no_checkpoints(place, trained, capsys, script):
+    for name, (content, words) in foreign_checkpoints(trained).items():
+        path = place / name
+        if callable(content):
+            content(path)
+        elif content is not None:
+            path.write_bytes(content)
+        arguments = ["--model_path", path, *PREDICT] if script == "predict.py" else ["--resume", path, *TRAIN]
+        line = refused(capsys, script, *arguments)
+        assert name in line or name == "other_net.pth", line
+        assert words in line, line
+    assert not (place / "attacked").exists()
+
+
+@pytest.mark.xfail(raises=IndexError, strict=True, reason="load_checkpoint lets the unpickler's IndexError through")
+def test_text_is_no_checkpoint(place, capsys):
+    (place / "text.pth").write_text("these are no weights")
+    assert "text.pth" in refused(capsys, "predict.py", "--model_path", "text.pth", *PREDICT)
+
+
+def test_damaged_newest_run_is_not_drawn_silently(place, trained, capsys):
+    (place / "logs/run/last.pth").write_bytes(trained[:1000])
+    assert "logs/run/last.pth: damaged" in refused(capsys, "predict.py", *PREDICT)
+
+
+def test_archive_of_something_else(place, capsys):
+    with zipfile.ZipFile(place / "photos.pth", "w") as archive:
+        archive.writestr("holiday.txt", "sun")
+    assert "photos.pth: damaged, or no PyTorch checkpoint" in refused(capsys, "predict.py", "--model_path", "photos.pth", *PREDICT)
+
+
+def test_no_weights_at_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, "predict.py", *PREDICT)
+    assert "holds no weights: run `python train.py` first, or name a checkpoint with --model_path" in line
+    (tmp_path / "logs" / "empty_run").mkdir(parents=True)
+    assert "there is no such checkpoint" in refused(capsys, "predict.py", "--model_path", "logs/empty_run", *PREDICT)
+
+
+def test_checkpoint_of_another_architecture(place, capsys):
+    checkpoint = load_checkpoint(place / "logs/run/last.pth")
+    cases = (({"channel": 64}, "of another shape"), ({"channel_mults": (1, 2)}, "missing"), ({"num_res_blocks": 0}, "unknown"))
+    for changed, words in cases:
+        save_checkpoint("other.pth", {**checkpoint, "config": {**checkpoint["config"], **changed}})
+        line = refused(capsys, "predict.py", "--model_path", "other.pth", *PREDICT)
+        assert "the weights do not fit this network" in line and words in line
+    for option, value in (("--channel", "64"), ("--channel_mults", "1,2"), ("--num_timesteps", "30"), ("--input_shape", "16,16")):
+        arguments = [*TRAIN[TRAIN.index("--batch_size") :], "--resume", "logs/run", option, value]
+        assert f"{option[2:]} = " in refused(capsys, "train.py", *arguments)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ("--sampler euler", "unknown sampler 'euler'; known: ddpm, ddim, dpm++, heun"),
+    ("--spacing karras", "unknown spacing 'karras'; known: uniform, trailing, logsnr"),
+    ("--steps 21", "steps must be from 1 to 20"),
+    ("--sampler ddpm --steps 1000", "steps must be from 1 to 20"),
+    ("--num_images 0", "num_images is 0: it must be at least 1"),
+    ("--batch_size -4", "batch_size is -4: it must be at least 1"),
+    ("--eta 1.5 --sampler ddim", "eta is 1.5: it must be between 0 and 1"),
+    ("--eta 0.5", "--eta is an option of ddim: add --sampler ddim"),
+    ("--variance posterior", "--variance is an option of ddpm: add --sampler ddpm"),
+    ("--variance large", "expected one of 'beta', 'posterior'"),
+    ("--samples 3", "--help lists every setting"),
+    ("--num_image 3", "did you mean --num_images?"),
+    ("--input_shape 8", "--input_shape 8: expected 2 int values"),
+    ("--input_shape 0,8", "must be multiples of 1"),
+    ("--class_name fruit", "unknown class_name 'fruit'; known: even, odd"),
+    ("--guidance_scale 3", "needs a model with a null class: train with --class_conditional True and label_dropout above 0"),
+    ("--guidance_scale -1", "guidance_scale is -1.0"),
+    ("--interpolate 4", "--interpolate is the number of pictures: leave out --num_images"),
+    ("--seed_to 4", "--seed_to does nothing without --interpolate"),
+    ("--strength 0.4", "--strength does nothing without --init_image"),
+    ("--mask m.png", "--mask does nothing without --init_image"),
+    ("--init_image p.png --resamplings 3", "--resamplings does nothing without --mask"),
+    ("--init_image p.png --strength 0", "strength is 0.0: it must be above 0"),
+    ("--init_image p.png --strength 1.2", "and at most 1"),
+    ("--init_image p.png --strength 0.1 --steps 9", "steps must be from 1 to 2"),
+    ("--init_image gone.png", "gone.png: cannot be read as a picture (No such file or directory)"),
+    ("--init_image train_lines.txt", "train_lines.txt: cannot be read as a picture (not a picture"),
+    ("--init_image p.png --mask gone.png", "gone.png: cannot be read as a picture"),
+    ("--init_image p.png --mask black.png", "the mask is all black: paint white"),
+    ("--init_image p.png --mask white.png", "the mask is all white: paint white"),
+    ("--init_image p.png --mask wide.png", "the mask is 16x8 and p.png 8x8"),
+    ("--init_image p.png --mask m.png --sampler ddim", "--mask is drawn with ddpm's steps: --sampler ddim cannot do it"),
+    ("--device gpu", "device 'gpu' is unknown"),
+    ("--device cuda:99", "cuda:99"),
+    ("--precision fp8", "precision 'fp8' is unknown"),
+    ("--precision fp16", "precision 'fp16' is for GPUs"),
+    ("--save_dir train_lines.txt", "train_lines.txt cannot be written to"),
+    ("--save_dir train_lines.txt/inside", "train_lines.txt/inside cannot be written to (Not a directory): choose another --save_dir"),
+])  # fmt: skip
+def test_settings_of_predict(place, capsys, options, words):
+    from PIL import Image
+
+    for name, size, colour in (("p", (8, 8), 90), ("black", (8, 8), 0), ("white", (8, 8), 255), ("wide", (16, 8), 0), ("m", (8, 8), 0)):
+        picture = Image.new("L", size, colour)
+        if name in ("wide", "m"):
+            picture.paste(255, (0, 0, 4, 4))
+        picture.save(f"{name}.png")
+    assert words in refused(capsys, "predict.py", *PREDICT, *options.split())
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ("--interpolate 1", "a strip has at least 2 pictures"),
+    ("--interpolate 3", "--interpolate stays within one class: name it with --class_name; known: even, odd"),
+    ("--interpolate 3 --init_image p.png", "leave out --init_image"),
+])
+def test_strips_that_cannot_be(place, capsys, options, words):
+    assert words in refused(capsys, "predict.py", "--device", "cpu", *options.split())
+
+
+def test_class_of_a_model_without_classes(place, capsys):
+    checkpoint = load_checkpoint("logs/run/last.pth")
+    weights = {name: value for name, value in checkpoint["weights"].items() if "class_bias" not in name}
+    save_checkpoint("plain.pth", {**checkpoint, "weights": weights, "config": {**checkpoint["config"], "class_conditional": False}})
+    for options, words in (("--class_name even", "was trained without classes"), ("--guidance_scale 2", "needs a model with a null class")):
+        assert words in refused(capsys, "predict.py", "--model_path", "plain.pth", *PREDICT, *options.split())
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ("--batchsize 4", "did you mean --batch_size?"),
+    ("--epochs many", "--epochs many: expected a whole number"),
+    ("--channel_mults 1,x", "one alone as '1,'"),
+    ("--input_shape 9,8 --channel_mults 1,1", "such as (8, 8) or (10, 8)"),
+    ("--schedule quadratic", "quadratic"), ("--prediction noise", "known: eps, x0, v"), ("--loss_type l3", "known: l1, l2, huber"),
+    ("--loss_weighting snr", "known: none, min_snr"), ("--optimizer_type sgd", "known: "), ("--lr_decay_type exp", "known: "),
+    ("--preview_sampler euler", "known: ddpm"), ("--resize_mode fit", "'crop', 'stretch', 'pad'"),
+    ("--attention_resolutions 3,", "attention_resolutions"), ("--channel 20", "20"), ("--dropout 1", "dropout is 1.0"),
+    ("--device tpu", "device 'tpu' is unknown"), ("--accumulate 3", "no positive multiple of 3"),
+    ("--resume nowhere.pth", "nowhere.pth: there is no such checkpoint"),
+    ("--save_dir train_lines.txt", "train_lines.txt"),
+    ("--num_timesteps 0", "num_timesteps is 0"), ("--schedule_high 0", "beta"),
+    pytest.param("--img_channels 4", "known: 1, 3", marks=pytest.mark.xfail(raises=TypeError, strict=True, reason="joins text only")),
+])  # fmt: skip
+def test_settings_of_train(place, capsys, options, words):
+    assert words in refused(capsys, "train.py", *TRAIN, *options.split())
+
+
+def test_list_that_cannot_be_written(place, capsys):
+    line = refused(capsys, "txt_annotation.py", "--annotation_path", "logs/run/last.pth/train_lines.txt")
+    assert "logs/run/last.pth" in line and "check this path" in line
+
+
+def test_the_process_itself_ends_with_code_1_and_one_line(place):
+    printed = run(command("predict.py", "--sampler", "euler"), place, expect=1)
+    assert printed == "error: unknown sampler 'euler'; known: ddpm, ddim, dpm++, heun\n"
