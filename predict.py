@@ -14,7 +14,7 @@ from nets.samplers import DEFAULT_SPACING, SAMPLERS, SPACINGS, seeded_noise, sle
 from utils import distributed
 from utils.checkpoint import find_weights, load_checkpoint, weights_digest
 from utils.config import check_values, run_script, typed_options
-from utils.device import autocast, choose_compile, choose_device, choose_precision, describe_device, memory_format
+from utils.device import autocast, choose_compile, choose_device, choose_precision, describe_device, memory_format, round_weights
 from utils.images import to_uint8
 from utils.memory import advice_for_drawing, explain_out_of_memory
 from utils.outputs import COLUMNS, SHOWN, PredictFiles
@@ -93,6 +93,7 @@ def main():
     rows = min(len(classes), MAX_ROWS) if by_class(config, classes) else None
     shape = (*diffusion.img_size, diffusion.img_channels)
     with PredictFiles(config, shape, rows, text_of_pictures(config, network, shape, classes, options)) as files:
+        round_weights(network, precision)  # only now: the files are named after the exact ones
         with autocast(device, precision), explain_out_of_memory(lambda: advice_for_drawing(config)):
             draw(config, diffusion, classes, options, files, device)
         files.finish()

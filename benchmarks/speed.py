@@ -227,7 +227,7 @@ def start_section(config, job, contestants):
         "import torch": [sys.executable, "-c", "import torch"],
     }
     functions = {name: lambda command=command: run_alone(command) for name, command in commands.items()}
-    seconds = {name: spread(values) for name, values in interleave(functions, config.rounds).items()}
+    seconds = {name: spread(values) for name, values in interleave(functions, config.rounds, warm_up=1).items()}
     ours = seconds["python predict.py"]["median"]
     return [{"what": "start, to the first network call", "who": name, "unit": "s", "rate": values["median"], "seconds_a_call": values,
              "predict_takes_of_it": ours / values["median"]} for name, values in seconds.items()]

@@ -123,7 +123,7 @@ class ResidualBlock(nn.Module):
         out = self.conv_1(norm_act(self.norm_1, self.activation, x))
         shift = self.shift(time_emb, y)
         if shift is not None:
-            out = out + shift[:, :, None, None]
+            out = out + shift[:, :, None, None].to(out.dtype)  # autocast leaves a class's row in float32
         dropout, conv = self.conv_2
         out = conv(norm_act(self.norm_2, self.activation, out, dropout))
         return self.attention(out + self.residual_connection(x))

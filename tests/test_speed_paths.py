@@ -9,7 +9,7 @@ from torch import nn
 from nets import UNet, fused, unet
 from nets.fused import NormSiluDropout, norm_act
 from utils.checkpoint import weights_digest
-from utils.device import memory_format
+from utils.device import autocast, memory_format, round_weights
 
 
 def plain(norm, activation, x, dropout=None):
@@ -150,3 +150,34 @@ def test_layouts_by_device():
     assert memory_format(torch.device("cpu"), "fp32") == memory_format(torch.device("cpu"), "bf16") == cpu
     assert memory_format(torch.device("cuda"), "bf16") == torch.channels_last
     assert memory_format(torch.device("cuda"), "fp32") == memory_format(torch.device("mps"), "fp32") == torch.contiguous_format
+
+
+def small_network(**settings):
+    torch.manual_seed(0)
+    network = UNet(3, base_channels=32, channel_mults=(1, 2), num_res_blocks=1, **settings).eval().requires_grad_(False)
+    nn.init.normal_(network.out_conv.weight, std=0.05)
+    return network
+
+
+def test_rounded_weights_give_the_pictures_of_autocast_bit_for_bit():
+    network, device = small_network(num_classes=3), torch.device("cpu")
+    x, t, y = torch.linspace(-1, 1, 2 * 3 * 64).view(2, 3, 8, 8), torch.tensor([3, 700]), torch.tensor([0, 2])
+    with autocast(device, "bf16"):
+        expected = network(x, t, y)
+        round_weights(network, "bf16")
+        assert network.init_conv.weight.dtype == torch.bfloat16 and network.out_norm.weight.dtype == torch.float32
+        assert torch.equal(network(x, t, y), expected)
+
+
+def test_in_float32_no_weight_is_rounded():
+    network = small_network()
+    round_weights(network, "fp32")
+    assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+
+
+def test_classes_do_not_turn_the_features_of_autocast_into_float32():
+    network, dtypes = small_network(num_classes=3), []
+    network.downs[0].conv_2[1].register_forward_pre_hook(lambda layer, inputs: dtypes.append(inputs[0].dtype))
+    with autocast(torch.device("cpu"), "bf16"):
+        network(torch.zeros(1, 3, 8, 8), torch.tensor([1]), torch.tensor([1]))
+    assert dtypes == [torch.bfloat16]

@@ -1,0 +1,229 @@
+"""How cost grows: with the pictures in the data set, their size, the network's width, the processes. python -m benchmarks.scale
+
+Writes a table, JSON and a plot (with matplotlib) into benchmarks/results/. The data set is synthetic: its cache is written directly.
+"""
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from benchmarks.timing import interleave, machine, markdown, quiet, spread, usable_cores
+from nets import GaussianDiffusion, UNet
+from utils import dataset as cache
+from utils import distributed
+from utils.annotation import write_annotation
+from utils.atomic import atomic_write
+from utils.config import parse_config, run_script
+from utils.dataset import EpochBatches, data_loader, open_dataset
+from utils.device import autocast, choose_device, choose_precision, memory_format
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PROJECT = RESULTS.parent.parent
+
+
+@dataclass
+class Config:
+    sections: str = "pictures,resolution,channels,processes"  # what is measured, with commas between
+    pictures: tuple[int, ...] = (1_000, 10_000, 100_000)       # pictures of 64x64 in the data set
+    resolutions: tuple[int, ...] = (32, 64, 128, 256)          # heights and widths
+    channels: tuple[int, ...] = (32, 64, 96, 128)              # widths of the first level
+    processes: tuple[int, ...] = (1, 2)                        # on one machine; on GPUs one a GPU
+    channel: int = 32                                          # width where something else changes; 128 for a GPU
+    batch_size: int = 4                                        # pictures a step; 64 or more for a GPU
+    rounds: int = 3                                            # measurements of each point
+    threads: int = 0                                           # of PyTorch; 0: one a core
+    device: str = "auto"                                       # auto, cuda or cpu
+    name: str = ""                                             # of the files in benchmarks/results; "": the device's
+    worker: bool = False                                       # used by the script itself: measure one process of several
+
+
+def main():
+    config = parse_config(Config, __doc__)
+    distributed.start()
+    device = choose_device(config.device, distributed.local_rank())
+    torch.set_num_threads(config.threads or max(1, usable_cores() // distributed.world_size()))
+    if config.worker:
+        measure_worker(config, device)
+        distributed.stop()
+        return
+    unknown = [name for name in config.sections.split(",") if name not in SECTIONS]
+    if unknown:
+        raise ValueError(f"unknown sections {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
+    report = {"machine": machine(device, choose_precision("auto", device), "wall"), "settings": asdict(config), "rows": []}
+    for name in config.sections.split(","):
+        report["rows"] += SECTIONS[name](config, device)
+        print(f"{name}: done", flush=True)
+    write(report, config.name or device.type)
+
+
+def pictures_section(config, device):
+    """Start-up (the list read, every file asked for its time, the cache mapped) and an epoch's batches, for each picture."""
+    rows = []
+    with TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for count in config.pictures:
+            annotation = synthetic_dataset(folder, count)
+            def start(annotation=annotation):
+                with quiet():
+                    return open_dataset(annotation, (64, 64), cache_path=folder)
+            data = start()
+            epochs = iter(range(1000))
+
+            def epoch(data=data, epochs=epochs):
+                for _ in data_loader(data, EpochBatches(len(data), 64, seed=0, epoch=next(epochs))):
+                    pass
+
+            seconds = interleave({"start-up": start, "epoch of batches": epoch}, config.rounds, warm_up=1)
+            rows += [row("pictures in the data set", count, what, "us a picture", values, count / 1e6) for what, values in seconds.items()]
+    return rows
+
+
+def synthetic_dataset(folder, count):
+    """A list of `count` files that exist (all one empty file, by hard links) and a cache that holds random pixels for them."""
+    images = folder / f"pictures_{count}"
+    images.mkdir()
+    (images / "0.png").touch()
+    paths = [str(images / f"{number}.png") for number in range(count)]
+    for path in paths[1:]:
+        Path(path).hardlink_to(paths[0])
+    annotation = folder / f"{count}.txt"
+    write_annotation(annotation, paths)
+    decode, generator = cache._decode, np.random.default_rng(0)
+    cache._decode = lambda path, settings: (generator.integers(0, 256, (64, 64, 3), dtype=np.uint8), "00")
+    try:
+        with quiet():
+            open_dataset(annotation, (64, 64), cache_path=folder, num_workers=1)
+    finally:
+        cache._decode = decode
+    return annotation
+
+
+def resolution_section(config, device):
+    steps = {size: training_step(config.channel, size, config, device) for size in config.resolutions}
+    return step_rows("resolution", steps, config, device)
+
+
+def channels_section(config, device):
+    steps = {width: training_step(width, 32, config, device) for width in config.channels}
+    return step_rows("channels", steps, config, device)
+
+
+def training_step(channel, size, config, device):
+    """A function that trains one step: network, loss, gradients, fused Adam, average."""
+    layout, precision = memory_format(device, choose_precision("auto", device)), choose_precision("auto", device)
+    diffusion = GaussianDiffusion(UNet(3, base_channels=channel), (size, size), 3).to(device, memory_format=layout).train()
+    optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=1e-4, fused=device.type in ("cpu", "cuda"))
+    x = torch.randn(config.batch_size, 3, size, size, device=device).to(memory_format=layout)
+
+    def step():
+        with autocast(device, precision):
+            diffusion(x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        diffusion.update_ema()
+
+    return step
+
+
+def step_rows(axis, steps, config, device):
+    seconds = interleave(steps, config.rounds, device, warm_up=1)
+    return [row(axis, value, "training step", "ms a picture", values, config.batch_size / 1e3) for value, values in seconds.items()]
+
+
+def processes_section(config, device):
+    """Each process trains on its share of a batch that stays the same, and all average their gradients: torchrun on one machine."""
+    rows = []
+    for count in config.processes:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "-m", "benchmarks.scale",
+                   "--worker", "True", "--channel", str(config.channel), "--batch_size", str(config.batch_size), "--device", device.type,
+                   "--rounds", str(config.rounds), "--threads", str(config.threads)]
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+        if done.returncode:
+            print(f"processes: {count} left out ({done.stderr.strip().splitlines()[-1]})")
+            continue
+        values = json.loads([line for line in done.stdout.splitlines() if line.startswith("[")][-1])
+        rows.append(row("processes", count, "training step", "ms a picture", values, config.batch_size / 1e3))
+    return rows
+
+
+def measure_worker(config, device):
+    """One of several processes; the first prints the seconds of each step."""
+    share = Config(**{**asdict(config), "batch_size": config.batch_size // distributed.world_size()})
+    layout = memory_format(device, "fp32")
+    diffusion = GaussianDiffusion(UNet(3, base_channels=config.channel), (32, 32), 3).to(device, memory_format=layout).train()
+    model = torch.nn.parallel.DistributedDataParallel(diffusion, broadcast_buffers=False) if distributed.world_size() > 1 else diffusion
+    optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=1e-4)
+    x = torch.randn(share.batch_size, 3, 32, 32, device=device)
+
+    def step():
+        model(x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        diffusion.update_ema()
+
+    seconds = interleave({"step": step}, config.rounds, device, warm_up=2)["step"]
+    if distributed.is_main():
+        print(json.dumps(seconds))
+
+
+def row(axis, value, what, unit, seconds, divisor):
+    """A point of a curve: seconds of each round, divided into the unit's."""
+    return {"axis": axis, "value": value, "what": what, "unit": unit, **{name: time / divisor for name, time in spread(seconds).items()}}
+
+
+SECTIONS = {"pictures": pictures_section, "resolution": resolution_section, "channels": channels_section, "processes": processes_section}
+
+
+def write(report, name):
+    """Table, JSON and plot."""
+    about, settings = report["machine"], report["settings"]
+    head = (f"{about['cpu']}, {about['threads']} of {about['cores']} cores, load {about['load']:.1f}; "
+            f"{about['gpu'] or 'no CUDA GPU here: the same command measures one where there is one'}.\n"
+            f"{settings['channel']} channels, batch {settings['batch_size']}, 32x32 where the row does not say otherwise; PyTorch "
+            f"{about['versions']['torch']}; medians of {settings['rounds']} rounds.\n")
+    cells = [(point["axis"], f"{point['value']:,}", point["what"], f"{point['median']:,.4g} {point['unit']}",
+              f"{point['low']:,.4g} to {point['high']:,.4g}") for point in report["rows"]]
+    table = head + "\n" + markdown(("axis", "value", "what", "median", "spread"), cells)
+    print("\n" + table)
+    for ending, text in ((".md", table), (".json", json.dumps(report, indent=1))):
+        with atomic_write(RESULTS / f"scale_{name}{ending}", "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+    plot(report["rows"], RESULTS / f"scale_{name}.svg")
+
+
+def plot(rows, path):
+    """A panel for each axis, both scales logarithmic. Without matplotlib it says so and draws none."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    axes = list(dict.fromkeys(point["axis"] for point in rows))
+    figure, panels = pyplot.subplots(1, len(axes), figsize=(4 * len(axes), 3.5), layout="constrained", squeeze=False)
+    for axis, panel in zip(axes, panels[0]):
+        for what in dict.fromkeys(point["what"] for point in rows if point["axis"] == axis):
+            points = [point for point in rows if (point["axis"], point["what"]) == (axis, what)]
+            panel.loglog([point["value"] for point in points], [point["median"] for point in points], "o-", label=what)
+        panel.set(xlabel=axis, ylabel=points[0]["unit"])
+        panel.set_xticks([point["value"] for point in points], [f"{point['value']:,}" for point in points], minor=False)
+        panel.minorticks_off()
+        panel.set_ylim(bottom=min(point["median"] for point in rows if point["axis"] == axis) / 2)
+        panel.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="svg")
+
+
+if __name__ == "__main__":
+    started = time.perf_counter()
+    run_script(main)
+    if distributed.is_main():
+        print(f"{time.perf_counter() - started:.0f} s")
