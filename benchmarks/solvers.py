@@ -1,0 +1,442 @@
+"""Which solver, with which timesteps and how many network calls? One trained model, tabled: python -m benchmarks.solvers
+
+Every number is a Frechet distance in float64 between features of drawn and of real pictures, from a classifier that is trained on the
+same data first. Table, JSON and plot go to benchmarks/results/. A cell is stored as soon as it is measured; the same command goes on.
+The first seed of all cells comes first, the cheap ones before the costly: a table that was broken off is of use.
+"""
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.runs import DATA, RESULTS, VAL_SPLIT, WORK, list_pictures, network_options, stop_with_children, trained, write_json
+from benchmarks.timing import machine, markdown
+from nets.samplers import SPACINGS
+from utils import evaluate
+from utils.atomic import atomic_write
+from utils.config import check_values, parse_config, run_script
+from utils.device import autocast, choose_compile, choose_device, choose_precision
+from utils.features import FeatureCache, load_extractor
+from utils.frechet import FeatureStatistics, statistics_distance
+from utils.images import to_uint8
+
+SOLVERS = {  # name in the tables -> sampler and its options
+    "ddpm": {"sampler": "ddpm"},
+    "ddpm-posterior": {"sampler": "ddpm", "variance": "posterior"},
+    "ddim": {"sampler": "ddim"},
+    "dpm++": {"sampler": "dpm++"},
+    "heun": {"sampler": "heun"},
+}
+EVERY = "every"  # the spacing of as many steps as there are timesteps: all spacings are the same then
+CHEAP, TOLERANCE = 25, 1.05  # a default takes at most so many calls, and may be so much worse than ddpm with all of its steps
+PLACES = ("model_path", "reference", "data_root")  # settings that mean nothing on another machine
+SEED_STRIDE = 10_000_000  # between the seeds of the first pictures of two rounds
+
+
+@dataclass
+class Config:
+    # What is measured
+    model_path: str = ""                  # a checkpoint, or a run's folder; "": a network trained on Fashion-MNIST first
+    reference: str = ""                   # its pictures, a list or folder of class folders; "": the list that it was trained on
+    solvers: str = ",".join(SOLVERS)      # rows, with commas between
+    spacings: str = ",".join(SPACINGS)    # rows, with commas between
+    calls: tuple[int, ...] = (5, 10, 15, 20, 25, 50, 100, 250, 1000)  # columns: network calls a picture; ddpm's full walk is always there
+    samples: int = 10_000                 # pictures a cell
+    seeds: int = 3                        # cells of each kind, each from other noise
+    features: str = "classifier"          # classifier, inception, or the file of a feature net
+
+    # The network that is trained where none is named
+    minutes: float = 20.0                 # time of its training
+    epochs: int = 0                       # epochs instead; 0: as many as fit into the minutes
+    size: int = 0                         # height and width of its pictures; 0: 32 on a GPU, 16 elsewhere
+    channel: int = 0                      # width of its first level; 0: 128 on a GPU, 32 elsewhere
+    data_root: str = ""                   # a torchvision root with FashionMNIST/raw; "": fetched
+
+    # Machine and output
+    batch_size: int = 0                   # pictures drawn at once; 0: 500 on a GPU, 100 elsewhere
+    clock: Literal["wall", "cpu"] = "wall"  # cpu: this process's own time, for a machine that others use too; with one thread
+    device: str = "auto"                  # auto, cuda, mps or cpu
+    precision: str = "auto"               # auto, fp32, bf16 or fp16, of the diffusion network
+    name: str = ""                        # of the files in benchmarks/results; "": the device's
+
+
+class Cell(NamedTuple):
+    """One measurement: `calls` is the column it is for, `steps` what the solver takes for it."""
+
+    solver: str
+    spacing: str
+    calls: int
+    steps: int
+    seed: int
+
+    @property
+    def made(self):
+        """Network calls a picture."""
+        return calls_of(self.solver, self.steps)
+
+
+def main():
+    config = parse_config(Config, __doc__)
+    check(config)
+    stop_with_children()
+    device = choose_device(config.device)
+    config = replace(config, batch_size=config.batch_size or (500 if device.type == "cuda" else 100), name=config.name or device.type)
+    if not config.model_path:
+        config = replace(config, model_path=str(train_one(config, device)))
+    bench = Bench(config, device)
+    path = RESULTS / f"solvers_{config.name}.json"
+    report = opened(path, bench.about())
+    report["settings"] = {name: value for name, value in asdict(config).items() if name not in PLACES}
+    report["machine"] = machine(device, bench.precision, config.clock)
+    try:
+        fill(report, path, wanted_cells(config, bench.model.diffusion.num_timesteps), bench.measure)
+    finally:
+        plot(report, path.with_suffix(".png"))
+    print("\n" + as_text(report))
+    print(f"\nwritten: {path}, .md and .png")
+
+
+def check(config):
+    """ValueError for a setting out of range or unknown."""
+    check_values(config, calls=(1, None), samples=(2, SEED_STRIDE), seeds=(1, None), minutes=(0, None), epochs=(0, None), size=(0, None),
+                 channel=(0, None), batch_size=(0, None))  # fmt: skip
+    for given, known in ((config.solvers, SOLVERS), (config.spacings, SPACINGS)):
+        unknown = [name for name in given.split(",") if name not in known]
+        if unknown:
+            raise ValueError(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
+
+
+def train_one(config, device):
+    """The checkpoint of a network trained on Fashion-MNIST for the stated time."""
+    annotation = list_pictures("fashion_mnist", WORK, config.data_root)
+    options = {**network_options(device, config.size, config.channel), "img_channels": DATA["fashion_mnist"], "val_split": VAL_SPLIT,
+               "device": device.type}
+    return trained(WORK / "fashion_mnist" / "eps", annotation, options, config.minutes, config.epochs)[0]
+
+
+# Which cells there are
+
+
+def steps_for(solver, calls):
+    """The steps that take `calls` network calls: heun's N take 2N - 1, so an even number becomes one less, never one more."""
+    return (calls + 1) // 2 if solver == "heun" else calls
+
+
+def calls_of(solver, steps):
+    return 2 * steps - 1 if solver == "heun" else steps
+
+
+def wanted_cells(config, T):
+    """The cells in the order of their measurement: by seed, then by cost; ddpm's T steps, which all are held against, after the cheap."""
+    kinds = {("ddpm", EVERY, T, T): None}
+    for solver in config.solvers.split(","):
+        for spacing in config.spacings.split(","):
+            for calls in config.calls:
+                steps = steps_for(solver, calls)
+                if steps <= T:
+                    kinds[solver, EVERY if steps == T else spacing, calls, steps] = None
+    cells = [Cell(*kind, seed) for seed in range(config.seeds) for kind in kinds]
+    return sorted(cells, key=lambda cell: (cell.seed, cell.made if not is_yardstick(cell._asdict(), T) else CHEAP + 0.5))
+
+
+def is_yardstick(cell, T):
+    """Whether it is ddpm's walk through all T timesteps."""
+    return cell["solver"] == "ddpm" and cell["steps"] == T
+
+
+# Measuring one
+
+
+class NetworkClock(torch.nn.Module):
+    """A network that counts its calls and their seconds; on a GPU between events, which nothing waits for until they are read."""
+
+    def __init__(self, network, device, read):
+        super().__init__()
+        self.network, self.gpu, self.read, self.spans = network, device.type == "cuda", read, []
+
+    def mark(self):
+        if not self.gpu:
+            return self.read()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def forward(self, *arguments):
+        start = self.mark()
+        output = self.network(*arguments)
+        self.spans.append((start, self.mark()))
+        return output
+
+    def take(self):
+        """(calls, seconds) since the last time."""
+        spans, self.spans = self.spans, []
+        return len(spans), sum(start.elapsed_time(end) / 1000 if self.gpu else end - start for start, end in spans)
+
+
+class Bench:
+    """The model, the features and the reference that every cell is measured with."""
+
+    def __init__(self, config, device):
+        self.config, self.device, self.precision = config, device, choose_precision(config.precision, device)
+        wanted = evaluate.Config(samples=config.model_path, features=config.features)
+        self.model = evaluate.load_model(wanted, device, self.precision)
+        wanted.reference = config.reference or self.model.config.get("annotation_path", "")
+        if not wanted.reference:
+            raise ValueError(f"{config.model_path} does not say what it was trained on: name its pictures with --reference")
+        reference, held_out = evaluate.open_sides(wanted, self.model)
+        cache = FeatureCache(annotation_path=wanted.reference)
+        self.extractor = load_extractor(config.features, reference, cache, device, config.batch_size)
+        self.known = cache.collected(reference, self.extractor, 0).statistics
+        self.labels, self.reference, self.digest = None, reference, evaluate.digest_of(wanted, self.model)
+        if self.model.classes:
+            self.labels = evaluate.labels_like(reference, self.model, seed=0)
+        self.held_out = cache.collected(held_out, self.extractor, 0).statistics if held_out else None
+        diffusion = self.model.diffusion
+        if choose_compile("auto", device):
+            diffusion.ema_model.compile()
+        self.read = time.process_time if config.clock == "cpu" else time.perf_counter
+        self.clock = diffusion.ema_model = NetworkClock(diffusion.ema_model, device, self.read)
+        self.draw(Cell("dpm++", "trailing", 2, 2, 0), 0)  # compiles, and finds the fastest convolutions
+
+    def about(self):
+        """What the cells of one table have in common."""
+        real = statistics_distance(self.held_out, self.known) if self.held_out else None
+        trained_with = {name: self.model.config.get(name) for name in
+                        ("input_shape", "img_channels", "channel", "channel_mults", "num_res_blocks", "prediction", "schedule", "epochs")}
+        return {
+            "weights": self.digest, "features_digest": self.extractor.key, "reference_digest": self.reference.key(),
+            "samples": self.config.samples, "precision": self.precision, "T": self.model.diffusion.num_timesteps,
+            "features": self.extractor.name.rsplit(", /", 1)[0], "num_reference": len(self.reference), "trained_with": trained_with,
+            "parameters": sum(p.numel() for p in self.model.diffusion.model.parameters()),
+            "held_out_distance": real, "num_held_out": self.held_out.count if self.held_out else 0,
+        }  # fmt: skip
+
+    def draw(self, cell, first):
+        """A batch of pictures in [-1, 1], the first of which is number `first` of the cell's seed."""
+        size, settings = self.config.batch_size, dict(SOLVERS[cell.solver])
+        numbers = torch.arange(first, first + size)
+        y = None if self.labels is None else self.labels[numbers % len(self.labels)].to(self.device)
+        spacing = None if cell.spacing == EVERY else cell.spacing
+        with autocast(self.device, self.precision):
+            return self.model.diffusion.sample(size, self.device, y, steps=cell.steps, spacing=spacing,
+                                               seeds=(cell.seed * SEED_STRIDE + numbers).tolist(), **settings)
+
+    def measure(self, cell):
+        """The distance of a cell, the time a picture takes, and the network's share of it."""
+        found, seconds, batches = FeatureStatistics(), 0.0, range(0, self.config.samples, self.config.batch_size)
+        self.clock.take()
+        for first in batches:
+            began = self.read()
+            x = self.draw(cell, first)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds += self.read() - began
+            found.add(self.extractor(torch.from_numpy(to_uint8(x)[: self.config.samples - first])))
+        calls, network = self.clock.take()
+        assert calls == cell.made * len(batches), (calls, cell)
+        a_picture = seconds / (len(batches) * self.config.batch_size)
+        return {"distance": statistics_distance(found, self.known), "seconds_a_picture": a_picture, "network_share": network / seconds}
+
+
+# The report
+
+
+def opened(path, about):
+    """The report at `path` to go on with, or a new one. ValueError where it is about something else."""
+    try:
+        report = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {"about": about, "cells": []}
+    keys = ("weights", "features_digest", "reference_digest", "samples", "precision")
+    differing = [key for key in keys if report["about"][key] != about[key]]
+    if differing:
+        raise ValueError(f"{path} is there already and differs in {', '.join(differing)}: choose another --name, or delete it")
+    return report
+
+
+def fill(report, path, wanted, measure):
+    """Measure the cells that the report has not got yet; each is stored, and the table with it, before the next one begins."""
+    done = {tuple(cell[name] for name in Cell._fields) for cell in report["cells"]}
+    todo = [cell for cell in wanted if tuple(cell) not in done]
+    report["wanted"] = len(report["cells"]) + len(todo)
+    pause = 0.1 if sys.stderr.isatty() else 60  # seconds between two states of the progress bar
+    with tqdm(total=sum(cell.made for cell in todo), unit="call", dynamic_ncols=True, mininterval=pause) as bar:
+        for cell in todo:
+            bar.set_description(f"seed {cell.seed}, {cell.solver}, {cell.spacing}, {cell.made} calls", refresh=False)
+            report["cells"].append({**cell._asdict(), "made": cell.made, **measure(cell)})
+            write_json(path, report)
+            write_text(report, path.with_suffix(".md"))
+            bar.update(cell.made)
+
+
+def summaries(report):
+    """{(solver, spacing, steps): {the cell's names, calls: [columns], distances: {seed: distance}, times, shares}}, of all seeds."""
+    found = {}
+    for cell in report["cells"]:
+        key = cell["solver"], cell["spacing"], cell["steps"]
+        row = found.setdefault(key, {**dict(zip(("solver", "spacing", "steps"), key)), "made": cell["made"], "columns": set(),
+                                     "distances": {}, "seconds": [], "shares": []})  # fmt: skip
+        row["columns"].add(cell["calls"])
+        row["distances"][cell["seed"]] = cell["distance"]
+        row["seconds"].append(cell["seconds_a_picture"])
+        row["shares"].append(cell["network_share"])
+    return list(found.values())
+
+
+def ratio(row, yardstick):
+    """How many times the yardstick's distance a row has, over the seeds that both have; None without any."""
+    common = row["distances"].keys() & yardstick["distances"].keys()
+    if not common:
+        return None
+    return sum(row["distances"][seed] for seed in common) / sum(yardstick["distances"][seed] for seed in common)
+
+
+def choose_default(rows, T):
+    """(row, ratio) of the fewest network calls within TOLERANCE of ddpm's T steps, the better of equals; None before those are known."""
+    yardstick = next((row for row in rows if is_yardstick(row, T)), None)
+    if yardstick is None:
+        return None
+    rated = [(row, ratio(row, yardstick)) for row in rows]
+    good = [(row, value) for row, value in rated if value is not None and value <= TOLERANCE]
+    return min(good, key=lambda pair: (pair[0]["made"], pair[1]))
+
+
+def verdict(rows, T):
+    """Which default follows, in words."""
+    chosen = choose_default(rows, T)
+    if chosen is None:
+        return f"Which default follows is not known yet: ddpm with all {T} steps has not been measured."
+    row, value = chosen
+    what = (f"{row['solver']}, {row['spacing']} spacing, {row['made']} network calls ({row['steps']} steps), {value:.3f} times the "
+            f"distance of ddpm with all {T} steps")
+    if row["made"] <= CHEAP:
+        return f"Default: {what}: the fewest calls within {TOLERANCE - 1:.0%} of it."
+    return f"Default: {what}. Nothing with {CHEAP} calls or fewer comes within {TOLERANCE - 1:.0%} of it."
+
+
+def write_text(report, path):
+    with atomic_write(path, "w", encoding="utf-8") as file:
+        file.write(as_text(report) + "\n")
+
+
+def as_text(report):
+    """The report for people, in Markdown."""
+    rows, T, columns = summaries(report), report["about"]["T"], sorted({cell["calls"] for cell in report["cells"]})
+    tables = (table(rows, columns) for table in (best_of, distance_table, time_table))
+    return "\n\n".join((heading(report), verdict(rows, T), *tables))
+
+
+def heading(report):
+    """What was measured, and on what."""
+    about, on, seeds = report["about"], report["machine"], len({cell["seed"] for cell in report["cells"]})
+    done, wanted = len(report["cells"]), report["wanted"]
+    network = ", ".join(f"{name} {value}" for name, value in about["trained_with"].items() if value is not None)
+    clock = "wall time" if on["clock"] == "wall" else "this process's CPU time"
+    real = about["num_held_out"]
+    real = f" {real:,} real pictures that were held out have {about['held_out_distance']:.3f}." if real else ""
+    return ("" if done == wanted else f"UNFINISHED: {done} of {wanted} cells; the same command goes on.\n\n") + (
+        f"Frechet distance of {about['samples']:,} pictures to {about['num_reference']:,} real ones, mean and standard deviation of up to "
+        f"{seeds} seeds. Lower is better.{real}\nFeatures: {about['features']}. Network: {about['parameters']:,} parameters; {network}; "
+        f"T = {about['T']}, averaged weights, x_0 clipped.\n"
+        f"{on['gpu'] or on['cpu']}, {on['threads']} of {on['cores']} cores, load {on['load']:.1f}, {on['precision']}, {clock}; "
+        f"torch {on['versions'].get('torch')}."
+    )
+
+
+def best_of(rows, columns):
+    """The best row of each column."""
+    lines = []
+    for column in columns:
+        best = min((row for row in rows if column in row["columns"]), key=mean)
+        lines.append((column, best["solver"], best["spacing"], best["made"], f"{mean(best):.3f}"))
+    return "Best of each column:\n\n" + markdown(("calls", "solver", "spacing", "calls made", "distance"), lines)
+
+
+def mean(row):
+    return statistics.fmean(row["distances"].values())
+
+
+def spread_of(row):
+    """Standard deviation over the seeds; 0 for one."""
+    values = list(row["distances"].values())
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def mean_and_spread(row):
+    return f"{mean(row):.3f}" + (f" ± {spread_of(row):.3f}" if len(row["distances"]) > 1 else "")
+
+
+def distance_table(rows, columns):
+    """Solver x spacing x calls."""
+    lines = []
+    for solver in SOLVERS:
+        mine = [row for row in rows if row["solver"] == solver]
+        for spacing in dict.fromkeys(row["spacing"] for row in sorted(mine, key=lambda row: row["spacing"] == EVERY)):
+            cells = [next((row for row in mine if row["spacing"] == spacing and column in row["columns"]), None) for column in columns]
+            lines.append((solver, spacing, *(mean_and_spread(row) if row else "" for row in cells)))
+    note = "heun makes 2N - 1 calls in N steps, so in an even column one fewer."
+    return "By network calls; " + note + "\n\n" + markdown(("solver", "spacing", *map(str, columns)), lines)
+
+
+def time_table(rows, columns):
+    """Milliseconds a picture, and how much of them is the network's."""
+    lines = []
+    for solver in SOLVERS:
+        mine = [row for row in rows if row["solver"] == solver]
+        if mine:
+            times = [[second for row in mine if column in row["columns"] for second in row["seconds"]] for column in columns]
+            shares = [share for row in mine for share in row["shares"]]
+            cells = [f"{1000 * statistics.median(values):.3g}" if values else "" for values in times]
+            lines.append((solver, *cells, f"{statistics.median(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})"))
+    return "Milliseconds a picture, and the network's share of the time:\n\n" + markdown(
+        ("solver", *map(str, columns), "network's share"), lines)
+
+
+def plot(report, path):
+    """Distance over network calls and over time, a line for each solver and spacing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot is drawn: `pip install matplotlib` brings it")
+        return
+    rows, T = summaries(report), report["about"]["T"]
+    figure = Figure(figsize=(13, 5.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2, sharey=True)
+    for place, label, x_of in ((axes[0], "network calls a picture", lambda row: row["made"]),
+                               (axes[1], "milliseconds a picture", lambda row: 1000 * statistics.median(row["seconds"]))):
+        draw_lines(place, rows, x_of)
+        for row in rows:
+            if is_yardstick(row, T):
+                place.axhspan(0, mean(row) * TOLERANCE, color="black", alpha=0.07, label=f"within {TOLERANCE - 1:.0%} of ddpm, {T} steps")
+        place.set(xlabel=label, xscale="log", yscale="log")
+        place.minorticks_off()
+        place.grid(True, which="both", alpha=0.2)
+    columns = sorted({cell["calls"] for cell in report["cells"]})
+    axes[0].set_xticks(columns, map(str, columns))
+    axes[0].set_ylabel(f"Frechet distance ({report['about']['samples']:,} pictures)")
+    axes[1].legend(fontsize=7, ncols=2)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def draw_lines(place, rows, x_of):
+    """One colour a solver, one dash a spacing; each line ends in the solver's walk through every timestep, where there is one."""
+    for number, solver in enumerate(SOLVERS):
+        mine = [row for row in rows if row["solver"] == solver]
+        last = [row for row in mine if row["spacing"] == EVERY]
+        for dash, spacing in zip(("-", "--", ":"), SPACINGS):
+            line = sorted([row for row in mine if row["spacing"] == spacing] + last, key=lambda row: row["made"])
+            if len(line) > len(last):
+                place.errorbar([x_of(row) for row in line], [mean(row) for row in line], yerr=[spread_of(row) for row in line],
+                               color=f"C{number}", linestyle=dash, marker=".", linewidth=1, capsize=2, label=f"{solver}, {spacing}")
+
+
+if __name__ == "__main__":
+    run_script(main)
