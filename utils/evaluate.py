@@ -171,8 +171,7 @@ def digest_of(config, model):
     """A short digest of the network that is measured; None where there is none."""
     if model is None:
         return None
-    weights = (model.diffusion.ema_model if config.use_ema else model.diffusion.model).state_dict()
-    return weights_digest({name: value.flatten() if value.ndim else value for name, value in weights.items()})
+    return weights_digest((model.diffusion.ema_model if config.use_ema else model.diffusion.model).state_dict())
 
 
 def open_sides(config, model):
