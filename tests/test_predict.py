@@ -9,7 +9,7 @@ from conftest import TINY, newest_run, run, run_main, torchrun, write_pictures
 from PIL import Image
 
 import predict
-from nets import GaussianDiffusion, build
+from nets import GaussianDiffusion, build, seeded_noise, slerp
 from utils.checkpoint import export_weights, load_checkpoint, save_checkpoint
 from utils.device import memory_format
 from utils.images import make_grid, save_png, to_uint8
@@ -252,11 +252,13 @@ def test_strip_between_two_seeds(plain, capsys):
     assert np.abs(neighbours[0, 1].astype(int) - ends[4]).max() <= 1
 
 
-def test_strip_within_a_class(classy):
-    options = ["--interpolate", "3", "--seed", "3", "--batch_size", "3", "--class_name", "odd"]
+def test_strip_within_a_class_shares_all_noise_but_the_first(classy):
+    options = ["--interpolate", "3", "--seed", "3", "--batch_size", "3", "--class_name", "odd", "--sampler", "ddpm"]
     strip = tiles(draw(classy, *options) / "predict_interpolation_results.png")
-    wanted = expected(classy, [3, 4, 3], torch.ones(3, dtype=torch.long), sampler="dpm++", steps=3)
-    assert np.abs(strip[0, 0].astype(int) - wanted[0]).max() <= 1 and np.abs(strip[0, 2].astype(int) - wanted[1]).max() <= 1
+    ends = next(seeded_noise((3, 4), (3, SIZE, SIZE), torch.device("cpu")))
+    x_T = torch.stack([ends[0], slerp(ends[0], ends[1], 0.5), ends[1]])
+    wanted = expected(classy, [3, 3, 3], torch.ones(3, dtype=torch.long), sampler="ddpm", steps=3, x_T=x_T)
+    assert all(np.abs(strip[0, i].astype(int) - wanted[i]).max() <= 1 for i in range(3))
 
 
 def test_trajectory_shows_the_way_to_the_same_pictures(plain):
