@@ -62,12 +62,13 @@ def main():
     with TemporaryDirectory() as scratch:
         job = make_job(config, device, Path(scratch))
         contestants = installed(job)
-        report = {"machine": machine(device, choose_precision("auto", device), config.clock), "settings": asdict(config), "rows": []}
+        report = {"machine": machine(device, choose_precision("auto", device), config.clock), "settings": asdict(config)}
         for name in chosen:
             started = time.perf_counter()
-            report["rows"] += SECTIONS[name](config, job, contestants)
+            rows = [{"section": name, **row} for row in SECTIONS[name](config, job, contestants)]
+            write(report, rows, RESULTS / f"speed_{config.name or device.type}")
             print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
-    write(report, config.name or device.type)
+    print(f"\n{as_text({**report, 'rows': rows_of_before(report, RESULTS / f'speed_{config.name or device.type}.json')})}")
 
 
 def make_job(config, device, scratch):
@@ -277,14 +278,23 @@ SECTIONS = {
 }  # fmt: skip
 
 
-def write(report, name):
-    """The table and the JSON, into benchmarks/results/."""
-    table = as_text(report)
-    print("\n" + table)
-    for ending, text in ((".md", table), (".json", json.dumps(report, indent=1))):
-        with atomic_write(RESULTS / f"speed_{name}{ending}", "w", encoding="utf-8") as file:
+def write(report, rows, path):
+    """The table and the JSON. Rows of other sections stay where an earlier run had the same settings, hardware and versions."""
+    kept = [row for row in rows_of_before(report, path.with_suffix(".json")) if row["section"] not in {row["section"] for row in rows}]
+    report = {**report, "rows": sorted(kept + rows, key=lambda row: list(SECTIONS).index(row["section"]))}
+    for ending, text in ((".md", as_text(report)), (".json", json.dumps(report, indent=1))):
+        with atomic_write(path.with_suffix(ending), "w", encoding="utf-8") as file:
             file.write(text + "\n")
-    print(f"\nwritten: {RESULTS / f'speed_{name}.md'} and .json")
+
+
+def rows_of_before(report, path):
+    """The rows in a file, if it is there and its settings, hardware and versions are this report's."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    same = all(before["settings"][key] == value for key, value in report["settings"].items() if key != "sections")
+    same = same and all(before["machine"][key] == value for key, value in report["machine"].items() if key != "load")
+    return before["rows"] if same else []
 
 
 def as_text(report):

@@ -1,0 +1,193 @@
+"""The candidates of NOTES.md, each beside the path that it would replace: python -m benchmarks.ablations --sections step"""
+import copy
+import ctypes
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.timing import interleave, markdown, spread, usable_cores
+from nets import UNet, fused, unet
+from utils.config import parse_config, run_script
+from utils.device import autocast, choose_device, keep_freed_memory, round_weights
+
+CHANNELS_LAST = torch.channels_last
+
+
+@dataclass
+class Config:
+    sections: str = "step,allocator,norm,dropout,attention,upsample,drawing,checkpointing"  # what is compared, with commas between
+    channel: int = 64                       # width of the network
+    batch_size: int = 16                    # pictures a step, 32x32
+    rounds: int = 7                         # interleaved rounds
+    threads: int = 1                        # of PyTorch; 0: one a core
+    clock: Literal["wall", "cpu"] = "cpu"   # cpu: this process's own time, with one thread undisturbed by other programs
+    device: str = "auto"                    # auto, cuda or cpu
+
+
+def main():
+    config = parse_config(Config, __doc__)
+    device = choose_device(config.device)
+    torch.set_num_threads(config.threads or usable_cores())
+    rows = []
+    for name in config.sections.split(","):
+        functions = SECTIONS[name](config, device)
+        for what, seconds in interleave(functions, config.rounds, device, clock=config.clock).items():
+            time = {key: f"{value * 1e3:,.1f}" for key, value in spread(seconds).items()}
+            rows.append((name, what, f"{time['median']} ms", f"{time['low']} to {time['high']}"))
+    print(markdown(("section", "what", "median", "quartiles"), rows))
+
+
+def network_of(config, device, layout=torch.contiguous_format):
+    torch.manual_seed(0)
+    return UNet(3, base_channels=config.channel).to(device, memory_format=layout).train()
+
+
+def batch_of(config, device, layout=torch.contiguous_format):
+    x = torch.randn(config.batch_size, 3, 32, 32, device=device).to(memory_format=layout)
+    return x, torch.randint(0, 1000, (config.batch_size,), device=device)
+
+
+def plain(norm, activation, x, dropout=None):
+    x = activation(norm(x))
+    return x if dropout is None else dropout(x)
+
+
+def backward(network, batch, norm_act=fused.norm_act):
+    """A function: forward and backward pass, with the path of norm, activation and dropout that is given."""
+    def step():
+        unet.norm_act = norm_act
+        network(*batch).square().mean().backward()
+        unet.norm_act = fused.norm_act
+    return step
+
+
+def step_section(config, device):
+    functions = {}
+    for name, layout in (("PyTorch's own layout", torch.contiguous_format), ("channels_last", CHANNELS_LAST)):
+        network, batch = network_of(config, device, layout), batch_of(config, device, layout)
+        functions[f"{name}, plain"] = backward(network, batch, plain)
+        functions[f"{name}, fused norm"] = backward(network, batch)
+    return functions
+
+
+def allocator_section(config, device):
+    step = backward(network_of(config, device, CHANNELS_LAST), batch_of(config, device, CHANNELS_LAST))
+
+    def giving_back():
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 64 * 2**20)  # where glibc's own adaptation ends up: twice the mapping threshold
+        step()
+
+    def keeping():
+        keep_freed_memory()
+        step()
+
+    return {"freed memory is given back": giving_back, "freed memory is kept": keeping}
+
+
+def gradients(function, *tensors):
+    """A function: forward and backward pass of `function`."""
+    grad = torch.ones_like(function(*tensors))
+
+    def step():
+        function(*tensors).backward(grad)
+        for tensor in tensors:
+            tensor.grad = None
+
+    return step
+
+
+def images(config, device, channels, size, dtype=torch.float32):
+    x = torch.randn(config.batch_size, channels, size, size, device=device, dtype=dtype)
+    return x.to(memory_format=CHANNELS_LAST).requires_grad_()
+
+
+def norm_section(config, device):
+    functions, channels = {}, config.channel
+    for dtype in (torch.float32, torch.bfloat16):
+        x = images(config, device, channels, 32, dtype)
+        norm = nn.GroupNorm(32, channels).to(device)
+        paths = {"plain": plain, "compiled": torch.compile(plain, dynamic=True), "fused": fused.norm_act}
+        for name, path in paths.items():
+            functions[f"{name}, {dtype}"] = gradients(lambda x, path=path, norm=norm: path(norm, F.silu, x), x)
+    return functions
+
+
+def dropout_section(config, device):
+    x = images(config, device, config.channel, 32)
+    values, mask = x.detach(), fused.draw_mask(x, 0.1)[0]
+    return {
+        "F.dropout, forward and backward": gradients(lambda x: F.dropout(x, 0.1), x),
+        "bernoulli_ alone": lambda: torch.empty_like(values).bernoulli_(0.9),
+        "16 random bits alone": lambda: fused.draw_mask(values, 0.1),
+        "masked_fill_ and mul_ with such a mask": lambda: values.clone().masked_fill_(mask, 0).mul_(1.1),
+    }
+
+
+def attention_section(config, device):
+    qkv = torch.randn(config.batch_size, 1, 256, 2 * config.channel, device=device, requires_grad=True)
+
+    def products(x):
+        weights = torch.softmax(x[:, 0] @ (x[:, 0] * x.shape[-1] ** -0.5).transpose(1, 2), -1)
+        return (weights @ x[:, 0])[:, None]
+
+    def kernel(x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+    return {"scaled_dot_product_attention": gradients(kernel, qkv), "plain products": gradients(products, qkv)}
+
+
+def upsample_section(config, device):
+    """Nearest neighbour and a 3x3 convolution are a transposed convolution of 4x4 on a quarter of the pixels."""
+    layer = unet.Upsample(2 * config.channel).to(device, memory_format=CHANNELS_LAST)
+    x, conv = images(config, device, 2 * config.channel, 16), layer.upsample[1]
+
+    def transposed(x):
+        wide = F.pad(conv.weight, (1, 1, 1, 1))
+        wide = wide[..., 1:] + wide[..., :-1]
+        wide = (wide[..., 1:, :] + wide[..., :-1, :]).flip(2, 3).transpose(0, 1)
+        return F.conv_transpose2d(x, wide.contiguous(memory_format=CHANNELS_LAST), conv.bias, stride=2, padding=1)
+
+    torch.testing.assert_close(layer(x), transposed(x), atol=1e-4, rtol=1e-3)
+    paths = {"plain": layer, "transposed": transposed}
+    functions = {f"{name}, forward and backward": gradients(path, x) for name, path in paths.items()}
+    return functions | {f"{name}, forward": torch.no_grad()(lambda path=path: path(x)) for name, path in paths.items()}
+
+
+def drawing_section(config, device):
+    network = network_of(config, device, CHANNELS_LAST).eval().requires_grad_(False)
+    own, rounded = network_of(config, device).eval().requires_grad_(False), copy.deepcopy(network)
+    round_weights(rounded, "bf16")
+    batch, one = batch_of(config, device, CHANNELS_LAST), [tensor[:1] for tensor in batch_of(config, device, CHANNELS_LAST)]
+
+    def half(network):
+        def call():
+            with torch.no_grad(), autocast(device, "bf16"):
+                network(*one)
+        return call
+
+    return {
+        "PyTorch's own layout": torch.no_grad()(lambda: own(*batch)), "channels_last": torch.no_grad()(lambda: network(*batch)),
+        "channels_last, inference_mode": torch.inference_mode()(lambda: network(*batch)),
+        "bf16, one picture": half(network), "bf16, one picture, rounded weights": half(rounded),
+    }  # fmt: skip
+
+
+def checkpointing_section(config, device):
+    network, batch = network_of(config, device, CHANNELS_LAST), batch_of(config, device, CHANNELS_LAST)
+    saving = copy.deepcopy(network)
+    saving.activation_checkpointing = True
+    return {"all activations kept": backward(network, batch), "activation checkpointing": backward(saving, batch)}
+
+
+SECTIONS = {
+    "step": step_section, "allocator": allocator_section, "norm": norm_section, "dropout": dropout_section,
+    "attention": attention_section, "upsample": upsample_section, "drawing": drawing_section, "checkpointing": checkpointing_section,
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_script(main)
