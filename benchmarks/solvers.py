@@ -416,10 +416,10 @@ def plot(report, path):
             if is_yardstick(row, T):
                 place.axhspan(0, mean(row) * TOLERANCE, color="black", alpha=0.07, label=f"within {TOLERANCE - 1:.0%} of ddpm, {T} steps")
         place.set(xlabel=label, xscale="log", yscale="log")
-        place.minorticks_off()
         place.grid(True, which="both", alpha=0.2)
     columns = sorted({cell["calls"] for cell in report["cells"]})
-    axes[0].set_xticks(columns, map(str, columns))
+    axes[0].set_xticks(columns, [str(column) for column in columns])
+    axes[0].set_xticks([], minor=True)
     axes[0].set_ylabel(f"Frechet distance ({report['about']['samples']:,} pictures)")
     axes[1].legend(fontsize=7, ncols=2)
     with atomic_write(path) as file:

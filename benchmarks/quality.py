@@ -1,0 +1,233 @@
+"""How good does it get in a stated time? Trains on Fashion-MNIST and on the emoji, and measures: python -m benchmarks.quality
+
+Through train.py, predict.py and utils.evaluate, as a user would. Loss curves, Frechet distances (features of a classifier that is
+trained on the same data), bits per dimension, sample grids, times and hardware go to benchmarks/results/. The same command goes on
+where it was stopped; other data or variants with otherwise equal settings are added to the table.
+"""
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, replace
+
+import train
+from benchmarks.runs import (
+    DATA,
+    RESULTS,
+    VAL_SPLIT,
+    WORK,
+    list_pictures,
+    network_options,
+    run_project,
+    stop_with_children,
+    trained,
+    write_json,
+)
+from benchmarks.timing import machine, markdown
+from utils.atomic import atomic_write
+from utils.config import check_values, parse_config, run_script
+from utils.device import choose_device, choose_precision
+
+VARIANTS = {  # train.py's options of each
+    "eps": {},
+    "v": {"prediction": "v"},
+    "eps+min_snr": {"loss_weighting": "min_snr"},
+    "v+min_snr": {"prediction": "v", "loss_weighting": "min_snr"},
+}
+EMA_START = train.Config.ema_start
+AVERAGES = {"ema": True, "last": False}  # name in the table -> use_ema
+WAYS = ("data", "variants", "averages", "data_root", "name", "device")  # settings that change no row of the table
+
+
+@dataclass
+class Config:
+    # What is trained
+    data: str = ",".join(DATA)            # fashion_mnist and emoji, with commas between
+    variants: str = "eps"                 # of eps, v, eps+min_snr and v+min_snr, with commas between: a training of each
+    averages: str = ",".join(AVERAGES)    # ema: the averaged weights are measured; last: those that were trained too
+    minutes: float = 20.0                 # time of each training
+    epochs: int = 0                       # epochs instead; 0: as many as fit into the minutes
+    size: int = 0                         # height and width of the pictures; 0: 32 on a GPU, 16 elsewhere
+    channel: int = 0                      # width of the first level; 0: 128 on a GPU, 32 elsewhere
+    class_conditional: bool = False       # learn the classes; pictures are then drawn in the classes' shares
+    data_root: str = ""                   # a torchvision root with FashionMNIST/raw; "": fetched
+
+    # What is measured
+    samples: int = 0                      # pictures drawn for the distances; 0: 10,000 on a GPU, 2,000 elsewhere
+    bits_images: int = 0                  # held-out pictures for the bits per dimension; 0: 1,000 on a GPU, 100 elsewhere
+
+    # Machine and output
+    device: str = "auto"                  # auto, cuda, mps or cpu
+    name: str = ""                        # of the files in benchmarks/results; "": the device's
+
+
+def main():
+    config = parse_config(Config, __doc__)
+    device = choose_device(config.device)
+    gpu = device.type == "cuda"
+    config = replace(config, samples=config.samples or (10_000 if gpu else 2000), bits_images=config.bits_images or (1000 if gpu else 100),
+                     name=config.name or device.type)  # fmt: skip
+    check(config)
+    stop_with_children()
+    path = RESULTS / f"quality_{config.name}.json"
+    report = opened(path, config)
+    report["machine"] = machine(device, choose_precision("auto", device), "wall")
+    for data in config.data.split(","):
+        annotation = list_pictures(data, WORK, config.data_root)
+        for variant in config.variants.split(","):
+            key = f"{data}/{variant}"
+            report["runs"][key] = measured(config, device, data, variant, annotation, path)
+            store(report, path)
+    print("\n" + as_text(report))
+    print(f"\nwritten: {path}, .md and .png")
+
+
+def check(config):
+    """ValueError for a setting out of range or unknown."""
+    check_values(config, minutes=(0, None), epochs=(0, None), size=(0, None), channel=(0, None), samples=(2, None), bits_images=(1, None))
+    for name, known in (("data", DATA), ("variants", VARIANTS), ("averages", AVERAGES)):
+        unknown = [word for word in getattr(config, name).split(",") if word not in known]
+        if unknown:
+            raise ValueError(f"--{name}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+
+
+def opened(path, config):
+    """The report to add to: what another name, or the same settings, measured before; a new one where settings differ."""
+    settings = {name: value for name, value in asdict(config).items() if name not in WAYS}
+    try:
+        report = json.loads(path.read_text("utf-8"))
+        if report["settings"] == settings:
+            return report
+        print(f"{path} is of other settings: it is replaced")
+    except FileNotFoundError:
+        pass
+    return {"settings": settings, "runs": {}}
+
+
+def measured(config, device, data, variant, annotation, path):
+    """One training and all that is measured of it: {training, grid, averages: {name: {...}}}."""
+    options = {**network_options(device, config.size, config.channel), **VARIANTS[variant], "img_channels": DATA[data],
+               "val_split": VAL_SPLIT, "class_conditional": config.class_conditional, "device": device.type}  # fmt: skip
+    weights, training = trained(WORK / data / variant, annotation, options, config.minutes, config.epochs)
+    grid = path.with_name(f"{path.stem}_{data}_{variant}.png")
+    draw_grid(weights, device, grid)
+    averages = {name: evaluated(config, device, weights, annotation, name) for name in config.averages.split(",")}
+    return {"training": training, "grid": grid.name, "averages": averages}
+
+
+def draw_grid(weights, device, path):
+    """predict.py's grid from seed 0, as a file of the results."""
+    folder = weights.parent / "predict_out"
+    run_project("predict.py", {"model_path": str(weights), "seed": 0, "save_dir": str(folder), "device": device.type}, weights.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "predict_5x5_results.png", path)
+
+
+def evaluated(config, device, weights, annotation, average):
+    """utils.evaluate's distances, and for the averaged weights bits per dimension too, without what is only of use here."""
+    folder = weights.parent / f"evaluate_{average}_{config.samples}_{config.bits_images}"
+    found = folder / "evaluate_results.json"
+    if not found.is_file():
+        options = {
+            "samples": str(weights), "reference": str(annotation), "num_images": config.samples, "features": "classifier",
+            "nearest": average == "ema", "nearest_images": min(config.samples, 1000), "bits": average == "ema",
+            "bits_images": config.bits_images, "use_ema": AVERAGES[average], "save_dir": str(folder), "device": device.type,
+            "batch_size": 500 if device.type == "cuda" else 100,
+        }  # fmt: skip
+        run_project("utils.evaluate", options, weights.parent)
+    results = json.loads(found.read_text("utf-8"))
+    results["distances"]["features"] = re.sub(r", [^,]*\.pth$", "", results["distances"]["features"])
+    nearest = {name: value for name, value in results.get("nearest", {}).items() if name != "pairs"}
+    kept = ("distances", "bits", "num_samples", "num_reference", "minutes")
+    return {**{name: results[name] for name in kept if name in results}, "nearest": nearest}
+
+
+# The report
+
+
+def store(report, path):
+    """JSON, table and curves."""
+    write_json(path, report)
+    with atomic_write(path.with_suffix(".md"), "w", encoding="utf-8") as file:
+        file.write(as_text(report) + "\n")
+    plot(report, path.with_suffix(".png"))
+
+
+def as_text(report):
+    """The report for people, in Markdown."""
+    on, settings = report["machine"], report["settings"]
+    versions = ", ".join(f"{name} {value}" for name, value in on["versions"].items() if name in ("torch", "torchvision"))
+    given = f"{settings['epochs']} epochs" if settings["epochs"] else f"{settings['minutes']:g} minutes"
+    lines = [
+        f"{on['gpu'] or on['cpu']}, {on['threads']} of {on['cores']} cores, load {on['load']:.1f}, {on['precision']}; {versions}. "
+        f"{given} of training each, {settings['samples']:,} samples by predict.py's solver.",
+        table(report), "\n".join(notes(report)),
+    ]  # fmt: skip
+    return "\n\n".join(lines)
+
+
+COLUMNS = ("data", "variant", "weights", "Frechet distance", "kernel distance x 1000", "precision", "recall", "bits/dim", "held-out loss",
+           "steps", "minutes")
+
+
+def table(report):
+    """A line for each training and kind of weights."""
+    lines = []
+    for key, run in report["runs"].items():
+        training, (data, variant) = run["training"], key.split("/")
+        validation = training["history"][-1]["val_loss"]
+        for average, found in run["averages"].items():
+            distances, bits = found["distances"], found.get("bits")
+            lines.append((
+                data, variant, average, f"{distances['frechet_distance']:.3f}",
+                f"{1000 * distances['kernel_distance']:.2f} ± {1000 * distances['kernel_distance_std']:.2f}",
+                f"{distances['precision']:.3f}", f"{distances['recall']:.3f}", bits_of(bits) if bits else "",
+                f"{validation:.4f}" if average == "ema" else "", f"{training['steps']:,}", f"{training['minutes']:.1f}",
+            ))  # fmt: skip
+    return markdown(COLUMNS, lines) + "\n\nLosses compare within a variant only: each weighs the timesteps in its own way."
+
+
+def bits_of(bits):
+    error = f" ± {bits['standard_error']:.3f}" if bits["standard_error"] else ""
+    return f"{bits['bits_per_dimension']:.3f}{error}"
+
+
+def notes(report):
+    """What was learned and how, a line for each training; how close the samples are to the training pictures."""
+    for key, run in report["runs"].items():
+        training, found = run["training"], next(iter(run["averages"].values()))
+        yield (f"- {key}: {training['epochs']} epochs, {training['images_per_second']:,.0f} images/s; {found['num_reference']:,} reference "
+               f"pictures, {found['distances']['features']}. `{training['command']}` ![{key}]({run['grid']})")
+        if found["nearest"]:
+            share, first = found["nearest"]["share_closer_than_first_quantile"], found["nearest"]["quantiles"][0]
+            yield (f"  {share:.1%} of the samples are closer to a training picture than the closest {first:.0%} of held-out ones are; "
+                   f"chance gives {first:.0%}.")
+        if training["steps"] <= EMA_START:
+            yield f"  The average begins at step {EMA_START:,}: here it is the last weights."
+
+
+def plot(report, path):
+    """Training and validation loss over steps, a panel for each data set and variant."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot is drawn: `pip install matplotlib` brings it")
+        return
+    columns = min(len(report["runs"]), 4)
+    rows = -(-len(report["runs"]) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3.4 * rows), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, (key, run) in zip(figure.subplots(rows, columns, squeeze=False).flat, report["runs"].items()):
+        history = run["training"]["history"]
+        for name, label in (("loss", "training, dropout on"), ("val_loss", "held out, averaged weights")):
+            steps, values = [row["step"] for row in history], [row[name] for row in history]
+            place.plot(steps, values, label=label, marker="." if len(history) < 20 else "")
+        place.set(title=key, xlabel="step", ylabel="loss", yscale="log")
+        place.grid(True, which="both", alpha=0.2)
+        place.legend(fontsize=8)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,148 @@
+"""What the benchmarks decide by themselves: which cells, which default, what is measured again, and how runs are started."""
+import math
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import quality, runs, solvers
+from benchmarks.solvers import Cell
+
+T = 1000
+
+
+def a_report(distances, T=T):
+    """A report of {(solver, spacing, steps): [distance of each seed]}."""
+    cells = [
+        {"solver": solver, "spacing": spacing, "calls": steps, "steps": steps, "seed": seed, "distance": distance,
+         "made": solvers.calls_of(solver, steps), "seconds_a_picture": 0.1, "network_share": 0.97}
+        for (solver, spacing, steps), values in distances.items() for seed, distance in enumerate(values)
+    ]  # fmt: skip
+    about = {
+        "weights": "w", "features_digest": "f", "reference_digest": "r", "samples": 100, "precision": "fp32", "T": T, "features": "some",
+        "num_reference": 5, "trained_with": {"channel": 32}, "parameters": 7, "held_out_distance": 0.5, "num_held_out": 3,
+    }  # fmt: skip
+    machine = {
+        "clock": "wall", "gpu": None, "cpu": "a processor", "threads": 1, "cores": 2, "load": 0.0, "precision": "fp32", "versions": {},
+    }  # fmt: skip
+    return {"about": about, "machine": machine, "cells": cells, "wanted": len(cells)}
+
+
+def choose(distances):
+    row, ratio = solvers.choose_default(solvers.summaries(a_report(distances)), T)
+    return row["solver"], row["made"], ratio
+
+
+@pytest.mark.parametrize("calls", [1, 2, 5, 10, 15, 20, 25, 50, 100, 250, 1000])
+def test_heun_gets_no_more_calls_than_the_others_and_at_most_one_fewer(calls):
+    made = solvers.calls_of("heun", solvers.steps_for("heun", calls))
+    assert made <= calls <= made + 1
+    assert solvers.calls_of("ddim", solvers.steps_for("ddim", calls)) == calls
+
+
+def test_the_cells_come_by_seed_and_by_cost_and_all_are_different():
+    config = solvers.Config(calls=(5, 10, 25, 250, 1000), seeds=2)
+    cells = solvers.wanted_cells(config, T)
+    assert len(set(cells)) == len(cells)
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    first = [cell for cell in cells if cell.seed == 0]
+    yardstick = first.index(Cell("ddpm", "every", T, T, 0))
+    costs = [cell.made for cell in first[:yardstick] + first[yardstick + 1 :]]
+    assert costs == sorted(costs)
+    assert first[yardstick - 1].made == 25 and first[yardstick + 1].made == 249
+    # With as many steps as timesteps there is only one spacing; heun's 500 steps have three.
+    assert sum(cell.calls == 1000 for cell in first) == 4 + 3
+
+
+def test_the_yardstick_is_always_there_and_steps_beyond_T_never():
+    cells = solvers.wanted_cells(solvers.Config(solvers="ddim", spacings="trailing", calls=(5, 50), seeds=1), 20)
+    assert cells == [Cell("ddim", "trailing", 5, 5, 0), Cell("ddpm", "every", 20, 20, 0)]
+
+
+def test_the_default_is_the_fewest_calls_within_five_per_cent():
+    yardstick = {("ddpm", "every", T): [10.0, 10.0]}
+    rows = {("ddim", "uniform", 10): [10.6, 10.6], ("dpm++", "logsnr", 20): [10.4, 10.4], ("heun", "logsnr", 13): [9, 9]}
+    assert choose(yardstick | rows)[:2] == ("dpm++", 20)
+    # Of equal cost the better one.
+    assert choose(yardstick | {("ddim", "uniform", 20): [10.3, 10.3], ("dpm++", "logsnr", 20): [10.1, 10.1]})[:2] == ("dpm++", 20)
+    # None that is cheap: the one that it takes, in the end the yardstick itself.
+    assert choose(yardstick | {("ddim", "uniform", 20): [12, 12], ("ddim", "uniform", 250): [10, 10.2]})[:2] == ("ddim", 250)
+    assert choose(yardstick) == ("ddpm", T, 1.0)
+    assert solvers.choose_default(solvers.summaries(a_report({("ddim", "uniform", 20): [12]})), T) is None
+
+
+def test_ratios_are_taken_over_the_seeds_that_both_have():
+    solver, made, ratio = choose({("ddpm", "every", T): [10.0], ("ddim", "uniform", 20): [10.2, 50.0]})
+    assert (solver, made) == ("ddim", 20) and math.isclose(ratio, 1.02)
+
+
+def test_the_verdict_says_where_nothing_cheap_is_good_enough():
+    rows = solvers.summaries(a_report({("ddpm", "every", T): [10.0], ("ddim", "trailing", 50): [10.2], ("ddim", "trailing", 25): [11.0]}))
+    assert "50 network calls" in solvers.verdict(rows, T) and "Nothing with 25 calls or fewer" in solvers.verdict(rows, T)
+    assert "not known yet" in solvers.verdict(rows[1:], T)
+
+
+def test_an_interrupted_table_goes_on_and_measures_no_cell_twice(tmp_path):
+    path, measured = tmp_path / "solvers.json", []
+    wanted = solvers.wanted_cells(solvers.Config(solvers="ddim,heun", calls=(5, 10), seeds=2), 100)
+    empty = a_report({}, 100)
+
+    def measure(cell):
+        if len(measured) == 7:
+            measured.append(None)
+            raise KeyboardInterrupt
+        measured.append(cell)
+        return {"distance": 1.0 + cell.steps, "seconds_a_picture": 0.1, "network_share": 0.97}
+
+    with pytest.raises(KeyboardInterrupt):
+        solvers.fill(empty, path, wanted, measure)
+    report = solvers.opened(path, empty["about"])
+    assert len(report["cells"]) == 7 and "UNFINISHED: 7 of" in path.with_suffix(".md").read_text("utf-8")
+    report["machine"] = empty["machine"]
+    solvers.fill(report, path, wanted, measure)
+    assert [cell for cell in measured if cell] == wanted
+    assert "UNFINISHED" not in path.with_suffix(".md").read_text("utf-8")
+
+    with pytest.raises(ValueError, match="weights, samples"):
+        solvers.opened(path, {**empty["about"], "weights": "others", "samples": 5})
+
+
+def test_the_table_has_mean_and_spread_and_the_networks_share():
+    text = solvers.as_text(a_report({("ddpm", "every", T): [10.0, 12.0], ("dpm++", "logsnr", 20): [10.0, 11.0]}))
+    assert "| dpm++ | logsnr | 10.500 ± 0.707 |  |" in text and "| ddpm | every |  | 11.000 ± 1.414 |" in text
+    assert "97.0% (97.0% to 97.0%)" in text
+
+
+def test_as_many_epochs_as_fit_into_the_time_but_one_at_least(tmp_path):
+    annotation = tmp_path / "train_lines.txt"
+    annotation.write_text("".join(f"{tmp_path}/{number}.png\n" for number in range(1000)), "utf-8")
+    assert runs.epochs_within(1, 100 * runs.OVERHEAD, annotation, {}) == 6
+    assert runs.epochs_within(1, 100 * runs.OVERHEAD, annotation, {"val_split": 0.5}) == 12
+    assert runs.epochs_within(1, 1, annotation, {}) == 1
+
+
+def test_options_are_written_as_the_scripts_read_them():
+    assert runs.as_options({"input_shape": (8, 8), "channel_mults": (1,), "name": "v"}) == [
+        "--input_shape", "8,8", "--channel_mults", "1,", "--name", "v"]  # fmt: skip
+
+
+def test_what_a_benchmark_started_ends_with_it(tmp_path, monkeypatch):
+    """A signal to the parent alone, as a batch scheduler sends it, reaches the child, which has time to save."""
+    (tmp_path / "child.py").write_text(
+        "import os, pathlib, signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path('saved').touch(), os._exit(3)))\n"
+        "time.sleep(0.5)\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n", "utf-8")  # fmt: skip
+    (tmp_path / "parent.py").write_text(
+        f"import sys, pathlib\nsys.path.insert(0, {str(runs.PROJECT)!r})\nfrom benchmarks import runs\n"
+        "runs.PROJECT = pathlib.Path.cwd()\nruns.stop_with_children()\nruns.run_project('child.py', {}, '.')\n", "utf-8")  # fmt: skip
+    assert subprocess.run([sys.executable, "parent.py"], cwd=tmp_path, timeout=60).returncode == 128 + 15
+    assert (tmp_path / "saved").exists()
+
+
+def test_quality_replaces_a_report_of_other_settings_and_adds_to_one_of_the_same(tmp_path):
+    path, config = tmp_path / "quality.json", quality.Config(samples=100)
+    report = quality.opened(path, config)
+    report["runs"]["emoji/eps"] = {"found": 1}
+    runs.write_json(path, report)
+    assert quality.opened(path, quality.Config(samples=100, variants="v", data="fashion_mnist"))["runs"] == {"emoji/eps": {"found": 1}}
+    assert quality.opened(path, quality.Config(samples=200))["runs"] == {}
