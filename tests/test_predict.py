@@ -279,7 +279,9 @@ def test_trajectory_shows_the_way_to_the_same_pictures(plain):
     assert np.abs(last - pixels(out / "predict_5x5_results.png")).mean() < 8  # 256 colours, all of the grid
 
 
-def test_npz_holds_all_pictures_in_order(plain):
+def test_npz_holds_all_pictures_in_order(plain, monkeypatch):
+    names = []  # in the folder while it is drawn: nothing is left there by whatever kills the process
+    monkeypatch.setattr(predict, "to_uint8", lambda x: (names.extend(path.name for path in Path("out").iterdir()), to_uint8(x))[1])
     out = draw(plain, "--seed", "5", "--num_images", "30", "--batch_size", "4", "--individual_files", "True", "--npz", "True")
     with np.load(out / "predict_results.npz") as archive:
         assert archive.files == ["arr_0"]
@@ -287,6 +289,7 @@ def test_npz_holds_all_pictures_in_order(plain):
     assert found.dtype == np.uint8 and found.shape == (30, SIZE, SIZE, 3)
     assert np.array_equal(found, np.stack([picture for _, picture in sorted(singles(out).items())]))
     assert len(tiles(out / "predict_5x5_results.png")) == 25
+    assert names and all(name.startswith("seed_") for name in names)
 
 
 def count_batches(monkeypatch, fail_at=None):

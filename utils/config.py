@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
-NO_MEMORY = ("out of memory", "can't allocate memory")  # what PyTorch says on GPUs and on the CPU
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # PyTorch's words, for GPUs, Linux and Windows
 NEGATIVE = re.compile(r"-\.?\d")
 
 
