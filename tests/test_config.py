@@ -9,6 +9,7 @@ import torch
 import predict
 import train
 import txt_annotation
+from utils import config
 from utils.config import check_values, parse_config, parse_value, run_script, trailing_comments, typed_options
 
 
@@ -148,3 +149,9 @@ def test_mistakes_of_ours_keep_their_traceback(main, capsys):
     with pytest.raises((RuntimeError, ValueError, KeyError, ZeroDivisionError)):
         run_script(main)
     assert capsys.readouterr().err == ""
+
+
+def test_libraries_in_an_environment_within_the_project_are_not_ours(monkeypatch):
+    monkeypatch.setattr(config, "PROJECT", Path(torch.__file__).resolve().parents[2])  # the folder that holds site-packages
+    with pytest.raises(ValueError, match="scale"):
+        run_script(lambda: torch.distributions.Normal(0.0, -1.0))

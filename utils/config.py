@@ -85,7 +85,7 @@ def _fit(value, text, kind):
     if origin is tuple:
         return _fit_tuple(value, text, typing.get_args(kind))
     if origin is typing.Literal:
-        return value if value in typing.get_args(kind) and isinstance(value, str) else _NO_FIT
+        return value if value in typing.get_args(kind) else _NO_FIT
     if kind is str:
         return value if isinstance(value, str) else text
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
