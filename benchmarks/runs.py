@@ -3,6 +3,7 @@
 All of it goes on where it was stopped: what is unpacked, listed, measured or trained is not done again.
 """
 import csv
+import gzip
 import json
 import math
 import os
@@ -54,19 +55,25 @@ def list_pictures(data, work=WORK, data_root=""):
         pictures = PROJECT / "datasets" / "noto_emoji"
     else:
         if data_root:
-            copy_archives(data_root, pictures / ARCHIVES / data)
+            copy_unpacked(data_root, pictures / ARCHIVES / data)
         download(data, pictures)
     paths = find_images(pictures)
     write_annotation(annotation, paths, *label_by_folder(paths))
     return annotation
 
 
-def copy_archives(data_root, target):
-    """Fashion-MNIST's files from a torchvision root to the one that is unpacked from: the user's own stays as it is."""
-    raw = Path(data_root) / "FashionMNIST" / "raw"
-    if not raw.is_dir():
-        raise ValueError(f"--data_root {data_root}: it has no FashionMNIST/raw, where torchvision keeps the files")
-    shutil.copytree(raw, target / "FashionMNIST" / "raw", dirs_exist_ok=True)
+def copy_unpacked(data_root, target):
+    """Fashion-MNIST's files from a torchvision root to the one that is read from: the user's own stays as it is.
+
+    Archives are unpacked here: torchvision refuses those that were compressed anew, as Debian's package of the same data has them.
+    """
+    raw, to = Path(data_root) / "FashionMNIST" / "raw", target / "FashionMNIST" / "raw"
+    found = [path for path in raw.glob("*-ubyte*") if path.is_file()]
+    if not found:
+        raise ValueError(f"--data_root {data_root}: it has no files in FashionMNIST/raw, where torchvision keeps them")
+    for path in found:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as source, atomic_write(to / path.name.removesuffix(".gz")) as file:
+            shutil.copyfileobj(source, file)
 
 
 # Runs

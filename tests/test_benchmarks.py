@@ -1,4 +1,5 @@
 """What the benchmarks decide by themselves: which cells, which default, what is measured again, and how runs are started."""
+import gzip
 import math
 import subprocess
 import sys
@@ -146,3 +147,16 @@ def test_quality_replaces_a_report_of_other_settings_and_adds_to_one_of_the_same
     runs.write_json(path, report)
     assert quality.opened(path, quality.Config(samples=100, variants="v", data="fashion_mnist"))["runs"] == {"emoji/eps": {"found": 1}}
     assert quality.opened(path, quality.Config(samples=200))["runs"] == {}
+
+
+def test_archives_that_were_compressed_anew_are_taken_from_a_root_and_the_root_stays_as_it_is(tmp_path):
+    raw = tmp_path / "root" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"pictures", mtime=7))
+    (raw / "train-labels-idx1-ubyte").write_bytes(b"labels")
+    runs.copy_unpacked(tmp_path / "root", tmp_path / "own")
+    found = {path.name: path.read_bytes() for path in (tmp_path / "own" / "FashionMNIST" / "raw").iterdir()}
+    assert found == {"train-images-idx3-ubyte": b"pictures", "train-labels-idx1-ubyte": b"labels"}
+    assert sorted(path.name for path in raw.iterdir()) == ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte"]
+    with pytest.raises(ValueError, match="no files in FashionMNIST/raw"):
+        runs.copy_unpacked(tmp_path, tmp_path / "own")
