@@ -25,7 +25,7 @@ LOSS_WEIGHTINGS = {
 def check_choice(name, value, known):
     """ValueError that lists the known values unless `value` is one of them."""
     if value not in known:
-        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(map(str, known))}")
 
 
 def extract(table, t, x):

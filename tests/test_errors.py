@@ -126,7 +126,6 @@ def test_files_that_are_no_checkpoints(place, trained, capsys, script):
     assert not (place / "attacked").exists()
 
 
-@pytest.mark.xfail(raises=IndexError, strict=True, reason="load_checkpoint lets the unpickler's IndexError through")
 def test_text_is_no_checkpoint(place, capsys):
     (place / "text.pth").write_text("these are no weights")
     assert "text.pth" in refused(capsys, "predict.py", "--model_path", "text.pth", *PREDICT)
@@ -244,7 +243,7 @@ def test_class_of_a_model_without_classes(place, capsys):
     ("--resume nowhere.pth", "nowhere.pth: there is no such checkpoint"),
     ("--save_dir train_lines.txt", "train_lines.txt"),
     ("--num_timesteps 0", "num_timesteps is 0"), ("--schedule_high 0", "beta"),
-    pytest.param("--img_channels 4", "known: 1, 3", marks=pytest.mark.xfail(raises=TypeError, strict=True, reason="joins text only")),
+    ("--img_channels 4", "known: 1, 3"),
 ])  # fmt: skip
 def test_settings_of_train(place, capsys, options, words):
     assert words in refused(capsys, "train.py", *TRAIN, *options.split())
