@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from benchmarks.timing import interleave, machine, markdown, quiet, spread, usable_cores
+from benchmarks.timing import check_sections, interleave, machine, markdown, quiet, spread, usable_cores, with_rows, write_text
 from nets import GaussianDiffusion, UNet
 from utils import dataset as cache
 from utils import distributed
@@ -52,14 +52,16 @@ def main():
         measure_worker(config, device)
         distributed.stop()
         return
-    unknown = [name for name in config.sections.split(",") if name not in SECTIONS]
-    if unknown:
-        raise ValueError(f"unknown sections {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
-    report = {"machine": machine(device, choose_precision("auto", device), "wall"), "settings": asdict(config), "rows": []}
+    check_sections(config.sections.split(","), SECTIONS)
+    path = RESULTS / f"scale_{config.name or device.type}"
+    report = {"machine": machine(device, choose_precision("auto", device), "wall"), "settings": asdict(config)}
     for name in config.sections.split(","):
-        report["rows"] += SECTIONS[name](config, device)
+        rows = [{"section": name, **point} for point in SECTIONS[name](config, device)]
+        report = with_rows(report, rows, SECTIONS, path.with_suffix(".json"))
+        write_text(path.with_suffix(".md"), as_text(report))
+        plot(report["rows"], path.with_suffix(".svg"))
         print(f"{name}: done", flush=True)
-    write(report, config.name or device.type)
+    print("\n" + as_text(report))
 
 
 def pictures_section(config, device):
@@ -85,13 +87,15 @@ def pictures_section(config, device):
 
 
 def synthetic_dataset(folder, count):
-    """A list of `count` files that exist (all one empty file, by hard links) and a cache that holds random pixels for them."""
+    """A list of `count` files that exist (empty ones under many names, by hard links) and a cache of random pixels for them."""
     images = folder / f"pictures_{count}"
     images.mkdir()
-    (images / "0.png").touch()
     paths = [str(images / f"{number}.png") for number in range(count)]
-    for path in paths[1:]:
-        Path(path).hardlink_to(paths[0])
+    for number, path in enumerate(paths):
+        if number % 10_000 == 0:  # file systems allow a file some ten thousand names
+            Path(path).touch()
+        else:
+            Path(path).hardlink_to(paths[number // 10_000 * 10_000])
     annotation = folder / f"{count}.txt"
     write_annotation(annotation, paths)
     decode, generator = cache._decode, np.random.default_rng(0)
@@ -180,8 +184,8 @@ def row(axis, value, what, unit, seconds, divisor):
 SECTIONS = {"pictures": pictures_section, "resolution": resolution_section, "channels": channels_section, "processes": processes_section}
 
 
-def write(report, name):
-    """Table, JSON and plot."""
+def as_text(report):
+    """The table, in Markdown."""
     about, settings = report["machine"], report["settings"]
     head = (f"{about['cpu']}, {about['threads']} of {about['cores']} cores, load {about['load']:.1f}; "
             f"{about['gpu'] or 'no CUDA GPU here: the same command measures one where there is one'}.\n"
@@ -189,12 +193,7 @@ def write(report, name):
             f"{about['versions']['torch']}; medians of {settings['rounds']} rounds.\n")
     cells = [(point["axis"], f"{point['value']:,}", point["what"], f"{point['median']:,.4g} {point['unit']}",
               f"{point['low']:,.4g} to {point['high']:,.4g}") for point in report["rows"]]
-    table = head + "\n" + markdown(("axis", "value", "what", "median", "spread"), cells)
-    print("\n" + table)
-    for ending, text in ((".md", table), (".json", json.dumps(report, indent=1))):
-        with atomic_write(RESULTS / f"scale_{name}{ending}", "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-    plot(report["rows"], RESULTS / f"scale_{name}.svg")
+    return head + "\n" + markdown(("axis", "value", "what", "median", "spread"), cells)
 
 
 def plot(rows, path):

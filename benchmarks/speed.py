@@ -17,9 +17,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.contestants import CONTESTANTS, Job, Ours, installed
-from benchmarks.timing import interleave, machine, markdown, quiet, spread, usable_cores
+from benchmarks.timing import check_sections, interleave, machine, markdown, quiet, spread, usable_cores, with_rows, write_text
 from utils.annotation import find_images, write_annotation
-from utils.atomic import atomic_write
 from utils.config import parse_config, run_script
 from utils.dataset import EpochBatches, data_loader, open_dataset
 from utils.device import DTYPES, choose_device, choose_precision, peak_memory
@@ -53,12 +52,11 @@ def main():
     gpu = device.type == "cuda"
     config = replace(config, channel=config.channel or (128 if gpu else 64), batch_size=config.batch_size or (128 if gpu else 16))
     chosen = config.sections.split(",")
-    unknown = [name for name in chosen if name not in SECTIONS]
-    if unknown:
-        raise ValueError(f"unknown sections {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
+    check_sections(chosen, SECTIONS)
     if config.memory_of:
         print(json.dumps(measure_memory(config, device)))
         return
+    path = RESULTS / f"speed_{config.name or device.type}"
     with TemporaryDirectory() as scratch:
         job = make_job(config, device, Path(scratch))
         contestants = installed(job)
@@ -66,9 +64,10 @@ def main():
         for name in chosen:
             started = time.perf_counter()
             rows = [{"section": name, **row} for row in SECTIONS[name](config, job, contestants)]
-            write(report, rows, RESULTS / f"speed_{config.name or device.type}")
+            report = with_rows(report, rows, SECTIONS, path.with_suffix(".json"))
+            write_text(path.with_suffix(".md"), as_text(report))
             print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
-    print(f"\n{as_text({**report, 'rows': rows_of_before(report, RESULTS / f'speed_{config.name or device.type}.json')})}")
+    print(f"\n{as_text(report)}")
 
 
 def make_job(config, device, scratch):
@@ -276,25 +275,6 @@ SECTIONS = {
     "train": train_section, "denoise": denoise_section, "sample": sample_section, "data": data_section, "cache": cache_section,
     "start": start_section, "memory": memory_section,
 }  # fmt: skip
-
-
-def write(report, rows, path):
-    """The table and the JSON. Rows of other sections stay where an earlier run had the same settings, hardware and versions."""
-    kept = [row for row in rows_of_before(report, path.with_suffix(".json")) if row["section"] not in {row["section"] for row in rows}]
-    report = {**report, "rows": sorted(kept + rows, key=lambda row: list(SECTIONS).index(row["section"]))}
-    for ending, text in ((".md", as_text(report)), (".json", json.dumps(report, indent=1))):
-        with atomic_write(path.with_suffix(ending), "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-
-
-def rows_of_before(report, path):
-    """The rows in a file, if it is there and its settings, hardware and versions are this report's."""
-    if not path.exists():
-        return []
-    before = json.loads(path.read_text(encoding="utf-8"))
-    same = all(before["settings"][key] == value for key, value in report["settings"].items() if key != "sections")
-    same = same and all(before["machine"][key] == value for key, value in report["machine"].items() if key != "load")
-    return before["rows"] if same else []
 
 
 def as_text(report):

@@ -1,6 +1,7 @@
 """Functions timed side by side, and what they ran on."""
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
@@ -8,6 +9,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from utils.atomic import atomic_write
 
 
 def interleave(functions, rounds, device=None, warm_up=2, clock="wall"):
@@ -82,3 +85,42 @@ def markdown(columns, rows):
     """A table of text cells."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def check_sections(chosen, known):
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise ValueError(f"unknown sections {', '.join(unknown)}; known: {', '.join(known)}")
+
+
+def with_rows(report, rows, sections, path):
+    """The report with these rows, each of which names its section, written as JSON.
+
+    Rows of other sections stay, of this run and of what is in the file from a run with the same settings, hardware and versions: a
+    long measurement can be made in parts.
+    """
+    measured = {row["section"] for row in rows}
+    before = report.get("rows") or rows_of_before(report, path)
+    kept = [row for row in before if row["section"] not in measured]
+    report = {**report, "rows": sorted(kept + rows, key=lambda row: list(sections).index(row["section"]))}
+    write_text(path, json.dumps(report, indent=1))
+    return report
+
+
+def rows_of_before(report, path):
+    """The rows in a file, if it is there and its settings, hardware and versions are this report's."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    same = all(before["settings"].get(key) == json_like(value) for key, value in report["settings"].items() if key != "sections")
+    same = same and all(before["machine"].get(key) == value for key, value in report["machine"].items() if key != "load")
+    return before["rows"] if same else []
+
+
+def json_like(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def write_text(path, text):
+    with atomic_write(path, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
