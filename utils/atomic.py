@@ -1,6 +1,7 @@
 """Files that are whole or not there: every writer of the project goes through `atomic_write`."""
 import contextlib
 import os
+import secrets
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,8 @@ def atomic_write(path, mode="wb", **open_arguments):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A name of its own: machines that share the folder may share process numbers too.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, mode, **open_arguments) as file:
             yield file
@@ -41,7 +43,8 @@ def atomic_folder(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A name of its own: machines that share the folder may share process numbers too.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # a killed process of the same number left it
     temporary.mkdir()
     try:

@@ -9,10 +9,15 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(name, local_rank=0):
-    """torch.device for "auto" (CUDA, else Apple's MPS, else the CPU) or a name. Raises ValueError if it is not there."""
+def choose_device(name, local_rank=0, processes=1):
+    """torch.device for "auto" (CUDA, else Apple's MPS, else the CPU) or a name. Raises ValueError if it is not there.
+
+    Of several processes each has the GPU of its local rank; MPS has no reductions over processes.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and processes == 1 else "cpu"
+    if processes > 1 and (name.startswith("mps") or ":" in name):
+        raise ValueError(f"device {name!r} is for one process: with torchrun choose cuda (a GPU each) or cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -111,11 +116,8 @@ def describe_device(device):
 
 def is_available(name):
     """Whether a device of this name ("cuda", "mps", "cpu") is here."""
-    try:
-        choose_device(name)
-    except ValueError:
-        return False
-    return True
+    kind = name.split(":")[0]
+    return kind == "cpu" or (torch.cuda.is_available() if kind == "cuda" else kind == "mps" and torch.backends.mps.is_available())
 
 
 def choose_compile(setting, device):

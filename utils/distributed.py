@@ -19,6 +19,8 @@ def start():
     """Join the process group that torchrun announces in the environment. NCCL carries CUDA tensors, gloo all others."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         _end_with_torchrun()
+        if int(os.environ["RANK"]):
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (rank 0 speaks for all; errors go to stderr)
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
 
 
@@ -35,16 +37,16 @@ def stop():
 
 
 def rank():
-    return int(os.environ.get("RANK", 0))
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_rank():
     """The number of this process on its own machine: it picks the GPU, and who builds the cache."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
 
 
 def is_main():

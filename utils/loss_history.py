@@ -14,13 +14,12 @@ class LossHistory:
     `epoch_loss.csv` has columns that are the same in every repetition of the run, `speed.csv` those that are not.
     """
 
-    def __init__(self, folder, rows=(), speed_rows=(), step=0):
+    def __init__(self, folder, rows=(), speed_rows=()):
         """rows, speed_rows: what a checkpoint kept. Later rows that the files may have are dropped: they will come again."""
         self.folder, self.rows, self.speed_rows = Path(folder), list(rows), list(speed_rows)
-        self.board, self.plotted = _tensorboard(self.folder, step), 0.0
+        self.board, self.plotted = _tensorboard(self.folder, self.rows), 0.0
         self.plotting = True
-        if rows:
-            self._write_tables()
+        self._write_tables()
 
     def add(self, row, speed_row, step):
         """row, speed_row: {column: number}, with "epoch" first. step: steps of the whole run so far."""
@@ -38,8 +37,9 @@ class LossHistory:
 
     def _write_tables(self):
         for name, rows in (("epoch_loss.csv", self.rows), ("speed.csv", self.speed_rows)):
+            columns = list(dict.fromkeys(column for row in rows for column in row))
             with atomic_write(self.folder / name, "w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(rows[-1]), restval="", extrasaction="ignore")
+                writer = csv.DictWriter(file, fieldnames=columns, restval="")
                 writer.writeheader()
                 writer.writerows(rows)
 
@@ -48,7 +48,7 @@ class LossHistory:
         if not self.plotting or not self.rows or (not final and time.monotonic() - self.plotted < SECONDS_BETWEEN_PLOTS):
             return
         try:
-            _draw(self.rows, self.folder / "epoch_loss.png")
+            _draw(self.rows, self.speed_rows, self.folder / "epoch_loss.png")
         except ImportError:
             self.plotting = False
             print("no loss curve is drawn: `pip install matplotlib` brings it (epoch_loss.csv has the numbers)")
@@ -60,32 +60,33 @@ class LossHistory:
             self.board.close()
 
 
-def _tensorboard(folder, step):
+def _tensorboard(folder, rows):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         print("no TensorBoard curves are written: `pip install tensorboard` brings them")
         return None
     # Steps behind the restored one are hidden: the run takes them again.
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step, flush_secs=30)
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=rows[-1]["step"] + 1 if rows else 0, flush_secs=30)
 
 
-def _draw(rows, path):
+def _draw(rows, speed_rows, path):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=100)
+    figure = Figure(figsize=(9, 9), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    epochs = [row["epoch"] for row in rows]
+    axes = figure.subplots(3, 2).flatten().tolist()
     quarters = [name for name in rows[-1] if name.startswith("loss_t")]
-    for name in ("loss", "val_loss", *quarters):
-        values = [row.get(name) for row in rows]
-        if any(value is not None for value in values):
-            values = [float("nan") if value is None else value for value in values]
-            axes.plot(epochs, values, label=name, linewidth=0.8 if name in quarters else 1.8, alpha=0.6 if name in quarters else 1)
-    axes.set(xlabel="epoch", ylabel="loss", yscale="log")
-    axes.grid(True, alpha=0.3)
-    axes.legend()
+    panels = [("loss", "val_loss"), quarters, ("grad_norm",), ("learning_rate",), ("images_per_second",), ("memory_mib",)]
+    for panel, names in zip(axes, panels):
+        for name in names:
+            points = [(row["epoch"], row[name]) for row in (*rows, *speed_rows) if row.get(name) is not None]
+            if points:
+                panel.plot(*zip(*points), label=name)
+        panel.set(xlabel="epoch", yscale="log" if names[0].startswith("loss") else "linear")
+        panel.grid(True, alpha=0.3)
+        if panel.lines:
+            panel.legend()
     with atomic_write(path) as file:
         figure.savefig(file, format="png")

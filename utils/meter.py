@@ -29,7 +29,7 @@ class Meter:
         inside = ((t * QUARTERS // self.num_timesteps) == self.quarters).to(self.dtype)
         good = 1 - bad
         losses = torch.where(bad > 0, 0, losses.detach()).to(self.dtype)
-        counts = torch.stack([torch.where(bad > 0, 0, norm), good, bad]).to(self.dtype)
+        counts = torch.stack([torch.where(bad > 0, 0, norm), good, counts_as_bad]).to(self.dtype)
         self.sums += torch.cat([inside @ losses, inside.sum(1) * good, counts])
         self.bad_in_row = (self.bad_in_row + counts_as_bad) * bad
         self.late.push(torch.cat([self.sums, self.bad_in_row[None].to(self.dtype)]))

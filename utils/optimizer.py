@@ -20,6 +20,11 @@ def set_rate(optimizer, rate):
 def restore_optimizer(optimizer, saved):
     """The moments of a saved state under this run's own settings (a new weight decay on the command line holds)."""
     optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape:
+                # In the weights' own memory layout, which the run may have saved otherwise: the fused step goes by addresses.
+                state[name] = torch.empty_like(parameter).copy_(value)
 
 
 def step_unless_bad(optimizer, scaler, bad):

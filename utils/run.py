@@ -16,6 +16,7 @@ from utils.atomic import atomic_write, remove_leftovers
 from utils.checkpoint import FORMAT, LAST, all_finite, load_checkpoint, newest_last, rotate, save_checkpoint
 from utils.device import is_available
 from utils.loss_history import LossHistory
+from utils.memory import is_out_of_memory
 from utils.optimizer import restore_optimizer
 from utils.preview import draw_preview, save_preview
 
@@ -76,8 +77,9 @@ def merge_config(config_class, typed, checkpoint, source):
 
 def run_folder(checkpoint, source, save_dir):
     """The folder to write to: that of the run whose `last.pth` is gone on with, else a new one, the same on all processes."""
-    if checkpoint and "position" in checkpoint:
-        return Path(source).parent
+    folder = Path(source).parent if source else None
+    if checkpoint and "position" in checkpoint and Path(source).name == LAST and (folder / "config.json").exists():
+        return folder  # a copy elsewhere, or under another name, starts a folder of its own
     return distributed.from_main(_new_folder(save_dir) if distributed.is_main() else None)
 
 
@@ -114,7 +116,7 @@ class Start(NamedTuple):
     speed_rows: tuple = ()
 
 
-def restore(checkpoint, parts):
+def restore(checkpoint, parts, config):
     """Put optimizer and scaler back as they were; returns the Start. The weights are in place already.
 
     A checkpoint without a training state (a file of weights only) starts a run of its own at epoch 0.
@@ -124,7 +126,8 @@ def restore(checkpoint, parts):
     restore_optimizer(parts.optimizer, checkpoint["optimizer"])
     if checkpoint["scaler"]:
         parts.scaler.load_state_dict(checkpoint["scaler"])
-    parts.meter.bad_in_row.fill_(checkpoint["bad_in_row"])
+    if all(checkpoint["config"][name] == getattr(config, name) for name in ("init_lr", "grad_clip", "precision")):
+        parts.meter.bad_in_row.fill_(checkpoint["bad_in_row"])  # else it has a new chance
     epoch, images, batch_size, fingerprint = (checkpoint["position"][name] for name in ("epoch", "images", "batch_size", "pictures"))
     changed = []
     if fingerprint != pictures_fingerprint(parts.dataset, parts.rows):
@@ -172,7 +175,9 @@ class RunFiles:
             with atomic_write(self.folder / "config.json", "w", encoding="utf-8") as file:
                 json.dump(asdict(self.config), file, indent=2)
             print(f"this run writes to {self.folder.resolve()}")
-            self.history = LossHistory(self.folder, self.start.rows, self.start.speed_rows, done // self.parts.batch_size)
+            if self.start.epoch >= self.config.epochs:
+                print(f"its {self.config.epochs} epochs are done already: --epochs with a higher number goes on")
+            self.history = LossHistory(self.folder, self.start.rows, self.start.speed_rows)
         self.bar = tqdm(
             total=self.config.epochs * self.per_epoch, initial=done, unit="img", unit_scale=True, disable=not self.main, dynamic_ncols=True,
             mininterval=0.2 if sys.stderr.isatty() else 10,
@@ -184,7 +189,7 @@ class RunFiles:
     def __exit__(self, *_):
         self.bar.close()
         if self.main:
-            self.history.close()
+            self._try(self.history.close)
 
     def show(self, epoch, images, loss, rate):
         """Move the progress bar by a batch. loss: of the epoch so far, as far as it is known without waiting for the GPU."""
@@ -198,41 +203,51 @@ class RunFiles:
         return time.monotonic() - self.epoch_began
 
     def save_due(self):
-        """Whether `save_minutes` have gone by since the last save."""
-        return time.monotonic() - self.saved >= self.config.save_minutes * 60
+        """Whether `save_minutes` have gone by since the last save. Said once: the others hear of it a few steps later."""
+        due = time.monotonic() - self.saved >= self.config.save_minutes * 60
+        if due:
+            self.saved = time.monotonic()
+        return due
 
     def save(self, epoch, images):
-        """Write last.pth at a position within an epoch. Every process must call it: each has running sums of its own."""
-        sums = torch.stack(distributed.gather(self.parts.meter.sums.cpu()))
-        if self.main:
-            self._save(LAST, {**self._weights(), **self._training(epoch, images, sums)})
+        """Write last.pth at a position within an epoch. Every process must call it: each has running sums of its own.
 
-    def stop(self, number):
-        """Say how to go on, and leave with the exit code that shells give a signal's end."""
+        Returns whether it is there (on rank 0).
+        """
+        sums = torch.stack(distributed.gather(self.parts.meter.sums.cpu()))
+        return self.main and self._save(LAST, {**self._weights(), **self._training(epoch, images, sums)})
+
+    def stop(self, number, saved):
+        """Say how to go on, and leave with the exit code that shells give a signal's end, all processes together."""
         self.bar.close()
         if self.main:
-            print(f"stopped by {signal.Signals(number).name}; `python train.py --resume {self.folder}` goes on from here")
+            where = "from here" if saved else f"from the older state that {LAST} has, as this one could not be saved"
+            print(f"stopped by {signal.Signals(number).name}; `python train.py --resume {self.folder}` goes on {where}", flush=True)
+            self._try(self.history.close)
+        distributed.barrier()  # a process that leaves makes torchrun end the others, and rank 0 may still be writing
         distributed.stop()
         raise SystemExit(128 + number)
 
     def end_epoch(self, row, seconds, memory):
         """Tables, curves, preview and checkpoints at the end of an epoch. row: see LossHistory. memory: MiB."""
         epoch, final = row["epoch"], row["epoch"] == self.config.epochs
-        rate = self.epoch_images / seconds
+        rate = self.epoch_images / max(seconds, 1e-6)
         speed = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(rate, 2), "memory_mib": round(memory)}
         self._try(lambda: self.history.add(row, speed, row["step"]))
-        if self.config.preview_period and (epoch % self.config.preview_period == 0 or final):
-            self._try(lambda: self._preview(epoch, row["step"]))
-        if final or self.worthwhile():
-            self._save(LAST, {**self._weights(), **self._training(epoch, 0, None)})
+        saved = (final or self.worthwhile()) and self._save(LAST, {**self._weights(), **self._training(epoch, 0, None)})
         if epoch % self.config.save_period == 0 or final:
             self._save(f"epoch_{epoch:04d}.pth", self._weights())
+        if self.config.preview_period and (epoch % self.config.preview_period == 0 or final):
+            self._try(lambda: self._preview(epoch, row["step"]))
         self._try(self.history.plot)
         self.epoch_began, self.epoch_images = time.monotonic(), 0
         if final:
             self.bar.close()
             loss = "" if row["loss"] is None else f", loss {row['loss']:.4f}"
-            print(f"done{loss}: weights in {(self.folder / LAST).resolve()}; `python predict.py` draws with them")
+            if saved:
+                print(f"done{loss}: weights in {(self.folder / LAST).resolve()}; `python predict.py` draws with them")
+            else:
+                print(f"done{loss}, but the last weights could not be saved: {self.folder.resolve()} has older ones")
 
     def worthwhile(self):
         """Whether a save costs under 5 % of the time since the last one: epochs may be shorter than a save takes."""
@@ -245,7 +260,13 @@ class RunFiles:
         return f"{kept} with a lower --init_lr, --grad_clip 1, or --precision fp32, and look for broken pictures."
 
     def _preview(self, epoch, step):
-        picture = draw_preview(self.parts.diffusion, self.config, len(self.parts.dataset.classes), self.parts.device)
+        try:
+            picture = draw_preview(self.parts.diffusion, self.config, len(self.parts.dataset.classes), self.parts.device)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            tqdm.write("no preview: there is not enough memory to draw 25 pictures at once; the training goes on")
+            return
         path = save_preview(picture, self.folder.name, epoch)
         self.history.add_picture(picture, step)
         tqdm.write(f"preview: {path.resolve()}")
@@ -267,17 +288,20 @@ class RunFiles:
         }  # fmt: skip
 
     def _save(self, name, state):
-        """Write a checkpoint. One that fails is said loudly and tried again at the next save: the training goes on."""
-        began = time.monotonic()
+        """Write a checkpoint; returns whether it is there. A failure is said, and the next save tries again: the training goes on."""
+        began, saved = time.monotonic(), False
         if all_finite(state["weights"]):
-            self._try(lambda: save_checkpoint(self.folder / name, state))
+            saved = self._try(lambda: save_checkpoint(self.folder / name, state))
             self._try(lambda: rotate(self.folder, self.config.keep_last))
         else:
             tqdm.write(f"NOT SAVED: the weights hold NaN or infinity; {self.folder / name} stays as it was")
         self.saved, self.cost = time.monotonic(), time.monotonic() - began
+        return saved
 
     def _try(self, write):
         try:
             write()
         except OSError as error:
             tqdm.write(f"NOT SAVED: {error}; the training goes on, and the next save tries again")
+            return False
+        return True

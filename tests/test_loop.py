@@ -1,0 +1,151 @@
+"""What the training loop hands to its parts: recorded in short runs of train.py."""
+import pytest
+import torch
+from conftest import TINY, newest_run, run_main
+
+import train
+from nets import GaussianDiffusion
+from utils import run as run_module
+from utils.checkpoint import load_checkpoint
+from utils.dataset import normalise
+
+RUN = [*TINY, "--epochs", "2", "--seed", "1"]  # 6 steps
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """All calls of the loss, as dicts."""
+    recorded, forward = [], GaussianDiffusion.forward
+
+    def recording(self, x, y=None, **options):
+        recorded.append({"x": x.clone(), "y": y, "training": self.model.training, **options})
+        return forward(self, x, y, **options)
+
+    monkeypatch.setattr(GaussianDiffusion, "forward", recording)
+    return recorded
+
+
+def test_labels_are_hidden_at_the_rate_asked_for(workplace, calls):
+    run_main("train.py", *RUN, "--class_conditional", "True", "--label_dropout", "0.5", "--epochs", "12")
+    labels = torch.cat([call["y"] for call in calls])
+    assert set(labels.tolist()) == {0, 1, 2}
+    assert 0.35 < (labels == 2).float().mean() < 0.65
+
+
+def test_without_label_dropout_there_is_no_null_class(workplace, calls):
+    run_main("train.py", *RUN, "--class_conditional", "True", "--label_dropout", "0")
+    assert set(torch.cat([call["y"] for call in calls]).tolist()) == {0, 1}
+    assert load_checkpoint(newest_run(workplace) / "last.pth")["weights"]["model.downs.0.class_bias.weight"].shape[0] == 2
+
+
+def test_half_of_the_pictures_are_mirrored(workplace, calls):
+    run_main("train.py", *RUN, "--epochs", "8", "--horizontal_flip", "True")
+    mirrored = [call["x"] for call in calls]
+    calls.clear()
+    run_main("train.py", *RUN, "--epochs", "8")
+    plain = [call["x"] for call in calls]
+    changed = torch.cat([(a != b).flatten(1).any(1) for a, b in zip(mirrored, plain, strict=True)])
+    assert 0.35 < changed.float().mean() < 0.65
+    for a, b in zip(mirrored, plain, strict=True):
+        assert torch.equal(torch.where((a != b).flatten(1).any(1)[:, None, None, None], a.flip(3), a), b)
+
+
+def test_every_step_of_every_epoch_draws_anew(workplace, calls):
+    run_main("train.py", *RUN)
+    assert len({tuple(call["noise"].flatten()[:3].tolist()) for call in calls}) == len(calls) == 6
+    assert all(call["training"] for call in calls)
+
+
+def test_dropout_draws_anew_each_step(workplace, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed))
+    run_main("train.py", *RUN)
+    assert len(set(seeds)) == len(seeds) == 7  # one for the weights, one a step
+
+
+def test_validation_is_drawn_with_the_average_and_always_the_same(workplace, calls):
+    run_main("train.py", *RUN, "--val_split", "0.3")
+    validation = [call for call in calls if call.get("use_ema")]
+    assert len(validation) >= 2 and len(validation) % 2 == 0
+    half = len(validation) // 2
+    for a, b in zip(validation[:half], validation[half:], strict=True):
+        assert torch.equal(a["noise"], b["noise"]) and torch.equal(a["t"], b["t"]) and torch.equal(a["x"], b["x"])
+    assert len([call for call in calls if not call.get("use_ema")]) == 2 * ((24 - sum(len(c["x"]) for c in validation[:half])) // 8)
+
+
+def test_rate_and_clipping_reach_the_optimizer(workplace, monkeypatch):
+    rates, norms, step = [], [], train.step_unless_bad
+
+    def recording(optimizer, scaler, bad):
+        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+        rates.append(optimizer.param_groups[0]["lr"])
+        norms.append(float(torch.stack([gradient.norm() for gradient in gradients]).norm()))
+        step(optimizer, scaler, bad)
+
+    monkeypatch.setattr(train, "step_unless_bad", recording)
+    run_main("train.py", *RUN, "--grad_clip", "0.01", "--warmup", "0.5", "--init_lr", "3e-3", "--min_lr", "1e-3")
+    assert rates == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3, 2e-3, 1e-3])
+    assert norms == pytest.approx([0.01] * 6, rel=1e-3)
+    norms.clear()
+    run_main("train.py", *RUN, "--grad_clip", "0")
+    assert min(norms) > 0.1
+
+
+def test_moments_come_back_in_the_weights_own_layout(workplace, monkeypatch):
+    """A run goes on the same whatever memory layout the saved moments had."""
+    run_main("train.py", *RUN)
+    first = newest_run(workplace)
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "memory_format", lambda *_, layout=layout: layout)
+            target = workplace / f"{layout}".replace("torch.", "")
+            target.mkdir()
+            for name in ("last.pth", "config.json"):
+                (target / name).write_bytes((first / name).read_bytes())
+            run_main("train.py", "--resume", target, "--epochs", "4")
+        results.append(load_checkpoint(target / "last.pth")["history"][-1]["loss"])
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_a_new_weight_decay_holds_after_resuming(workplace, monkeypatch):
+    run_main("train.py", *RUN)
+    seen, step = set(), train.step_unless_bad
+    monkeypatch.setattr(train, "step_unless_bad", lambda optimizer, *a: (seen.add(optimizer.defaults["weight_decay"]), step(optimizer, *a)))
+    run_main("train.py", "--resume", "latest", "--epochs", "3", "--weight_decay", "0.25")
+    assert seen == {0.25}
+    assert load_checkpoint(newest_run(workplace) / "last.pth")["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
+
+
+def test_only_the_newest_weights_are_kept(workplace):
+    run_main("train.py", *RUN, "--epochs", "5", "--save_period", "1", "--keep_last", "2")
+    assert sorted(path.name for path in newest_run(workplace).glob("epoch_*.pth")) == ["epoch_0004.pth", "epoch_0005.pth"]
+
+
+def test_previews_are_drawn_with_the_average_in_eval_mode_from_the_same_noise(workplace, monkeypatch):
+    asked, sample = [], GaussianDiffusion.sample
+
+    def recording(self, *arguments, **options):
+        asked.append((options["seeds"], options.get("use_ema", True), self.ema_model.training))
+        return sample(self, *arguments, **options)
+
+    monkeypatch.setattr(GaussianDiffusion, "sample", recording)
+    run_main("train.py", *RUN, "--preview_period", "1", "--preview_steps", "2")
+    assert asked == [(list(range(1, 26)), True, False)] * 2
+    assert len(list((workplace / "results/train_out").glob("*/*.png"))) == 2
+
+
+def test_saves_within_an_epoch_come_by_the_clock(workplace, monkeypatch):
+    positions, save = [], run_module.save_checkpoint
+    monkeypatch.setattr(run_module, "save_checkpoint", lambda path, state: (positions.append(state.get("position")), save(path, state)))
+    monkeypatch.setattr(run_module.RunFiles, "worthwhile", lambda self: True)
+    run_main("train.py", *RUN, "--save_minutes", "0")
+    assert [(p["epoch"], p["images"]) for p in positions if p] == [(0, 8), (0, 16), (0, 24), (1, 0), (1, 8), (1, 16), (1, 24), (2, 0)]
+
+
+def test_normalised_pictures_reach_the_network(workplace, calls):
+    run_main("train.py", *RUN)
+    x = torch.cat([call["x"] for call in calls])
+    assert x.min() == -1 and x.max() == 1
+    both_ends = normalise(torch.tensor([[[[0], [255]]]], dtype=torch.uint8), torch.device("cpu"))
+    torch.testing.assert_close(both_ends.flatten(), torch.tensor([-1.0, 1.0]))
