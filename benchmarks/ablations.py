@@ -7,30 +7,36 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.timing import interleave, markdown, spread, usable_cores
-from nets import UNet, fused, unet
+from nets import GaussianDiffusion, UNet, fused, unet
 from utils.config import parse_config, run_script
 from utils.device import autocast, choose_device, keep_freed_memory, round_weights
+from utils.optimizer import make_optimizer
 
 CHANNELS_LAST = torch.channels_last
 
 
 @dataclass
 class Config:
-    sections: str = "step,allocator,norm,dropout,attention,upsample,drawing,checkpointing"  # what is compared, with commas between
+    sections: str = "step,parts,allocator,norm,dropout,attention,upsample,drawing,checkpointing"  # what is compared, with commas between
     channel: int = 64                       # width of the network
     batch_size: int = 16                    # pictures a step, 32x32
     rounds: int = 7                         # interleaved rounds
     threads: int = 1                        # of PyTorch; 0: one a core
     clock: Literal["wall", "cpu"] = "cpu"   # cpu: this process's own time, with one thread undisturbed by other programs
     device: str = "auto"                    # auto, cuda or cpu
+    profile: bool = False                   # print where the network's time goes instead
 
 
 def main():
     config = parse_config(Config, __doc__)
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or usable_cores())
+    if config.profile:
+        print_profile(config, device)
+        return
     rows = []
     for name in config.sections.split(","):
         functions = SECTIONS[name](config, device)
@@ -71,6 +77,31 @@ def step_section(config, device):
         functions[f"{name}, plain"] = backward(network, batch, plain)
         functions[f"{name}, fused norm"] = backward(network, batch)
     return functions
+
+
+def parts_section(config, device):
+    """What a training step does outside the network, on the gradients of one."""
+    diffusion = GaussianDiffusion(network_of(config, device, CHANNELS_LAST), (32, 32), 3).to(device)
+    trained = list(diffusion.model.parameters())
+    step = backward(diffusion.model, batch_of(config, device, CHANNELS_LAST))
+    optimizer = make_optimizer("adam", trained, device)
+    step()
+    diffusion.ema_step = diffusion.ema_start
+    return {"network, forward and backward": step, "clipping": lambda: clip_grad_norm_(trained, 1.0), "fused Adam": optimizer.step,
+            "moving average": diffusion.update_ema}
+
+
+def print_profile(config, device):
+    """The operations of a forward and a backward pass by their own time."""
+    step = backward(network_of(config, device, CHANNELS_LAST), batch_of(config, device, CHANNELS_LAST))
+    for _ in range(2):
+        step()
+    with torch.profiler.profile() as profile:
+        for _ in range(config.rounds):
+            step()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    print(markdown(("operation", "share of the time"), [(event.key, f"{event.self_cpu_time_total / total:.1%}") for event in events[:16]]))
 
 
 def allocator_section(config, device):
@@ -184,7 +215,7 @@ def checkpointing_section(config, device):
 
 
 SECTIONS = {
-    "step": step_section, "allocator": allocator_section, "norm": norm_section, "dropout": dropout_section,
+    "step": step_section, "parts": parts_section, "allocator": allocator_section, "norm": norm_section, "dropout": dropout_section,
     "attention": attention_section, "upsample": upsample_section, "drawing": drawing_section, "checkpointing": checkpointing_section,
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ class Config:
     batch_size: int = 4                                        # pictures a step; 64 or more for a GPU
     rounds: int = 3                                            # measurements of each point
     threads: int = 0                                           # of PyTorch; 0: one a core
+    clock: Literal["wall", "cpu"] = "wall"                     # cpu: this process's own time, with threads 1; not for processes
     device: str = "auto"                                       # auto, cuda or cpu
     name: str = ""                                             # of the files in benchmarks/results; "": the device's
     worker: bool = False                                       # used by the script itself: measure one process of several
@@ -54,7 +56,7 @@ def main():
         return
     check_sections(config.sections.split(","), SECTIONS)
     path = RESULTS / f"scale_{config.name or device.type}"
-    report = {"machine": machine(device, choose_precision("auto", device), "wall"), "settings": asdict(config)}
+    report = {"machine": machine(device, choose_precision("auto", device), config.clock), "settings": asdict(config)}
     for name in config.sections.split(","):
         rows = [{"section": name, **point} for point in SECTIONS[name](config, device)]
         report = with_rows(report, rows, SECTIONS, path.with_suffix(".json"))
@@ -81,7 +83,7 @@ def pictures_section(config, device):
                 for _ in data_loader(data, EpochBatches(len(data), 64, seed=0, epoch=next(epochs))):
                     pass
 
-            seconds = interleave({"start-up": start, "epoch of batches": epoch}, config.rounds, warm_up=1)
+            seconds = interleave({"start-up": start, "epoch of batches": epoch}, config.rounds, warm_up=1, clock=config.clock)
             rows += [row("pictures in the data set", count, what, "us a picture", values, count / 1e6) for what, values in seconds.items()]
     return rows
 
@@ -136,7 +138,7 @@ def training_step(channel, size, config, device):
 
 
 def step_rows(axis, steps, config, device):
-    seconds = interleave(steps, config.rounds, device, warm_up=1)
+    seconds = interleave(steps, config.rounds, device, warm_up=1, clock=config.clock)
     return [row(axis, value, "training step", "ms a picture", values, config.batch_size / 1e3) for value, values in seconds.items()]
 
 
@@ -190,7 +192,8 @@ def as_text(report):
     head = (f"{about['cpu']}, {about['threads']} of {about['cores']} cores, load {about['load']:.1f}; "
             f"{about['gpu'] or 'no CUDA GPU here: the same command measures one where there is one'}.\n"
             f"{settings['channel']} channels, batch {settings['batch_size']}, 32x32 where the row does not say otherwise; PyTorch "
-            f"{about['versions']['torch']}; medians of {settings['rounds']} rounds.\n")
+            f"{about['versions']['torch']}; medians of {settings['rounds']} rounds, "
+            f"{'wall time' if about['clock'] == 'wall' else 'CPU time of one process, but wall time for several'}.\n")
     cells = [(point["axis"], f"{point['value']:,}", point["what"], f"{point['median']:,.4g} {point['unit']}",
               f"{point['low']:,.4g} to {point['high']:,.4g}") for point in report["rows"]]
     return head + "\n" + markdown(("axis", "value", "what", "median", "spread"), cells)
