@@ -1,4 +1,7 @@
-"""Kill a training run again and again, and compare its end with an undisturbed run's: `PYTHONPATH=. python tests/kill_run.py 200`."""
+"""Kill a training run again and again, and compare its end with an undisturbed run's: `PYTHONPATH=. python tests/kill_run.py 200`.
+
+A second number seeds the moments of the kills.
+"""
 import contextlib
 import os
 import random
@@ -46,12 +49,12 @@ def children(parent):
     return []
 
 
-def kill_and_compare(whole, broken, settings, processes, kills, epochs):
+def kill_and_compare(whole, broken, settings, processes, kills, epochs, seed=3):
     """Train in `whole` undisturbed, in `broken` with so many kills; both must end bit for bit the same."""
     settings = [*settings, "--epochs", epochs, "--save_minutes", "0"]
     build = command if processes == 1 else lambda *arguments: torchrun(processes, *arguments)
     run(build("train.py", *settings), whole)
-    moments = random.Random(3)
+    moments = random.Random(seed)
     for number in range(kills):
         hit = kill_while_training([*build("train.py", *settings), "--resume", "latest"], broken, moments.uniform(0, 0.1))
         assert hit, f"kill {number + 1} came after the end of the run"
@@ -61,7 +64,7 @@ def kill_and_compare(whole, broken, settings, processes, kills, epochs):
     assert one_csv == other_csv
 
 
-def main(kills):
+def main(kills=200, seed=3):
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         write_pictures("datasets")
@@ -69,9 +72,9 @@ def main(kills):
         for name in ("whole", "broken"):
             Path(name).mkdir()
         settings = [*RUN, "--annotation_path", Path("train_lines.txt").resolve()]
-        kill_and_compare(Path("whole"), Path("broken"), settings, 1, kills, 5 * kills)
+        kill_and_compare(Path("whole"), Path("broken"), settings, 1, kills, 5 * kills, seed)
         print(f"{kills} kills, {5 * kills} epochs: weights, averages, moments and losses are those of the undisturbed run")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
+    main(*map(int, sys.argv[1:]))
