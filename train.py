@@ -42,7 +42,7 @@ class Config:
     num_res_blocks: int = 2                              # residual blocks a level
     attention_resolutions: tuple[int, ...] = (1,)        # the levels that have attention; 0 is full size
     dropout: float = 0.1                                 # share of features dropped in training
-    activation_checkpointing: bool = False               # half the memory or less for a third more time; the same gradients
+    activation_checkpointing: bool = False               # less memory for more time: activations are computed twice
     class_conditional: bool = False                      # learn the class folders, to draw by class later
     label_dropout: float = 0.1                           # share of labels hidden, for guidance when drawing by class
 

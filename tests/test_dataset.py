@@ -17,7 +17,6 @@ from utils.annotation import Annotation, write_annotation
 from utils.dataset import (
     EpochBatches,
     ImageDataset,
-    check_input_shape,
     data_loader,
     effective_batch_size,
     normalise,
@@ -384,21 +383,6 @@ def test_batch_sizes_that_cannot_be_are_refused_with_what_can(images, batch_size
     with pytest.raises(ValueError, match=message):
         effective_batch_size(images, batch_size, multiple)
 
-
-@pytest.mark.parametrize("shape, levels, nearest", [
-    ((30, 32), 4, "use 24,32 or 32,32"), ((30, 30), 4, "use 24,24 or 32,32"), ((4, 64), 4, "use 8,64$"), ((0, 8), 2, "use 2,8$"),
-    ((33, 50), 2, "use 32,50 or 34,50")])
-def test_sizes_that_cannot_be_halved_are_refused_with_the_nearest(shape, levels, nearest):
-    with pytest.raises(ValueError, match=nearest):
-        check_input_shape(shape, levels)
-
-
-@pytest.mark.parametrize("shape, levels", [((32, 32), 4), ((24, 40), 4), ((33, 7), 1), ((8, 8), 4)])
-def test_sizes_that_can_be_halved_are_not(shape, levels):
-    check_input_shape(shape, levels)
-
-
-# To the device
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(2, 4, 6, 3), (2, 4, 6, 1), (1, 1, 5, 3), (3, 1, 1, 1)])

@@ -144,17 +144,6 @@ def effective_batch_size(num_images, batch_size, multiple=1):
     return shrunk
 
 
-def check_input_shape(input_shape, levels):
-    """Refuse sizes that a network of `levels` levels cannot halve at each step down: ValueError naming the nearest that do."""
-    divisor = 2 ** (levels - 1)
-    if all(side > 0 and side % divisor == 0 for side in input_shape):
-        return
-    lower, upper = ([max(divisor, round_(side / divisor) * divisor) for side in input_shape] for round_ in (np.floor, np.ceil))
-    nearest = " or ".join(dict.fromkeys(",".join(str(int(side)) for side in sides) for sides in (lower, upper)))
-    raise ValueError(f"input_shape {','.join(map(str, input_shape))}: a network of {levels} levels halves each side {levels - 1} times, "
-                     f"so both must be multiples of {divisor}; use {nearest}")
-
-
 def normalise(images, device, flip=None, memory_format=torch.contiguous_format):
     """Pixels -> what the network sees, on the device: uint8 (B, H, W, C) -> float32 (B, C, H, W) in [-1, 1].
 

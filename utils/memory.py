@@ -34,7 +34,7 @@ def explain_out_of_memory(advice):
 def advice_for_training(config, parts):
     """What to lower, and how far where that can be estimated."""
     part = parts.batch_size // (distributed.world_size() * config.accumulate)
-    settings = "raise --accumulate (the same update in smaller parts), set --activation_checkpointing True (a third slower), or lower " \
+    settings = "raise --accumulate (the same update in smaller parts), set --activation_checkpointing True (slower), or lower " \
                "--batch_size, --channel or --input_shape"
     try:
         fixed, per_picture = memory_needs(config, parts)
