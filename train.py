@@ -14,7 +14,7 @@ from utils import distributed
 from utils.config import check_values, run_script, typed_options
 from utils.dataset import EpochBatches, ImageDataset, data_loader, effective_batch_size, normalise, open_dataset
 from utils.device import autocast, choose_compile, choose_device, choose_precision, memory_format, peak_memory
-from utils.learning_rate import DECAYS, learning_rate
+from utils.learning_rate import DECAYS, choose_rate, learning_rate
 from utils.memory import advice_for_training, explain_out_of_memory
 from utils.meter import Meter, summary
 from utils.optimizer import OPTIMIZERS, held_against, make_optimizer, set_rate, step_unless_bad
@@ -60,7 +60,7 @@ class Config:
     epochs: int = 1000                                   # times every picture is seen
     batch_size: int = 64                                 # pictures a step, over all processes
     accumulate: int = 1                                  # parts a batch is computed in: less memory, the same update
-    init_lr: float = 2e-4                                # highest learning rate
+    init_lr: Literal["auto"] | float = "auto"            # highest learning rate; auto: 2e-4 at 128 channels, more in narrower networks
     min_lr: float = 2e-6                                 # last learning rate
     warmup: float = 0.05                                 # share of all steps in which the rate rises, at most 1000 steps
     optimizer_type: str = "adam"                         # adam or adamw
@@ -117,7 +117,9 @@ def main():
     check(config)
     device = choose_device(config.device, distributed.local_rank(), distributed.world_size())
     precision, compiled = choose_precision(config.precision, device), choose_compile(config.compile, device)
-    config = replace(config, device=str(device) if distributed.world_size() == 1 else device.type, precision=precision, compile=compiled)
+    rate = choose_rate(config.init_lr, config.channel)
+    device_name = str(device) if distributed.world_size() == 1 else device.type
+    config = replace(config, device=device_name, precision=precision, compile=compiled, init_lr=rate)
     parts = prepare(config, device, checkpoint)
     print_summary(config, parts)
     if config.dry_run:

@@ -17,7 +17,7 @@ from benchmarks.timing import quiet
 from utils.annotation import find_images, write_annotation
 from utils.dataset import EpochBatches, data_loader, normalise
 from utils.device import autocast, choose_compile, choose_precision, memory_format
-from utils.learning_rate import learning_rate
+from utils.learning_rate import choose_rate, learning_rate
 from utils.optimizer import held_against, set_rate, step_unless_bad
 from utils.randomness import draw_step, mix
 
@@ -55,6 +55,7 @@ class Ours:
         config = train.Config(
             annotation_path=str(job.scratch / "train_lines.txt"), input_shape=(job.size, job.size), channel=job.channel,
             dropout=job.dropout, batch_size=job.batch_size, device=job.device.type, precision=precision,
+            init_lr=choose_rate("auto", job.channel),
         )  # fmt: skip
         with quiet():
             self.parts = train.prepare(config, job.device)

@@ -123,6 +123,7 @@ def stop_at_step(patch, train, number):
 
 def test_only_typed_settings_override_the_runs_own(workplace, capsys):
     run_main("train.py", *RUN, "--epochs", "1")
+    assert load_checkpoint(newest_run(workplace) / "last.pth")["config"]["init_lr"] == 8e-4  # what "auto" became
     capsys.readouterr()
     run_main("train.py", "--resume", "latest", "--epochs", "2", "--init_lr", "1e-3")
     said = capsys.readouterr().out

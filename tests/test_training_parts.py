@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from utils.learning_rate import learning_rate
+from utils.learning_rate import choose_rate, learning_rate
 from utils.meter import Meter, summary
 from utils.randomness import draw_step, mix
 from utils.validation import split_validation
@@ -37,6 +37,11 @@ def test_step_decay_has_ten_equal_stages():
 def test_rate_of_the_shortest_runs_is_finite(total):
     for decay in ("cos", "step"):
         assert all(0 < learning_rate(step, total, 1e-3, 1e-5, 0.05, decay) <= 1e-3 for step in range(total))
+
+
+def test_auto_rate_goes_as_one_over_the_width():
+    assert [choose_rate("auto", channel) for channel in (128, 64, 32, 256, 1)] == [2e-4, 4e-4, 8e-4, 1e-4, 1e-3]
+    assert choose_rate(3e-4, 64) == 3e-4
 
 
 def test_unknown_decay_lists_the_known():

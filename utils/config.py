@@ -116,12 +116,12 @@ def describe(kind):
 
 
 def check_values(config, **minimums):
-    """Raise ValueError unless each named setting is in range: minimum=(lowest, highest or None), both allowed."""
+    """Raise ValueError unless each named setting is in range, (lowest, highest or None), both allowed, or still "auto"."""
     types_ = typing.get_type_hints(type(config))
     for name, (lowest, highest) in minimums.items():
         values = getattr(config, name)
         for value in values if isinstance(values, tuple) else (values,):
-            if not value >= lowest or (highest is not None and value > highest):
+            if value != "auto" and (not value >= lowest or (highest is not None and value > highest)):
                 span = f"at least {lowest}" if highest is None else f"between {lowest} and {highest}"
                 raise ValueError(f"{name} is {value}: it must be {span} ({describe(types_[name])})")
 

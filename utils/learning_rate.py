@@ -2,6 +2,7 @@
 import math
 
 MAX_WARMUP_STEPS = 1000
+RATE, AT_CHANNELS, HIGHEST_RATE = 2e-4, 128, 1e-3
 
 
 def _cosine(share):
@@ -17,6 +18,15 @@ DECAYS = {
     "cos": lambda share, low, high: low + (high - low) * _cosine(share),
     "step": lambda share, low, high: high * (low / high) ** _step(share),
 }
+
+
+def choose_rate(init_lr, channel):
+    """`init_lr`, or for "auto" 2e-4 at 128 channels and as much more as the network is narrower, up to 1e-3.
+
+    Adam moves each weight by about the rate, so a layer's output moves by the rate times its width: with the rate of 128 channels a
+    narrow network takes several times the steps (Adam's rate goes as 1/width: Yang et al. 2021, "Tensor Programs V").
+    """
+    return min(RATE * AT_CHANNELS / channel, HIGHEST_RATE) if init_lr == "auto" else init_lr
 
 
 def learning_rate(step, total_steps, init_lr, min_lr, warmup=0.05, decay="cos"):
