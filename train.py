@@ -41,6 +41,7 @@ class Config:
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)        # width of each level, in channels; each level halves the size
     num_res_blocks: int = 2                              # residual blocks a level
     attention_resolutions: tuple[int, ...] = (1,)        # the levels that have attention; 0 is full size
+    num_groups: Literal["auto"] | int = "auto"           # groups of the normalisation; auto: of 4 channels or more, at most 32
     dropout: float = 0.1                                 # share of features dropped in training
     activation_checkpointing: bool = False               # less memory for more time: activations are computed twice
     class_conditional: bool = False                      # learn the class folders, to draw by class later
@@ -117,9 +118,9 @@ def main():
     check(config)
     device = choose_device(config.device, distributed.local_rank(), distributed.world_size())
     precision, compiled = choose_precision(config.precision, device), choose_compile(config.compile, device)
-    rate = choose_rate(config.init_lr, config.channel)
+    groups, rate = build.choose_groups(config.num_groups, config.channel), choose_rate(config.init_lr, config.channel)
     device_name = str(device) if distributed.world_size() == 1 else device.type
-    config = replace(config, device=device_name, precision=precision, compile=compiled, init_lr=rate)
+    config = replace(config, device=device_name, precision=precision, compile=compiled, num_groups=groups, init_lr=rate)
     parts = prepare(config, device, checkpoint)
     print_summary(config, parts)
     if config.dry_run:
@@ -135,7 +136,8 @@ def check(config):
     """Refuse now what would fail later: ValueError for a setting out of range or unknown."""
     check_values(
         config, input_shape=(1, None), background=(0, 255), num_workers=(0, None), channel=(1, None), channel_mults=(1, None),
-        num_res_blocks=(1, None), dropout=(0, 0.99), label_dropout=(0, 0.99), num_timesteps=(1, None), min_snr_gamma=(0, None),
+        num_res_blocks=(1, None), num_groups=(1, None), dropout=(0, 0.99), label_dropout=(0, 0.99), num_timesteps=(1, None),
+        min_snr_gamma=(0, None),
         epochs=(1, None), batch_size=(1, None), accumulate=(1, None), init_lr=(0, None), min_lr=(0, None), warmup=(0, 1),
         momentum=(0, 0.9999), weight_decay=(0, None), grad_clip=(0, None), max_bad_steps=(1, None), ema_decay=(0, 1),
         ema_start=(0, None), save_period=(1, None), save_minutes=(0, None), keep_last=(0, None), preview_period=(0, None),

@@ -55,7 +55,7 @@ class Ours:
         config = train.Config(
             annotation_path=str(job.scratch / "train_lines.txt"), input_shape=(job.size, job.size), channel=job.channel,
             dropout=job.dropout, batch_size=job.batch_size, device=job.device.type, precision=precision,
-            init_lr=choose_rate("auto", job.channel),
+            init_lr=choose_rate("auto", job.channel), num_groups=32,  # as diffusers has
         )  # fmt: skip
         with quiet():
             self.parts = train.prepare(config, job.device)

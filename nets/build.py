@@ -8,6 +8,8 @@ from .diffusion import GaussianDiffusion
 from .schedules import make_betas
 from .unet import UNet
 
+MAX_GROUPS = 32  # the reference's group norm
+
 
 def from_config(config, num_classes=0):
     """The GaussianDiffusion of train.py's settings, a dict by field name; missing ones have the reference's defaults.
@@ -30,6 +32,7 @@ def from_config(config, num_classes=0):
         num_classes=rows,
         dropout=config.get("dropout", 0.1),
         attention_resolutions=attention_resolutions,
+        num_groups=choose_groups(config.get("num_groups", MAX_GROUPS), config.get("channel", 128)),
         activation_checkpointing=config.get("activation_checkpointing", False),
     )
     betas = make_betas(config.get("schedule", "linear"), config.get("num_timesteps", 1000),
@@ -74,6 +77,16 @@ def class_rows(config, num_classes):
     if config.get("label_dropout", 0.0) > 0:
         return num_classes + 1, num_classes
     return num_classes, None
+
+
+def choose_groups(num_groups, channel):
+    """`num_groups`, or for "auto" as many as divide `channel` with four or more channels in each, up to the reference's 32.
+
+    A group of one channel is normalised by itself, which takes away what time and class added to it: the level is blind to them.
+    """
+    if num_groups != "auto":
+        return num_groups
+    return max(groups for groups in range(1, MAX_GROUPS + 1) if channel % groups == 0 and groups <= max(1, channel // 4))
 
 
 def check_levels(channel_mults, attention_resolutions):
@@ -195,6 +208,7 @@ def config_from_weights(state_dict):
     return {
         "img_channels": found["img_channels"], "channel": found["base_channels"], "channel_mults": found["channel_mults"],
         "num_res_blocks": found["num_res_blocks"], "attention_resolutions": found["attention_resolutions"],
-        "class_conditional": found["num_classes"] is not None, "label_dropout": 0.0, "num_timesteps": len(weights["betas"]),
+        "num_groups": MAX_GROUPS, "class_conditional": found["num_classes"] is not None, "label_dropout": 0.0,
+        "num_timesteps": len(weights["betas"]),
         "ema_warmup": False,  # its average is an old one: a warm-up would replace most of it within a few steps
     }

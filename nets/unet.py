@@ -16,7 +16,7 @@ from .fused import norm_act
 def get_norm(norm, num_channels, num_groups):
     """The normalisation called "gn" (group), "in" (instance), "bn" (batch) or None (the identity). ValueError for another name."""
     if norm == "gn" and num_channels % num_groups:
-        raise ValueError(f"group norm: {num_channels} channels are not a multiple of {num_groups} groups; choose another width")
+        raise ValueError(f"group norm: {num_channels} channels are not a multiple of {num_groups} groups; choose another number")
     choices = {
         "gn": lambda: nn.GroupNorm(num_groups, num_channels),
         "in": lambda: nn.InstanceNorm2d(num_channels, affine=True),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nets import GaussianDiffusion, UNet, from_config, from_weights, generate_cosine_schedule, load_weights
-from nets.build import check_input_shape, config_from_weights
+from nets.build import check_input_shape, choose_groups, config_from_weights
 
 SMALL = {"channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "input_shape": (8, 12), "num_timesteps": 50}
 
@@ -37,16 +37,34 @@ def test_no_settings_are_the_references_defaults():
 
 
 def test_each_setting_arrives():
-    settings = {"dropout": 0.3, "attention_resolutions": (0,), "img_channels": 1, "schedule": "cosine", "prediction": "v",
+    settings = {"dropout": 0.3, "attention_resolutions": (0,), "num_groups": 4, "img_channels": 1, "schedule": "cosine", "prediction": "v",
                 "loss_type": "huber", "loss_weighting": "min_snr", "min_snr_gamma": 3.0, "ema_decay": 0.99, "ema_start": 7,
                 "ema_warmup": True, "activation_checkpointing": True}
     diffusion = from_config(SMALL | settings)
     for name in ("prediction", "loss_type", "loss_weighting", "min_snr_gamma", "ema_decay", "ema_start", "ema_warmup"):
         assert getattr(diffusion, name) == settings[name], name
     assert diffusion.img_size == (8, 12) and diffusion.model.init_conv.weight.shape == (32, 1, 3, 3)
+    assert {module.num_groups for module in diffusion.model.modules() if isinstance(module, torch.nn.GroupNorm)} == {4}
     assert diffusion.model.downs[0].conv_2[0].p == 0.3 and diffusion.model.activation_checkpointing
     assert "model.downs.0.attention.to_qkv.weight" in diffusion.state_dict()
     torch.testing.assert_close(diffusion.betas, torch.from_numpy(generate_cosine_schedule(50)).float())
+
+
+@pytest.mark.parametrize("channel, groups", [(128, 32), (256, 32), (64, 16), (32, 8), (40, 10), (150, 30), (7, 1), (3, 1)])
+def test_auto_groups_divide_the_width_and_keep_four_channels(channel, groups):
+    assert choose_groups("auto", channel) == groups
+    assert choose_groups(5, channel) == 5
+
+
+def test_a_narrow_network_sees_time_and_class_at_its_first_level():
+    """With one channel a group the normalisation takes every shift away."""
+    x = torch.randn(2, 32, 8, 12, generator=torch.Generator().manual_seed(0))
+    for groups, seen in ((32, False), ("auto", True)):
+        network = from_config(SMALL | {"num_groups": groups, "class_conditional": True}, num_classes=2).model.eval()
+        block = network.downs[0]
+        torch.nn.init.normal_(block.conv_2[1].weight)
+        there, elsewhere = (block(x, network.embed_time(torch.tensor([t, t])), torch.tensor([y, y])) for t, y in ((3, 0), (40, 1)))
+        assert ((there - elsewhere).abs().max() > 1e-3) == seen
 
 
 @pytest.mark.parametrize("settings, rows, null", [({"class_conditional": False, "label_dropout": 0.1}, None, None),

@@ -228,7 +228,7 @@ def test_a_model_made_with_diffusers_comes_in(tmp_path, settings, schedule):
     ({"norm_eps": 1e-6}, "norm_eps is 1e-06"), ({"out_channels": 6}, "out_channels is 6"),
     ({"attention_head_dim": 8}, "attention_head_dim is 8"), ({"time_embedding_dim": None}, "time_embedding_dim is 128"),
     ({"downsample_padding": 0}, "downsample_padding is 0"), ({"num_class_embeds": 4}, "num_class_embeds is 4"),
-    ({"act_fn": "relu"}, "act_fn is 'relu'"), ({"norm_num_groups": 16}, "norm_num_groups is 16"),
+    ({"act_fn": "relu"}, "act_fn is 'relu'"),
     ({"block_out_channels": (64, 96)}, "block_out_channels is"), ({"up_block_types": ("UpBlock2D", "UpBlock2D")}, "up_block_types is"),
     ({"down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D")}, "down_block_types is .*'AttnDownBlock2D'.*; up_block_types is"),
     ({"add_attention": False}, "add_attention is False"), ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift is")])
@@ -247,6 +247,14 @@ def test_a_schedule_or_prediction_that_is_not_ours_is_named(tmp_path, scheduler,
     foreign(tmp_path / "in", scheduler=scheduler)
     with pytest.raises(ValueError, match=part):
         import_model(tmp_path / "in", tmp_path / "back.pth")
+
+
+def test_other_groups_come_in(tmp_path):
+    theirs = foreign(tmp_path / "in", {"norm_num_groups": 16})
+    import_model(tmp_path / "in", tmp_path / "back.pth")
+    back = loaded(tmp_path / "back.pth").ema_model
+    assert back.out_norm.num_groups == 16
+    assert_equal_networks(back, theirs.eval())
 
 
 def test_settings_that_a_file_leaves_out_are_diffusers_own(tmp_path):

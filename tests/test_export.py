@@ -95,7 +95,7 @@ def test_training_goes_on_from_an_export_with_its_average_kept(tmp_path):
 
 
 def test_the_reference_gets_all_its_keys_in_float32(tmp_path):
-    source = write_run(tmp_path / "run")
+    source = write_run(tmp_path / "run", num_groups=32)
     export_weights(tmp_path / "run", tmp_path / "bare.pth", reference=True)
     bare = torch.load(tmp_path / "bare.pth", weights_only=True)
     torch.testing.assert_close(bare, dict(source.state_dict()), rtol=0, atol=0)
@@ -104,7 +104,7 @@ def test_the_reference_gets_all_its_keys_in_float32(tmp_path):
 
 
 def test_from_averages_alone_the_reference_gets_them_twice(tmp_path):
-    write_run(tmp_path / "run", classes=())
+    write_run(tmp_path / "run", classes=(), num_groups=32)
     export_weights(tmp_path / "run", tmp_path / "small.pth")
     export_weights(tmp_path / "small.pth", tmp_path / "bare.pth", reference=True)
     bare, small = torch.load(tmp_path / "bare.pth", weights_only=True), loaded(tmp_path / "small.pth")
@@ -124,14 +124,16 @@ def test_the_references_own_file_is_exported_too(tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "bare.pth", weights_only=True), dict(source.state_dict()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("prediction", ["x0", "v"])
-def test_what_the_reference_would_misread_is_refused(tmp_path, prediction):
-    write_run(tmp_path / "run", prediction=prediction)
-    with pytest.raises(ValueError, match=f"predicts {prediction}"):
+@pytest.mark.parametrize("settings, message", [({"prediction": "x0"}, "predicts x0"), ({"prediction": "v"}, "predicts v"),
+                                               ({"num_groups": 8}, "this network has 8: train one with --num_groups 32")])
+def test_what_the_reference_would_misread_is_refused(tmp_path, settings, message):
+    source = write_run(tmp_path / "run", **{"num_groups": 32, **settings})
+    with pytest.raises(ValueError, match=message):
         export_weights(tmp_path / "run", tmp_path / "bare.pth", reference=True)
     assert not (tmp_path / "bare.pth").exists()
     export_weights(tmp_path / "run", tmp_path / "small.pth")
-    assert loaded(tmp_path / "small.pth").prediction == prediction
+    back = loaded(tmp_path / "small.pth")
+    assert back.prediction == source.prediction and back.model.out_norm.num_groups == source.model.out_norm.num_groups
 
 
 # Mistakes
@@ -146,7 +148,7 @@ def test_nothing_is_overwritten_not_even_the_run_itself(tmp_path):
 
 
 def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path):
-    source = write_run(tmp_path / "run")
+    source = write_run(tmp_path / "run", num_groups=32)
     source.ema_model.out_conv.bias.data[0] = 1e5
     save_checkpoint(tmp_path / "run" / "last.pth", {**load_checkpoint(tmp_path / "run" / "last.pth"), "weights": source.state_dict()})
     with pytest.raises(ValueError, match="65504"):

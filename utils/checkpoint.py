@@ -143,6 +143,10 @@ def export_weights(run, file, reference=False):
     diffusion, _ = build.from_checkpoint(checkpoint)
     if reference and diffusion.prediction != "eps":
         raise ValueError(f"the reference's code takes what a network predicts for the noise; this one predicts {diffusion.prediction}")
+    groups = getattr(diffusion.model.out_norm, "num_groups", build.MAX_GROUPS)
+    if reference and groups != build.MAX_GROUPS:
+        raise ValueError(f"the reference's code builds group norms of {build.MAX_GROUPS} groups; this network has {groups}: train one with "
+                         f"--num_groups {build.MAX_GROUPS}")
     weights = diffusion.state_dict()
     if not reference:
         kept = {name: value for name, value in weights.items() if not name.startswith("model.")}

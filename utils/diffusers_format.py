@@ -40,7 +40,7 @@ OURS = {
     "resnet_time_scale_shift": "default", "add_attention": True, "class_embed_type": None, "num_class_embeds": None,
 }  # fmt: skip
 ABSENT = {"flip_sin_to_cos": True, "attention_head_dim": 8}
-TIME_EMB_DIM, NUM_GROUPS = 512, 32  # what train.py builds
+TIME_EMB_DIM, NUM_GROUPS = 512, 32  # what train.py builds, and what diffusers takes for a number that is left out
 
 RESIDUAL = {
     "norm_1": "norm1", "conv_1": "conv1", "time_bias": "time_emb_proj", "norm_2": "norm2", "conv_2.1": "conv2",
@@ -275,7 +275,6 @@ def read_unet_settings(unet):
     wanted = {name: (get(name, ABSENT.get(name, value)), value) for name, value in OURS.items()} | {
         "_class_name": (get("_class_name"), "UNet2DModel"),
         "time_embedding_dim": (get("time_embedding_dim") or widths[0] * 4, TIME_EMB_DIM),
-        "norm_num_groups": (get("norm_num_groups", NUM_GROUPS), NUM_GROUPS),
         "out_channels": (get("out_channels", 3), channels),
         "block_out_channels": (widths, [width - width % widths[0] for width in widths]),
         "down_block_types": (downs, [kind if kind in ("DownBlock2D", "AttnDownBlock2D") else "(Attn)DownBlock2D" for kind in downs]),
@@ -288,6 +287,7 @@ def read_unet_settings(unet):
     return {
         "input_shape": tuple(size) if isinstance(size, (list, tuple)) else (size, size), "img_channels": channels, "channel": widths[0],
         "channel_mults": tuple(width // widths[0] for width in widths), "num_res_blocks": get("layers_per_block", 2),
+        "num_groups": get("norm_num_groups", NUM_GROUPS),
         "attention_resolutions": tuple(level for level, kind in enumerate(downs) if kind.startswith("Attn")),
         "dropout": float(get("dropout", 0.0)), "class_conditional": False, "label_dropout": 0.0,
     }  # fmt: skip

@@ -22,7 +22,7 @@ from utils.preview import draw_preview, save_preview
 
 # What a run is built from. A label_dropout above zero adds the null class, so it cannot come or go either.
 FIXED = (
-    "input_shape", "img_channels", "channel", "channel_mults", "num_res_blocks", "attention_resolutions",
+    "input_shape", "img_channels", "channel", "channel_mults", "num_res_blocks", "attention_resolutions", "num_groups",
     "class_conditional", "schedule", "num_timesteps", "schedule_low", "schedule_high", "prediction",
 )  # fmt: skip
 
