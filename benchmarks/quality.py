@@ -106,7 +106,7 @@ def opened(path, config):
 def measured(config, device, data, variant, annotation, path):
     """One training and all that is measured of it: {training, grid, averages: {name: {...}}}."""
     options = {**network_options(device, config.size, config.channel), **VARIANTS[variant], "img_channels": DATA[data],
-               "val_split": VAL_SPLIT, "class_conditional": config.class_conditional, "device": device.type}  # fmt: skip
+               "val_split": VAL_SPLIT, "device": device.type, **({"class_conditional": True} if config.class_conditional else {})}
     weights, training = trained(WORK / data / variant, annotation, options, config.minutes, config.epochs)
     grid = path.with_name(f"{path.stem}_{data}_{variant}.png")
     draw_grid(weights, device, grid)

@@ -22,7 +22,7 @@ diffusers.utils.logging.disable_progress_bar()
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMALL = {
-    "input_shape": (8, 8), "channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "num_timesteps": 40,
+    "input_shape": (8, 8), "channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "num_timesteps": 40, "num_groups": 8,
 }  # fmt: skip
 CLASSES = ["cats", "dogs", "old trees"]
 

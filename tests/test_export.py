@@ -170,7 +170,7 @@ def test_weights_that_are_not_those_of_their_settings_are_refused(tmp_path):
 
 
 def test_the_command_takes_a_runs_folder_and_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
-    write_run(tmp_path / "run")
+    write_run(tmp_path / "run", num_groups=32)
     command = [sys.executable, "-m", "utils.checkpoint", "export", tmp_path / "run", tmp_path / "out" / "small.pth"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
