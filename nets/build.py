@@ -5,7 +5,7 @@ import re
 import torch
 
 from .diffusion import GaussianDiffusion
-from .schedules import make_betas
+from .schedules import find_schedule, make_betas
 from .unet import UNet
 
 MAX_GROUPS = 32  # the reference's group norm
@@ -209,6 +209,6 @@ def config_from_weights(state_dict):
         "img_channels": found["img_channels"], "channel": found["base_channels"], "channel_mults": found["channel_mults"],
         "num_res_blocks": found["num_res_blocks"], "attention_resolutions": found["attention_resolutions"],
         "num_groups": MAX_GROUPS, "class_conditional": found["num_classes"] is not None, "label_dropout": 0.0,
-        "num_timesteps": len(weights["betas"]),
+        **find_schedule(weights["betas"].double().cpu().numpy()),
         "ema_warmup": False,  # its average is an old one: a warm-up would replace most of it within a few steps
     }

@@ -71,3 +71,17 @@ def check_betas(betas):
     if not np.all((betas > 0) & (betas < 1)):
         raise ValueError(f"every beta must lie between 0 and 1, these run from {betas.min():.3g} to {betas.max():.3g}")
     return betas
+
+
+def find_schedule(betas):
+    """The inverse of `make_betas`, to float32's digits: a dict of schedule, num_timesteps and, for linear, schedule_low and _high.
+
+    ValueError where the betas are those of no schedule here.
+    """
+    T = len(check_betas(betas))
+    low, high = (float(f"{beta * T / 1000:.6g}") for beta in (betas[0], betas[-1]))
+    for schedule, make in SCHEDULES.items():
+        if np.allclose(make(T, low, high), betas, rtol=1e-5, atol=1e-9):
+            limits = {"schedule_low": low, "schedule_high": high} if schedule == "linear" else {}
+            return {"schedule": schedule, "num_timesteps": T, **limits}
+    raise ValueError(f"this is not one of our models: its betas are those of no schedule of ours ({', '.join(SCHEDULES)})")

@@ -50,9 +50,9 @@ def torchrun(processes, script, *arguments):
     ]  # fmt: skip
 
 
-def run(arguments, cwd, expect=0):
+def run(arguments, cwd, expect=0, timeout=240):
     """Run a command to its end and return what it printed; fails with its output if it ends with another code."""
-    done = subprocess.run(arguments, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(arguments, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == expect, f"exit code {done.returncode}, not {expect}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 

@@ -53,12 +53,12 @@ def kill_and_compare(whole, broken, settings, processes, kills, epochs, seed=3):
     """Train in `whole` undisturbed, in `broken` with so many kills; both must end bit for bit the same."""
     settings = [*settings, "--epochs", epochs, "--save_minutes", "0"]
     build = command if processes == 1 else lambda *arguments: torchrun(processes, *arguments)
-    run(build("train.py", *settings), whole)
+    run(build("train.py", *settings), whole, timeout=240 + 2 * epochs)
     moments = random.Random(seed)
     for number in range(kills):
         hit = kill_while_training([*build("train.py", *settings), "--resume", "latest"], broken, moments.uniform(0, 0.1))
         assert hit, f"kill {number + 1} came after the end of the run"
-    run([*build("train.py", *settings), "--resume", "latest"], broken)
+    run([*build("train.py", *settings), "--resume", "latest"], broken, timeout=240 + 2 * epochs)
     (one, one_csv), (other, other_csv) = result(whole), result(broken)
     assert_same_state(one, other)
     assert one_csv == other_csv

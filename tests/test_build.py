@@ -161,6 +161,8 @@ def test_settings_read_off_weights_build_the_same_network():
     source = from_config(SMALL | {"class_conditional": True, "attention_resolutions": (0, 1)}, num_classes=3)
     config = config_from_weights(source.state_dict())
     assert shapes(from_config(config, num_classes=3)) == shapes(source)
+    other = from_config(SMALL | {"schedule": "cosine"})
+    torch.testing.assert_close(from_config(config_from_weights(other.state_dict())).betas, other.betas)
     with pytest.raises(ValueError, match="time_emb_dim 48"):
         config_from_weights(wrapped(UNet(3, 32, (1,), 1, time_emb_dim=48)).state_dict())
 

@@ -109,7 +109,7 @@ def test_with_few_steps_the_pipeline_starts_at_the_last_timestep(tmp_path):
 
 
 def test_a_bare_state_dict_is_exported_too(tmp_path):
-    ours = build.from_config({**SMALL, "input_shape": (32, 32)})
+    ours = build.from_config({**SMALL, "num_groups": 32, "input_shape": (32, 32)})
     scramble(ours.ema_model)
     save_checkpoint(tmp_path / "a.pth", ours.state_dict())
     export_model(tmp_path / "a.pth", tmp_path / "out")

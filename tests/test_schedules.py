@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nets import SCHEDULES, generate_cosine_schedule, generate_linear_schedule, generate_sigmoid_schedule, make_betas
+from nets.schedules import find_schedule
 
 
 def alpha_bar(betas):
@@ -84,3 +85,14 @@ def test_an_impossible_T_is_refused(T):
 def test_betas_outside_0_and_1_are_refused(low, high):
     with pytest.raises(ValueError, match="between 0 and 1"):
         make_betas("linear", 1000, low, high)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("T", [50, 1000])
+def test_a_schedule_is_found_by_its_betas(name, T):
+    made = make_betas(name, T, 2e-4, 0.03)
+    found = find_schedule(made.astype(np.float32))
+    assert found["schedule"] == name
+    np.testing.assert_allclose(make_betas(**found), made, rtol=1e-5)
+    with pytest.raises(ValueError, match="no schedule of ours"):
+        find_schedule(made**1.1)

@@ -44,10 +44,10 @@ def open_dataset(annotation_path, input_shape, img_channels=3, resize_mode="crop
     settings = {"input_shape": tuple(map(int, input_shape)), "img_channels": img_channels, "resize_mode": resize_mode,
                 "background": tuple(map(int, background))}
     key = _cache_key(settings, _file_stats(annotation.paths))
-    folders = [Path(cache_path)] if cache_path else _cache_folders(annotation_path)
+    folders = [Path(cache_path)] if cache_path else cache_folders(annotation_path)
     cache = next(filter(None, (_open_cache(folder, key, len(annotation.paths)) for folder in folders)), None)
     if cache is None:
-        folder = _writable(folders)
+        folder = writable_folder(folders)
         _build_cache(folder, key, annotation.paths, settings, num_workers)
         _prune(folder, key)
         cache = _open_cache(folder, key, len(annotation.paths))
@@ -185,7 +185,7 @@ def _cache_key(settings, stats):
     return digest.hexdigest()[:24]
 
 
-def _cache_folders(annotation_path):
+def cache_folders(annotation_path):
     """Where caches may be, best first."""
     beside = Path(annotation_path).absolute().parent / "datasets"
     local = (beside if beside.is_dir() else PROJECT / "datasets") / ".cache"
@@ -193,7 +193,7 @@ def _cache_folders(annotation_path):
     return [local, Path(user or os.path.expanduser("~/.cache")) / "ddpm-pytorch"]
 
 
-def _writable(folders):
+def writable_folder(folders):
     """The first folder that a file can be made in. OSError naming all of them where none is."""
     reasons = []
     for folder in folders:

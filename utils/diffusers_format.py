@@ -9,7 +9,6 @@ into the biases of the time embedding. diffusers itself is not needed for this.
 """
 import argparse
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nets import build
-from nets.schedules import SCHEDULES, check_betas, generate_cosine_schedule
+from nets.schedules import find_schedule, generate_cosine_schedule
 from utils.atomic import atomic_folder, atomic_write
 from utils.checkpoint import FORMAT, all_finite, find_weights, load_checkpoint, save_checkpoint
 from utils.config import run_script
@@ -304,7 +303,7 @@ def read_scheduler_settings(scheduler):
         raise ValueError(f"this is not one of our models: prediction_type is {prediction!r}; known: {', '.join(predictions)}")
     if scheduler.get("rescale_betas_zero_snr"):
         raise ValueError("this is not one of our models: rescale_betas_zero_snr is on, whose last beta is 1")
-    return {**match_schedule(read_betas(scheduler)), "prediction": predictions[prediction]}
+    return {**find_schedule(read_betas(scheduler)), "prediction": predictions[prediction]}
 
 
 def read_betas(scheduler):
@@ -317,22 +316,6 @@ def read_betas(scheduler):
     if kind == "squaredcos_cap_v2":
         return generate_cosine_schedule(T)
     raise ValueError(f"this is not one of our models: beta_schedule is {kind!r} (ours: linear, squaredcos_cap_v2, or trained_betas)")
-
-
-def match_schedule(betas):
-    """The settings of train.py whose betas these are, to float32's digits. ValueError where there are none."""
-    T = len(check_betas(betas))
-    low, high = (round_to(beta * T / 1000, 6) for beta in (betas[0], betas[-1]))
-    for schedule, make in SCHEDULES.items():
-        if np.allclose(make(T, low, high), betas, rtol=1e-5, atol=1e-9):
-            limits = {"schedule_low": low, "schedule_high": high} if schedule == "linear" else {}
-            return {"schedule": schedule, "num_timesteps": T, **limits}
-    raise ValueError(f"this is not one of our models: its betas are those of no schedule of ours ({', '.join(SCHEDULES)})")
-
-
-def round_to(number, digits):
-    """A positive number with so many significant digits, as a plain float: a checkpoint holds no numpy object."""
-    return round(float(number), digits - 1 - math.floor(math.log10(number)))
 
 
 def main():

@@ -73,13 +73,13 @@ class FeatureCache:
     """
 
     def __init__(self, cache_dir="", annotation_path="train_lines.txt"):
-        self.folders = [Path(cache_dir)] if cache_dir else image_cache._cache_folders(annotation_path)
+        self.folders = [Path(cache_dir)] if cache_dir else image_cache.cache_folders(annotation_path)
 
     def path(self, ending, *parts):
         """Where that which is a function of `parts` is, or is to be kept. OSError where nothing can be written."""
         name = f"{hashlib.sha256(repr((CACHE_VERSION, *parts)).encode()).hexdigest()[:24]}.{ending}.pth"
         found = next((folder / name for folder in self.folders if (folder / name).is_file()), None)
-        return found or image_cache._writable(self.folders) / name
+        return found or image_cache.writable_folder(self.folders) / name
 
     def collected(self, pictures, extractor, max_features):
         """Collected of all pictures of a PictureSet: read where there is a whole file of it, else computed and kept."""

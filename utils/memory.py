@@ -6,15 +6,14 @@ import traceback
 import torch
 
 from utils import distributed
+from utils.config import NO_MEMORY
 from utils.summary import memory_needs
 
-# What PyTorch says on GPUs, and on the CPU of Linux and of Windows.
-WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 USABLE = 0.9  # share of a device's memory that pictures can fill: the rest goes to libraries and gaps
 
 
 def is_out_of_memory(error):
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY))
 
 
 @contextlib.contextmanager

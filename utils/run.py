@@ -195,7 +195,8 @@ class RunFiles:
         """Move the progress bar by a batch. loss: of the epoch so far, as far as it is known without waiting for the GPU."""
         self.epoch_images += images
         self.bar.set_description(f"epoch {epoch + 1}/{self.config.epochs}", refresh=False)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, rate {rate:.1e}", refresh=False)
+        known = f"loss {loss:.4f}, " if loss == loss else ""  # NaN: a GPU has not told it yet
+        self.bar.set_postfix_str(f"{known}rate {rate:.1e}", refresh=False)
         self.bar.update(images)
 
     def seconds(self):
