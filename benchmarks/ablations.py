@@ -56,17 +56,17 @@ def batch_of(config, device, layout=torch.contiguous_format):
     return x, torch.randint(0, 1000, (config.batch_size,), device=device)
 
 
-def plain(norm, activation, x, dropout=None):
+def plain(norm, activation, x, conv, dropout=None):
     x = activation(norm(x))
-    return x if dropout is None else dropout(x)
+    return conv(x if dropout is None else dropout(x))
 
 
-def backward(network, batch, norm_act=fused.norm_act):
-    """A function: forward and backward pass, with the path of norm, activation and dropout that is given."""
+def backward(network, batch, norm_act_conv=fused.norm_act_conv):
+    """A function: forward and backward pass, with the path of norm, activation, dropout and convolution that is given."""
     def step():
-        unet.norm_act = norm_act
+        unet.norm_act_conv = norm_act_conv
         network(*batch).square().mean().backward()
-        unet.norm_act = fused.norm_act
+        unet.norm_act_conv = fused.norm_act_conv
     return step
 
 
@@ -141,9 +141,10 @@ def norm_section(config, device):
     for dtype in (torch.float32, torch.bfloat16):
         x = images(config, device, channels, 32, dtype)
         norm = nn.GroupNorm(32, channels).to(device)
-        paths = {"plain": plain, "compiled": torch.compile(plain, dynamic=True), "fused": fused.norm_act}
+        conv = nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype).to(memory_format=CHANNELS_LAST)
+        paths = {"plain": plain, "compiled": torch.compile(plain, dynamic=True), "fused": fused.norm_act_conv}
         for name, path in paths.items():
-            functions[f"{name}, {dtype}"] = gradients(lambda x, path=path, norm=norm: path(norm, F.silu, x), x)
+            functions[f"{name}, {dtype}"] = gradients(lambda x, path=path, norm=norm, conv=conv: path(norm, F.silu, x, conv), x)
     return functions
 
 

@@ -254,22 +254,16 @@ def memory_section(config, job, contestants):
                      **json.loads(output.splitlines()[-1])})
     for row in rows:
         row["ours_takes_of_it"] = rows[0]["rate"] / row["rate"]
-        row["ours_takes_of_it_without_libraries"] = above_start(rows[0]) / above_start(row)
     return rows
 
 
-def above_start(row):
-    return row["rate"] - row["before_training"]
-
-
 def measure_memory(config, device):
-    """Peak memory of three training steps, and what the process held before it built anything."""
-    before = peak_memory(device)
+    """Peak memory of three training steps."""
     with TemporaryDirectory() as scratch, quiet():
         one = CONTESTANTS[config.memory_of](make_job(config, device, Path(scratch)))
         for _ in range(3):
             one.train_step()
-    return {"rate": peak_memory(device), "before_training": before}
+    return {"rate": peak_memory(device)}
 
 
 SECTIONS = {
@@ -302,13 +296,12 @@ def cells(row):
     if "share_of_peaks" in row:
         shares = ", ".join(f"{share:.0%} of the {peak}" for peak, share in row["share_of_peaks"].items())
         notes.append(f"{row['flops_a_second'] / 1e9:,.1f} GFLOP/s: {shares}")
-    notes += [f"{text} {row[key]:.2f}{ending}" for key, text, ending in EXTRA if row.get(key)]
+    notes += [f"a core: {row['ours_is_faster_a_core']:.2f}x"] if row.get("ours_is_faster_a_core") else []
     return row["what"], row["who"], rate, call, ratio, "; ".join(notes)
 
 
 RATIOS = (("ours_is_faster", "ours is", "x as fast"), ("predict_takes_of_it", "predict.py takes", "x of it"),
           ("ours_takes_of_it", "ours takes", " of it"))
-EXTRA = (("ours_is_faster_a_core", "a core:", "x"), ("ours_takes_of_it_without_libraries", "without the libraries", ""))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Group norm, SiLU and dropout as one operation, for training on the CPU; everywhere else the plain three, which a compiler fuses.
+"""Group norm, SiLU, dropout and convolution as one operation, for training on the CPU; everywhere else the plain four.
 
-Apart, they keep three to four full-size tensors for the backward pass and walk through memory once each; together they keep the
-input (which the skip connection holds anyway), a byte-sized mask and the result (which the next convolution holds anyway). What the
-SiLU saw is computed again from the input. The numbers are those of the plain path; only which features are dropped differs.
+Apart, they keep four to five full-size tensors for the backward pass; together they keep the input (which the skip connection holds
+anyway) and a byte-sized mask. What the convolution saw is computed again from them, which is cheap beside the convolution. A compiler
+fuses the plain path by itself. The numbers are those of the plain path; only which features are dropped differs.
 """
 
 import torch
@@ -11,13 +11,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 
-def norm_act(norm, activation, x, dropout=None):
-    """dropout(activation(norm(x))) of a block's modules, in the fastest way that there is."""
+def norm_act_conv(norm, activation, x, conv, dropout=None):
+    """conv(dropout(activation(norm(x)))) of a block's modules, in the way that keeps the least memory."""
     if worth_fusing(norm, activation, x):
         share = dropout.p if dropout is not None and dropout.training else 0.0
-        return NormSiluDropout.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, share)
+        return NormSiluDropoutConv.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, share, conv.weight, conv.bias, conv.padding)
     x = activation(norm(x))
-    return x if dropout is None else dropout(x)
+    return conv(x if dropout is None else dropout(x))
 
 
 def worth_fusing(norm, activation, x):
@@ -26,36 +26,45 @@ def worth_fusing(norm, activation, x):
     return fits and torch.is_grad_enabled() and norm.weight.requires_grad and not torch.compiler.is_compiling()
 
 
-class NormSiluDropout(torch.autograd.Function):
-    """dropout(silu(group_norm(x))), x (b, c, h, w) in any memory format and dtype; weight, bias (c,)."""
+class NormSiluDropoutConv(torch.autograd.Function):
+    """conv(dropout(silu(group_norm(x)))), stride 1; x (b, c, h, w) in any memory format and dtype, the norm's scale and shift (c,)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps, share):
+    def forward(ctx, x, scale, shift, groups, eps, share, weight, bias, padding):
         b, c, h, w = x.shape
-        out, mean, rstd = torch.native_group_norm(x, weight, bias, b, c, h * w, groups, eps)
-        F.silu(out, inplace=True)
-        dropped, scale = None, 1.0
-        if share:
-            dropped, scale = draw_mask(out, share)
-            out.masked_fill_(dropped, 0).mul_(scale)
-        ctx.save_for_backward(x, weight, bias, mean, rstd, dropped)
-        ctx.groups, ctx.scale = groups, scale
-        return out
+        out, mean, rstd = torch.native_group_norm(x, scale, shift, b, c, h * w, groups, eps)
+        dropped, factor = draw_mask(out, share) if share else (None, 1.0)
+        out = drop(F.silu(out, inplace=True), dropped, factor)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else out.dtype
+        ctx.weight_dtype, weight = weight.dtype, weight.to(dtype)
+        ctx.save_for_backward(x, scale, shift, mean, rstd, dropped, weight)
+        ctx.groups, ctx.factor, ctx.padding = groups, factor, padding
+        return F.conv2d(out.to(dtype), weight, bias.to(dtype), padding=padding)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, bias, mean, rstd, dropped = ctx.saved_tensors
+        x, scale, shift, mean, rstd, dropped, weight = ctx.saved_tensors
         b, c, h, w = x.shape
-        if dropped is not None:
-            grad = torch.where(dropped, 0, grad).mul_(ctx.scale)
-        factor, shift = affine(weight, bias, mean, rstd, ctx.groups)
-        normed = torch.addcmul(as_images(shift, x), x, as_images(factor, x))
+        x_factor, x_shift = affine(scale, shift, mean, rstd, ctx.groups)
+        normed = torch.addcmul(as_images(x_shift, x), x, as_images(x_factor, x))
+        seen = drop(F.silu(normed), dropped, ctx.factor).to(weight.dtype)
+        grad, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
+            grad, seen, weight, [len(weight)], (1, 1), ctx.padding, (1, 1), False, (0, 0), 1, [True] * 3
+        )
+        del seen
+        grad = drop(grad.to(x.dtype), dropped, ctx.factor)
         grad = torch.ops.aten.silu_backward.grad_input(grad, normed, grad_input=normed)
         if x.dtype in (torch.bfloat16, torch.float16):
-            return *group_norm_backward(grad, x, factor, weight, mean, rstd, ctx.groups), None, None, None
-        grads = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, weight, b, c, h * w, ctx.groups, [True] * 3)
-        return *grads, None, None, None
+            grads = group_norm_backward(grad, x, x_factor, scale, mean, rstd, ctx.groups)
+        else:
+            grads = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, scale, b, c, h * w, ctx.groups, [True] * 3)
+        return *grads, None, None, None, weight_grad.to(ctx.weight_dtype), bias_grad.to(ctx.weight_dtype), None
+
+
+def drop(features, dropped, factor):
+    """`features`, in place, zero where `dropped` (None: nowhere) and the rest times `factor`."""
+    return features if dropped is None else features.masked_fill_(dropped, 0).mul_(factor)
 
 
 def draw_mask(like, share):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .fused import norm_act
+from .fused import norm_act_conv
 
 
 def get_norm(norm, num_channels, num_groups):
@@ -120,12 +120,12 @@ class ResidualBlock(nn.Module):
         self.attention = AttentionBlock(out_channels, norm, num_groups) if use_attention else nn.Identity()
 
     def forward(self, x, time_emb=None, y=None):
-        out = self.conv_1(norm_act(self.norm_1, self.activation, x))
+        out = norm_act_conv(self.norm_1, self.activation, x, self.conv_1)
         shift = self.shift(time_emb, y)
         if shift is not None:
             out = out + shift[:, :, None, None].to(out.dtype)  # autocast leaves a class's row in float32
         dropout, conv = self.conv_2
-        out = conv(norm_act(self.norm_2, self.activation, out, dropout))
+        out = norm_act_conv(self.norm_2, self.activation, out, conv, dropout)
         return self.attention(out + self.residual_connection(x))
 
     def shift(self, time_emb, y):
@@ -216,7 +216,7 @@ class UNet(nn.Module):
             if isinstance(layer, ResidualBlock):
                 x = torch.cat((x, skips.pop()), dim=1)
             x = self.run(layer, x, time_emb, y)
-        x = self.out_conv(norm_act(self.out_norm, self.activation, x))
+        x = norm_act_conv(self.out_norm, self.activation, x, self.out_conv)
         return x[:, :, pad:-pad, pad:-pad] if pad else x
 
     def embed_time(self, time):

@@ -7,14 +7,27 @@ import torch.nn.functional as F
 from torch import nn
 
 from nets import UNet, fused, unet
-from nets.fused import NormSiluDropout, norm_act
+from nets.fused import NormSiluDropoutConv, norm_act_conv
 from utils.checkpoint import weights_digest
 from utils.device import autocast, memory_format, round_weights
 
 
-def plain(norm, activation, x, dropout=None):
+def plain(norm, activation, x, conv, dropout=None):
     x = activation(norm(x))
-    return x if dropout is None else dropout(x)
+    return conv(x if dropout is None else dropout(x))
+
+
+def conv_of(channels, dtype=torch.float32):
+    torch.manual_seed(4)
+    return nn.Conv2d(channels, 5, 3, padding=1, dtype=dtype)
+
+
+def looking_glass(channels):
+    """A convolution that changes nothing, to see what comes into it."""
+    conv = nn.Conv2d(channels, channels, 1)
+    nn.init.dirac_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
 
 
 def norm_of(channels, groups=8):
@@ -25,12 +38,12 @@ def norm_of(channels, groups=8):
     return norm
 
 
-def run(function, norm, x, dropout=None):
-    """(result, gradients of input, weight and bias) for a loss that weighs every feature differently."""
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    out = function(norm, F.silu, x, dropout)
+def run(function, norm, x):
+    """(result, gradients of input, both weights and both biases) for a loss that weighs every feature differently."""
+    x, conv = x.clone(memory_format=torch.preserve_format).requires_grad_(), conv_of(x.shape[1], x.dtype)
+    out = function(norm, F.silu, x, conv)
     weights = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
-    return out.detach(), *torch.autograd.grad((out * weights).sum(), (x, norm.weight, norm.bias))
+    return out.detach(), *torch.autograd.grad((out * weights).sum(), (x, norm.weight, norm.bias, conv.weight, conv.bias))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -38,8 +51,8 @@ def run(function, norm, x, dropout=None):
 def test_fused_norm_and_silu_have_the_plain_results_and_gradients(shape, layout):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
     norm = norm_of(shape[1])
-    assert type(norm_act(norm, F.silu, x).grad_fn).__name__ == "NormSiluDropoutBackward"
-    for ours, expected in zip(run(norm_act, norm, x), run(plain, norm, x)):
+    assert type(norm_act_conv(norm, F.silu, x, conv_of(shape[1])).grad_fn).__name__ == "NormSiluDropoutConvBackward"
+    for ours, expected in zip(run(norm_act_conv, norm, x), run(plain, norm, x)):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -47,34 +60,34 @@ def test_fused_norm_and_silu_have_the_plain_results_and_gradients(shape, layout)
 def test_in_bf16_the_gradients_are_those_of_float32_within_rounding(layout):
     x = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
     norm = norm_of(16)
-    for ours, exact in zip(run(norm_act, norm, x.bfloat16()), run(plain, norm, x.bfloat16().float())):
+    for ours, exact in zip(run(norm_act_conv, norm, x.bfloat16()), run(plain, norm, x.bfloat16().float())):
         torch.testing.assert_close(ours.float(), exact, atol=0.02 * exact.abs().max().item(), rtol=0)
 
 
 def test_fused_dropout_drops_its_share_scales_the_rest_and_passes_no_gradient_where_it_dropped():
     x = torch.randn(8, 16, 32, 32, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last).requires_grad_()
-    norm, share = norm_of(16), 0.3
+    norm, conv, share = norm_of(16), looking_glass(16), 0.3
     torch.manual_seed(0)
-    out = norm_act(norm, F.silu, x, nn.Dropout(share).train())
-    whole = plain(norm, F.silu, x).detach()
+    out = norm_act_conv(norm, F.silu, x, conv, nn.Dropout(share).train())
+    whole = plain(norm, F.silu, x, conv).detach()
     dropped = out == 0
     assert abs(dropped.float().mean().item() - share) < 0.005  # of 131072 features: 4 standard deviations
     for mean in (dropped.float().mean((0, 2, 3)), dropped.float().mean((0, 1, 2)), dropped.float().mean((0, 1, 3))):
         assert (mean - share).abs().max() < 0.04  # no channel, row or column is spared
     torch.testing.assert_close(out.detach(), torch.where(dropped, 0, whole / (1 - share)), atol=1e-4, rtol=1e-4)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
-    ours = torch.autograd.grad(out, (x, norm.weight, norm.bias), grad)
-    expected = torch.autograd.grad(plain(norm, F.silu, x), (x, norm.weight, norm.bias), torch.where(dropped, 0, grad / (1 - share)))
-    for one, other in zip(ours, expected):
+    ours = torch.autograd.grad(out, (x, norm.weight, norm.bias, conv.weight), grad)
+    masked = torch.where(dropped, 0, F.silu(norm(x)) / (1 - share))
+    for one, other in zip(ours, torch.autograd.grad(conv(masked), (x, norm.weight, norm.bias, conv.weight), grad)):
         torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
 
 
 def test_fused_dropout_is_a_function_of_the_seed_and_new_at_each_call():
-    x, norm, dropout = torch.randn(2, 8, 8, 8), norm_of(8), nn.Dropout(0.5).train()
+    x, norm, conv, dropout = torch.randn(2, 8, 8, 8), norm_of(8), looking_glass(8), nn.Dropout(0.5).train()
     draws = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        draws += [norm_act(norm, F.silu, x, dropout), norm_act(norm, F.silu, x, dropout)]
+        draws += [norm_act_conv(norm, F.silu, x, conv, dropout), norm_act_conv(norm, F.silu, x, conv, dropout)]
     assert torch.equal(draws[0], draws[2]) and torch.equal(draws[1], draws[3])
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[4])
 
@@ -83,14 +96,14 @@ def test_without_gradients_or_with_another_norm_or_activation_the_path_is_plain(
     def refuse(*arguments):
         raise AssertionError("fused")
 
-    monkeypatch.setattr(NormSiluDropout, "apply", refuse)
-    x, norm = torch.randn(2, 8, 4, 4), norm_of(8)
+    monkeypatch.setattr(NormSiluDropoutConv, "apply", refuse)
+    x, norm, conv = torch.randn(2, 8, 4, 4), norm_of(8), conv_of(8)
     with torch.no_grad():
-        assert torch.equal(norm_act(norm, F.silu, x), plain(norm, F.silu, x))
+        assert torch.equal(norm_act_conv(norm, F.silu, x, conv), plain(norm, F.silu, x, conv))
     frozen = copy.deepcopy(norm).requires_grad_(False)
-    assert torch.equal(norm_act(frozen, F.silu, x), plain(norm, F.silu, x))
-    assert torch.equal(norm_act(norm, F.relu, x), plain(norm, F.relu, x))
-    assert torch.equal(norm_act(nn.Identity(), F.silu, x), F.silu(x))
+    assert torch.equal(norm_act_conv(frozen, F.silu, x, conv), plain(norm, F.silu, x, conv))
+    assert torch.equal(norm_act_conv(norm, F.relu, x, conv), plain(norm, F.relu, x, conv))
+    assert torch.equal(norm_act_conv(nn.Identity(), F.silu, x, conv), conv(F.silu(x)))
 
 
 def test_the_whole_network_has_the_plain_paths_result_and_gradients(monkeypatch):
@@ -106,7 +119,7 @@ def test_the_whole_network_has_the_plain_paths_result_and_gradients(monkeypatch)
         return [out.detach(), *(parameter.grad for parameter in copied.parameters())]
 
     fast = outcome(torch.channels_last)
-    monkeypatch.setattr(unet, "norm_act", plain)
+    monkeypatch.setattr(unet, "norm_act_conv", plain)
     for ours, expected in zip(fast, outcome(torch.contiguous_format)):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
 
@@ -127,8 +140,18 @@ def test_the_fused_path_keeps_less_for_the_backward_pass(monkeypatch):
         return sum(storages.values()), out
 
     less, _ = kept()
-    monkeypatch.setattr(unet, "norm_act", plain)
-    assert less < 0.75 * kept()[0]
+    monkeypatch.setattr(unet, "norm_act_conv", plain)
+    assert less < 0.55 * kept()[0]
+
+
+def test_under_autocast_the_gradients_are_those_of_the_plain_path_within_rounding():
+    x, norm, grads = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0)), norm_of(8), []
+    for function in (norm_act_conv, plain):
+        with autocast(torch.device("cpu"), "bf16"):
+            grads.append(run(function, norm, x))
+    for ours, expected in zip(*grads, strict=True):
+        assert ours.dtype == expected.dtype
+        torch.testing.assert_close(ours.float(), expected.float(), atol=0.03 * expected.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("share, count", [(0.1, 6554), (0.5, 32768), (0.25, 16384)])

@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -99,6 +100,9 @@ def peak_memory(device):
     """The most memory that this process has held so far, in MiB: the GPU's on CUDA, else the process's own."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError):  # Linux: getrusage would count what the parent held when it started this process
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**10
     try:
         import resource
     except ImportError:  # Windows
