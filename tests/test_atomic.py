@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from utils import atomic
-from utils.atomic import atomic_write, remove_leftovers
+from utils.atomic import atomic_folder, atomic_write, remove_leftovers
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
 OLD, NEW = b"old" * 1000, b"new" * 50_000
@@ -125,6 +125,51 @@ def test_an_error_inside_the_block_leaves_the_old_file(tmp_path):
         raise ZeroDivisionError
     assert (tmp_path / "file").read_bytes() == OLD
     assert os.listdir(tmp_path) == ["file"]
+
+
+def write_folder(path):
+    with atomic_folder(path) as folder:
+        for name in ("a", "b"):
+            (folder / name).write_bytes(NEW)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["sync", "replace"])
+@pytest.mark.parametrize("kill", [True, False])
+def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch, name, when, kill):
+    """Whatever happens at its two system calls, a kill or a full disk, before or after them."""
+    path = tmp_path / "folder"
+    path.mkdir()  # an empty one gives way
+
+    def fault():
+        if kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(atomic.os, name, Faulty(1, when, fault).wrap(getattr(os, name)))
+        try:
+            write_folder(path)
+        except OSError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (-signal.SIGKILL if kill else 7)
+    whole = (name, when) == ("replace", "after")
+    assert sorted(os.listdir(path)) == ["a", "b"] if whole else not path.exists() or os.listdir(path) == []
+    if whole or not kill:
+        assert [entry for entry in os.listdir(tmp_path) if entry != "folder"] == []
+    if not whole:
+        write_folder(path)  # what a kill left is in nobody's way
+    assert all((path / entry).read_bytes() == NEW for entry in ("a", "b"))
+
+
+def test_a_folder_that_is_in_the_way_stays(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_bytes(OLD)
+    with pytest.raises(OSError):
+        write_folder(tmp_path / "folder")
+    assert os.listdir(tmp_path / "folder") == ["mine"] and os.listdir(tmp_path) == ["folder"]
 
 
 def test_a_checkpoint_that_does_not_fit_the_disk_is_an_oserror(tmp_path):

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from utils import distributed
 from utils.learning_rate import choose_rate, learning_rate
 from utils.meter import Meter, summary
 from utils.randomness import draw_step, mix
+from utils.run import _own_sums
 from utils.validation import split_validation
 
 
@@ -105,3 +107,14 @@ def test_validation_share_that_leaves_a_side_empty_is_refused():
         split_validation(["ff" * 16] * 3, 0.1)
     rows, aside = split_validation(["00" * 16, "ff" * 16], 0.0)
     assert len(rows) == 2 and len(aside) == 0
+
+
+def test_running_sums_survive_another_number_of_processes(monkeypatch):
+    saved, sums = torch.tensor([[1.0, 2.0], [10.0, 20.0]]), {}
+    for world_size in (1, 2, 3):
+        for rank in range(world_size):
+            monkeypatch.setattr(distributed, "world_size", lambda world_size=world_size: world_size)
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(distributed, "is_main", lambda rank=rank: rank == 0)
+            sums[world_size, rank] = _own_sums(saved).tolist()
+    assert sums == {(1, 0): [11, 22], (2, 0): [1, 2], (2, 1): [10, 20], (3, 0): [11, 22], (3, 1): [0, 0], (3, 2): [0, 0]}

@@ -45,7 +45,6 @@ def atomic_folder(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: machines that share the folder may share process numbers too.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # a killed process of the same number left it
     temporary.mkdir()
     try:
         yield temporary
