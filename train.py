@@ -61,7 +61,7 @@ class Config:
     epochs: int = 1000                                   # times every picture is seen
     batch_size: int = 64                                 # pictures a step, over all processes
     accumulate: int = 1                                  # parts a batch is computed in: less memory, the same update
-    init_lr: Literal["auto"] | float = "auto"            # highest learning rate; auto: 2e-4 at 128 channels, more in narrower networks
+    init_lr: Literal["auto"] | float = "auto"            # highest learning rate; auto: 2e-4 at 128 channels, as 1/width, up to 1e-3
     min_lr: float = 2e-6                                 # last learning rate
     warmup: float = 0.05                                 # share of all steps in which the rate rises, at most 1000 steps
     optimizer_type: str = "adam"                         # adam or adamw
@@ -112,8 +112,8 @@ def main():
     typed = typed_options(Config, __doc__)
     distributed.start()
     source, checkpoint = find_checkpoint(typed.get("resume", Config.resume), typed.get("save_dir", Config.save_dir))
-    if checkpoint and not checkpoint["config"]:
-        checkpoint["config"] = build.config_from_weights(checkpoint["weights"])
+    if checkpoint:
+        checkpoint["config"] = build.known_settings(checkpoint)
     config = merge_config(Config, typed, checkpoint, source) if checkpoint else Config(**typed)
     check(config)
     device = choose_device(config.device, distributed.local_rank(), distributed.world_size())

@@ -1,6 +1,7 @@
 """The one place that builds a GaussianDiffusion: from the settings of a run, or from the shapes in a bare file of weights."""
 
 import re
+import warnings
 
 import torch
 
@@ -198,6 +199,13 @@ def some(names, limit=3):
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def known_settings(checkpoint):
+    """The settings of train.py that a checkpoint is to be gone on with, by field name: its own, or those that its weights show."""
+    config = {"num_groups": MAX_GROUPS, **(checkpoint["config"] or config_from_weights(checkpoint["weights"]))}
+    # Without a counter the average is an old one: a warm-up would replace most of it within a few steps.
+    return config if "ema_step" in checkpoint else {**config, "ema_warmup": False}
+
+
 def config_from_weights(state_dict):
     """The settings of train.py that a bare state dict shows, by field name. ValueError where they cannot express its network."""
     weights = clean_keys(state_dict)
@@ -205,10 +213,15 @@ def config_from_weights(state_dict):
     if found["time_emb_dim"] != 512 or found["norm"] != "gn":
         raise ValueError(f"a network with time_emb_dim {found['time_emb_dim']} and norm {found['norm']!r} can be drawn with, not trained "
                          "on: train.py builds 512 and 'gn'")
+    betas = weights["betas"].double().cpu().numpy()
+    try:
+        schedule = find_schedule(betas)
+    except ValueError:
+        schedule = {"num_timesteps": len(betas)}
+        warnings.warn("the betas of these weights are those of no schedule here: they are kept as they are", stacklevel=2)
     return {
         "img_channels": found["img_channels"], "channel": found["base_channels"], "channel_mults": found["channel_mults"],
         "num_res_blocks": found["num_res_blocks"], "attention_resolutions": found["attention_resolutions"],
         "num_groups": MAX_GROUPS, "class_conditional": found["num_classes"] is not None, "label_dropout": 0.0,
-        **find_schedule(weights["betas"].double().cpu().numpy()),
-        "ema_warmup": False,  # its average is an old one: a warm-up would replace most of it within a few steps
+        **schedule,
     }

@@ -1,8 +1,8 @@
 """Group norm, SiLU, dropout and convolution as one operation, for training on the CPU; everywhere else the plain four.
 
-Apart, they keep four to five full-size tensors for the backward pass; together they keep the input (which the skip connection holds
-anyway) and a byte-sized mask. What the convolution saw is computed again from them, which is cheap beside the convolution. A compiler
-fuses the plain path by itself. The numbers are those of the plain path; only which features are dropped differs.
+Apart, they keep four to five full-size tensors for the backward pass; together they keep the input (which in the first of a block
+the shortcut holds anyway) and a byte-sized mask. What the convolution saw is computed again from them, cheap beside the convolution.
+A compiler fuses the plain path by itself. The numbers are those of the plain path; only which features are dropped differs.
 """
 
 import torch
@@ -34,9 +34,10 @@ class NormSiluDropoutConv(torch.autograd.Function):
         b, c, h, w = x.shape
         out, mean, rstd = torch.native_group_norm(x, scale, shift, b, c, h * w, groups, eps)
         dropped, factor = draw_mask(out, share) if share else (None, 1.0)
-        out = drop(F.silu(out, inplace=True), dropped, factor)
+        out = drop(F.silu(out, inplace=True), dropped)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else out.dtype
-        ctx.weight_dtype, weight = weight.dtype, weight.to(dtype)
+        # Times the factor that makes up for what is dropped: the weights are small, the features are not.
+        ctx.weight_dtype, weight = weight.dtype, (weight * factor).to(dtype)
         ctx.save_for_backward(x, scale, shift, mean, rstd, dropped, weight)
         ctx.groups, ctx.factor, ctx.padding = groups, factor, padding
         return F.conv2d(out.to(dtype), weight, bias.to(dtype), padding=padding)
@@ -48,23 +49,23 @@ class NormSiluDropoutConv(torch.autograd.Function):
         b, c, h, w = x.shape
         x_factor, x_shift = affine(scale, shift, mean, rstd, ctx.groups)
         normed = torch.addcmul(as_images(x_shift, x), x, as_images(x_factor, x))
-        seen = drop(F.silu(normed), dropped, ctx.factor).to(weight.dtype)
+        seen = drop(F.silu(normed), dropped).to(weight.dtype)
         grad, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
             grad, seen, weight, [len(weight)], (1, 1), ctx.padding, (1, 1), False, (0, 0), 1, [True] * 3
         )
         del seen
-        grad = drop(grad.to(x.dtype), dropped, ctx.factor)
+        grad = drop(grad.to(x.dtype), dropped)
         grad = torch.ops.aten.silu_backward.grad_input(grad, normed, grad_input=normed)
         if x.dtype in (torch.bfloat16, torch.float16):
             grads = group_norm_backward(grad, x, x_factor, scale, mean, rstd, ctx.groups)
         else:
             grads = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, scale, b, c, h * w, ctx.groups, [True] * 3)
-        return *grads, None, None, None, weight_grad.to(ctx.weight_dtype), bias_grad.to(ctx.weight_dtype), None
+        return *grads, None, None, None, (weight_grad * ctx.factor).to(ctx.weight_dtype), bias_grad.to(ctx.weight_dtype), None
 
 
-def drop(features, dropped, factor):
-    """`features`, in place, zero where `dropped` (None: nowhere) and the rest times `factor`."""
-    return features if dropped is None else features.masked_fill_(dropped, 0).mul_(factor)
+def drop(features, dropped):
+    """`features`, in place, zero where `dropped` (None: nowhere)."""
+    return features if dropped is None else features.masked_fill_(dropped, 0)
 
 
 def draw_mask(like, share):

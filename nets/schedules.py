@@ -78,8 +78,10 @@ def find_schedule(betas):
 
     ValueError where the betas are those of no schedule here.
     """
-    T = len(check_betas(betas))
-    low, high = (float(f"{beta * T / 1000:.6g}") for beta in (betas[0], betas[-1]))
+    betas = check_betas(betas)
+    T, free = len(betas), max(np.flatnonzero(betas < MAX_BETA), default=0)  # the last beta that the cap has not touched
+    last = betas[0] + (betas[free] - betas[0]) * (T - 1) / free if free else betas[0]  # of the line, before it was capped
+    low, high = (float(f"{beta * T / 1000:.6g}") for beta in (betas[0], last))
     for schedule, make in SCHEDULES.items():
         if np.allclose(make(T, low, high), betas, rtol=1e-5, atol=1e-9):
             limits = {"schedule_low": low, "schedule_high": high} if schedule == "linear" else {}

@@ -6,8 +6,6 @@ from conftest import PROJECT, TINY, command, newest_run, run, run_main, torchrun
 from utils.checkpoint import load_checkpoint
 
 RUN = [*TINY, "--epochs", "5", "--dropout", "0", "--horizontal_flip", "True", "--class_conditional", "True", "--val_split", "0.2"]
-RUN += ["--channel", "64"]  # at 32 each channel is a group of its own, which hides time and class: gradients of pure rounding
-
 
 
 def train_in(folder, build, *settings):
@@ -49,7 +47,7 @@ def test_accumulation_in_one_process(workplace):
     assert newest_run(workplace) != one
     one, parts = (load_checkpoint(folder / "last.pth") for folder in (one, newest_run(workplace)))
     assert_close(one, parts)
-    assert not torch.equal(one["weights"]["model.out_conv.weight"], torch.zeros(3, 32, 3, 3))
+    assert one["weights"]["model.out_conv.weight"].any()
 
 
 def test_a_rank_that_dies_ends_the_run_with_its_error(workplace):

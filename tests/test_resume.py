@@ -9,7 +9,7 @@ import torch
 from conftest import ENVIRONMENT, assert_same_state, command, newest_run, run_main, torchrun
 from kill_run import RUN, kill_and_compare, result
 
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -119,6 +119,38 @@ def stop_at_step(patch, train, number):
         return normalise(*arguments, **options)
 
     patch.setattr(train, "normalise", noticing)
+
+
+def edited(path, change):
+    """The checkpoint at `path` with `change` made to it, as another file."""
+    checkpoint = load_checkpoint(path)
+    change(checkpoint)
+    save_checkpoint(path.with_name("edited.pth"), checkpoint)
+    return path.with_name("edited.pth")
+
+
+def test_a_file_that_knows_no_groups_has_the_references(workplace, capsys):
+    run_main("train.py", *RUN, "--epochs", "1", "--num_groups", "32")
+    old = edited(newest_run(workplace) / "last.pth", lambda checkpoint: checkpoint["config"].pop("num_groups"))
+    with pytest.raises(SystemExit):
+        run_main("train.py", "--resume", old, "--epochs", "2", "--num_groups", "8")
+    assert "built with num_groups = 32, which cannot change" in capsys.readouterr().err
+    run_main("train.py", "--resume", old, "--epochs", "2", "--num_groups", "auto")  # what the first command may have said
+    assert load_checkpoint(newest_run(workplace) / "last.pth")["config"]["num_groups"] == 32
+
+
+def test_a_file_of_weights_alone_starts_a_run_that_keeps_their_average(workplace, capsys):
+    run_main("train.py", *RUN, "--epochs", "1", "--ema_decay", "0.9999")
+    first = newest_run(workplace)
+    average = load_checkpoint(first / "last.pth")["weights"]
+    exported = edited(first / "epoch_0001.pth", lambda checkpoint: checkpoint.pop("ema_step"))
+    capsys.readouterr()
+    run_main("train.py", "--resume", exported, "--epochs", "1", "--init_lr", "0.1")
+    assert "a file of weights alone" in capsys.readouterr().out
+    assert newest_run(workplace) != first
+    after = load_checkpoint(newest_run(workplace) / "last.pth")["weights"]
+    moved = {kind: (after[f"{kind}.init_conv.weight"] - average[f"{kind}.init_conv.weight"]).norm() for kind in ("model", "ema_model")}
+    assert 0 < moved["ema_model"] < 0.01 * moved["model"]
 
 
 def test_only_typed_settings_override_the_runs_own(workplace, capsys):

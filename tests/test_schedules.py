@@ -88,7 +88,7 @@ def test_betas_outside_0_and_1_are_refused(low, high):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("T", [50, 1000])
+@pytest.mark.parametrize("T", [10, 50, 1000])
 def test_a_schedule_is_found_by_its_betas(name, T):
     made = make_betas(name, T, 2e-4, 0.03)
     found = find_schedule(made.astype(np.float32))
@@ -96,3 +96,8 @@ def test_a_schedule_is_found_by_its_betas(name, T):
     np.testing.assert_allclose(make_betas(**found), made, rtol=1e-5)
     with pytest.raises(ValueError, match="no schedule of ours"):
         find_schedule(made**1.1)
+
+
+def test_a_single_beta_is_a_schedule_too():
+    for beta in (0.5, 0.999):
+        assert make_betas(**find_schedule([beta])).tolist() == pytest.approx([beta])

@@ -101,8 +101,9 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(OSError):  # Linux: getrusage would count what the parent held when it started this process
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**10
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(errors="replace"))
+        if found:  # some sandboxes leave the line out
+            return int(found[1]) / 2**10
     try:
         import resource
     except ImportError:  # Windows

@@ -21,7 +21,7 @@ DECAYS = {
 
 
 def choose_rate(init_lr, channel):
-    """`init_lr`, or for "auto" 2e-4 at 128 channels and as much more as the network is narrower, up to 1e-3.
+    """`init_lr`, or for "auto" 2e-4 * 128 / channel, at most 1e-3.
 
     Adam moves each weight by about the rate, so a layer's output moves by the rate times its width: with the rate of 128 channels a
     narrow network takes several times the steps (Adam's rate goes as 1/width: Yang et al. 2021, "Tensor Programs V").

@@ -57,6 +57,7 @@ def merge_config(config_class, typed, checkpoint, source):
     setting that the run was built with; prints the values of the script's block that are not used.
     """
     known = {field.name for field in fields(config_class)}
+    typed = {name: value for name, value in typed.items() if name not in FIXED or value != "auto"}  # it became what the run has
     base = config_class(**{name: value for name, value in checkpoint["config"].items() if name in known})
     for name, value in typed.items():
         same = getattr(base, name) == value if name != "label_dropout" else (base.label_dropout > 0) == (value > 0)
@@ -122,6 +123,8 @@ def restore(checkpoint, parts, config):
     A checkpoint without a training state (a file of weights only) starts a run of its own at epoch 0.
     """
     if not checkpoint or "position" not in checkpoint:
+        if checkpoint and distributed.is_main():
+            print(f"a file of weights alone: a run of its own starts from them at epoch 1; a {LAST} goes on where it was")
         return Start()
     restore_optimizer(parts.optimizer, checkpoint["optimizer"])
     if checkpoint["scaler"]:
@@ -235,9 +238,10 @@ class RunFiles:
         rate = self.epoch_images / max(seconds, 1e-6)
         speed = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(rate, 2), "memory_mib": round(memory)}
         self._try(lambda: self.history.add(row, speed, row["step"]))
-        saved = (final or self.worthwhile()) and self._save(LAST, {**self._weights(), **self._training(epoch, 0, None)})
-        if epoch % self.config.save_period == 0 or final:
+        due = final or self.worthwhile()
+        if epoch % self.config.save_period == 0 or final:  # before last.pth: a run that goes on from there does not come back for it
             self._save(f"epoch_{epoch:04d}.pth", self._weights())
+        saved = due and self._save(LAST, {**self._weights(), **self._training(epoch, 0, None)})
         if self.config.preview_period and (epoch % self.config.preview_period == 0 or final):
             self._try(lambda: self._preview(epoch, row["step"]))
         self._try(self.history.plot)

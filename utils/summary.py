@@ -18,7 +18,8 @@ def print_summary(config, parts):
     height, width = config.input_shape
     print(f"device     {describe_device(parts.device)}, precision {config.precision}, compile {config.compile}{processes}")
     print(f"pictures   {pictures:,} of {height}x{width}, {config.img_channels} channels{aside}{classes}{used}")
-    print(f"network    {count / 1e6:.2f} million parameters; {config.prediction}, {config.schedule} schedule, T = {config.num_timesteps}")
+    parameters = f"{count / 1e6:.2f} million parameters, {config.num_groups} groups"
+    print(f"network    {parameters}; {config.prediction}, {config.schedule} schedule, T = {config.num_timesteps}")
     of_steps = f"{config.epochs} epochs of {steps} steps of {parts.batch_size}"
     print(f"training   {of_steps}, {config.epochs * steps:,} steps in all, rate up to {config.init_lr:g}")
 
