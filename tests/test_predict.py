@@ -16,8 +16,7 @@ from utils.images import make_grid, save_png, to_uint8
 
 # Long steps, and a prediction that is not clipped everywhere: so the pictures show what differs.
 TRAINING = [*TINY, "--epochs", "3", "--init_lr", "0.02", "--prediction", "v", "--precision", "fp32"]
-# Of 32 channels each is a group of its own, whose norm takes out all that a class adds to it.
-CLASSES = ["--class_conditional", "True", "--channel", "64"]
+CLASSES = ["--class_conditional", "True"]
 SIZE, PADDING = 8, 2
 
 
