@@ -127,7 +127,8 @@ def half_log_snr(alpha_bar):
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp, "heun": heun}
-DEFAULT_SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr", "heun": "logsnr"}
+# What measured best with 20 and 25 network calls: benchmarks/results/solvers_cpu.md.
+DEFAULT_SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "trailing", "heun": "logsnr"}
 DEFAULT_STEPS = 25  # of every solver but ddpm, which walks through all of its timesteps
 
 

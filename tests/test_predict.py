@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, newest_run, run, run_main, torchrun, write_pictures
+from conftest import PROJECT, TINY, newest_run, run, run_main, torchrun, write_pictures
 from PIL import Image
 
 import predict
@@ -426,3 +426,22 @@ def test_network_calls_decide_whether_compiling_pays():
     assert predict.network_calls(config) == 20
     assert predict.network_calls(predict.replace(config, sampler="heun")) == 40
     assert predict.network_calls(predict.replace(config, mask="m.png", resamplings=7)) == 140
+
+# The weights in the box
+
+
+def test_the_weights_in_the_box_draw_their_classes():
+    path = PROJECT / "logs" / "emoji.pth"
+    assert path.stat().st_size < 24e6
+    checkpoint = load_checkpoint(path)
+    assert checkpoint["weights_kind"] == "ema" and "optimizer" not in checkpoint
+    diffusion, classes = build.from_checkpoint(checkpoint)
+    assert classes == sorted(folder.name for folder in (PROJECT / "datasets" / "noto_emoji").glob("*/"))
+    drawn = {}
+    for name in ("faces", "flags"):
+        y = torch.full((8,), classes.index(name))
+        drawn[name] = diffusion.sample(8, "cpu", y, steps=10, guidance_scale=2.0, seeds=range(8))
+    red, green, blue = drawn["faces"][:, :, 8:24, 8:24].mean((0, 2, 3))
+    assert red > green > blue + 0.5  # faces are yellow
+    edges = drawn["flags"][..., 0:4, :]
+    assert edges.mean() > 0.9  # flags are wider than high: white above them
