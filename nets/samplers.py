@@ -127,7 +127,7 @@ def half_log_snr(alpha_bar):
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp, "heun": heun}
-# What measured best with 20 and 25 network calls: benchmarks/results/solvers_cpu.md.
+# What measured best with 25 network calls (ddim's uniform is within the noise of trailing): benchmarks/results/solvers_cpu.md.
 DEFAULT_SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "trailing", "heun": "logsnr"}
 DEFAULT_STEPS = 25  # of every solver but ddpm, which walks through all of its timesteps
 
