@@ -307,16 +307,15 @@ def choose_default(rows, T):
 
 
 def verdict(rows, T):
-    """Which default follows, in words."""
+    """Which way needs the fewest calls to be as good as ddpm with all of its steps, in words."""
     chosen = choose_default(rows, T)
     if chosen is None:
-        return f"Which default follows is not known yet: ddpm with all {T} steps has not been measured."
+        return f"What is as good as ddpm with all {T} steps is not known yet: that has not been measured."
     row, value = chosen
-    what = (f"{row['solver']}, {row['spacing']} spacing, {row['made']} network calls ({row['steps']} steps), {value:.3f} times the "
-            f"distance of ddpm with all {T} steps")
-    if row["made"] <= CHEAP:
-        return f"Default: {what}: the fewest calls within {TOLERANCE - 1:.0%} of it."
-    return f"Default: {what}. Nothing with {CHEAP} calls or fewer comes within {TOLERANCE - 1:.0%} of it."
+    what = (f"{row['solver']}, {row['spacing']} spacing, {row['made']} network calls ({row['steps']} steps), {value:.3f} times "
+            "its distance")
+    fewest = f"The fewest calls within {TOLERANCE - 1:.0%} of ddpm with all {T} steps: {what}."
+    return fewest if row["made"] <= CHEAP else f"{fewest} Nothing with {CHEAP} calls or fewer comes so close."
 
 
 def write_text(report, path):

@@ -201,6 +201,7 @@ def some(names, limit=3):
 
 def known_settings(checkpoint):
     """The settings of train.py that a checkpoint is to be gone on with, by field name: its own, or those that its weights show."""
+    # Groups leave no trace in weights: what does not name them has the reference's.
     config = {"num_groups": MAX_GROUPS, **(checkpoint["config"] or config_from_weights(checkpoint["weights"]))}
     # Without a counter the average is an old one: a warm-up would replace most of it within a few steps.
     return config if "ema_step" in checkpoint else {**config, "ema_warmup": False}
@@ -222,6 +223,5 @@ def config_from_weights(state_dict):
     return {
         "img_channels": found["img_channels"], "channel": found["base_channels"], "channel_mults": found["channel_mults"],
         "num_res_blocks": found["num_res_blocks"], "attention_resolutions": found["attention_resolutions"],
-        "num_groups": MAX_GROUPS, "class_conditional": found["num_classes"] is not None, "label_dropout": 0.0,
-        **schedule,
+        "class_conditional": found["num_classes"] is not None, "label_dropout": 0.0, **schedule,
     }

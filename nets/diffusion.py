@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import samplers
-from .schedules import check_betas, make_betas
+from .schedules import check_betas, make_betas, schedule_tables
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 
@@ -296,25 +296,6 @@ class GaussianDiffusion(nn.Module):
         if tuple(x.shape) != shape:
             raise ValueError(f"{name} must have the shape {shape}, not {tuple(x.shape)}")
         return x.to(device, torch.float32)
-
-
-def schedule_tables(betas):
-    """The tables that a state dict stores, (T,) float64 each (letters as in Ho et al. 2020).
-
-    remove_noise_coeff and reciprocal_sqrt_alphas are the factors of equation 11, sigma is the noise of algorithm 2.
-    """
-    alphas = 1 - betas
-    alphas_cumprod = np.cumprod(alphas)
-    return {
-        "betas": betas,
-        "alphas": alphas,
-        "alphas_cumprod": alphas_cumprod,
-        "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
-        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_cumprod),
-        "reciprocal_sqrt_alphas": np.sqrt(1 / alphas),
-        "remove_noise_coeff": betas / np.sqrt(1 - alphas_cumprod),
-        "sigma": np.sqrt(betas),
-    }
 
 
 def blend_(averages, values, weight):

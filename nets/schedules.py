@@ -1,6 +1,6 @@
 """Noise schedules: beta_t, the variance that step t of the forward process adds (Ho et al. 2020, equation 2), in float64.
 
-Everything else (alpha, alpha_bar, ...) follows from the betas. float64 matters: 1 - beta loses beta's digits in float32.
+Everything else (alpha, alpha_bar, ...: `schedule_tables`) follows from the betas. float64 matters: 1 - beta loses beta's digits in float32.
 """
 
 import warnings
@@ -71,6 +71,25 @@ def check_betas(betas):
     if not np.all((betas > 0) & (betas < 1)):
         raise ValueError(f"every beta must lie between 0 and 1, these run from {betas.min():.3g} to {betas.max():.3g}")
     return betas
+
+
+def schedule_tables(betas):
+    """The tables that a state dict stores, (T,) float64 each (letters as in Ho et al. 2020).
+
+    remove_noise_coeff and reciprocal_sqrt_alphas are the factors of equation 11, sigma is the noise of algorithm 2.
+    """
+    alphas = 1 - betas
+    alphas_cumprod = np.cumprod(alphas)
+    return {
+        "betas": betas,
+        "alphas": alphas,
+        "alphas_cumprod": alphas_cumprod,
+        "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_cumprod),
+        "reciprocal_sqrt_alphas": np.sqrt(1 / alphas),
+        "remove_noise_coeff": betas / np.sqrt(1 - alphas_cumprod),
+        "sigma": np.sqrt(betas),
+    }
 
 
 def find_schedule(betas):
