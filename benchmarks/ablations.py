@@ -1,7 +1,8 @@
 """The candidates of NOTES.md, each beside the path that it would replace: python -m benchmarks.ablations --sections step"""
 import copy
 import ctypes
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 from benchmarks.timing import interleave, markdown, spread, usable_cores
 from nets import GaussianDiffusion, UNet, fused, unet
 from utils.config import parse_config, run_script
-from utils.device import autocast, choose_device, keep_freed_memory, round_weights
+from utils.device import autocast, choose_device, choose_precision, keep_freed_memory, round_weights
 from utils.optimizer import make_optimizer
 
 CHANNELS_LAST = torch.channels_last
@@ -27,6 +28,7 @@ class Config:
     threads: int = 1                        # of PyTorch; 0: one a core
     clock: Literal["wall", "cpu"] = "cpu"   # cpu: this process's own time, with one thread undisturbed by other programs
     device: str = "auto"                    # auto, cuda or cpu
+    precision: str = "auto"                 # auto, fp32 or bf16, of whole networks
     profile: bool = False                   # print where the network's time goes instead
 
 
@@ -34,6 +36,7 @@ def main():
     config = parse_config(Config, __doc__)
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or usable_cores())
+    config = replace(config, precision=choose_precision(config.precision, device))
     if config.profile:
         print_profile(config, device)
         return
@@ -57,15 +60,17 @@ def batch_of(config, device, layout=torch.contiguous_format):
 
 
 def plain(norm, activation, x, conv, dropout=None):
-    x = activation(norm(x))
+    x = norm(x) if activation is None else activation(norm(x))
     return conv(x if dropout is None else dropout(x))
 
 
-def backward(network, batch, norm_act_conv=fused.norm_act_conv):
+def backward(config, network, batch, norm_act_conv=fused.norm_act_conv):
     """A function: forward and backward pass, with the path of norm, activation, dropout and convolution that is given."""
     def step():
         unet.norm_act_conv = norm_act_conv
-        network(*batch).square().mean().backward()
+        with autocast(batch[0].device, config.precision):
+            loss = network(*batch).float().square().mean()
+        loss.backward()
         unet.norm_act_conv = fused.norm_act_conv
     return step
 
@@ -74,8 +79,8 @@ def step_section(config, device):
     functions = {}
     for name, layout in (("PyTorch's own layout", torch.contiguous_format), ("channels_last", CHANNELS_LAST)):
         network, batch = network_of(config, device, layout), batch_of(config, device, layout)
-        functions[f"{name}, plain"] = backward(network, batch, plain)
-        functions[f"{name}, fused norm"] = backward(network, batch)
+        functions[f"{name}, plain"] = backward(config, network, batch, plain)
+        functions[f"{name}, fused norm"] = backward(config, network, batch)
     return functions
 
 
@@ -83,7 +88,7 @@ def parts_section(config, device):
     """What a training step does outside the network, on the gradients of one."""
     diffusion = GaussianDiffusion(network_of(config, device, CHANNELS_LAST), (32, 32), 3).to(device)
     trained = list(diffusion.model.parameters())
-    step = backward(diffusion.model, batch_of(config, device, CHANNELS_LAST))
+    step = backward(config, diffusion.model, batch_of(config, device, CHANNELS_LAST))
     optimizer = make_optimizer("adam", trained, device)
     step()
     diffusion.ema_step = diffusion.ema_start
@@ -93,7 +98,7 @@ def parts_section(config, device):
 
 def print_profile(config, device):
     """The operations of a forward and a backward pass by their own time."""
-    step = backward(network_of(config, device, CHANNELS_LAST), batch_of(config, device, CHANNELS_LAST))
+    step = backward(config, network_of(config, device, CHANNELS_LAST), batch_of(config, device, CHANNELS_LAST))
     for _ in range(2):
         step()
     with torch.profiler.profile() as profile:
@@ -105,7 +110,7 @@ def print_profile(config, device):
 
 
 def allocator_section(config, device):
-    step = backward(network_of(config, device, CHANNELS_LAST), batch_of(config, device, CHANNELS_LAST))
+    step = backward(config, network_of(config, device, CHANNELS_LAST), batch_of(config, device, CHANNELS_LAST))
 
     def giving_back():
         libc = ctypes.CDLL(None)
@@ -138,24 +143,29 @@ def images(config, device, channels, size, dtype=torch.float32):
 
 def norm_section(config, device):
     functions, channels = {}, config.channel
-    for dtype in (torch.float32, torch.bfloat16):
-        x = images(config, device, channels, 32, dtype)
+    for dtype, size in ((torch.float32, 32), (torch.bfloat16, 32), (torch.bfloat16, 16)):
+        x = images(config, device, channels, size, dtype)
         norm = nn.GroupNorm(32, channels).to(device)
         conv = nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype).to(memory_format=CHANNELS_LAST)
         paths = {"plain": plain, "compiled": torch.compile(plain, dynamic=True), "fused": fused.norm_act_conv}
         for name, path in paths.items():
-            functions[f"{name}, {dtype}"] = gradients(lambda x, path=path, norm=norm, conv=conv: path(norm, F.silu, x, conv), x)
+            whole = functools.partial(lambda path, norm, conv, x: path(norm, F.silu, x, conv), path, norm, conv)
+            functions[f"{name}, {size}x{size}, {dtype}"] = gradients(whole, x)
     return functions
 
 
 def dropout_section(config, device):
     x = images(config, device, config.channel, 32)
-    values, mask = x.detach(), fused.draw_mask(x, 0.1)[0]
+    values, mask = x.detach().clone(), fused.draw_mask(x, 0.1)[0]
+    half = values.bfloat16()
     return {
         "F.dropout, forward and backward": gradients(lambda x: F.dropout(x, 0.1), x),
         "bernoulli_ alone": lambda: torch.empty_like(values).bernoulli_(0.9),
         "16 random bits alone": lambda: fused.draw_mask(values, 0.1),
-        "masked_fill_ and mul_ with such a mask": lambda: values.clone().masked_fill_(mask, 0).mul_(1.1),
+        "masked_fill_ with such a mask, float32": lambda: values.masked_fill_(mask, 0),
+        "bits of such a mask, float32": lambda: fused.drop(values, fused.keep_bits(mask, values.dtype)),
+        "masked_fill_ with such a mask, bf16": lambda: half.masked_fill_(mask, 0),
+        "bits of such a mask, bf16": lambda: fused.drop(half, fused.keep_bits(mask, half.dtype)),
     }
 
 
@@ -195,16 +205,20 @@ def drawing_section(config, device):
     round_weights(rounded, "bf16")
     batch, one = batch_of(config, device, CHANNELS_LAST), [tensor[:1] for tensor in batch_of(config, device, CHANNELS_LAST)]
 
-    def half(network):
+    def half(network, batch, norm_act_conv=fused.norm_act_conv):
         def call():
+            unet.norm_act_conv = norm_act_conv
             with torch.no_grad(), autocast(device, "bf16"):
-                network(*one)
+                network(*batch)
+            unet.norm_act_conv = fused.norm_act_conv
         return call
 
     return {
-        "PyTorch's own layout": torch.no_grad()(lambda: own(*batch)), "channels_last": torch.no_grad()(lambda: network(*batch)),
-        "channels_last, inference_mode": torch.inference_mode()(lambda: network(*batch)),
-        "bf16, one picture": half(network), "bf16, one picture, rounded weights": half(rounded),
+        "fp32, PyTorch's own layout": torch.no_grad()(lambda: own(*batch)),
+        "fp32, channels_last": torch.no_grad()(lambda: network(*batch)),
+        "fp32, channels_last, inference_mode": torch.inference_mode()(lambda: network(*batch)),
+        "bf16, plain": half(rounded, batch, plain), "bf16, fused norm": half(rounded, batch),
+        "bf16, one picture": half(network, one), "bf16, one picture, rounded weights": half(rounded, one),
     }  # fmt: skip
 
 
@@ -212,7 +226,7 @@ def checkpointing_section(config, device):
     network, batch = network_of(config, device, CHANNELS_LAST), batch_of(config, device, CHANNELS_LAST)
     saving = copy.deepcopy(network)
     saving.activation_checkpointing = True
-    return {"all activations kept": backward(network, batch), "activation checkpointing": backward(saving, batch)}
+    return {"all activations kept": backward(config, network, batch), "activation checkpointing": backward(config, saving, batch)}
 
 
 SECTIONS = {

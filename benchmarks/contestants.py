@@ -5,6 +5,8 @@ its unconditional training example (AdamW, its EMA, files decoded and augmented 
 option on a GPU); denoising-diffusion-pytorch runs its own Trainer. A package that is missing is a ModuleNotFoundError here.
 """
 import contextlib
+import copy
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import train
 from benchmarks.timing import quiet
 from utils.annotation import find_images, write_annotation
 from utils.dataset import EpochBatches, data_loader, normalise
-from utils.device import autocast, choose_compile, choose_precision, memory_format
+from utils.device import autocast, choose_compile, choose_precision, memory_format, round_weights
 from utils.learning_rate import choose_rate, learning_rate
 from utils.optimizer import held_against, set_rate, step_unless_bad
 from utils.randomness import draw_step, mix
@@ -65,7 +67,6 @@ class Ours:
         self.compiled = choose_compile("auto", job.device)
         if self.compiled:
             self.diffusion.model.compile()
-            self.diffusion.ema_model.compile()
         self.batches, self.step, self.generator = forever(self.epoch), 0, torch.Generator(job.device)
 
     def epoch(self):
@@ -93,18 +94,26 @@ class Ours:
         meter.shown()
         self.step += 1
 
+    @functools.cached_property
+    def drawing(self):
+        """The diffusion as predict.py draws with it."""
+        drawing = copy.deepcopy(self.diffusion).to(memory_format=memory_format(self.job.device, self.precision))
+        round_weights(drawing.ema_model, self.precision)
+        if self.compiled:
+            drawing.ema_model.compile()
+        return drawing
+
     def denoise_step(self):
         """One step of ddpm, as `sample` takes it."""
         if not hasattr(self, "steps"):
-            self.diffusion.to(memory_format=memory_format(self.job.device, self.precision))
-            self.steps = forever(lambda: self.diffusion.sample_steps(self.job.batch_size, self.job.device, sampler="ddpm"))
+            self.steps = forever(lambda: self.drawing.sample_steps(self.job.batch_size, self.job.device, sampler="ddpm"))
         with autocast(self.job.device, self.precision):
             next(self.steps)
 
     def draw(self, count):
         """`count` pictures as predict.py draws them: the whole job. Returns the share of it that was done."""
         with autocast(self.job.device, self.precision):
-            self.diffusion.sample(count, self.job.device, sampler="dpm++", steps=25, seeds=range(count))
+            self.drawing.sample(count, self.job.device, sampler="dpm++", steps=25, seeds=range(count))
         return 1.0
 
     def batch(self):

@@ -91,7 +91,7 @@ class AttentionBlock(nn.Module):
         self.to_out = zero_init(nn.Conv2d(in_channels, in_channels, 1))
 
     def forward(self, x):
-        qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (b, h*w, 3c)
+        qkv = norm_act_conv(self.norm, None, x, self.to_qkv).flatten(2).transpose(1, 2)  # (b, h*w, 3c)
         # The fast kernels want the channels next to each other: free in channels_last, one copy otherwise.
         q, k, v = qkv.contiguous().unsqueeze(1).chunk(3, dim=-1)  # (b, 1 head, h*w, c)
         out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(c)) v

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from nets import UNet, fused, unet
-from nets.fused import NormSiluDropoutConv, norm_act_conv
+from nets.fused import NormActDropoutConv, norm_act_conv
 from utils.checkpoint import weights_digest
 from utils.device import autocast, memory_format, round_weights
 
 
 def plain(norm, activation, x, conv, dropout=None):
-    x = activation(norm(x))
+    x = norm(x) if activation is None else activation(norm(x))
     return conv(x if dropout is None else dropout(x))
 
 
@@ -51,7 +51,7 @@ def run(function, norm, x):
 def test_fused_norm_and_silu_have_the_plain_results_and_gradients(shape, layout):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
     norm = norm_of(shape[1])
-    assert type(norm_act_conv(norm, F.silu, x, conv_of(shape[1])).grad_fn).__name__ == "NormSiluDropoutConvBackward"
+    assert type(norm_act_conv(norm, F.silu, x, conv_of(shape[1])).grad_fn).__name__ == "NormActDropoutConvBackward"
     for ours, expected in zip(run(norm_act_conv, norm, x), run(plain, norm, x)):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
@@ -96,7 +96,7 @@ def test_without_gradients_or_with_another_norm_or_activation_the_path_is_plain(
     def refuse(*arguments):
         raise AssertionError("fused")
 
-    monkeypatch.setattr(NormSiluDropoutConv, "apply", refuse)
+    monkeypatch.setattr(NormActDropoutConv, "apply", refuse)
     x, norm, conv = torch.randn(2, 8, 4, 4), norm_of(8), conv_of(8)
     with torch.no_grad():
         assert torch.equal(norm_act_conv(norm, F.silu, x, conv), plain(norm, F.silu, x, conv))
@@ -160,6 +160,31 @@ def test_the_masks_share_and_factor_belong_together(share, count):
     dropped, factor = fused.draw_mask(torch.empty(3, 5, 7, 11), share)  # no multiple of four
     assert dropped.shape == (3, 5, 7, 11) and dropped.dtype == torch.bool
     assert factor == 2**16 / (2**16 - count)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_dropping_by_bits_is_filling_with_zeros(dtype):
+    x = torch.randn(2, 3, 5, 7, dtype=dtype).to(memory_format=torch.channels_last)
+    x[0, 0, 0, 0] = float("nan")
+    dropped = torch.rand(x.shape).to(memory_format=torch.channels_last) < 0.5
+    expected = x.masked_fill(dropped, 0)
+    torch.testing.assert_close(fused.drop(x, fused.keep_bits(dropped, dtype)), expected, atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [1, 4, 16, 32])  # PyTorch's own takes over at 32
+def test_group_norm_in_bf16_is_that_of_float32_far_from_zero_too(size):
+    x = 8 * torch.randn(4, 32, 1, 1) + torch.randn(4, 32, size, size)
+    x = x.bfloat16().to(memory_format=torch.channels_last)
+    norm = norm_of(32)
+    out, mean, rstd = fused.group_norm(x, norm.weight, norm.bias, 8, norm.eps)
+    groups = x.double().reshape(4, 8, -1)
+    torch.testing.assert_close(mean.double().view(4, 8), groups.mean(2), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(rstd.double().view(4, 8), (groups.var(2, correction=0) + norm.eps).rsqrt(), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(out.float(), norm(x.float()), atol=0.06, rtol=0.02)
+    conv = looking_glass(32).bfloat16()
+    with torch.no_grad():  # as when drawing
+        seen = norm_act_conv(norm, F.silu, x, conv).float()
+    torch.testing.assert_close(seen, F.silu(norm(x.float())).detach(), atol=0.06, rtol=0.03)
 
 
 def test_a_digest_of_weights_knows_no_memory_format():
