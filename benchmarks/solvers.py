@@ -62,6 +62,7 @@ class Config:
     clock: Literal["wall", "cpu"] = "wall"  # cpu: this process's own time, for a machine that others use too; with one thread
     device: str = "auto"                  # auto, cuda, mps or cpu
     precision: str = "auto"               # auto, fp32, bf16 or fp16, of the diffusion network
+    compile: Literal["auto"] | bool = "auto"  # compile the diffusion network: auto, True or False
     name: str = ""                        # of the files in benchmarks/results; "": the device's
 
 
@@ -197,7 +198,7 @@ class Bench:
             self.labels = evaluate.labels_like(reference, self.model, seed=0)
         self.held_out = cache.collected(held_out, self.extractor, 0).statistics if held_out else None
         diffusion = self.model.diffusion
-        if choose_compile("auto", device):
+        if choose_compile(config.compile, device):
             diffusion.ema_model.compile()
         self.read = time.process_time if config.clock == "cpu" else time.perf_counter
         self.clock = diffusion.ema_model = NetworkClock(diffusion.ema_model, device, self.read)

@@ -5,7 +5,9 @@ from conftest import PROJECT, TINY, command, newest_run, run, run_main, torchrun
 
 from utils.checkpoint import load_checkpoint
 
-RUN = [*TINY, "--epochs", "5", "--dropout", "0", "--horizontal_flip", "True", "--class_conditional", "True", "--val_split", "0.2"]
+# In float32 on every machine: in bf16 sums of another order are other sums.
+RUN = [*TINY, "--epochs", "5", "--dropout", "0", "--horizontal_flip", "True", "--class_conditional", "True", "--val_split", "0.2",
+       "--precision", "fp32"]  # fmt: skip
 
 
 def train_in(folder, build, *settings):
