@@ -170,33 +170,40 @@ def dropout_section(config, device):
 
 
 def attention_section(config, device):
-    qkv = torch.randn(config.batch_size, 1, 256, 2 * config.channel, device=device, requires_grad=True)
-
     def products(x):
-        weights = torch.softmax(x[:, 0] @ (x[:, 0] * x.shape[-1] ** -0.5).transpose(1, 2), -1)
-        return (weights @ x[:, 0])[:, None]
+        q, k, v = x.chunk(3, -1)
+        return torch.softmax(q @ (k.transpose(1, 2) * q.shape[-1] ** -0.5), -1) @ v
 
     def kernel(x):
-        return F.scaled_dot_product_attention(x, x, x)
+        return F.scaled_dot_product_attention(*x.unsqueeze(1).chunk(3, -1))
 
-    return {"scaled_dot_product_attention": gradients(kernel, qkv), "plain products": gradients(products, qkv)}
+    functions = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        qkv = torch.randn(config.batch_size, 256, 6 * config.channel, device=device, dtype=dtype, requires_grad=True)
+        functions[f"scaled_dot_product_attention, {dtype}"] = gradients(kernel, qkv)
+        functions[f"plain products, {dtype}"] = gradients(products, qkv)
+    return functions
 
 
 def upsample_section(config, device):
     """Nearest neighbour and a 3x3 convolution are a transposed convolution of 4x4 on a quarter of the pixels."""
-    layer = unet.Upsample(2 * config.channel).to(device, memory_format=CHANNELS_LAST)
-    x, conv = images(config, device, 2 * config.channel, 16), layer.upsample[1]
+    functions = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = unet.Upsample(2 * config.channel).to(device, dtype, memory_format=CHANNELS_LAST)
+        x = images(config, device, 2 * config.channel, 16, dtype)
 
-    def transposed(x):
-        wide = F.pad(conv.weight, (1, 1, 1, 1))
-        wide = wide[..., 1:] + wide[..., :-1]
-        wide = (wide[..., 1:, :] + wide[..., :-1, :]).flip(2, 3).transpose(0, 1)
-        return F.conv_transpose2d(x, wide.contiguous(memory_format=CHANNELS_LAST), conv.bias, stride=2, padding=1)
+        def transposed(x, conv=layer.upsample[1]):
+            wide = F.pad(conv.weight, (1, 1, 1, 1))
+            wide = wide[..., 1:] + wide[..., :-1]
+            wide = (wide[..., 1:, :] + wide[..., :-1, :]).flip(2, 3).transpose(0, 1)
+            return F.conv_transpose2d(x, wide.contiguous(memory_format=CHANNELS_LAST), conv.bias, stride=2, padding=1)
 
-    torch.testing.assert_close(layer(x), transposed(x), atol=1e-4, rtol=1e-3)
-    paths = {"plain": layer, "transposed": transposed}
-    functions = {f"{name}, forward and backward": gradients(path, x) for name, path in paths.items()}
-    return functions | {f"{name}, forward": torch.no_grad()(lambda path=path: path(x)) for name, path in paths.items()}
+        if dtype == torch.float32:
+            torch.testing.assert_close(layer(x), transposed(x), atol=1e-4, rtol=1e-3)
+        for name, path in {"plain": layer, "transposed": transposed}.items():
+            functions[f"{name}, forward and backward, {dtype}"] = gradients(path, x)
+            functions[f"{name}, forward, {dtype}"] = torch.no_grad()(lambda path=path, x=x: path(x))
+    return functions
 
 
 def drawing_section(config, device):
