@@ -72,6 +72,14 @@ def run_main(script, *arguments):
         sys.argv = before
 
 
+def randomize(network, seed=0):
+    """Zero-initialised layers hide what flows through them: give every parameter a value."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in network.parameters():
+        p.data = torch.randn(p.shape, generator=generator) * (0.1 if p.ndim < 2 else (p.numel() / p.shape[0]) ** -0.5)
+    return network
+
+
 def newest_run(folder):
     return max((Path(folder) / "logs").glob("*/"), key=lambda path: path.stat().st_mtime_ns)
 

@@ -3,20 +3,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import randomize
 
 from nets import AttentionBlock, Downsample, PositionalEmbedding, ResidualBlock, UNet, Upsample, get_norm
 
 
 def small_unet(**settings):
     return UNet(3, **{"base_channels": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "time_emb_dim": 64, **settings})
-
-
-def randomize(network, seed=0):
-    """Zero-initialised layers hide what flows through them: give every parameter a value."""
-    generator = torch.Generator().manual_seed(seed)
-    for p in network.parameters():
-        p.data = torch.randn(p.shape, generator=generator) * (0.1 if p.ndim < 2 else (p.numel() / p.shape[0]) ** -0.5)
-    return network
 
 
 @pytest.fixture
