@@ -2,9 +2,9 @@
 
 All have the same widths, blocks, dropout and batch. Ours takes what train.py would choose for the device. diffusers runs the loop of
 its unconditional training example (AdamW, its EMA, files decoded and augmented every epoch, the loss read every step; bf16 as its
-option on a GPU); denoising-diffusion-pytorch runs its own Trainer. A package that is missing is a ModuleNotFoundError here.
+option on a GPU, float32 on a CPU, and bf16 there too as a contestant of its own); denoising-diffusion-pytorch runs its own Trainer, in
+float32 on a CPU. A package that is missing is a ModuleNotFoundError here.
 """
-import contextlib
 import copy
 import functools
 from dataclasses import dataclass
@@ -146,6 +146,7 @@ class Diffusers:
     """diffusers: UNet2DModel in the loop of examples/unconditional_image_generation, with its defaults."""
 
     name = "diffusers"
+    cpu_precision = "fp32"
 
     def __init__(self, job):
         from accelerate import Accelerator
@@ -155,6 +156,7 @@ class Diffusers:
 
         self.job = job
         gpu = job.device.type == "cuda"
+        self.precision = "bf16" if gpu else self.cpu_precision
         self.accelerator = Accelerator(mixed_precision="bf16" if gpu else "no", cpu=not gpu)
         down, up = ["DownBlock2D"] * len(MULTS), ["UpBlock2D"] * len(MULTS)
         down[1], up[-2] = "AttnDownBlock2D", "AttnUpBlock2D"
@@ -180,8 +182,10 @@ class Diffusers:
         noise = torch.randn(images.shape, device=images.device)
         t = torch.randint(0, 1000, (len(images),), device=images.device, dtype=torch.int64)
         noisy = self.scheduler.add_noise(images, noise, t)
+        # On a GPU the accelerator does this by itself.
         with self.accelerator.accumulate(self.model):
-            loss = nn.functional.mse_loss(self.model(noisy, t).sample.float(), noise.float())
+            with autocast(self.job.device, self.precision):
+                loss = nn.functional.mse_loss(self.model(noisy, t).sample.float(), noise.float())
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -198,12 +202,9 @@ class Diffusers:
         if not hasattr(self, "x"):
             self.network.eval()
             self.x = torch.randn(self.job.batch_size, 3, self.job.size, self.job.size, device=self.job.device)
-        with self.half():
+        with autocast(self.job.device, self.precision):
             predicted = self.network(self.x, 500).sample
         self.scheduler.step(predicted, 500, self.x, generator=self.generator)
-
-    def half(self):
-        return torch.autocast("cuda", torch.bfloat16) if self.job.device.type == "cuda" else contextlib.nullcontext()
 
     def draw(self, count, steps=5):
         """`count` pictures by DDPMPipeline with `steps` of its 1000 steps, which are all alike. Returns the share of the job."""
@@ -211,12 +212,19 @@ class Diffusers:
 
         pipeline = DDPMPipeline(unet=self.network, scheduler=DDPMScheduler(num_train_timesteps=1000))
         pipeline.set_progress_bar_config(disable=True)
-        with self.half():
+        with autocast(self.job.device, self.precision):
             pipeline(batch_size=count, num_inference_steps=steps, generator=torch.manual_seed(0))
         return steps / 1000
 
     def batch(self):
         return next(self.batches)
+
+
+class DiffusersHalf(Diffusers):
+    """The same in bf16 on a CPU too, which its example leaves to the user to ask for."""
+
+    name = "diffusers, told to use bf16"
+    cpu_precision = "bf16"
 
 
 class Lucidrains:
@@ -231,6 +239,7 @@ class Lucidrains:
         self.network = Unet(dim=job.channel, dim_mults=MULTS, dropout=job.dropout, flash_attn=True)
         diffusion = GaussianDiffusion(self.network, image_size=job.size, timesteps=1000).to(job.device)
         gpu = job.device.type == "cuda"
+        self.precision = "bf16" if gpu else "fp32"
         self.trainer = Trainer(
             diffusion, str(job.images), train_batch_size=job.batch_size, train_lr=8e-5, train_num_steps=0, calculate_fid=False, amp=gpu,
             mixed_precision_type="bf16", save_and_sample_every=10**9, results_folder=str(job.scratch / "results"),
@@ -264,13 +273,15 @@ class Lucidrains:
         return next(self.trainer.dl)
 
 
-CONTESTANTS = {kind.name: kind for kind in (Ours, Diffusers, Lucidrains)}
+CONTESTANTS = {kind.name: kind for kind in (Ours, Diffusers, DiffusersHalf, Lucidrains)}
 
 
 def installed(job):
     """The contestants that can run here, built; a line for each that cannot."""
     built = {}
     for name, kind in CONTESTANTS.items():
+        if kind is DiffusersHalf and (job.device.type == "cuda" or choose_precision("auto", job.device) == "fp32"):
+            continue  # it would be Diffusers again, or slower
         try:
             built[name] = kind(job)
         except ImportError as error:

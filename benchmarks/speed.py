@@ -104,9 +104,11 @@ def train_section(config, job, contestants):
     seconds = timed(config, job, {name: one.train_step for name, one in contestants.items()})
     flops = {name: count_flops(one.train_step) for name, one in contestants.items()}
     rows = rows_of("training step", "images/s", seconds, dict.fromkeys(seconds, config.batch_size), flops)
-    peaks = measure_peaks(config, job)
+    used = {name: one.precision for name, one in contestants.items()}
+    peaks = [peak for precision in dict.fromkeys(used.values()) for peak in measure_peaks(config, job, precision)]
     for row in rows:
-        row["share_of_peaks"] = {peak["who"]: row["flops_a_second"] / peak["flops_a_second"] for peak in peaks}
+        same = [peak for peak in peaks if peak["precision"] == used[row["who"]]]
+        row["share_of_peaks"] = {peak["who"]: row["flops_a_second"] / peak["flops_a_second"] for peak in same}
     return rows + peaks
 
 
@@ -117,9 +119,9 @@ def count_flops(step):
     return counter.get_total_flops()
 
 
-def measure_peaks(config, job):
-    """FLOP/s of one large matrix product and of one 3x3 convolution, in the dtype that this project trains in on this device."""
-    dtype, gpu = DTYPES[choose_precision("auto", job.device)], job.device.type == "cuda"
+def measure_peaks(config, job, precision):
+    """FLOP/s of one large matrix product and of one 3x3 convolution in these numbers."""
+    dtype, gpu = DTYPES[precision], job.device.type == "cuda"
     n, width, size = (8192, 256, 32) if gpu else (2048, 128, 32)
     batch = 128 if gpu else 16
     a = torch.randn(n, n, device=job.device, dtype=dtype)
@@ -129,7 +131,7 @@ def measure_peaks(config, job):
     with torch.no_grad():
         functions = {"matrix product": lambda: a @ a, "3x3 convolution": lambda: torch.conv2d(x, weight, padding=1)}
         seconds = timed(config, job, functions, warm_up=3)
-    return [{"what": f"peak, {str(dtype).removeprefix('torch.')}", "who": name, "unit": "FLOP/s", "seconds_a_call": spread(values),
+    return [{"what": f"peak, {precision}", "who": name, "precision": precision, "unit": "FLOP/s", "seconds_a_call": spread(values),
              "rate": flops[name] / min(values), "flops_a_second": flops[name] / min(values)} for name, values in seconds.items()]
 
 
@@ -277,11 +279,13 @@ def as_text(report):
     about, settings = report["machine"], report["settings"]
     gpu = about["gpu"] or "no CUDA GPU here: the same command measures one where there is one"
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    theirs = "" if about["gpu"] else " on a CPU, in fp32 unless a name says otherwise"
     clock = "wall time" if about["clock"] == "wall" else "this process's CPU time"
     lines = [
         f"{about['cpu']}, {about['threads']} of {about['cores']} cores, load {about['load']:.1f}; {gpu}.",
         f"{settings['channel']} channels, {settings['size']}x{settings['size']}, batch {settings['batch_size']}, "
-        f"dropout {settings['dropout']}, {about['precision']}; medians of {settings['rounds']} interleaved rounds, {clock}.",
+        f"dropout {settings['dropout']}; this project in {about['precision']}, the others as their documentation has it{theirs}; "
+        f"medians of {settings['rounds']} interleaved rounds, {clock}.",
         f"Python {about['python']}, {versions}.", "",
     ]  # fmt: skip
     return "\n".join(lines) + "\n" + markdown(("what", "who", "rate", "a call (quartiles)", "ratio", "notes"), map(cells, report["rows"]))
@@ -295,7 +299,7 @@ def cells(row):
     notes = [row["note"]] if "note" in row else []
     if "share_of_peaks" in row:
         shares = ", ".join(f"{share:.0%} of the {peak}" for peak, share in row["share_of_peaks"].items())
-        notes.append(f"{row['flops_a_second'] / 1e9:,.1f} GFLOP/s: {shares}")
+        notes.append(f"{row['flops_a_second'] / 1e9:,.1f} GFLOP/s: {shares} in the same numbers")
     notes += [f"a core: {row['ours_is_faster_a_core']:.2f}x"] if row.get("ours_is_faster_a_core") else []
     return row["what"], row["who"], rate, call, ratio, "; ".join(notes)
 
