@@ -40,7 +40,7 @@ class Config:
     guidance_scale: float = 1.0                   # above 1: more typical of its class, less varied (with label_dropout > 0)
 
     # Solver
-    sampler: str = "dpm++"                        # ddpm, ddim, dpm++ or heun; with a mask ddpm
+    sampler: str = "sde-dpm++"                    # sde-dpm++, dpm++, ddpm, ddim or heun; with a mask ddpm
     steps: int = 0                                # of the solver; 0: 25, for ddpm all that the model knows, with a mask 250
     spacing: str = ""                             # uniform, trailing or logsnr; "": what suits the sampler
     eta: float = 0.0                              # ddim's share of fresh noise, 0 to 1

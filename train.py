@@ -86,7 +86,7 @@ class Config:
     save_minutes: float = 10.0                           # minutes between saves of last.pth within an epoch
     keep_last: int = 0                                   # how many of the kept weights stay; 0: all
     preview_period: int = 10                             # epochs between preview pictures; 0: none
-    preview_sampler: str = "dpm++"                       # solver of the previews
+    preview_sampler: str = "sde-dpm++"                   # solver of the previews
     preview_steps: int = 25                              # its steps
     val_split: float = 0.0                               # share of the pictures kept aside for a validation loss
     dry_run: bool = False                                # print parameters, steps, memory and what "auto" became; stop

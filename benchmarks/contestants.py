@@ -113,7 +113,7 @@ class Ours:
     def draw(self, count):
         """`count` pictures as predict.py draws them: the whole job. Returns the share of it that was done."""
         with autocast(self.job.device, self.precision):
-            self.drawing.sample(count, self.job.device, sampler="dpm++", steps=25, seeds=range(count))
+            self.drawing.sample(count, self.job.device, sampler="sde-dpm++", steps=25, seeds=range(count))
         return 1.0
 
     def batch(self):

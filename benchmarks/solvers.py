@@ -30,6 +30,7 @@ SOLVERS = {  # name in the tables -> sampler and its options
     "ddpm-posterior": {"sampler": "ddpm", "variance": "posterior"},
     "ddim": {"sampler": "ddim"},
     "dpm++": {"sampler": "dpm++"},
+    "sde-dpm++": {"sampler": "sde-dpm++"},
     "heun": {"sampler": "heun"},
 }
 EVERY = "every"  # the spacing of as many steps as there are timesteps: all spacings are the same then

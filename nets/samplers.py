@@ -76,6 +76,26 @@ def dpm_solver_pp(denoise, x, steps, noise, *, order=2):
         yield x, x_0
 
 
+def sde_dpm_solver_pp(denoise, x, steps, noise):
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", its solvers for diffusion SDEs): dpm_solver_pp's x_0 on ddpm's noisy way back.
+
+    Each step forgets e^-h of the old noise more than dpm_solver_pp does and draws as much anew, which wears off the network's earlier
+    errors. With x_0 constant, as in the first step, it is ddpm with the posterior's variance.
+    """
+    last_x_0 = last_h = None
+    for alpha_bar_t, alpha_bar_s, t in steps:
+        x_0 = extrapolated = denoise(x, t)
+        h = half_log_snr(alpha_bar_s) - half_log_snr(alpha_bar_t)
+        if last_x_0 is not None and alpha_bar_s < 1:
+            extrapolated = x_0 + 0.5 * h / last_h * (x_0 - last_x_0)
+        shrink = math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.exp(-h)
+        x = shrink * x + (math.sqrt(alpha_bar_s) - shrink * math.sqrt(alpha_bar_t)) * extrapolated
+        if alpha_bar_s < 1:
+            x = x + math.sqrt((1 - alpha_bar_s) * -math.expm1(-2 * h)) * next(noise)
+        last_x_0, last_h = x_0, h
+        yield x, x_0
+
+
 def heun(denoise, x, steps, noise):
     """Karras et al. 2022 ("EDM"), algorithm 1 (no churn), on our timesteps: N steps are 2N - 1 calls of the network.
 
@@ -126,9 +146,9 @@ def half_log_snr(alpha_bar):
     return 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar)) if alpha_bar < 1 else math.inf
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp, "heun": heun}
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp, "sde-dpm++": sde_dpm_solver_pp, "heun": heun}
 # What measured best with 25 network calls (ddim's uniform is within the noise of trailing): benchmarks/results/solvers_cpu.md.
-DEFAULT_SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "trailing", "heun": "logsnr"}
+DEFAULT_SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr", "sde-dpm++": "logsnr", "heun": "logsnr"}
 DEFAULT_STEPS = 25  # of every solver but ddpm, which walks through all of its timesteps
 
 

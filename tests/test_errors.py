@@ -163,7 +163,7 @@ def test_checkpoint_of_another_architecture(place, capsys):
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ("--sampler euler", "unknown sampler 'euler'; known: ddpm, ddim, dpm++, heun"),
+    ("--sampler euler", "unknown sampler 'euler'; known: ddpm, ddim, dpm++, sde-dpm++, heun"),
     ("--spacing karras", "unknown spacing 'karras'; known: uniform, trailing, logsnr"),
     ("--steps 21", "steps must be from 1 to 20"),
     ("--sampler ddpm --steps 1000", "steps must be from 1 to 20"),
@@ -257,4 +257,4 @@ def test_list_that_cannot_be_written(place, capsys):
 
 def test_the_process_itself_ends_with_code_1_and_one_line(place):
     printed = run(command("predict.py", "--sampler", "euler"), place, expect=1)
-    assert printed == "error: unknown sampler 'euler'; known: ddpm, ddim, dpm++, heun\n"
+    assert printed == "error: unknown sampler 'euler'; known: ddpm, ddim, dpm++, sde-dpm++, heun\n"

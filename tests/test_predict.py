@@ -102,7 +102,7 @@ def test_newest_run_is_drawn_as_one_picture_and_a_clean_grid(plain, capsys):
         save_checkpoint(folder / "last.pth", {**checkpoint, "config": {**checkpoint["config"], **options}})
     run_main("predict.py", "--device", "cpu", "--seed", "3", "--precision", "fp32")
     assert f"{(folder / 'last.pth').resolve()}, the newest run's" in capsys.readouterr().out
-    wanted = expected(plain, list(range(3, 28)), sampler="dpm++", steps=20)
+    wanted = expected(plain, list(range(3, 28)), sampler="sde-dpm++", steps=20)
     assert np.array_equal(pixels("results/predict_out/predict_1x1_results.png"), wanted[0])
     found = tiles("results/predict_out/predict_5x5_results.png")
     assert len(found) == 25
@@ -119,14 +119,14 @@ def test_newest_run_is_drawn_as_one_picture_and_a_clean_grid(plain, capsys):
     ("--sampler ddim --steps 6 --eta 0.7 --spacing logsnr", {"sampler": "ddim", "steps": 6, "eta": 0.7, "spacing": "logsnr"}),
     ("--sampler dpm++ --steps 6", {"sampler": "dpm++", "steps": 6}),
     ("--sampler heun --steps 6", {"sampler": "heun", "steps": 6}),
-    ("--use_ema False", {"sampler": "dpm++", "steps": 3, "use_ema": False}),
+    ("--use_ema False", {"sampler": "sde-dpm++", "steps": 3, "use_ema": False}),
 ])  # fmt: skip
 def test_options_of_the_solver_reach_it(plain, options, settings):
     out = draw(plain, "--seed", "5", "--num_images", "4", "--batch_size", "4", "--individual_files", "True", *options.split())
     wanted = expected(plain, [5, 6, 7, 8], **settings)
     assert all(np.array_equal(singles(out)[5 + i], wanted[i]) for i in range(4))
     if "sampler" in options or "False" in options:  # the setting shows: it is not the default's picture
-        assert not np.array_equal(wanted, expected(plain, [5, 6, 7, 8], sampler="dpm++", steps=3))
+        assert not np.array_equal(wanted, expected(plain, [5, 6, 7, 8], sampler="sde-dpm++", steps=3))
 
 
 def test_class_grid_has_a_row_a_class(classy, capsys):
@@ -134,8 +134,8 @@ def test_class_grid_has_a_row_a_class(classy, capsys):
     assert "a row of each class, from the top: even, odd" in capsys.readouterr().out
     assert len(grid) == 10
     labels = torch.tensor([0] * 5 + [1] * 5)
-    wanted = expected(classy, list(range(10, 20)), labels, sampler="dpm++", steps=3)
-    one_class = expected(classy, list(range(10, 20)), torch.zeros(10, dtype=torch.long), sampler="dpm++", steps=3)
+    wanted = expected(classy, list(range(10, 20)), labels, sampler="sde-dpm++", steps=3)
+    one_class = expected(classy, list(range(10, 20)), torch.zeros(10, dtype=torch.long), sampler="sde-dpm++", steps=3)
     for (row, column), picture in grid.items():
         assert np.array_equal(picture, wanted[row * 5 + column])
     assert np.abs(wanted[5:].astype(int) - one_class[5:]).max() > 1
@@ -147,7 +147,7 @@ def test_one_class_and_guidance(classy):
     pictures = {}
     for scale in (1, 3):
         pictures[scale] = singles(draw(classy, *options, "--guidance_scale", scale, out=f"by{scale}"))
-        wanted = expected(classy, [4, 5, 6], odd, sampler="dpm++", steps=3, guidance_scale=scale)
+        wanted = expected(classy, [4, 5, 6], odd, sampler="sde-dpm++", steps=3, guidance_scale=scale)
         assert all(np.array_equal(pictures[scale][4 + i], wanted[i]) for i in range(3))
     assert not np.array_equal(pictures[1][4], pictures[3][4])
 
@@ -211,7 +211,7 @@ def test_picture_to_start_from_is_converted_as_in_training(classy):
     options = ["--init_image", "wide.png", "--seed", "2", "--num_images", "2", "--batch_size", "2", "--class_name", "even"]
     for given, strength in (([], 0.6), (["--strength", "0.25"], 0.25)):
         out = draw(classy, *options, *given, "--individual_files", "True", out=f"out{strength}")
-        wanted = expected(classy, [2, 3], even, sampler="dpm++", steps=3, init=init, strength=strength)
+        wanted = expected(classy, [2, 3], even, sampler="sde-dpm++", steps=3, init=init, strength=strength)
         assert all(np.array_equal(singles(out)[2 + i], wanted[i]) for i in range(2)), strength
 
 
@@ -382,7 +382,7 @@ def test_bare_state_dict(runs, tmp_path, monkeypatch, capsys, number):
     assert pixels(out / "predict_1x1_results.png").shape == (32, 32, 3)
     label = ["--class_name", "1"] if number else []
     out = draw("bare.pth", "--seed", "5", "--num_images", "1", "--batch_size", "1", "--input_shape", "8,8", *label)
-    wanted = expected(Path("bare.pth"), [5], torch.tensor([1]) if number else None, sampler="dpm++", steps=3)
+    wanted = expected(Path("bare.pth"), [5], torch.tensor([1]) if number else None, sampler="sde-dpm++", steps=3)
     assert np.array_equal(pixels(out / "predict_1x1_results.png"), wanted[0])
 
 
@@ -390,7 +390,7 @@ def test_shipped_weights_where_there_is_no_run(plain, capsys):
     export_weights(plain, "logs/small.pth")
     draw("", "--seed", "5", "--num_images", "1", "--batch_size", "1")
     assert "small.pth, which come with this project" in capsys.readouterr().out
-    wanted = expected(plain, [5], sampler="dpm++", steps=3)[0].astype(int)
+    wanted = expected(plain, [5], sampler="sde-dpm++", steps=3)[0].astype(int)
     assert np.abs(pixels("out/predict_1x1_results.png") - wanted).max() <= 4  # half precision
 
 

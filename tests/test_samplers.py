@@ -90,6 +90,21 @@ def test_dpm_solver_against_diffusers(order, count):
     torch.testing.assert_close(run("dpm++", wave_denoiser(clip=False), x, steps, order=order), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("count", [25, 100])
+def test_sde_dpm_solver_against_diffusers(count):
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(1000, beta_schedule="linear", algorithm_type="sde-dpmsolver++", solver_order=2,
+                                            solver_type="midpoint", final_sigmas_type="zero")
+    scheduler.set_timesteps(count)
+    x, *noise = draws(count + 1)
+    expected = x
+    for t, z in zip(scheduler.timesteps, noise):
+        expected = scheduler.step(wave(expected, int(t)), t, expected, variance_noise=z).prev_sample
+    steps = solver_steps(ALPHA_BARS, scheduler.timesteps.tolist())
+    torch.testing.assert_close(run("sde-dpm++", wave_denoiser(clip=False), x, steps, noise), expected, **CLOSE)
+
+
 @pytest.mark.parametrize("count", [10, 40])
 def test_heun_against_diffusers(count):
     """Its scheduler lives on z = x / sqrt(alpha_bar) and asks for the network at x."""
@@ -153,7 +168,7 @@ def propagate(solver, steps, start, denoise, **options):
 
 
 RUNS = [("ddpm", {"variance": "beta"}), ("ddpm", {"variance": "posterior"}), ("ddim", {"eta": 0.0}), ("ddim", {"eta": 0.5}),
-        ("dpm++", {"order": 1}), ("dpm++", {"order": 2}), ("heun", {})]
+        ("dpm++", {"order": 1}), ("dpm++", {"order": 2}), ("sde-dpm++", {}), ("heun", {})]
 
 
 @pytest.mark.parametrize("solver, options", RUNS)
@@ -169,7 +184,7 @@ def test_a_thousand_steps_give_the_datas_mean_and_variance(solver, options, beta
 @pytest.mark.parametrize("solver, options", RUNS)
 def test_the_error_falls_at_the_solvers_order(solver, options):
     """Equal steps in lambda between two finite ends, from the true distribution at the one to that at the other."""
-    order = 2 if solver == "heun" or options.get("order") == 2 else 1
+    order = 2 if solver in ("heun", "sde-dpm++") or options.get("order") == 2 else 1
     errors = []
     for count in (40, 80, 160):
         alpha_bars = [1 / (1 + math.exp(-2 * half)) for half in np.linspace(3.0, -3.0, count + 1)]
@@ -207,6 +222,14 @@ def test_dpm_solver_of_order_one_is_ddim():
     ddim = run("ddim", wave_denoiser(clip=True), x, steps)
     torch.testing.assert_close(run("dpm++", wave_denoiser(clip=True), x, steps, order=1), ddim)
     assert (run("dpm++", wave_denoiser(clip=True), x, steps, order=2) - ddim).abs().max() > 1e-3
+
+
+def test_the_first_step_of_sde_dpm_solver_is_ddpms_with_the_posteriors_variance():
+    x, *noise = draws(3)
+    steps = solver_steps(ALPHA_BARS, [999, 500, 100])
+    frames = [next(SAMPLERS[name](wave_denoiser(clip=True), x, steps, iter(noise), **options))[0]
+              for name, options in (("sde-dpm++", {}), ("ddpm", {"variance": "posterior"}))]  # fmt: skip
+    torch.testing.assert_close(*frames)
 
 
 @pytest.mark.parametrize("solver", SAMPLERS)
@@ -344,7 +367,7 @@ def test_without_seeds_the_global_generator_decides():
 # sample
 
 
-@pytest.mark.parametrize("sampler, count", [("ddpm", 100), ("ddim", 25), ("dpm++", 25), ("heun", 25)])
+@pytest.mark.parametrize("sampler, count", [("ddpm", 100), ("ddim", 25), ("dpm++", 25), ("sde-dpm++", 25), ("heun", 25)])
 def test_sampling_starts_at_the_last_timestep_and_has_default_steps(sampler, count):
     model = diffusion()
     frames = list(model.sample_steps(2, "cpu", sampler=sampler, seeds=[0, 1]))
@@ -407,7 +430,7 @@ def test_an_image_to_start_from_is_noised_to_its_share_of_the_timesteps(strength
 def test_requests_that_do_not_fit_are_refused():
     model, image = diffusion(), torch.zeros(2, 3, 4, 6)
     for settings, message in (
-        ({"sampler": "euler"}, "unknown sampler 'euler'; known: ddpm, ddim, dpm\\+\\+, heun"),
+        ({"sampler": "euler"}, "unknown sampler 'euler'; known: ddpm, ddim, dpm\\+\\+, sde-dpm\\+\\+, heun"),
         ({"sampler": "ddpm", "eta": 0.5}, "ddpm has no option eta; its options: variance"),
         ({"sampler": "heun", "eta": 0.5}, "heun has no option eta; its options: none"),
         ({"steps": 101}, "from 1 to 100"),

@@ -60,7 +60,7 @@ class Config:
     bits_images: int = 1000                       # of so many of them; 0: all
 
     # Drawing from a checkpoint
-    sampler: str = "dpm++"                        # ddpm, ddim, dpm++ or heun
+    sampler: str = "sde-dpm++"                    # sde-dpm++, dpm++, ddpm, ddim or heun
     steps: int = 0                                # steps of the solver; 0: 25, for ddpm all that the model was trained with
     spacing: str = ""                             # uniform, trailing or logsnr; "": what suits the sampler
     eta: float = 0.0                              # ddim's share of fresh noise, 0 to 1
