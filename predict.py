@@ -40,7 +40,7 @@ class Config:
     guidance_scale: float = 1.0                   # above 1: more typical of its class, less varied (with label_dropout > 0)
 
     # Solver
-    sampler: str = "sde-dpm++"                    # sde-dpm++, dpm++, ddpm, ddim or heun; with a mask ddpm
+    sampler: str = "sde-dpm++"                    # sde-dpm++, dpm++, ddpm, ddim or heun; with a mask ddpm, for a strip dpm++
     steps: int = 0                                # of the solver; 0: 25, for ddpm all that the model knows, with a mask 250
     spacing: str = ""                             # uniform, trailing or logsnr; "": what suits the sampler
     eta: float = 0.0                              # ddim's share of fresh noise, 0 to 1
@@ -148,6 +148,8 @@ def settle(config, typed, diffusion, classes):
 
     seed = distributed.from_main(random.randrange(2**31) if config.seed < 0 else config.seed)
     sampler = "ddpm" if config.mask else config.sampler
+    if config.interpolate and sampler == "sde-dpm++" and "sampler" not in typed:
+        sampler = "dpm++"  # without fresh noise a strip's ends are the two seeds' own pictures
     spacing = config.spacing or DEFAULT_SPACING[sampler]
     strength = config.strength or (0.6 if config.init_image and not config.mask else 1.0)
     steps = len(diffusion.plan(sampler, config.steps or None, spacing, strength))
