@@ -149,7 +149,7 @@ def settle(config, typed, diffusion, classes):
     seed = distributed.from_main(random.randrange(2**31) if config.seed < 0 else config.seed)
     sampler = "ddpm" if config.mask else config.sampler
     if config.interpolate and sampler == "sde-dpm++" and "sampler" not in typed:
-        sampler = "dpm++"  # without fresh noise a strip's ends are the two seeds' own pictures
+        sampler = "dpm++"  # without fresh noise both ends are what --sampler dpm++ draws from the two seeds
     spacing = config.spacing or DEFAULT_SPACING[sampler]
     strength = config.strength or (0.6 if config.init_image and not config.mask else 1.0)
     steps = len(diffusion.plan(sampler, config.steps or None, spacing, strength))

@@ -9,6 +9,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass, replace
 
+import predict
 import train
 from benchmarks.runs import (
     DATA,
@@ -33,6 +34,7 @@ VARIANTS = {  # train.py's options of each
     "eps+min_snr": {"loss_weighting": "min_snr"},
     "v+min_snr": {"prediction": "v", "loss_weighting": "min_snr"},
 }
+SAMPLER = predict.Config.sampler
 EMA_START = train.Config.ema_start
 AVERAGES = {"ema": True, "last": False}  # name in the table -> use_ema
 WAYS = ("data", "variants", "averages", "data_root", "name", "device")  # settings that change no row of the table
@@ -124,14 +126,14 @@ def draw_grid(weights, device, path):
 
 def evaluated(config, device, weights, annotation, average):
     """utils.evaluate's distances, and for the averaged weights bits per dimension too, without what is only of use here."""
-    folder = weights.parent / f"evaluate_{average}_{config.samples}_{config.bits_images}"
+    folder = weights.parent / f"evaluate_{average}_{SAMPLER}_{config.samples}_{config.bits_images}"
     found = folder / "evaluate_results.json"
     if not found.is_file():
         options = {
             "samples": str(weights), "reference": str(annotation), "num_images": config.samples, "features": "classifier",
             "nearest": average == "ema", "nearest_images": min(config.samples, 1000), "bits": average == "ema",
             "bits_images": config.bits_images, "use_ema": AVERAGES[average], "save_dir": str(folder), "device": device.type,
-            "batch_size": 500 if device.type == "cuda" else 100,
+            "batch_size": 500 if device.type == "cuda" else 100, "sampler": SAMPLER,
         }  # fmt: skip
         run_project("utils.evaluate", options, weights.parent)
     results = json.loads(found.read_text("utf-8"))
@@ -159,7 +161,7 @@ def as_text(report):
     given = f"{settings['epochs']} epochs" if settings["epochs"] else f"{settings['minutes']:g} minutes"
     lines = [
         f"{on['gpu'] or on['cpu']}, {on['threads']} of {on['cores']} cores, load {on['load']:.1f}, {on['precision']}; {versions}. "
-        f"{given} of training each, {settings['samples']:,} samples by predict.py's solver.",
+        f"{given} of training each, {settings['samples']:,} samples by predict.py's solver ({SAMPLER}, 25 steps).",
         table(report), "\n".join(notes(report)),
     ]  # fmt: skip
     return "\n\n".join(lines)

@@ -77,10 +77,10 @@ def dpm_solver_pp(denoise, x, steps, noise, *, order=2):
 
 
 def sde_dpm_solver_pp(denoise, x, steps, noise):
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", its solvers for diffusion SDEs): dpm_solver_pp's x_0 on ddpm's noisy way back.
+    """SDE-DPM-Solver++(2M) (Lu et al., "DPM-Solver++", arXiv 2211.01095, the solvers for diffusion SDEs): dpm_solver_pp's x_0, with noise.
 
-    Each step forgets e^-h of the old noise more than dpm_solver_pp does and draws as much anew, which wears off the network's earlier
-    errors. With x_0 constant, as in the first step, it is ddpm with the posterior's variance.
+    Each step keeps only e^-h of the old noise that dpm_solver_pp keeps and draws the missing share 1 - e^-2h of its variance anew; that
+    wears off the network's earlier errors. With x_0 constant, as in the first step, it is ddpm with the posterior's variance.
     """
     last_x_0 = last_h = None
     for alpha_bar_t, alpha_bar_s, t in steps:

@@ -127,6 +127,8 @@ def check(config):
     )  # fmt: skip
     check_choice("img_channels", config.img_channels, (0, 1, 3))
     check_choice("sampler", config.sampler, SAMPLERS)
+    if config.eta and config.sampler != "ddim":
+        raise ValueError("--eta is an option of ddim: add --sampler ddim, or leave it out")
     if config.spacing:
         check_choice("spacing", config.spacing, SPACINGS)
     if config.bits and not is_checkpoint(config.samples):
@@ -243,7 +245,7 @@ def labels_like(reference, model, seed):
 
 def drawn(config, diffusion, steps, labels, count, device, precision):
     """Samples in batches of one size, as predict.py draws them: sample i is the one of seed + i."""
-    options = {"eta": config.eta} if config.sampler == "ddim" or config.eta else {}
+    options = {"eta": config.eta} if config.sampler == "ddim" else {}
     for first in range(0, count, config.batch_size):
         numbers = torch.arange(first, first + config.batch_size)
         y = None if labels is None else labels[numbers % len(labels)].to(device)
