@@ -453,6 +453,7 @@ def test_what_does_not_fit_is_said_in_one_line(checkpoint, folder, net_file, tmp
         (("--samples", folder, "--reference", folder, "--features", "classifier"), "too few"),
         (("--samples", folder, "--img_channels", 3, "--reference", folder, "--features", net_file), "1 channels"),
         (("--samples", packed, "--sampler", "magic"), "ddim"),
+        (("--samples", packed, "--eta", "0.5"), "--eta is an option of ddim"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             run(monkeypatch, tmp_path, *arguments)
