@@ -150,7 +150,7 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp, "sde-dpm++": sde
 # What measured best with 25 network calls (ddim's uniform is within the noise of trailing): benchmarks/results/solvers_cpu.md.
 DEFAULT_SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr", "sde-dpm++": "logsnr", "heun": "logsnr"}
 # Of every solver but ddpm, which walks through all of its timesteps. sde-dpm++ with so many, the default of predict.py and of the
-# previews, measured within 5 % of those; without fresh noise no solver came so close, with any number of steps (same file).
+# previews, measured within 5 % of those; without fresh noise no solver came so close, with up to 100 calls (same file).
 DEFAULT_STEPS = 25
 
 
