@@ -24,6 +24,7 @@ from benchmarks.runs import (
     write_json,
 )
 from benchmarks.timing import machine, markdown
+from nets.samplers import DEFAULT_STEPS
 from utils.atomic import atomic_write
 from utils.config import check_values, parse_config, run_script
 from utils.device import choose_device, choose_precision
@@ -161,7 +162,7 @@ def as_text(report):
     given = f"{settings['epochs']} epochs" if settings["epochs"] else f"{settings['minutes']:g} minutes"
     lines = [
         f"{on['gpu'] or on['cpu']}, {on['threads']} of {on['cores']} cores, load {on['load']:.1f}, {on['precision']}; {versions}. "
-        f"{given} of training each, {settings['samples']:,} samples by predict.py's solver ({SAMPLER}, 25 steps).",
+        f"{given} of training each, {settings['samples']:,} samples by predict.py's solver ({SAMPLER}, {DEFAULT_STEPS} steps).",
         table(report), "\n".join(notes(report)),
     ]  # fmt: skip
     return "\n\n".join(lines)

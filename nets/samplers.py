@@ -57,43 +57,38 @@ def ddim(denoise, x, steps, noise, *, eta=0.0):
         yield x, x_0
 
 
-def dpm_solver_pp(denoise, x, steps, noise, *, order=2):
+def dpm_solver_pp(denoise, x, steps, noise, *, order=2, eta=0.0):
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): x_0 is taken as linear in lambda, half the log of the signal-to-noise ratio.
 
-    `order` 1 takes it as constant. So do the first step, which has no earlier x_0, and the last, where lambda is infinite.
+    `order` 1 takes it as constant. So do the first step, which has no earlier x_0, and the last, where lambda is infinite. eta 0 draws
+    no noise, eta 1 solves the reverse SDE instead (`sde_dpm_solver_pp`).
     """
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, not {order}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie between 0 and 1, not {eta}")
     last_x_0 = last_h = None
     for alpha_bar_t, alpha_bar_s, t in steps:
         x_0 = extrapolated = denoise(x, t)
         h = half_log_snr(alpha_bar_s) - half_log_snr(alpha_bar_t)
         if order == 2 and last_x_0 is not None and alpha_bar_s < 1:
             extrapolated = x_0 + 0.5 * h / last_h * (x_0 - last_x_0)
-        shrink = math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t))  # sigma_s / sigma_t
+        forgotten = eta * h if alpha_bar_s < 1 else 0.0  # at the end there is no noise left to renew
+        shrink = math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.exp(-forgotten)  # sigma_s / sigma_t, and less
         x = shrink * x + (math.sqrt(alpha_bar_s) - shrink * math.sqrt(alpha_bar_t)) * extrapolated
+        if forgotten > 0:
+            x = x + math.sqrt((1 - alpha_bar_s) * -math.expm1(-2 * forgotten)) * next(noise)
         last_x_0, last_h = x_0, h
         yield x, x_0
 
 
 def sde_dpm_solver_pp(denoise, x, steps, noise):
-    """SDE-DPM-Solver++(2M) (Lu et al., "DPM-Solver++", arXiv 2211.01095, the solvers for diffusion SDEs): dpm_solver_pp's x_0, with noise.
+    """SDE-DPM-Solver++(2M) (Lu et al., "DPM-Solver++", arXiv 2211.01095, the solvers for diffusion SDEs): dpm_solver_pp with eta 1.
 
     Each step keeps only e^-h of the old noise that dpm_solver_pp keeps and draws the missing share 1 - e^-2h of its variance anew; that
-    wears off the network's earlier errors. With x_0 constant, as in the first step, it is ddpm with the posterior's variance.
+    wears off the network's earlier errors. With x_0 constant, order 1, it is ddpm with the posterior's variance.
     """
-    last_x_0 = last_h = None
-    for alpha_bar_t, alpha_bar_s, t in steps:
-        x_0 = extrapolated = denoise(x, t)
-        h = half_log_snr(alpha_bar_s) - half_log_snr(alpha_bar_t)
-        if last_x_0 is not None and alpha_bar_s < 1:
-            extrapolated = x_0 + 0.5 * h / last_h * (x_0 - last_x_0)
-        shrink = math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.exp(-h)
-        x = shrink * x + (math.sqrt(alpha_bar_s) - shrink * math.sqrt(alpha_bar_t)) * extrapolated
-        if alpha_bar_s < 1:
-            x = x + math.sqrt((1 - alpha_bar_s) * -math.expm1(-2 * h)) * next(noise)
-        last_x_0, last_h = x_0, h
-        yield x, x_0
+    return dpm_solver_pp(denoise, x, steps, noise, eta=1.0)
 
 
 def heun(denoise, x, steps, noise):
