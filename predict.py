@@ -40,7 +40,7 @@ class Config:
     guidance_scale: float = 1.0                   # above 1: more typical of its class, less varied (with label_dropout > 0)
 
     # Solver
-    sampler: str = "sde-dpm++"                    # sde-dpm++, dpm++, ddpm, ddim or heun; with a mask ddpm, for a strip dpm++
+    sampler: str = "sde-dpm++"                    # sde-dpm++, dpm++, ddpm, ddim or heun; with a mask ddpm
     steps: int = 0                                # of the solver; 0: 25, for ddpm all that the model knows, with a mask 250
     spacing: str = ""                             # uniform, trailing or logsnr; "": what suits the sampler
     eta: float = 0.0                              # ddim's share of fresh noise, 0 to 1
@@ -148,8 +148,6 @@ def settle(config, typed, diffusion, classes):
 
     seed = distributed.from_main(random.randrange(2**31) if config.seed < 0 else config.seed)
     sampler = "ddpm" if config.mask else config.sampler
-    if config.interpolate and sampler == "sde-dpm++" and "sampler" not in typed:
-        sampler = "dpm++"  # without fresh noise both ends are what --sampler dpm++ draws from the two seeds
     spacing = config.spacing or DEFAULT_SPACING[sampler]
     strength = config.strength or (0.6 if config.init_image and not config.mask else 1.0)
     steps = len(diffusion.plan(sampler, config.steps or None, spacing, strength))
@@ -247,12 +245,12 @@ def draw(config, diffusion, classes, options, files, device):
 
 
 def noise_between(config, diffusion, device):
-    """The function numbers (n,) -> what a strip's pictures start from: points on the way from one seed's noise to the other's."""
-    ends = next(seeded_noise((config.seed, config.seed_to), (diffusion.img_channels, *diffusion.img_size), device))
+    """The function numbers (n,) -> the noise of a strip's pictures, all of it on the way from one seed's to the other's."""
+    shape = (diffusion.img_channels, *diffusion.img_size)
 
     def start(numbers):
         share = (numbers / (config.interpolate - 1)).clamp(max=1).to(device).reshape(-1, 1, 1, 1)
-        return {"x_T": slerp(ends[0], ends[1], share), "seeds": [config.seed] * len(numbers)}
+        return {"noise": (slerp(a, b, share) for a, b in seeded_noise((config.seed, config.seed_to), shape, device))}
 
     return start
 

@@ -245,14 +245,15 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def sample_steps(self, batch_size, device, y=None, use_ema=True, *, sampler="ddpm", steps=None, spacing=None, clip=True, seeds=None,
-                     guidance_scale=1.0, x_T=None, init=None, strength=1.0, known=None, mask=None, **sampler_options):
+                     guidance_scale=1.0, noise=None, init=None, strength=1.0, known=None, mask=None, **sampler_options):
         """The generator behind `sample`: (x, x_0), both (batch_size, c, h, w), after each step of the solver.
 
         sampler, spacing: names from samplers.SAMPLERS and SPACINGS. steps: None is all timesteps for ddpm, 25 for the others.
         seeds: one integer an image, which alone decides its noise; None draws from torch's global generator.
-        x_T: the noise to start from. init, strength: start from these images instead, with noise up to the share `strength`, in
-        (0, 1], of the timesteps (Meng et al. 2022, "SDEdit"). known, mask: keep the images `known` where mask is 0 and draw where
-        it is 1 (ddpm only). Pixels are in [-1, 1]. Further options go to the solver. ValueError for what does not fit.
+        noise: an endless iterator of (batch_size, c, h, w) in place of the seeds'; its first is x_T.
+        init, strength: start from these images instead, with noise up to the share `strength`, in (0, 1], of the timesteps (Meng et
+        al. 2022, "SDEdit"). known, mask: keep the images `known` where mask is 0 and draw where it is 1 (ddpm only). Pixels are in
+        [-1, 1]. Further options go to the solver. ValueError for what does not fit.
         """
         for name, given in (("y", y), ("seeds", seeds)):
             if given is not None and len(given) != batch_size:
@@ -264,10 +265,9 @@ class GaussianDiffusion(nn.Module):
         plan = self.plan(sampler, steps, spacing, strength if init is not None else 1.0)
 
         shape = (self.img_channels, *self.img_size)
-        noise = samplers.global_noise(batch_size, shape, device) if seeds is None else samplers.seeded_noise(seeds, shape, device)
-        x = next(noise)  # drawn even if not used: an image's later noise does not depend on how it starts
-        if x_T is not None:
-            x = self.as_images(x_T, batch_size, device, "x_T")
+        if noise is None:
+            noise = samplers.global_noise(batch_size, shape, device) if seeds is None else samplers.seeded_noise(seeds, shape, device)
+        x = self.as_images(next(noise), batch_size, device, "noise")
         if init is not None:
             x = samplers.diffuse(self.as_images(init, batch_size, device, "init"), plan[0].alpha_bar_t, iter([x]))
         yield from solver(self.denoiser(y, use_ema, guidance_scale, clip), x, plan, noise, **sampler_options)

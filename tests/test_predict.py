@@ -236,8 +236,7 @@ def test_mask_keeps_what_is_black_in_it(plain, capsys):
 
 
 def test_strip_between_two_seeds(plain, capsys):
-    ends = ["--seed", "3", "--num_images", "10", "--batch_size", "5", "--individual_files", "True", "--sampler", "dpm++"]
-    ends = singles(draw(plain, *ends, out="ends"))
+    ends = singles(draw(plain, "--seed", "3", "--num_images", "10", "--batch_size", "5", "--individual_files", "True", out="ends"))
     options = ["--seed", "3", "--seed_to", "12", "--interpolate", "6", "--batch_size", "5", "--individual_files", "True"]
     out = draw(plain, *options, "--npz", "True")
     strip = tiles(out / "predict_interpolation_results.png")
@@ -252,13 +251,15 @@ def test_strip_between_two_seeds(plain, capsys):
     assert np.abs(neighbours[0, 1].astype(int) - ends[4]).max() <= 1
 
 
-def test_strip_within_a_class_shares_all_noise_but_the_first(classy):
+def test_strip_within_a_class_ends_at_both_seeds_pictures_with_a_noisy_solver_too(classy):
     options = ["--interpolate", "3", "--seed", "3", "--batch_size", "3", "--class_name", "odd", "--sampler", "ddpm"]
     strip = tiles(draw(classy, *options) / "predict_interpolation_results.png")
-    ends = next(seeded_noise((3, 4), (3, SIZE, SIZE), torch.device("cpu")))
-    x_T = torch.stack([ends[0], slerp(ends[0], ends[1], 0.5), ends[1]])
-    wanted = expected(classy, [3, 3, 3], torch.ones(3, dtype=torch.long), sampler="ddpm", steps=3, x_T=x_T)
-    assert all(np.abs(strip[0, i].astype(int) - wanted[i]).max() <= 1 for i in range(3))
+    odd = torch.ones(3, dtype=torch.long)
+    halfway = (slerp(a, b, 0.5).expand(3, -1, -1, -1) for a, b in seeded_noise((3, 4), (3, SIZE, SIZE), torch.device("cpu")))
+    middle = expected(classy, [0, 0, 0], odd, sampler="ddpm", steps=3, noise=halfway)[0]
+    ends = expected(classy, [3, 4, 5], odd, sampler="ddpm", steps=3)
+    for column, wanted in enumerate((ends[0], middle, ends[1])):
+        assert np.abs(strip[0, column].astype(int) - wanted).max() <= 1
 
 
 def test_trajectory_shows_the_way_to_the_same_pictures(plain):

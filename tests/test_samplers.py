@@ -401,13 +401,13 @@ def test_sampling_takes_the_average_unless_told_otherwise():
     assert len(model.ema_model.timesteps) == 2 and not model.model.timesteps
 
 
-def test_a_start_can_be_given():
-    model, start = diffusion(), draws(1, shape=(2, 3, 4, 6))[0].float()
-    model.sample(2, "cpu", sampler="ddim", steps=3, seeds=[1, 2], x_T=start)
-    assert torch.equal(model.ema_model.inputs[0], start)
-    plain = diffusion().sample(2, "cpu", sampler="ddim", steps=3, seeds=[1, 2])
-    own = next(seeded_noise([1, 2], (3, 4, 6), "cpu"))
-    assert torch.equal(diffusion().sample(2, "cpu", sampler="ddim", steps=3, seeds=[1, 2], x_T=own), plain)
+def test_noise_can_be_given_in_place_of_seeds():
+    model, given = diffusion(), draws(3, shape=(2, 3, 4, 6))
+    model.sample(2, "cpu", sampler="ddpm", steps=3, noise=iter(given))
+    assert torch.equal(model.ema_model.inputs[0], given[0].float())
+    plain = diffusion().sample(2, "cpu", sampler="ddpm", steps=3, seeds=[1, 2])
+    own = seeded_noise([1, 2], (3, 4, 6), "cpu")
+    assert torch.equal(diffusion().sample(2, "cpu", sampler="ddpm", steps=3, noise=own), plain)
 
 
 @pytest.mark.parametrize("strength, start", [(1.0, 99), (0.6, 59), (0.011, 0), (1e-6, 0)])
