@@ -1,4 +1,4 @@
-"""The house: which room imports which, what the top level holds, and that importing a script does nothing. Nothing is imported."""
+"""The floor plan: who may import whom, what the top level holds, and that importing a script does nothing. Nothing is imported here."""
 import ast
 import subprocess
 import sys
@@ -12,58 +12,146 @@ FILES = {
 }  # fmt: skip
 FOLDERS = {".ci", "benchmarks", "datasets", "docs", "logs", "nets", "results", "tests", "utils"}
 STANDARD = set(sys.stdlib_module_names)
-
-
-def modules(folder):
-    return sorted((PROJECT / folder).glob("*.py"))
+# The sub-packages of utils, and which of the others each may import. All may import the plain modules above them.
+ROOMS = {
+    "utils.data": set(),
+    "utils.sampling": {"utils.data"},
+    "utils.training": {"utils.data", "utils.sampling"},
+    "utils.evaluate": {"utils.data", "utils.sampling"},
+    "utils.convert": set(),
+}
 
 
 def tree(path):
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def imports(path, inside=True):
-    """The modules that a file imports, relative ones by their full name; those within functions too, or not."""
-    package = path.parent.name
+def module_name(path, root):
+    """utils/data/cache.py -> utils.data.cache; a package's __init__.py has the name of the package."""
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+def read_modules(root, *folders):
+    """{dotted name: path} of all modules below the folders, at any depth, and of the scripts."""
+    paths = [path for folder in folders for path in (root / folder).rglob("*.py")]
+    return {module_name(path, root): path for path in sorted(paths)}
+
+
+def imports(path, name, modules, inside=True):
+    """The dotted names that a module imports, in full; those within functions too, or not.
+
+    `from utils import distributed` counts as utils.distributed where that is a module.
+    """
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(tree(path)) if inside else tree(path).body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join(filter(None, (package if node.level else "", node.module)))
-            yield module
-            if module in ("nets", "utils"):  # from utils import distributed
-                yield from (f"{module}.{alias.name}" for alias in node.names)
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join(filter(None, (*above, node.module)))
+            parts = [f"{source}.{alias.name}" for alias in node.names]
+            yield from (part if part in modules else source for part in parts)
 
 
-def packages(path, inside=True):
-    return {name.split(".")[0] for name in imports(path, inside)}
+def top(name):
+    return name.split(".")[0]
 
 
-def is_command(path):
-    """Whether a module is to be run by itself: it does something under `if __name__ == "__main__"`."""
-    return any(isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" for node in tree(path).body)
+def room(name):
+    """The sub-package of utils that a module is in, "utils" for the plain modules, and the top-level name for all others."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "utils" and f"utils.{parts[1] if len(parts) > 1 else ''}" in ROOMS else parts[0]
 
 
-def test_networks_import_torch_and_themselves_only():
-    for path in modules("nets"):
-        foreign = packages(path) - STANDARD - {"torch", "numpy", "nets"}
-        assert not foreign, f"{path.name} imports {foreign}"
+def is_command(name, modules):
+    """Whether a module belongs to a command: `python -m` runs it, or the package that it is in."""
+    flat = any(isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" for node in tree(modules[name]).body)
+    return flat or any(f"{'.'.join(name.split('.')[:depth])}.__main__" in modules for depth in range(1, name.count(".") + 2))
 
 
-def test_utilities_import_no_script_and_only_commands_import_networks():
-    for path in modules("utils"):
-        found = packages(path)
-        assert not found & SCRIPTS, f"{path.name} imports a script"
-        assert not found & {"tests", "benchmarks"}
-        assert "nets" not in found or is_command(path), f"{path.name} is no command, and imports nets"
+def opens_nets(name, modules):
+    """Whether importing a module of utils imports nets."""
+    return top(name) == "utils" and name in modules and "nets" in map(top, imports(modules[name], name, modules, inside=False))
 
 
-def test_networks_do_not_come_in_through_a_command():
-    commands = {f"utils.{path.stem}" for path in modules("utils") if "nets" in packages(path, inside=False)}
-    assert commands
-    for path in modules("utils"):
-        found = set(imports(path, inside=False)) & commands
-        assert not found or is_command(path), f"{path.name} imports {found}"
+def faults(root):
+    """Every broken wall of the house in `root`, one line each."""
+    modules = read_modules(root, "nets", "utils")
+    graph = {name: sorted(set(imports(path, name, modules))) for name, path in modules.items()}
+    found = []
+    for name, targets in graph.items():
+        for target in targets:
+            if top(name) == "nets" and top(target) not in STANDARD | {"torch", "numpy", "nets"}:
+                found.append(f"{name} imports {target}: nets knows torch and itself only")
+            if top(name) == "utils" and top(target) in SCRIPTS | {"tests", "benchmarks", "docs"}:
+                found.append(f"{name} imports {target}: utils knows no script")
+            if top(name) == "utils" and top(target) == "nets" and not is_command(name, modules):
+                found.append(f"{name} imports {target}: only commands import nets")
+            if top(name) == "utils" and opens_nets(target, modules) and not is_command(name, modules):
+                found.append(f"{name} imports {target}: nets would come in through a command")
+            if top(name) == "utils" and room(target) in ROOMS and room(target) not in ROOMS.get(room(name), set()) | {room(name)}:
+                found.append(f"{name} imports {target}: {room(name)} may not know {room(target)}")
+    return found + circles({name: [target for target in targets if target in modules] for name, targets in graph.items()})
+
+
+def circles(graph):
+    """A line for each module that reaches itself. A package's own __init__ is the door, not a stop on the way."""
+    found = []
+    for start in graph:
+        seen, stack = set(), [target for target in graph[start] if target != start]
+        while stack:
+            name = stack.pop()
+            if name not in seen:
+                seen.add(name)
+                stack += graph[name]
+        if start in seen and start != top(start):
+            found.append(f"{start} imports itself, by way of others")
+    return found
+
+
+def test_the_walls_stand():
+    assert faults(PROJECT) == []
+
+
+@pytest.mark.parametrize("file, line, fault", [
+    ("nets/unet.py", "import utils.files", "nets knows torch and itself only"),
+    ("nets/deep/inner.py", "from PIL import Image", "nets knows torch and itself only"),
+    ("utils/data/cache.py", "import train", "utils knows no script"),
+    ("utils/data/cache.py", "def f():\n    from nets import build", "only commands import nets"),
+    ("utils/deep/er/inner.py", "from nets.unet import UNet", "only commands import nets"),
+    ("utils/training/resume.py", "from utils.evaluate import __main__", "nets would come in through a command"),
+    ("utils/training/resume.py", "from utils.evaluate import features", "utils.training may not know utils.evaluate"),
+    ("utils/files.py", "from utils.data import cache", "utils may not know utils.data"),
+    ("utils/data/cache.py", "from utils.training.resume import x", "utils.data may not know utils.training"),
+    ("utils/data/cache.py", "from utils.data import decode", "imports itself, by way of others"),
+    ("utils/data/cache.py", "from .decode import x", "imports itself, by way of others"),
+])  # fmt: skip
+def test_each_broken_wall_is_seen(tmp_path, file, line, fault):
+    """A small house of the same rooms, sound but for one line."""
+    sound = {
+        "nets/unet.py": "import torch", "utils/files.py": "import os", "utils/data/decode.py": "from . import cache",
+        "utils/data/cache.py": "import utils.files", "utils/training/resume.py": "from utils.data import cache",
+        "utils/evaluate/__main__.py": "from nets import unet", "utils/evaluate/features.py": "from utils.data.cache import x",
+    }  # fmt: skip
+    for name, text in {**sound, "utils/__init__.py": "", "utils/data/__init__.py": ""}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert faults(tmp_path) == []
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(f"{sound.get(file, '')}\n{line}\n")
+    assert any(fault in found for found in faults(tmp_path)), faults(tmp_path)
+
+
+def test_a_package_of_utils_is_a_room_of_the_plan():
+    packages = {f"utils.{path.name}" for path in (PROJECT / "utils").iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert packages <= set(ROOMS)
+
+
+def test_a_sign_on_each_door():
+    """The __init__.py of a sub-package is one docstring: it exports nothing."""
+    for path in (PROJECT / "utils").rglob("*/__init__.py"):
+        body = tree(path).body
+        assert ast.get_docstring(tree(path)) and len(body) == 1, path
 
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
@@ -78,6 +166,11 @@ def test_scripts_do_nothing_when_imported(name):
     assert calls == []
 
 
+def test_scripts_do_not_import_each_other():
+    for name in SCRIPTS:
+        assert not {top(target) for target in imports(PROJECT / f"{name}.py", name, {})} & (SCRIPTS | {"tests", "benchmarks"})
+
+
 def test_top_level_holds_what_the_layout_names():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True)
     if listed.returncode:
@@ -88,4 +181,5 @@ def test_top_level_holds_what_the_layout_names():
 
 
 def test_no_module_is_named_for_nothing():
-    assert not {path.stem for folder in ("nets", "utils") for path in modules(folder)} & {"utils", "misc", "helpers", "common", "tools"}
+    names = {part for name in read_modules(PROJECT, "nets", "utils") for part in name.split(".")[1:]}
+    assert not names & {"utils", "misc", "helpers", "common", "tools"}
