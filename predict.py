@@ -13,12 +13,13 @@ from nets.diffusion import check_choice
 from nets.samplers import DEFAULT_SPACING, SAMPLERS, SPACINGS, seeded_noise, slerp
 from utils import distributed
 from utils.checkpoint import find_weights, load_checkpoint, weights_digest
-from utils.config import check_values, run_script, typed_options
+from utils.config import check_values, typed_options
 from utils.device import autocast, choose_compile, choose_device, choose_precision, describe_device, memory_format, round_weights
+from utils.errors import explain_out_of_memory, run_script
 from utils.images import to_uint8
-from utils.memory import advice_for_drawing, explain_out_of_memory
-from utils.outputs import COLUMNS, SHOWN, PredictFiles
-from utils.starting_pictures import load_mask, load_picture, picture_digest
+from utils.sampling.batches import advice_for_drawing
+from utils.sampling.predict_files import COLUMNS, SHOWN, PredictFiles
+from utils.sampling.starting_images import load_mask, load_picture, picture_digest
 
 MAX_ROWS = 10  # classes in the grid
 MASKED_STEPS = 250  # with 10 resamplings the setting of the RePaint paper, section 5.1; all 1000 would take four times as long

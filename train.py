@@ -10,19 +10,30 @@ from torch.nn.utils import clip_grad_norm_
 from nets import GaussianDiffusion, build
 from nets.diffusion import check_choice
 from nets.samplers import SAMPLERS
+from nets.unet import check_input_shape, check_levels, choose_groups
+from nets.weights import known_settings
 from utils import distributed
-from utils.config import check_values, run_script, typed_options
-from utils.dataset import EpochBatches, ImageDataset, data_loader, effective_batch_size, normalise, open_dataset
+from utils.config import check_values, typed_options
+from utils.data.dataset import (
+    EpochBatches,
+    ImageDataset,
+    data_loader,
+    effective_batch_size,
+    normalise,
+    open_dataset,
+    split_validation,
+)
 from utils.device import autocast, choose_compile, choose_device, choose_precision, memory_format, peak_memory
-from utils.learning_rate import DECAYS, choose_rate, learning_rate
-from utils.memory import advice_for_training, explain_out_of_memory
-from utils.meter import Meter, summary
-from utils.optimizer import OPTIMIZERS, held_against, make_optimizer, set_rate, step_unless_bad
-from utils.randomness import draw_step, mix
-from utils.run import RunFiles, check_classes, find_checkpoint, merge_config, restore, run_folder
-from utils.stopping import StopSignal
-from utils.summary import print_memory, print_summary
-from utils.validation import split_validation, validation_loss
+from utils.errors import explain_out_of_memory, run_script
+from utils.training.memory import advice_for_training, print_memory
+from utils.training.meter import Meter, summary
+from utils.training.optimizer import DECAYS, OPTIMIZERS, choose_rate, held_against, learning_rate, make_optimizer, set_rate, step_unless_bad
+from utils.training.randomness import draw_step, mix
+from utils.training.resume import check_classes, find_checkpoint, merge_config, restore, run_folder
+from utils.training.run_files import RunFiles
+from utils.training.stopping import StopSignal
+from utils.training.summary import print_summary
+from utils.training.validation import validation_loss
 
 
 @dataclass
@@ -113,12 +124,12 @@ def main():
     distributed.start()
     source, checkpoint = find_checkpoint(typed.get("resume", Config.resume), typed.get("save_dir", Config.save_dir))
     if checkpoint:
-        checkpoint["config"] = build.known_settings(checkpoint)
+        checkpoint["config"] = known_settings(checkpoint)
     config = merge_config(Config, typed, checkpoint, source) if checkpoint else Config(**typed)
     check(config)
     device = choose_device(config.device, distributed.local_rank(), distributed.world_size())
     precision, compiled = choose_precision(config.precision, device), choose_compile(config.compile, device)
-    groups, rate = build.choose_groups(config.num_groups, config.channel), choose_rate(config.init_lr, config.channel)
+    groups, rate = choose_groups(config.num_groups, config.channel), choose_rate(config.init_lr, config.channel)
     device_name = str(device) if distributed.world_size() == 1 else device.type
     config = replace(config, device=device_name, precision=precision, compile=compiled, num_groups=groups, init_lr=rate)
     parts = prepare(config, device, checkpoint)
@@ -147,8 +158,8 @@ def check(config):
     check_choice("lr_decay_type", config.lr_decay_type, DECAYS)
     check_choice("optimizer_type", config.optimizer_type, OPTIMIZERS)
     check_choice("preview_sampler", config.preview_sampler, SAMPLERS)
-    build.check_levels(config.channel_mults, config.attention_resolutions)
-    build.check_input_shape(config.input_shape, len(config.channel_mults))
+    check_levels(config.channel_mults, config.attention_resolutions)
+    check_input_shape(config.input_shape, len(config.channel_mults))
 
 
 def prepare(config, device, checkpoint=None):

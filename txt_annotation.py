@@ -3,7 +3,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.annotation import (
+from utils.config import parse_config
+from utils.data.annotation import (
     SHIPPED,
     check_images,
     classes_path,
@@ -13,8 +14,8 @@ from utils.annotation import (
     without_shipped,
     write_annotation,
 )
-from utils.config import parse_config, run_script
-from utils.images import EXTENSIONS
+from utils.data.decode import EXTENSIONS
+from utils.errors import run_script
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Config:
 def main():
     config = parse_config(Config, __doc__)
     if config.download:
-        from utils.downloads import download  # torchvision takes seconds to import
+        from utils.data.downloads import download  # torchvision takes seconds to import
 
         config.datasets_path = download(config.download, config.datasets_path)
     found = find_images(config.datasets_path)

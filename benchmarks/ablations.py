@@ -11,10 +11,12 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.timing import interleave, markdown, spread, usable_cores
-from nets import GaussianDiffusion, UNet, fused, unet
-from utils.config import parse_config, run_script
+from nets import GaussianDiffusion, UNet, unet
+from nets import cpu_fused as fused
+from utils.config import parse_config
 from utils.device import autocast, choose_device, choose_precision, keep_freed_memory, round_weights
-from utils.optimizer import make_optimizer
+from utils.errors import run_script
+from utils.training.optimizer import make_optimizer
 
 CHANNELS_LAST = torch.channels_last
 

@@ -16,12 +16,11 @@ from torch.nn.utils import clip_grad_norm_
 
 import train
 from benchmarks.timing import quiet
-from utils.annotation import find_images, write_annotation
-from utils.dataset import EpochBatches, data_loader, normalise
+from utils.data.annotation import find_images, write_annotation
+from utils.data.dataset import EpochBatches, data_loader, normalise
 from utils.device import autocast, choose_compile, choose_precision, memory_format, round_weights
-from utils.learning_rate import choose_rate, learning_rate
-from utils.optimizer import held_against, set_rate, step_unless_bad
-from utils.randomness import draw_step, mix
+from utils.training.optimizer import choose_rate, held_against, learning_rate, set_rate, step_unless_bad
+from utils.training.randomness import draw_step, mix
 
 MULTS = (1, 2, 2, 2)
 

@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from utils.annotation import Annotation
-from utils.dataset import EpochBatches, ImageDataset, data_loader
+from utils.data.annotation import Annotation
+from utils.data.dataset import EpochBatches, ImageDataset, data_loader
 
 
 def synthetic_dataset(folder, num_images, height, width, channels):

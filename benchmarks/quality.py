@@ -25,9 +25,10 @@ from benchmarks.runs import (
 )
 from benchmarks.timing import machine, markdown
 from nets.samplers import DEFAULT_STEPS
-from utils.atomic import atomic_write
-from utils.config import check_values, parse_config, run_script
+from utils.config import check_values, parse_config
 from utils.device import choose_device, choose_precision
+from utils.errors import run_script
+from utils.files import atomic_write
 
 VARIANTS = {  # train.py's options of each
     "eps": {},

@@ -14,11 +14,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils.annotation import find_images, label_by_folder, read_annotation, write_annotation
-from utils.atomic import atomic_write
 from utils.checkpoint import newest_last
-from utils.downloads import ARCHIVES, download
-from utils.randomness import mix
+from utils.data.annotation import find_images, label_by_folder, read_annotation, write_annotation
+from utils.data.downloads import ARCHIVES, download
+from utils.files import atomic_write
+from utils.training.randomness import mix
 
 PROJECT = Path(__file__).resolve().parent.parent
 WORK = PROJECT / "results" / "benchmarks"  # ignored by git

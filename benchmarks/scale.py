@@ -16,13 +16,14 @@ import torch
 
 from benchmarks.timing import check_sections, interleave, machine, markdown, quiet, spread, usable_cores, with_rows, write_text
 from nets import GaussianDiffusion, UNet
-from utils import dataset as cache
 from utils import distributed
-from utils.annotation import write_annotation
-from utils.atomic import atomic_write
-from utils.config import parse_config, run_script
-from utils.dataset import EpochBatches, data_loader, open_dataset
+from utils.config import parse_config
+from utils.data import dataset as cache
+from utils.data.annotation import write_annotation
+from utils.data.dataset import EpochBatches, data_loader, open_dataset
 from utils.device import autocast, choose_device, choose_precision, memory_format
+from utils.errors import run_script
+from utils.files import atomic_write
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PROJECT = RESULTS.parent.parent

@@ -17,12 +17,13 @@ from tqdm import tqdm
 from benchmarks.runs import DATA, RESULTS, VAL_SPLIT, WORK, list_pictures, network_options, stop_with_children, trained, write_json
 from benchmarks.timing import machine, markdown
 from nets.samplers import SPACINGS
-from utils import evaluate
-from utils.atomic import atomic_write
-from utils.config import check_values, parse_config, run_script
+from utils.config import check_values, parse_config
 from utils.device import autocast, choose_compile, choose_device, choose_precision
-from utils.features import FeatureCache, load_extractor
-from utils.frechet import FeatureStatistics, statistics_distance
+from utils.errors import run_script
+from utils.evaluate import __main__ as evaluate
+from utils.evaluate.distances import FeatureStatistics, statistics_distance
+from utils.evaluate.features import FeatureCache, load_extractor
+from utils.files import atomic_write
 from utils.images import to_uint8
 
 SOLVERS = {  # name in the tables -> sampler and its options

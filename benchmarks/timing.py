@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from utils.atomic import atomic_write
+from utils.files import atomic_write
 
 
 def interleave(functions, rounds, device=None, warm_up=2, clock="wall"):

@@ -1,10 +1,10 @@
 """Networks and mathematics of denoising diffusion: the UNet, noise schedules, the diffusion itself, and solvers."""
 
-from .build import check_input_shape, from_config, from_weights, load_weights
+from .build import from_config, from_weights, load_weights
 from .diffusion import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, GaussianDiffusion
 from .samplers import SAMPLERS, SPACINGS, seeded_noise, slerp
 from .schedules import SCHEDULES, generate_cosine_schedule, generate_linear_schedule, generate_sigmoid_schedule, make_betas
-from .unet import AttentionBlock, Downsample, PositionalEmbedding, ResidualBlock, UNet, Upsample, get_norm
+from .unet import AttentionBlock, Downsample, PositionalEmbedding, ResidualBlock, UNet, Upsample, check_input_shape, get_norm
 
 __all__ = [
     "LOSSES", "LOSS_WEIGHTINGS", "PREDICTIONS", "SAMPLERS", "SCHEDULES", "SPACINGS",

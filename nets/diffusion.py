@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import samplers
+from nets import samplers
+
 from .schedules import check_betas, make_betas, schedule_tables
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
-
 PREDICTIONS = ("eps", "x0", "v")
-
 # Weights of the loss from the signal-to-noise ratio. Hang et al. 2023 ("Min-SNR"), section 3.4: min(SNR, gamma) on the error of
 # x_0, restated for what the network predicts.
 LOSS_WEIGHTINGS = {

@@ -90,19 +90,3 @@ def schedule_tables(betas):
         "remove_noise_coeff": betas / np.sqrt(1 - alphas_cumprod),
         "sigma": np.sqrt(betas),
     }
-
-
-def find_schedule(betas):
-    """The inverse of `make_betas`, to float32's digits: a dict of schedule, num_timesteps and, for linear, schedule_low and _high.
-
-    ValueError where the betas are those of no schedule here.
-    """
-    betas = check_betas(betas)
-    T, free = len(betas), max(np.flatnonzero(betas < MAX_BETA), default=0)  # the last beta that the cap has not touched
-    last = betas[0] + (betas[free] - betas[0]) * (T - 1) / free if free else betas[0]  # of the line, before it was capped
-    low, high = (float(f"{beta * T / 1000:.6g}") for beta in (betas[0], last))
-    for schedule, make in SCHEDULES.items():
-        if np.allclose(make(T, low, high), betas, rtol=1e-5, atol=1e-9):
-            limits = {"schedule_low": low, "schedule_high": high} if schedule == "linear" else {}
-            return {"schedule": schedule, "num_timesteps": T, **limits}
-    raise ValueError(f"this is not one of our models: its betas are those of no schedule of ours ({', '.join(SCHEDULES)})")

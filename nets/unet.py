@@ -10,7 +10,37 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .fused import norm_act_conv
+from .cpu_fused import norm_act_conv
+
+MAX_GROUPS = 32  # the reference's group norm
+
+
+def choose_groups(num_groups, channel):
+    """`num_groups`, or for "auto" as many as divide `channel` with four or more channels in each, up to the reference's 32.
+
+    A group of one channel is normalised by itself, which takes away what time and class added to it: the level is blind to them.
+    """
+    if num_groups != "auto":
+        return num_groups
+    return max(groups for groups in range(1, MAX_GROUPS + 1) if channel % groups == 0 and groups <= max(1, channel // 4))
+
+
+def check_levels(channel_mults, attention_resolutions):
+    """ValueError unless there is a level, and attention is at levels that exist."""
+    if not channel_mults:
+        raise ValueError("channel_mults is empty: the network needs at least one level, such as 1,")
+    unknown = [level for level in attention_resolutions if level not in range(len(channel_mults))]
+    if unknown:
+        raise ValueError(f"attention_resolutions are levels from 0 to {len(channel_mults) - 1} (one a channel_mult), not {unknown}")
+
+
+def check_input_shape(input_shape, levels):
+    """ValueError, naming the nearest sizes that fit, unless (height, width) can be halved at each of `levels` but the last."""
+    factor = 2 ** (levels - 1)
+    if any(size < 1 or size % factor for size in input_shape):
+        near = [tuple(max(move(size), 1) * factor for size in input_shape) for move in (lambda s: s // factor, lambda s: -(-s // factor))]
+        raise ValueError(f"input_shape {tuple(input_shape)} cannot be halved {levels - 1} times: height and width must be multiples of "
+                         f"{factor}, such as {' or '.join(str(shape) for shape in dict.fromkeys(near))}")
 
 
 def get_norm(norm, num_channels, num_groups):

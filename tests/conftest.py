@@ -61,7 +61,7 @@ def run_main(script, *arguments):
     """Run a script's main() in this process, in the current folder; much quicker than a process of its own."""
     import importlib
 
-    from utils.config import run_script
+    from utils.errors import run_script
 
     module = importlib.import_module(Path(script).stem)
     before = sys.argv

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.annotation import (
+from utils.data.annotation import (
     Annotation,
     check_images,
     classes_path,
@@ -18,8 +18,8 @@ from utils.annotation import (
     without_shipped,
     write_annotation,
 )
-from utils.images import EXTENSIONS
-from utils.parallel import map_in_threads
+from utils.data.decode import EXTENSIONS
+from utils.data.threads import map_in_threads
 
 PROJECT = Path(__file__).resolve().parents[1]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import atomic
-from utils.atomic import atomic_folder, atomic_write, remove_leftovers
+from utils import files as atomic
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.files import atomic_folder, atomic_write, remove_leftovers
 
 OLD, NEW = b"old" * 1000, b"new" * 50_000
 CALLS = ("open", "write", "fsync", "replace", "close")
@@ -193,7 +193,7 @@ def test_a_checkpoint_that_does_not_fit_the_disk_is_an_oserror(tmp_path):
 def test_every_writer_goes_through_atomic_write():
     """No module opens a file for writing by itself, or lets a library do so by name."""
     project = Path(__file__).resolve().parent.parent
-    sources = [*project.glob("*.py"), *project.glob("utils/*.py"), *project.glob("nets/*.py")]
+    sources = [*project.glob("*.py"), *project.glob("utils/**/*.py"), *project.glob("nets/*.py")]
     assert len(sources) > 20
     banned = (".write_text(", ".write_bytes(", "torch.save(checkpoint, path", '.savefig("', "np.savez(", "np.save(")
     found = [(path.name, word) for path in sources for word in banned if word in path.read_text(encoding="utf-8")]

@@ -6,7 +6,7 @@ from conftest import TINY, assert_equal, newest_run, run_main
 import train
 from nets import GaussianDiffusion
 from utils.checkpoint import load_checkpoint
-from utils.run import RunFiles
+from utils.training.run_files import RunFiles
 
 RUN = [*TINY, "--epochs", "4", "--seed", "3"]  # 12 steps
 BAD = (1, 4, 5, 9)
@@ -106,7 +106,7 @@ def test_weights_gone_bad_are_never_saved(workplace, monkeypatch, capsys):
 
 
 def test_a_gradient_scaler_finding_its_factor_is_not_held_against_the_run():
-    from utils.optimizer import held_against
+    from utils.training.optimizer import held_against
 
     scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=4.0)
     scaler.scale(torch.zeros(1))  # makes its tensor
@@ -118,7 +118,7 @@ def test_a_gradient_scaler_finding_its_factor_is_not_held_against_the_run():
 
 
 def test_a_save_that_fails_is_said_and_the_training_goes_on(workplace, monkeypatch, capsys):
-    from utils import run
+    from utils.training import run_files as run
 
     saves, original = [], run.save_checkpoint
 

@@ -9,8 +9,9 @@ import torch
 import predict
 import train
 import txt_annotation
-from utils import config
-from utils.config import check_values, parse_config, parse_value, run_script, trailing_comments, typed_options
+from utils import errors
+from utils.config import check_values, parse_config, parse_value, trailing_comments, typed_options
+from utils.errors import run_script
 
 
 @dataclass
@@ -152,6 +153,6 @@ def test_mistakes_of_ours_keep_their_traceback(main, capsys):
 
 
 def test_libraries_in_an_environment_within_the_project_are_not_ours(monkeypatch):
-    monkeypatch.setattr(config, "PROJECT", Path(torch.__file__).resolve().parents[2])  # the folder that holds site-packages
+    monkeypatch.setattr(errors, "PROJECT", Path(torch.__file__).resolve().parents[2])  # the folder that holds site-packages
     with pytest.raises(ValueError, match="scale"):
         run_script(lambda: torch.distributions.Normal(0.0, -1.0))

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import dataset as module
-from utils.annotation import Annotation, write_annotation
-from utils.dataset import (
+from utils.data import cache as module
+from utils.data.annotation import Annotation, write_annotation
+from utils.data.dataset import (
     EpochBatches,
     ImageDataset,
     data_loader,
@@ -22,7 +22,8 @@ from utils.dataset import (
     normalise,
     open_dataset,
 )
-from utils.images import load_image, to_uint8
+from utils.data.decode import load_image
+from utils.images import to_uint8
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 from nets import UNet, build
 from train import Config
-from utils import diffusers_format
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.config import run_script
-from utils.diffusers_format import export_model, import_model, to_unet2d
+from utils.convert import __main__ as convert
+from utils.convert import diffusers_folder as diffusers_format
+from utils.convert.diffusers_folder import export_model, import_model, to_unet2d
+from utils.errors import run_script
 
 diffusers = pytest.importorskip("diffusers")
 diffusers.utils.logging.set_verbosity_error()
@@ -293,13 +294,13 @@ def test_damaged_and_missing_files_are_named(tmp_path):
 
 def test_the_command_exports_and_imports(tmp_path, monkeypatch, capsys):
     ours = write_checkpoint(tmp_path / "run" / "last.pth", CLASSES)
-    command = [sys.executable, "-m", "utils.diffusers_format", "export", tmp_path / "run", tmp_path / "out", "--class_name", "old trees"]
+    command = [sys.executable, "-m", "utils.convert", "diffusers", tmp_path / "run", tmp_path / "out", "--class_name", "old trees"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0 and "num_inference_steps=40" in done.stdout, done.stderr
-    monkeypatch.setattr(sys, "argv", ["diffusers_format", "import", str(tmp_path / "out"), str(tmp_path / "back.pth")])
-    diffusers_format.main()
+    monkeypatch.setattr(sys, "argv", ["convert", "import", str(tmp_path / "out"), str(tmp_path / "back.pth")])
+    convert.main()
     expected = outputs(ours.ema_model, y=torch.full((3,), 2))
     torch.testing.assert_close(outputs(loaded(tmp_path / "back.pth").ema_model), expected, rtol=0, atol=1e-4)
     with pytest.raises(SystemExit):
-        run_script(diffusers_format.main)
+        run_script(convert.main)
     assert capsys.readouterr().err == f"error: {tmp_path / 'back.pth'} is there already: choose another name, or move it away\n"

@@ -19,10 +19,10 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.datasets import utils as fetching
 
-from utils import downloads
-from utils.annotation import find_images, label_by_folder
-from utils.config import run_script
-from utils.downloads import DATASETS, download, folder_name
+from utils.data import downloads
+from utils.data.annotation import find_images, label_by_folder
+from utils.data.downloads import DATASETS, download, folder_name
+from utils.errors import run_script
 
 PROJECT = Path(__file__).resolve().parents[1]
 random = np.random.default_rng(0)
@@ -324,7 +324,7 @@ def test_an_interrupted_unpacking_leaves_the_archives_only(tmp_path, monkeypatch
 KILLED = """
 import os, sys, pickle
 from torchvision import datasets
-from utils import downloads
+from utils.data import downloads
 folder, datasets.OxfordIIITPet._RESOURCES = pickle.load(sys.stdin.buffer)
 link = downloads.link_or_copy
 done = []

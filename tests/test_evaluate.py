@@ -13,15 +13,21 @@ from PIL import Image
 from torch.testing import assert_close
 
 from nets import build
-from utils import evaluate
 from utils.checkpoint import save_checkpoint
-from utils.feature_net import FeatureNet, load_feature_net, save_feature_net, train_feature_net
-from utils.feature_sets import kernel_distance, nearest, precision_and_recall
-from utils.features import Extractor, FeatureCache, collect
-from utils.frechet import FeatureStatistics, frechet_distance, statistics_distance
+from utils.evaluate import __main__ as evaluate
+from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net, train_feature_net
+from utils.evaluate.distances import (
+    FeatureStatistics,
+    frechet_distance,
+    kernel_distance,
+    nearest,
+    precision_and_recall,
+    statistics_distance,
+)
+from utils.evaluate.features import Extractor, FeatureCache, collect
+from utils.evaluate.image_sets import natural_shape, open_pictures
+from utils.evaluate.inception import load_inception
 from utils.images import save_png
-from utils.inception import load_inception
-from utils.picture_sets import natural_shape, open_pictures
 
 
 def generator(seed=0):
@@ -271,7 +277,7 @@ def save_npz(path, pictures):
 
 
 def test_folder_list_and_npz_are_the_same_pictures(folder, tmp_path):
-    from utils.annotation import find_images, write_annotation
+    from utils.data.annotation import find_images, write_annotation
 
     pictures = open_pictures(folder, (8, 8, 1), cache_path=tmp_path / "cache")
     write_annotation(tmp_path / "list.txt", find_images(folder))

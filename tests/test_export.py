@@ -1,4 +1,4 @@
-"""python -m utils.checkpoint export: small files to give away, and files for the reference's code."""
+"""python -m utils.convert: small files to give away, and files for the reference's code."""
 import subprocess
 import sys
 from dataclasses import asdict
@@ -9,8 +9,10 @@ import torch
 
 from nets import build
 from train import Config
-from utils import checkpoint as checkpoints
-from utils.checkpoint import export_weights, load_checkpoint, save_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.convert import __main__ as convert
+from utils.convert.__main__ import export_weights
+from utils.errors import run_script
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMALL = {"input_shape": (8, 8), "channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "num_timesteps": 50, "schedule": "cosine"}
@@ -171,13 +173,13 @@ def test_weights_that_are_not_those_of_their_settings_are_refused(tmp_path):
 
 def test_the_command_takes_a_runs_folder_and_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "run", num_groups=32)
-    command = [sys.executable, "-m", "utils.checkpoint", "export", tmp_path / "run", tmp_path / "out" / "small.pth"]
+    command = [sys.executable, "-m", "utils.convert", "weights", tmp_path / "run", tmp_path / "out" / "small.pth"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert load_checkpoint(tmp_path / "out" / "small.pth")["weights_kind"] == "ema"
-    monkeypatch.setattr(sys, "argv", ["checkpoint", "export", str(tmp_path / "run"), str(tmp_path / "bare.pth"), "--reference"])
-    checkpoints.main()
+    monkeypatch.setattr(sys, "argv", ["convert", "reference", str(tmp_path / "run"), str(tmp_path / "bare.pth")])
+    convert.main()
     assert "model.init_conv.bias" in torch.load(tmp_path / "bare.pth", weights_only=True)
     with pytest.raises(SystemExit):
-        checkpoints.run_script(checkpoints.main)
+        run_script(convert.main)
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'bare.pth'} is there already")

@@ -9,8 +9,9 @@ from PIL import Image, ImageCms, ImageOps
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from utils import images
-from utils.images import check_image, describe_error, load_image, make_grid, save_animation, save_png, to_uint8
+from utils.data import decode as images
+from utils.data.decode import check_image, describe_error, load_image
+from utils.images import make_grid, save_animation, save_png, to_uint8
 
 ORIENTATION = 0x0112
 

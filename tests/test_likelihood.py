@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from nets import GaussianDiffusion, generate_linear_schedule
-from nets.likelihood import decoder_log_likelihood, log_normal_probability, prior_divergence, step_divergence, variational_bound
+from utils.evaluate.likelihood import decoder_log_likelihood, log_normal_probability, prior_divergence, step_divergence, variational_bound
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 

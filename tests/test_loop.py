@@ -5,9 +5,9 @@ from conftest import TINY, newest_run, run_main
 
 import train
 from nets import GaussianDiffusion
-from utils import run as run_module
 from utils.checkpoint import load_checkpoint
-from utils.dataset import normalise
+from utils.data.dataset import normalise
+from utils.training import run_files as run_module
 
 RUN = [*TINY, "--epochs", "2", "--seed", "1"]  # 6 steps
 

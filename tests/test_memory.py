@@ -4,8 +4,9 @@ import torch
 
 import predict
 import train
-from utils import memory
-from utils.memory import accumulate_that_fits, explain_out_of_memory, is_out_of_memory
+from utils.errors import explain_out_of_memory, is_out_of_memory
+from utils.training import memory
+from utils.training.memory import accumulate_that_fits
 
 SMALL = {"input_shape": (8, 8), "channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "batch_size": 8, "dropout": 0.5}
 
@@ -90,7 +91,7 @@ def test_the_parts_of_a_batch_that_fit(pictures, batch, world, now, expected):
 
 
 def test_train_and_predict_end_in_the_line(workplace, monkeypatch, capsys):
-    from utils.config import run_script
+    from utils.errors import run_script
 
     def fail(*arguments, **settings):
         raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -10,7 +10,8 @@ from PIL import Image
 
 import predict
 from nets import GaussianDiffusion, build, seeded_noise, slerp
-from utils.checkpoint import export_weights, load_checkpoint, save_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.convert.__main__ import export_weights
 from utils.device import memory_format
 from utils.images import make_grid, save_png, to_uint8
 

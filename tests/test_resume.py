@@ -58,7 +58,10 @@ def test_signal_saves_within_the_epoch_and_resume_goes_on(twin, monkeypatch, cap
 
 def test_second_signal_ends_at_once(tmp_path):
     """A second signal, once the first has been noticed for a second, does not wait for a step that hangs."""
-    script = "import time; from utils.stopping import StopSignal\nwith StopSignal():\n    print('ready', flush=True)\n    time.sleep(60)"
+    script = (
+        "import time; from utils.training.stopping import StopSignal\nwith StopSignal():\n"
+        "    print('ready', flush=True)\n    time.sleep(60)"
+    )
     process = subprocess.Popen([*command("")[:1], "-c", script], stdout=subprocess.PIPE, cwd=os.path.dirname(os.path.dirname(__file__)))
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)

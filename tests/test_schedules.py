@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nets import SCHEDULES, generate_cosine_schedule, generate_linear_schedule, generate_sigmoid_schedule, make_betas
-from nets.schedules import find_schedule
+from nets.weights import find_schedule
 
 
 def alpha_bar(betas):

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from conftest import randomize
 from torch import nn
 
-from nets import UNet, fused, unet
-from nets.fused import NormActDropoutConv, norm_act_conv
+from nets import UNet, unet
+from nets import cpu_fused as fused
+from nets.cpu_fused import NormActDropoutConv, norm_act_conv
 from utils.checkpoint import weights_digest
 from utils.device import autocast, memory_format, round_weights
 

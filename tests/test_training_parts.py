@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from utils import distributed
-from utils.learning_rate import choose_rate, learning_rate
-from utils.meter import Meter, summary
-from utils.randomness import draw_step, mix
-from utils.run import _own_sums
-from utils.validation import split_validation
+from utils.data.dataset import split_validation
+from utils.training.meter import Meter, summary
+from utils.training.optimizer import choose_rate, learning_rate
+from utils.training.randomness import draw_step, mix
+from utils.training.resume import _own_sums
 
 
 def test_rate_rises_then_falls_by_half_a_cosine():

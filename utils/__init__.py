@@ -1,0 +1,1 @@
+"""What the scripts share: files, images, devices, settings. The sub-packages are rooms by activity."""

@@ -1,8 +1,5 @@
-"""Checkpoints: one file of plain types and tensors, written whole or not at all, read without running any code in it.
+"""Checkpoints: one file of plain types and tensors, written whole or not at all, read without running any code in it."""
 
-python -m utils.checkpoint export RUN FILE [--reference]    a small file to give away, or one for the reference's code
-"""
-import argparse
 import hashlib
 import pickle
 import re
@@ -12,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from utils.atomic import atomic_write
-from utils.config import run_script
+from utils.files import atomic_write
 
 FORMAT = 1
 LAST = "last.pth"
@@ -126,49 +122,3 @@ def weights_digest(state_dict):
         digest.update(name.encode())
         digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().data if value.ndim else str(value.item()).encode())
     return digest.hexdigest()
-
-
-def export_weights(run, file, reference=False):
-    """Write what drawing needs of a run's checkpoint: its averaged weights in half precision, a quarter of the size or less.
-
-    reference: a bare state dict under the reference's keys in float32 instead, which its code and `from_weights` load. Returns the
-    path that was read. ValueError where `file` is there already, or the weights do not fit their settings or the reference.
-    """
-    from nets import build  # this command alone needs the networks
-
-    path, file = find_weights(run)[0], Path(file)
-    if file.exists():
-        raise ValueError(f"{file} is there already: choose another name, or move it away")
-    checkpoint = load_checkpoint(path, lazily=True)
-    diffusion, _ = build.from_checkpoint(checkpoint)
-    if reference and diffusion.prediction != "eps":
-        raise ValueError(f"the reference's code takes what a network predicts for the noise; this one predicts {diffusion.prediction}")
-    groups = getattr(diffusion.model.out_norm, "num_groups", build.MAX_GROUPS)
-    if reference and groups != build.MAX_GROUPS:
-        raise ValueError(f"the reference's code builds group norms of {build.MAX_GROUPS} groups; this network has {groups}: train one with "
-                         f"--num_groups {build.MAX_GROUPS}")
-    weights = diffusion.state_dict()
-    if not reference:
-        kept = {name: value for name, value in weights.items() if not name.startswith("model.")}
-        weights = {name: value.half() if name.startswith("ema_model.") else value for name, value in kept.items()}
-    if not all_finite(weights):
-        raise ValueError(f"{path}: its weights hold NaN or infinity{'' if reference else ', or numbers beyond half precision (65504)'}")
-    described = {"format": FORMAT, "config": checkpoint["config"], "classes": checkpoint["classes"], "weights_kind": "ema"}
-    save_checkpoint(file, weights if reference else {**described, "weights": weights})
-    return path
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    export = parser.add_subparsers(dest="command", required=True).add_parser("export", help="write a checkpoint's weights as a small file")
-    export.add_argument("run", metavar="RUN", help="a run's folder, or a checkpoint")
-    export.add_argument("file", metavar="FILE", help="the file to write; it must not be there yet")
-    export.add_argument("--reference", action="store_true", help="a bare state dict with the keys of the reference implementation")
-    arguments = parser.parse_args()
-    path = export_weights(arguments.run, arguments.file, arguments.reference)
-    sizes = [Path(name).stat().st_size / 2**20 for name in (path, arguments.file)]
-    print(f"{path} ({sizes[0]:.1f} MiB) -> {arguments.file} ({sizes[1]:.1f} MiB)")
-
-
-if __name__ == "__main__":
-    run_script(main)

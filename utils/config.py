@@ -1,4 +1,5 @@
 """Settings: a dataclass at the top of a script, every field of which is also a command-line option."""
+
 import argparse
 import ast
 import difflib
@@ -7,14 +8,10 @@ import io
 import re
 import sys
 import tokenize
-import traceback
 import types
 import typing
 from dataclasses import fields
-from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # PyTorch's words, for GPUs, Linux and Windows
 NEGATIVE = re.compile(r"-\.?\d")
 
 
@@ -136,42 +133,3 @@ def trailing_comments(config_class):
         elif token.type == tokenize.COMMENT and token.start[0] in names:
             comments[names[token.start[0]]] = token.string.lstrip("# ")
     return comments
-
-
-def run_script(main):
-    """Run a script: a user's mistake is one line on stderr and exit code 1, a mistake of ours a traceback.
-
-    The user's are the ValueErrors that this project raises itself, the system's refusals (OSError), and too little memory.
-    """
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Exception as error:
-        line = _for_user(error)
-        if line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(1) from None
-
-
-def _for_user(error):
-    """What to tell the user in one line; None for a mistake of ours."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}; check this path, or name another"
-    if isinstance(error, OSError) or (isinstance(error, ValueError) and _raised_here(error)):
-        return _line(error)
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY):
-        return "out of memory: lower --batch_size, or the size of the pictures or of the network"
-    return None
-
-
-def _line(error):
-    return " ".join(str(error).splitlines())
-
-
-def _raised_here(error):
-    """Whether it was raised by a line of this project itself, rather than by a library that it calls."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    return PROJECT in raised_in.parents and "site-packages" not in raised_in.parts

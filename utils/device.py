@@ -1,4 +1,5 @@
 """Where and in which numbers a job runs: every "auto" is resolved here, once, and printed."""
+
 import contextlib
 import ctypes
 import platform

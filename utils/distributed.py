@@ -1,4 +1,5 @@
 """The same code with and without torchrun: every function here works where there is one process only."""
+
 import ctypes
 import os
 import signal

@@ -1,0 +1,1 @@
+"""`python -m utils.convert`: checkpoints to and from the formats of others."""

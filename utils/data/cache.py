@@ -1,0 +1,146 @@
+"""The uint8 cache on disk: each listed image decoded once."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from utils.data.annotation import RUN_AGAIN, printable
+from utils.data.decode import describe_error, load_image
+from utils.data.threads import map_in_threads
+from utils.files import PROJECT, atomic_write
+
+CACHE_VERSION = 1   # part of the key: raise it when load_image gives other pixels or the files change their form
+CACHES_KEPT = 4     # the most recently used ones in a folder
+NAMES_SHOWN = 10    # files named in a message about many
+
+
+def _file_stats(paths):
+    """(path, size, time, mode) of each file. ValueError if any is gone."""
+    stats, gone = [], []
+    for path in paths:
+        try:
+            stat = os.stat(path)
+            stats.append((path, stat.st_size, stat.st_mtime_ns, stat.st_mode))  # the mode: a file made readable is tried again
+        except OSError:
+            gone.append(path)
+    if gone:
+        raise ValueError(f"{len(gone)} of {len(paths)} listed images are gone: {_some(gone)}; {RUN_AGAIN}")
+    return stats
+
+
+def _some(names):
+    shown = ", ".join(printable(name) for name in names[:NAMES_SHOWN])
+    return shown + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+
+
+def _cache_key(settings, stats):
+    """A name for the pixels that these settings make of these files."""
+    digest = hashlib.sha256(json.dumps([CACHE_VERSION, settings], sort_keys=True).encode())
+    for stat in stats:
+        digest.update(repr(stat).encode())
+    return digest.hexdigest()[:24]
+
+
+def cache_folders(annotation_path):
+    """Where caches may be, best first."""
+    beside = Path(annotation_path).absolute().parent / "datasets"
+    local = (beside if beside.is_dir() else PROJECT / "datasets") / ".cache"
+    user = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
+    return [local, Path(user or os.path.expanduser("~/.cache")) / "ddpm-pytorch"]
+
+
+def writable_folder(folders):
+    """The first folder that a file can be made in. OSError naming all of them where none is."""
+    reasons = []
+    for folder in folders:
+        try:
+            with atomic_write(folder / ".writable"):
+                pass
+            (folder / ".writable").unlink(missing_ok=True)
+            return folder
+        except OSError as error:
+            reasons.append(f"{printable(folder)} ({error.strerror})")
+    raise OSError(f"the cache of decoded images can be written nowhere: {', '.join(reasons)}; make one of these folders writable")
+
+
+def _cache_files(folder, key):
+    return folder / f"{key}.pixels", folder / f"{key}.json"
+
+
+def _open_cache(folder, key, num_listed):
+    """(pixels, index) if there is a whole cache of that key in the folder, else None."""
+    pixels_path, index_path = _cache_files(folder, key)
+    try:
+        index = json.loads(index_path.read_text("utf-8"))
+        shape = tuple(index["shape"])
+        whole = (shape[0] + len(index["bad"]) == num_listed and len(index["hashes"]) == shape[0]
+                 and pixels_path.stat().st_size == np.prod(shape, dtype=np.int64))
+        pixels = np.memmap(pixels_path, dtype=np.uint8, mode="r", shape=shape) if whole else None
+    except (OSError, ValueError, KeyError, TypeError, IndexError):  # none, or damaged: it is built (again)
+        return None
+    if pixels is None:
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(index_path)  # the time of its last use, for pruning
+    return np.asarray(pixels), index  # a plain view: the memmap class makes each gather slower
+
+
+def _build_cache(folder, key, paths, settings, num_workers):
+    """Decode all files into the cache: the pixels first, row after row, the index that makes them valid last."""
+    pixels_path, index_path = _cache_files(folder, key)
+    shape = (*settings["input_shape"], settings["img_channels"])
+    print(f"decoding {len(paths)} images to {shape[0]}x{shape[1]} (height x width), {np.prod(shape) * len(paths) / 1e6:.1f} MB: "
+          f"{printable(pixels_path.absolute())}")
+    hashes, bad = [], []
+    try:
+        with atomic_write(pixels_path) as file:
+            for row, (pixels, note) in enumerate(map_in_threads(lambda path: _decode(path, settings), paths, num_workers, "decoding")):
+                if pixels is None:
+                    bad.append((row, note))
+                else:
+                    file.write(pixels)
+                    hashes.append(note)
+            if not hashes:
+                _report_bad(paths, bad)
+                raise ValueError(f"none of the {len(paths)} listed images can be decoded: put whole images into datasets/ and {RUN_AGAIN}")
+        with atomic_write(index_path, "w", encoding="utf-8") as file:
+            json.dump({"shape": [len(hashes), *shape], "hashes": hashes, "bad": bad}, file)
+    except OSError as error:
+        raise OSError(f"the cache of decoded images could not be written ({error.strerror or error}): {printable(pixels_path.absolute())} "
+                      f"needs {np.prod(shape) * len(paths) / 1e6:.0f} MB; free some space, or lower input_shape") from error
+
+
+def _decode(path, settings):
+    """(pixels, hash of the file's content), or (None, reason) for a bad file."""
+    try:
+        content = Path(path).read_bytes()  # once, for both
+        pixels = load_image(io.BytesIO(content), **settings)
+        return pixels, hashlib.blake2b(content, digest_size=16).hexdigest()
+    except Exception as error:  # Pillow's decoders raise all kinds
+        return None, describe_error(error)
+
+
+def _report_bad(paths, bad):
+    if not bad:
+        return
+    print(f"left out {len(bad)} of {len(paths)} listed images, which cannot be decoded: "
+          + _some([f"{paths[row]} ({reason})" for row, reason in bad]))
+
+
+def _prune(folder, key):
+    """Delete the caches used longest ago, and what interrupted builds have left; none of the last hour's, which may be in use."""
+    def last_use(path):
+        return path.stat().st_mtime
+
+    with contextlib.suppress(OSError):  # another process prunes too
+        keep = {key, *(path.stem for path in sorted(folder.glob("*.json"), key=last_use)[-CACHES_KEPT:])}
+        for path in [*folder.glob("*.json"), *folder.glob("*.pixels"), *folder.glob(".*.tmp")]:
+            newest_use = max(last_use(part) for part in (path, path.with_suffix(".json")) if part.exists())
+            if path.name.split(".")[0] not in keep and time.time() - newest_use > 3600:
+                path.unlink(missing_ok=True)

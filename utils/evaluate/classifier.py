@@ -1,0 +1,140 @@
+"""A small classifier of labelled pictures, whose last features measure how alike two sets of pictures are where Inception cannot."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from utils.checkpoint import weights_digest
+from utils.files import atomic_write
+
+FORMAT = 1
+WIDTHS = (32, 64, 128)
+STEPS = 1400
+
+
+class FeatureNet(nn.Module):
+    """Pictures -> features (b, 128): the mean over the picture of the last convolution, as Inception's. Any size from 8x8.
+
+    accuracy: the share of test pictures that it names right, None until it is known. num_features is what torchmetrics asks for.
+    """
+
+    num_features = WIDTHS[-1]
+
+    def __init__(self, img_channels, num_classes):
+        super().__init__()
+        self.img_channels, self.num_classes, self.accuracy = img_channels, num_classes, None
+        channels, layers = img_channels, []
+        for width in WIDTHS:  # each halves the size
+            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, images):
+        """images (b, c, h, w) uint8 -> (b, 128) float32. ValueError for another type or number of channels."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != self.img_channels:
+            raise ValueError(f"expected uint8 pictures (b, {self.img_channels}, h, w), not {images.dtype} {tuple(images.shape)}")
+        x = images.to(self.head.weight.dtype) / 127.5 - 1
+        return self.layers(x).mean((2, 3))
+
+    def classify(self, images):
+        """images (b, c, h, w) uint8 -> (b, classes) logits."""
+        return self.head(self.forward(images))
+
+    def digest(self):
+        """Names these weights: part of the key of whatever is kept of the features."""
+        return weights_digest(self.state_dict())
+
+
+def train_feature_net(images, labels, test_images, test_labels, num_classes=None, *, epochs=None, batch_size=128, rate=2e-3, seed=0,
+                      device="cpu"):
+    """A FeatureNet in eval mode, trained on pictures (n, h, w, c) uint8 with labels (n,), its accuracy taken on the test pictures.
+
+    A function of its arguments on a given machine with a given number of threads. Arrays or tensors; only batches are copied, so a
+    memory-mapped cache does. Adam with one cycle of the rate (Smith & Topin 2018). epochs: None makes about STEPS steps, one epoch at
+    least: three of 60,000 pictures, which at 28x28 take about two minutes on one core. ValueError for arguments that do not fit
+    together.
+    """
+    labels, test_labels = torch.as_tensor(labels).long(), torch.as_tensor(test_labels).long()
+    check_labelled("training", images, labels)
+    check_labelled("test", test_images, test_labels)
+    num_classes = num_classes or int(torch.cat((labels, test_labels)).max()) + 1
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # the global generator belongs to the caller
+        torch.manual_seed(seed)
+        net = FeatureNet(images.shape[-1], num_classes).to(device)
+    batch_size = min(batch_size, len(labels))
+    epochs = epochs or max(1, round(STEPS * batch_size / len(labels)))
+    steps = epochs * (len(labels) // batch_size)
+    optimizer = torch.optim.Adam(net.parameters(), rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1)
+    with tqdm(total=steps, desc="feature net", unit="step", dynamic_ncols=True, leave=False) as bar:
+        for _ in range(epochs):
+            for rows in torch.randperm(len(labels), generator=generator).split(batch_size):
+                if len(rows) < batch_size:
+                    continue
+                loss = F.cross_entropy(net.classify(shifted(batch_of(images, rows, device), generator)), labels[rows].to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+    net.eval().requires_grad_(False)
+    net.accuracy = accuracy(net, test_images, test_labels, device)
+    return net
+
+
+def check_labelled(name, images, labels):
+    """ValueError unless there are pictures (n, h, w, c) uint8, and n labels from 0 up."""
+    uint8 = str(images.dtype).endswith("uint8")
+    if images.ndim != 4 or not uint8 or len(images) != len(labels) or not len(labels) or labels.min() < 0:
+        raise ValueError(f"{name} pictures must be (n, h, w, c) uint8 with n labels from 0 up, n above 0, "
+                         f"not {images.dtype} {tuple(images.shape)} with {len(labels)} labels")
+
+
+def batch_of(images, rows, device):
+    """Pictures (n, h, w, c), an array or tensor -> the rows (b, c, h, w) uint8 on the device."""
+    return torch.as_tensor(images[rows if torch.is_tensor(images) else rows.numpy()]).to(device).permute(0, 3, 1, 2)
+
+
+def shifted(images, generator, most=2):
+    """A batch moved by up to `most` pixels either way, its border repeated: the net learns the pictures, not where they lie."""
+    down, right = torch.randint(-most, most + 1, (2,), generator=generator).tolist()
+    rows, columns = (torch.arange(size, device=images.device) for size in images.shape[2:])
+    rows, columns = (rows + down).clamp(0, len(rows) - 1), (columns + right).clamp(0, len(columns) - 1)
+    return images[:, :, rows][:, :, :, columns]
+
+
+@torch.no_grad()
+def accuracy(net, images, labels, device="cpu", batch_size=500):
+    """The share of pictures (n, h, w, c) uint8 whose label (n,) the net gives."""
+    right = 0
+    for rows in torch.arange(len(labels)).split(batch_size):
+        right += (net.classify(batch_of(images, rows, device)).argmax(1).cpu() == labels[rows]).sum().item()
+    return right / len(labels)
+
+
+def save_feature_net(path, net):
+    """Write the net and its accuracy as one file."""
+    weights = {name: value.cpu() for name, value in net.state_dict().items()}
+    kept = {"feature_net": FORMAT, "img_channels": net.img_channels, "num_classes": net.num_classes, "accuracy": net.accuracy}
+    with atomic_write(path) as file:
+        torch.save({**kept, "weights": weights}, file)
+
+
+def load_feature_net(path, device="cpu"):
+    """The net of a file that `save_feature_net` wrote, in eval mode. ValueError for any other file."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such feature net") from None
+    except Exception:  # torch.load raises all kinds
+        raise ValueError(f"{path}: damaged, or no feature net") from None
+    if not isinstance(loaded, dict) or loaded.get("feature_net") != FORMAT:
+        raise ValueError(f"{path}: not a feature net that this version of the project wrote")
+    net = FeatureNet(loaded["img_channels"], loaded["num_classes"])
+    net.load_state_dict(loaded["weights"])
+    net.accuracy = loaded["accuracy"]
+    return net.to(device).eval().requires_grad_(False)

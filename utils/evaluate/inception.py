@@ -1,0 +1,55 @@
+"""The Inception network that FID and KID are defined with, through torchmetrics (an optional extra; its weights are downloaded once)."""
+
+import torch
+from torch import nn
+
+from utils.checkpoint import weights_digest
+
+INSTALL = "pip install torchmetrics torch-fidelity"
+INSTEAD = "--features classifier needs neither (its distances compare with its own only)"
+
+
+class Inception(nn.Module):
+    """Pictures (b, 1 or 3, h, w) uint8 -> the 2048 features of the last pooling, (b, 2048) float32; resized to 299x299 within."""
+
+    num_features = 2048
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    @torch.no_grad()
+    def forward(self, images):
+        return self.network(images.expand(-1, 3, -1, -1))
+
+    def digest(self):
+        """Names these weights: part of the key of whatever is kept of the features."""
+        return weights_digest(self.network.state_dict())
+
+
+def load_inception(weights_path="", device="cpu"):
+    """The network of `torchmetrics.image.fid`, whose weights are those of the FID paper, converted from TensorFlow.
+
+    weights_path: a file with them; "": torch.hub's cache, downloaded (91 MB) where they are not there.
+    ValueError of one line where a package is missing, or the weights are not there and cannot be downloaded, or do not fit.
+    """
+    try:
+        import torch_fidelity  # noqa: F401 (torchmetrics needs it, but can be imported without)
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ImportError as error:
+        raise ValueError(f"Inception features need two more packages ({error.name} is missing): {INSTALL}; {INSTEAD}") from None
+    try:
+        metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=weights_path or None)
+    except OSError as error:  # urllib's errors too
+        what = f"{weights_path} cannot be read" if weights_path else f"the Inception weights cannot be downloaded from {weights_address()}"
+        raise ValueError(f"{what} ({error}): name a copy of the file with --inception_weights; {INSTEAD}") from None
+    except Exception as error:  # torch.load and load_state_dict raise all kinds
+        raise ValueError(f"{weights_path or weights_address()}: not the Inception weights ({str(error).splitlines()[0][:120]})") from None
+    return Inception(metric.inception).to(device).eval().requires_grad_(False)
+
+
+def weights_address():
+    """Where torch-fidelity downloads the weights from."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return URL_INCEPTION_V3

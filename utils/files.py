@@ -1,0 +1,79 @@
+"""Files that are whole or not there: every writer of the project goes through `atomic_write`."""
+
+import contextlib
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb", **open_arguments):
+    """Open a file that appears under `path` only when the block has ended well.
+
+    The bytes go to a temporary name in the same folder, are flushed to the disk, and then take the place of `path` in
+    one step (`os.replace`): a kill, a crash or a full disk at any instant leaves the old file or the new one. Folders
+    that are missing are made. What the block raises is raised again, with the temporary file removed.
+
+    >>> with atomic_write("epoch_loss.csv", "w", encoding="utf-8") as file:
+    ...     file.write("epoch,loss")
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: machines that share the folder may share process numbers too.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, mode, **open_arguments) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path):
+    """Yield an empty folder to fill, which takes the name `path` only when the block has ended well.
+
+    As atomic_write, for many files at once: a folder of that name is whole. An empty one of before is replaced. OSError where
+    another is in the way.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: machines that share the folder may share process numbers too.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        with contextlib.suppress(AttributeError):  # all files before the name: one call is cheaper than a flush of each
+            os.sync()
+        with contextlib.suppress(OSError):
+            path.rmdir()
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder):
+    """Make the rename itself survive a power cut, where the system can flush a folder (Windows cannot)."""
+    with contextlib.suppress(OSError, AttributeError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_leftovers(folder):
+    """Delete the temporary files that killed processes left in `folder`. Only for folders with one writer."""
+    for temporary in Path(folder).glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,175 @@
+"""What predict.py writes: one picture, the grid, single files, an .npz, and how the pictures formed. Only whole files."""
+
+import contextlib
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils import distributed
+from utils.data.decode import describe_error
+from utils.files import atomic_write
+from utils.images import make_grid, save_animation, save_png, to_uint8
+
+COLUMNS = 5
+SHOWN = 25  # pictures in the grid
+STRIP_IMAGES, STRIP_MOMENTS, FRAMES = 4, 10, 40
+FRAME_MS, LAST_FRAME_MS = 80, 2000
+CHUNK = 2**24  # bytes copied at once
+
+
+class PredictFiles:
+    """Takes the pictures as they come, in any order and from any process, and writes them in bounded memory.
+
+    config: predict.py's, settled. shape: (H, W, C) of a picture. rows: of the grid, where each is a class; else None. text_of: the
+    function number -> dict of what a picture depends on, written into its single file: one that is there already counts if it says
+    the same, and is an error if not. ValueError where the folder cannot be written to.
+    """
+
+    def __init__(self, config, shape, rows, text_of):
+        self.folder, self.config, self.shape, self.text_of = Path(config.save_dir), config, tuple(shape), text_of
+        self.columns = config.interpolate or COLUMNS
+        self.shown = config.interpolate or (rows * COLUMNS if rows else SHOWN)
+        self.pictures = {}  # number -> (H, W, C): those in the grid
+        self.films = {}  # number -> [(x_t, x_0), ...], (H, W, C) each: the same, as they form
+        moments = np.linspace(0, config.steps - 1, min(FRAMES, config.steps)) if config.trajectory else []
+        self.moments = {round(moment) for moment in moments}
+        self.spool = None
+
+    def __enter__(self):
+        _check_folder(self.folder)
+        if self.config.npz:
+            self.spool = _open_spool(self.folder)
+        return self
+
+    def __exit__(self, *_):
+        if self.spool:
+            self.spool.close()
+            Path(self.spool.name).unlink(missing_ok=True)
+
+    def have(self, first, size):
+        """Whether all pictures of this batch are there already as single files: they are read instead of drawn again."""
+        if not self.config.individual_files:
+            return False
+        found = {number: self._read(number) for number in range(first, min(first + size, self.config.num_images))}
+        if any(picture is None for picture in found.values()) or (self.moments and first < self.shown):
+            return False
+        for number, picture in found.items():
+            self._take(number, picture)
+        return True
+
+    def _path(self, number):
+        name = f"between_{number:06d}.png" if self.config.interpolate else f"seed_{self.config.seed + number:010d}.png"
+        return self.folder / name
+
+    def _read(self, number):
+        """The pixels of a finished single file; None where there is none. ValueError for one of something else."""
+        path, wanted = self._path(number), self.text_of(number)
+        try:
+            with Image.open(path) as picture:
+                picture.load()
+                text, pixels = dict(getattr(picture, "text", {})), np.asarray(picture)
+        except FileNotFoundError:
+            return None
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{path.resolve()} cannot be read ({describe_error(error)}): delete it, it is drawn again") from None
+        differing = [name for name in {**wanted, **text} if text.get(name) != wanted.get(name)]
+        if differing:
+            raise ValueError(f"{path.resolve()} is there already and differs in {', '.join(differing)}: move it away, or choose another "
+                             "--save_dir")
+        return pixels.reshape(self.shape)
+
+    def add(self, first, pixels):
+        """pixels: (n, H, W, C) uint8, the pictures from number `first` on; those beyond num_images are padding."""
+        for number, picture in enumerate(pixels[: self.config.num_images - first], first):
+            if self.config.individual_files and not self._path(number).exists():
+                save_png(self._path(number), picture, self.text_of(number))
+            self._take(number, picture)
+
+    def _take(self, number, picture):
+        if number < self.shown:
+            self.pictures[number] = picture
+        if self.spool:
+            self.spool.seek(number * picture.size)
+            self.spool.write(picture.tobytes())
+
+    def add_moment(self, first, step, x, x_0):
+        """A step of the batch from number `first` on: x_t and predicted x_0, (B, C, H, W). Kept for the strip and the animation."""
+        count = min(self.shown, self.config.num_images) - first
+        if step in self.moments and count > 0:
+            for number, pair in enumerate(zip(to_uint8(x[:count]), to_uint8(x_0[:count])), first):
+                self.films.setdefault(number, []).append(pair)
+
+    def finish(self):
+        """Write what needs all pictures. Rank 0 does it, with what the others drew."""
+        gathered = distributed.gather((self.pictures, self.films))
+        if not distributed.is_main():
+            return
+        pictures, films = ({number: part[number] for part in parts for number in part} for parts in zip(*gathered))
+        ordered = np.stack([pictures[number] for number in sorted(pictures)])
+        save_png(self._say("predict_1x1_results.png"), ordered[0])
+        name = "predict_interpolation_results.png" if self.config.interpolate else "predict_5x5_results.png"
+        save_png(self._say(name), make_grid(ordered, self.columns))
+        if films:
+            self._write_films([films[number] for number in sorted(films)])
+        if self.spool:
+            self._write_npz()
+        if self.config.individual_files:
+            print(f"{self.config.num_images} single files in {self.folder.resolve()}")
+
+    def _say(self, name):
+        path = self.folder / name
+        print(path.resolve())
+        return path
+
+    def _write_films(self, films):
+        """The strip (for each of the first pictures a row of x_t over one of x_0) and the animation of the grid forming."""
+        length = len(films[0])
+        chosen = [round(moment) for moment in np.linspace(0, length - 1, min(STRIP_MOMENTS, length))]
+        rows = [film[moment][kind] for film in films[:STRIP_IMAGES] for kind in (0, 1) for moment in chosen]
+        save_png(self._say("predict_trajectory_results.png"), make_grid(np.stack(rows), len(chosen)))
+        frames = [make_grid(np.stack([film[moment][0] for film in films]), self.columns) for moment in range(length)]
+        save_animation(self._say("predict_trajectory_results.gif"), frames, [FRAME_MS] * (length - 1) + [LAST_FRAME_MS])
+
+    def _write_npz(self):
+        """arr_0: (num_images, H, W, C) uint8, the layout of the ADM evaluations' sample files."""
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self.config.num_images, *self.shape)}
+        with (
+            atomic_write(self._say("predict_results.npz")) as file,
+            zipfile.ZipFile(file, "w") as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as member,
+        ):
+            np.lib.format.write_array_header_1_0(member, header)
+            self.spool.seek(0)
+            while chunk := self.spool.read(CHUNK):
+                member.write(chunk)
+
+
+def _check_folder(folder):
+    """Find out before hours of drawing whether the pictures can be written: ValueError if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder.resolve()} cannot be written to ({error.strerror}): choose another --save_dir") from None
+
+
+def _open_spool(folder):
+    """A file for all pictures, on disk rather than in memory, that every process fills at its own places.
+
+    Its name is gone as soon as all have it open: the space comes back whatever ends the processes, and no other run meets it.
+    """
+    path = distributed.from_main(folder / f".predict_results.{os.getpid()}.tmp")
+    if distributed.is_main():
+        path.touch()
+    distributed.barrier()
+    spool = open(path, "r+b", buffering=0)  # noqa: SIM115 (closed at the end of the drawing)
+    distributed.barrier()
+    if distributed.is_main():
+        with contextlib.suppress(PermissionError):  # Windows keeps the name of an open file
+            path.unlink()
+    return spool

@@ -1,0 +1,155 @@
+"""A run: how it is found and gone on with, and what it writes."""
+
+import hashlib
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from utils import distributed
+from utils.checkpoint import LAST, load_checkpoint, newest_last
+from utils.device import is_available
+from utils.training.optimizer import restore_optimizer
+
+# What a run is built from. A label_dropout above zero adds the null class, so it cannot come or go either.
+FIXED = (
+    "input_shape", "img_channels", "channel", "channel_mults", "num_res_blocks", "attention_resolutions", "num_groups",
+    "class_conditional", "schedule", "num_timesteps", "schedule_low", "schedule_high", "prediction",
+)  # fmt: skip
+
+
+def find_checkpoint(resume, save_dir):
+    """(path, checkpoint) that `resume` asks for: "" none, "latest" the newest run's, else a path; (None, None) if none.
+
+    Rank 0 looks, so that all processes go on with the same one; each reads it for itself.
+    """
+    path, checkpoint = _look(resume, save_dir) if distributed.is_main() else (None, None)
+    path = distributed.from_main(path)
+    return path, load_checkpoint(path) if path and checkpoint is None else checkpoint
+
+
+def _look(resume, save_dir):
+    if not resume:
+        return None, None
+    if resume != "latest":
+        path = Path(resume)
+        path = path / LAST if path.is_dir() else path
+        return path, load_checkpoint(path)
+    path, checkpoint = newest_last(save_dir)
+    if path is None:
+        print(f"--resume latest: no run with a readable {LAST} in {Path(save_dir).resolve()}; this is a fresh run")
+    return path, checkpoint
+
+
+def merge_config(config_class, typed, checkpoint, source):
+    """The settings to go on with: the checkpoint's, and over them only what was typed on the command line.
+
+    Args: typed: {name: value}. checkpoint: its dict. source: its path, for messages. Raises ValueError for a typed
+    setting that the run was built with; prints the values of the script's block that are not used.
+    """
+    known = {field.name for field in fields(config_class)}
+    typed = {name: value for name, value in typed.items() if name not in FIXED or value != "auto"}  # it became what the run has
+    base = config_class(**{name: value for name, value in checkpoint["config"].items() if name in known})
+    for name, value in typed.items():
+        same = getattr(base, name) == value if name != "label_dropout" else (base.label_dropout > 0) == (value > 0)
+        if name in checkpoint["config"] and name in (*FIXED, "label_dropout") and not same:
+            raise ValueError(
+                f"--{name} {value}: {source} was built with {name} = {getattr(base, name)}, which cannot change; "
+                "leave it out, or start a fresh run"
+            )
+    script = config_class()
+    unused = [name for name in sorted(known - set(typed) - {"resume"}) if getattr(script, name) not in ("auto", getattr(base, name))]
+    if unused:
+        print(f"not used, as the run goes on with its own (type them as options to change them): {', '.join(unused)}")
+    if "device" not in typed and not is_available(base.device):
+        print(f"the run was on {base.device}, which is not here: device, precision and compile are chosen anew")
+        base = replace(base, device="auto", precision="auto", compile="auto")
+    return replace(base, **typed)
+
+
+def run_folder(checkpoint, source, save_dir):
+    """The folder to write to: that of the run whose `last.pth` is gone on with, else a new one, the same on all processes."""
+    folder = Path(source).parent if source else None
+    if checkpoint and "position" in checkpoint and Path(source).name == LAST and (folder / "config.json").exists():
+        return folder  # a copy elsewhere, or under another name, starts a folder of its own
+    return distributed.from_main(_new_folder(save_dir) if distributed.is_main() else None)
+
+
+def _new_folder(save_dir):
+    """An empty folder logs/<time>/ that no other run has."""
+    name = time.strftime("%Y_%m_%d_%H_%M_%S")
+    for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
+        folder = Path(save_dir) / f"{name}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not folder.is_dir():
+                raise ValueError(f"{folder.parent} cannot hold runs: it is a file; choose another --save_dir") from None
+    raise ValueError(f"{save_dir}: no free name for a run")
+
+
+def check_classes(config, classes, checkpoint):
+    """Raise ValueError unless the pictures' classes are those that the run was built with."""
+    if not config.class_conditional or not checkpoint:
+        return
+    known = checkpoint["classes"]
+    if known and known != classes:
+        raise ValueError(f"the run's classes are {', '.join(known)}, and the list's are {', '.join(classes) or 'none'}: they cannot change")
+
+
+class Start(NamedTuple):
+    """Where a run begins, or goes on."""
+
+    epoch: int = 0
+    images: int = 0  # taken already in this epoch
+    sums: torch.Tensor | None = None  # this process's running sums of the epoch
+    rows: tuple = ()  # of the loss history
+    speed_rows: tuple = ()
+
+
+def restore(checkpoint, parts, config):
+    """Put optimizer and scaler back as they were; returns the Start. The weights are in place already.
+
+    A checkpoint without a training state (a file of weights only) starts a run of its own at epoch 0.
+    """
+    if not checkpoint or "position" not in checkpoint:
+        if checkpoint and distributed.is_main():
+            print(f"a file of weights alone: a run of its own starts from them at epoch 1; a {LAST} goes on where it was")
+        return Start()
+    restore_optimizer(parts.optimizer, checkpoint["optimizer"])
+    if checkpoint["scaler"]:
+        parts.scaler.load_state_dict(checkpoint["scaler"])
+    if all(checkpoint["config"][name] == getattr(config, name) for name in ("init_lr", "grad_clip", "precision")):
+        parts.meter.bad_in_row.fill_(checkpoint["bad_in_row"])  # else it has a new chance
+    epoch, images, batch_size, fingerprint = (checkpoint["position"][name] for name in ("epoch", "images", "batch_size", "pictures"))
+    changed = []
+    if fingerprint != pictures_fingerprint(parts.dataset, parts.rows):
+        changed.append("the pictures are not those of before")
+    if batch_size != parts.batch_size:
+        changed.append(f"the batch size was {batch_size} and is {parts.batch_size}")
+    rows, speed_rows = checkpoint["history"], checkpoint["speed"]
+    if changed and distributed.is_main():
+        print(f"{'; '.join(changed)}{': going on with the next epoch' if images else ''}")
+    if changed and images:
+        return Start(epoch + 1, 0, None, rows, speed_rows)
+    return Start(epoch, images, _own_sums(checkpoint["sums"]), rows, speed_rows)
+
+
+def _own_sums(per_rank):
+    """This process's row of the saved sums; with another number of processes, rank 0 takes them all."""
+    if per_rank is None:
+        return None
+    if len(per_rank) == distributed.world_size():
+        return per_rank[distributed.rank()]
+    return per_rank.sum(0) * float(distributed.is_main())
+
+
+def pictures_fingerprint(dataset, rows):
+    """A digest of the training pictures' content and classes, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows.tolist():
+        digest.update(f"{dataset.hashes[row]} {int(dataset.labels[row])};".encode())
+    return digest.hexdigest()
