@@ -61,19 +61,22 @@ def batch_of(config, device, layout=torch.contiguous_format):
     return x, torch.randint(0, 1000, (config.batch_size,), device=device)
 
 
+DISPATCH = unet.norm_act_conv  # the plain operations, or the fused one where it applies
+
+
 def plain(norm, activation, x, conv, dropout=None):
     x = norm(x) if activation is None else activation(norm(x))
     return conv(x if dropout is None else dropout(x))
 
 
-def backward(config, network, batch, norm_act_conv=fused.norm_act_conv):
+def backward(config, network, batch, norm_act_conv=DISPATCH):
     """A function: forward and backward pass, with the path of norm, activation, dropout and convolution that is given."""
     def step():
         unet.norm_act_conv = norm_act_conv
         with autocast(batch[0].device, config.precision):
             loss = network(*batch).float().square().mean()
         loss.backward()
-        unet.norm_act_conv = fused.norm_act_conv
+        unet.norm_act_conv = DISPATCH
     return step
 
 
@@ -149,7 +152,7 @@ def norm_section(config, device):
         x = images(config, device, channels, size, dtype)
         norm = nn.GroupNorm(32, channels).to(device)
         conv = nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype).to(memory_format=CHANNELS_LAST)
-        paths = {"plain": plain, "compiled": torch.compile(plain, dynamic=True), "fused": fused.norm_act_conv}
+        paths = {"plain": plain, "compiled": torch.compile(plain, dynamic=True), "fused": DISPATCH}
         for name, path in paths.items():
             whole = functools.partial(lambda path, norm, conv, x: path(norm, F.silu, x, conv), path, norm, conv)
             functions[f"{name}, {size}x{size}, {dtype}"] = gradients(whole, x)
@@ -214,12 +217,12 @@ def drawing_section(config, device):
     round_weights(rounded, "bf16")
     batch, one = batch_of(config, device, CHANNELS_LAST), [tensor[:1] for tensor in batch_of(config, device, CHANNELS_LAST)]
 
-    def half(network, batch, norm_act_conv=fused.norm_act_conv):
+    def half(network, batch, norm_act_conv=DISPATCH):
         def call():
             unet.norm_act_conv = norm_act_conv
             with torch.no_grad(), autocast(device, "bf16"):
                 network(*batch)
-            unet.norm_act_conv = fused.norm_act_conv
+            unet.norm_act_conv = DISPATCH
         return call
 
     return {

@@ -1,55 +1,49 @@
-"""The one place that builds a GaussianDiffusion: from the settings of a run, or from the shapes in a bare file of weights."""
+"""The one place that builds a GaussianDiffusion: from the settings of a run, or from a file of weights."""
+
+import inspect
 
 from .diffusion import GaussianDiffusion
 from .schedules import make_betas
-from .unet import MAX_GROUPS, UNet, check_input_shape, check_levels, choose_groups
-from .weights import clean_keys, read_architecture, some
+from .unet import UNet, check_input_shape, check_levels, choose_groups
+from .weights import clean_keys, read_settings, some
+
+# Settings of train.py -> arguments. A setting that is missing leaves the argument's own default.
+NETWORK = {
+    "channel": "base_channels", "channel_mults": "channel_mults", "num_res_blocks": "num_res_blocks", "dropout": "dropout",
+    "attention_resolutions": "attention_resolutions", "num_groups": "num_groups", "time_emb_dim": "time_emb_dim", "norm": "norm",
+    "activation_checkpointing": "activation_checkpointing",
+}  # fmt: skip
+SCHEDULE = ("schedule", "num_timesteps", "schedule_low", "schedule_high")
+OBJECTIVE = ("loss_type", "ema_decay", "ema_start", "prediction", "loss_weighting", "min_snr_gamma", "ema_warmup")
 
 
 def from_config(config, num_classes=0):
-    """The GaussianDiffusion of train.py's settings, a dict by field name; missing ones have the reference's defaults.
+    """The GaussianDiffusion of train.py's settings, a dict by field name.
 
-    num_classes: how many class names there are. With `class_conditional` the network has that many rows, and one more, the null
-    class, where `label_dropout` is above 0. ValueError for settings that do not fit together.
+    num_classes: the number of class names. With `class_conditional` the network has a row for each,
+    and one more, the null class, where `label_dropout` is above 0. ValueError for settings that do
+    not fit together.
     """
-    channel_mults = tuple(config.get("channel_mults", (1, 2, 2, 2)))
-    attention_resolutions = tuple(config.get("attention_resolutions", (1,)))
-    input_shape = tuple(config.get("input_shape", (32, 32)))
-    img_channels = config.get("img_channels", 3)
-    check_levels(channel_mults, attention_resolutions)
-    check_input_shape(input_shape, len(channel_mults))
+    input_shape, img_channels = tuple(config.get("input_shape", (32, 32))), config.get("img_channels", 3)
     rows, null_class = class_rows(config, num_classes)
-    network = UNet(
-        img_channels,
-        base_channels=config.get("channel", 128),
-        channel_mults=channel_mults,
-        num_res_blocks=config.get("num_res_blocks", 2),
-        num_classes=rows,
-        dropout=config.get("dropout", 0.1),
-        attention_resolutions=attention_resolutions,
-        num_groups=choose_groups(config.get("num_groups", MAX_GROUPS), config.get("channel", 128)),
-        activation_checkpointing=config.get("activation_checkpointing", False),
-    )
-    betas = make_betas(config.get("schedule", "linear"), config.get("num_timesteps", 1000),
-                       config.get("schedule_low", 1e-4), config.get("schedule_high", 0.02))
-    return GaussianDiffusion(
-        network, input_shape, img_channels, rows, betas,
-        loss_type=config.get("loss_type", "l2"),
-        ema_decay=config.get("ema_decay", 0.9999),
-        ema_start=config.get("ema_start", 2000),
-        prediction=config.get("prediction", "eps"),
-        loss_weighting=config.get("loss_weighting", "none"),
-        min_snr_gamma=config.get("min_snr_gamma", 5.0),
-        ema_warmup=config.get("ema_warmup", False),
-        null_class=null_class,
-    )
+    arguments = {name: parameter.default for name, parameter in inspect.signature(UNet).parameters.items()}
+    arguments |= {argument: config[name] for name, argument in NETWORK.items() if name in config}
+    arguments |= {"img_channels": img_channels, "num_classes": rows}
+    arguments["num_groups"] = choose_groups(arguments["num_groups"], arguments["base_channels"])
+    check_levels(arguments["channel_mults"], arguments["attention_resolutions"])
+    check_input_shape(input_shape, len(arguments["channel_mults"]))
+    betas = make_betas(**{name: config[name] for name in SCHEDULE if name in config})
+    objective = {name: config[name] for name in OBJECTIVE if name in config}
+    return GaussianDiffusion(UNet(**arguments), input_shape, img_channels, rows, betas, null_class=null_class, **objective)
 
 
 def from_checkpoint(checkpoint, input_shape=None):
-    """(GaussianDiffusion in eval mode, class names) of a loaded checkpoint: a dict with `weights`, `weights_kind`, `config`, `classes`.
+    """(GaussianDiffusion in eval mode, class names) of a loaded checkpoint.
 
-    An empty `config` is a bare state dict, whose classes are called by their numbers; without classes there are no names.
-    input_shape: another (height, width) than it was trained for. ValueError where settings and weights do not fit together.
+    checkpoint: a dict with `weights`, `weights_kind`, `config`, `classes`. An empty `config` is a
+    bare state dict, whose classes are called by their numbers. Without classes there are no names.
+    input_shape: another (height, width) than it was trained for.
+    ValueError where settings and weights do not fit together.
     """
     overrides = {"input_shape": input_shape} if input_shape else {}
     if checkpoint["config"]:
@@ -63,6 +57,21 @@ def from_checkpoint(checkpoint, input_shape=None):
     return diffusion.eval(), checkpoint["classes"] or [str(number) for number in range(named)]
 
 
+def from_weights(state_dict, input_shape=(32, 32)):
+    """The GaussianDiffusion of a bare state dict, with these weights in it.
+
+    Its shapes and its betas decide; what leaves no trace (groups, prediction, padding) is the
+    reference's default, and instance norm looks like group norm. Its EMA counts as started: the
+    first update must not overwrite it. ValueError for a file of something else.
+    """
+    weights = clean_keys(state_dict)
+    settings, num_classes = read_settings(weights)
+    diffusion = from_config({**settings, "input_shape": input_shape}, num_classes)
+    load_weights(diffusion, weights, "full" if "model.init_conv.weight" in weights else "ema")
+    diffusion.ema_step = diffusion.ema_start
+    return diffusion
+
+
 def class_rows(config, num_classes):
     """(rows of the class embeddings, the null class): (None, None) without classes."""
     if not config.get("class_conditional", False):
@@ -72,25 +81,6 @@ def class_rows(config, num_classes):
     if config.get("label_dropout", 0.0) > 0:
         return num_classes + 1, num_classes
     return num_classes, None
-
-
-def from_weights(state_dict, input_shape=(32, 32)):
-    """The GaussianDiffusion that a bare state dict belongs to, with these weights in it.
-
-    Read off the shapes: channels, levels, blocks, attention, classes, the time embedding, batch norm or none; off the buffer: the
-    betas. Instance norm looks like group norm, and what leaves no trace (groups, prediction, padding) is the reference's default.
-    Its average counts as started: the first update must not overwrite it. ValueError for a file of something else.
-    """
-    weights = clean_keys(state_dict)
-    kind = "full" if "model.init_conv.weight" in weights else "ema"
-    architecture = read_architecture(weights, "model." if kind == "full" else "ema_model.")
-    check_input_shape(input_shape, len(architecture["channel_mults"]))
-    network = UNet(**architecture)
-    diffusion = GaussianDiffusion(network, input_shape, architecture["img_channels"], architecture["num_classes"],
-                                  weights["betas"].double().cpu().numpy())
-    load_weights(diffusion, weights, kind)
-    diffusion.ema_step = diffusion.ema_start
-    return diffusion
 
 
 def load_weights(diffusion, state_dict, kind="full"):

@@ -12,26 +12,32 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 
-def norm_act_conv(norm, activation, x, conv, dropout=None):
-    """conv(dropout(activation(norm(x)))) of a block's modules, fused where that is known to pay. activation None: none."""
-    share = dropout.p if dropout is not None and dropout.training else 0.0
-    if worth_fusing(norm, activation, x, conv) and share < 1:
-        if torch.is_grad_enabled() and norm.weight.requires_grad:
-            settings = norm.num_groups, norm.eps, activation is not None, share, conv.padding
-            return NormActDropoutConv.apply(x, norm.weight, norm.bias, conv.weight, conv.bias, *settings)
-        if not torch.is_grad_enabled() and not share:
-            out = group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps)[0]
-            return conv(out if activation is None else F.silu(out, inplace=True))
-    x = norm(x) if activation is None else activation(norm(x))
-    return conv(x if dropout is None else dropout(x))
+def applies(norm, activation, x, conv, dropout=None):
+    """The guard: whether `norm_act_conv` below may stand in for the plain operations.
 
-
-def worth_fusing(norm, activation, x, conv):
-    """Whether these are the operations that are written out below, on the CPU, without a compiler."""
+    It needs a CPU, no compiler, and exactly the operations that are written out here.
+    """
     here = x.device.type == "cpu" and x.dim() == 4 and x.numel() > 0 and not torch.compiler.is_compiling()
     known = isinstance(norm, nn.GroupNorm) and norm.affine and activation in (None, F.silu)
     simple = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
-    return here and known and simple and conv.bias is not None and not isinstance(conv.padding, str)
+    if not (here and known and simple) or conv.bias is None or isinstance(conv.padding, str):
+        return False
+    rate = dropout_rate(dropout)
+    return rate < 1 and norm.weight.requires_grad if torch.is_grad_enabled() else not rate
+
+
+def dropout_rate(dropout):
+    """The share of features that a dropout layer, or None, zeroes now."""
+    return dropout.p if dropout is not None and dropout.training else 0.0
+
+
+def norm_act_conv(norm, activation, x, conv, dropout=None):
+    """conv(dropout(activation(norm(x)))) where `applies` holds."""
+    if torch.is_grad_enabled():
+        settings = norm.num_groups, norm.eps, activation is not None, dropout_rate(dropout), conv.padding
+        return NormActDropoutConv.apply(x, norm.weight, norm.bias, conv.weight, conv.bias, *settings)
+    out = group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps)[0]
+    return conv(out if activation is None else F.silu(out, inplace=True))
 
 
 class NormActDropoutConv(torch.autograd.Function):

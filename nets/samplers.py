@@ -12,7 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .schedules import check_choice
+
 NOISE_BLOCK = 8  # steps of noise drawn at once for an image; another number gives other pictures for the same seeds
+
+
+VARIANCES = ("beta", "posterior")  # of ddpm's noise
 
 
 class Step(NamedTuple):
@@ -28,8 +33,7 @@ def ddpm(denoise, x, steps, noise, *, variance="beta"):
 
     `variance` of that noise: "beta", or "posterior", the smaller one of equation 7. Both fall to their end without noise.
     """
-    if variance not in ("beta", "posterior"):
-        raise ValueError(f"unknown variance {variance!r}; known: beta, posterior")
+    check_choice("variance", variance, VARIANCES)
     for alpha_bar_t, alpha_bar_s, t in steps:
         alpha = alpha_bar_t / alpha_bar_s
         beta = 1 - alpha
@@ -151,8 +155,7 @@ DEFAULT_STEPS = 25
 
 def find_sampler(name):
     """The solver called `name`; ValueError that lists the known ones."""
-    if name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
+    check_choice("sampler", name, SAMPLERS)
     return SAMPLERS[name]
 
 
@@ -191,8 +194,7 @@ def timesteps(alpha_bars, steps, spacing, start=None):
     than there are timesteps.
     """
     start = len(alpha_bars) - 1 if start is None else start
-    if spacing not in SPACINGS:
-        raise ValueError(f"unknown spacing {spacing!r}; known: {', '.join(SPACINGS)}")
+    check_choice("spacing", spacing, SPACINGS)
     if not 1 <= steps <= start + 1:
         raise ValueError(f"steps must be from 1 to {start + 1}, the timesteps that there are to walk through, not {steps}")
     chosen = []

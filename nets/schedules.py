@@ -45,14 +45,13 @@ SCHEDULES = {
 }
 
 
-def make_betas(schedule, num_timesteps, schedule_low=1e-4, schedule_high=0.02):
+def make_betas(schedule="linear", num_timesteps=1000, schedule_low=1e-4, schedule_high=0.02):
     """The (T,) float64 betas of a schedule by its name; low and high are the linear one's, as for T = 1000.
 
     ValueError: an unknown name, T < 1, or betas outside (0, 1). Warns where x_T keeps so much of the image (alpha_bar_T > 0.01)
     that pure noise, from which sampling starts, is nothing that the network has seen.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
+    check_choice("schedule", schedule, SCHEDULES)
     if num_timesteps != int(num_timesteps) or num_timesteps < 1:
         raise ValueError(f"num_timesteps must be a whole number of at least 1, not {num_timesteps}")
     betas = check_betas(SCHEDULES[schedule](int(num_timesteps), schedule_low, schedule_high))
@@ -90,3 +89,9 @@ def schedule_tables(betas):
         "remove_noise_coeff": betas / np.sqrt(1 - alphas_cumprod),
         "sigma": np.sqrt(betas),
     }
+
+
+def check_choice(name, value, known):
+    """ValueError that lists the known values unless `value` is one of them."""
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(map(str, known))}")

@@ -10,37 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .cpu_fused import norm_act_conv
+from . import cpu_fused
 
-MAX_GROUPS = 32  # the reference's group norm
-
-
-def choose_groups(num_groups, channel):
-    """`num_groups`, or for "auto" as many as divide `channel` with four or more channels in each, up to the reference's 32.
-
-    A group of one channel is normalised by itself, which takes away what time and class added to it: the level is blind to them.
-    """
-    if num_groups != "auto":
-        return num_groups
-    return max(groups for groups in range(1, MAX_GROUPS + 1) if channel % groups == 0 and groups <= max(1, channel // 4))
-
-
-def check_levels(channel_mults, attention_resolutions):
-    """ValueError unless there is a level, and attention is at levels that exist."""
-    if not channel_mults:
-        raise ValueError("channel_mults is empty: the network needs at least one level, such as 1,")
-    unknown = [level for level in attention_resolutions if level not in range(len(channel_mults))]
-    if unknown:
-        raise ValueError(f"attention_resolutions are levels from 0 to {len(channel_mults) - 1} (one a channel_mult), not {unknown}")
-
-
-def check_input_shape(input_shape, levels):
-    """ValueError, naming the nearest sizes that fit, unless (height, width) can be halved at each of `levels` but the last."""
-    factor = 2 ** (levels - 1)
-    if any(size < 1 or size % factor for size in input_shape):
-        near = [tuple(max(move(size), 1) * factor for size in input_shape) for move in (lambda s: s // factor, lambda s: -(-s // factor))]
-        raise ValueError(f"input_shape {tuple(input_shape)} cannot be halved {levels - 1} times: height and width must be multiples of "
-                         f"{factor}, such as {' or '.join(str(shape) for shape in dict.fromkeys(near))}")
+MAX_GROUPS = 32  # of group norm, in the reference
+TIME_EMB_DIM = 512  # in the reference
 
 
 def get_norm(norm, num_channels, num_groups):
@@ -63,6 +36,15 @@ def zero_init(layer):
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def norm_act_conv(norm, activation, x, conv, dropout=None):
+    """conv(dropout(activation(norm(x)))) on x (b, c, h, w). `activation` and `dropout` may be None."""
+    if cpu_fused.applies(norm, activation, x, conv, dropout):  # the same numbers, in less memory and time
+        return cpu_fused.norm_act_conv(norm, activation, x, conv, dropout)
+    x = norm(x)
+    x = x if activation is None else activation(x)
+    return conv(x if dropout is None else dropout(x))
 
 
 class PositionalEmbedding(nn.Module):
@@ -113,7 +95,7 @@ class Upsample(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over all pixels with one head, added to its input; costs (h*w)^2, so it sits at low resolutions."""
 
-    def __init__(self, in_channels, norm="gn", num_groups=32):
+    def __init__(self, in_channels, norm="gn", num_groups=MAX_GROUPS):
         super().__init__()
         self.in_channels = in_channels
         self.norm = get_norm(norm, in_channels, num_groups)
@@ -137,7 +119,7 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(self, in_channels, out_channels, dropout, time_emb_dim=None, num_classes=None, activation=F.relu,
-                 norm="gn", num_groups=32, use_attention=False):
+                 norm="gn", num_groups=MAX_GROUPS, use_attention=False):
         super().__init__()
         self.activation = activation
         self.norm_1 = get_norm(norm, in_channels, num_groups)
@@ -181,9 +163,9 @@ class UNet(nn.Module):
     time: about a third more time for a fraction of the memory.
     """
 
-    def __init__(self, img_channels, base_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2, time_emb_dim=128 * 4,
+    def __init__(self, img_channels, base_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2, time_emb_dim=TIME_EMB_DIM,
                  time_emb_scale=1.0, num_classes=None, activation=F.silu, dropout=0.1, attention_resolutions=(1,), norm="gn",
-                 num_groups=32, initial_pad=0, *, activation_checkpointing=False):
+                 num_groups=MAX_GROUPS, initial_pad=0, *, activation_checkpointing=False):
         super().__init__()
         self.activation = activation
         self.initial_pad = initial_pad
@@ -262,3 +244,31 @@ class UNet(nn.Module):
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(layer, x, time_emb, y, use_reentrant=False)
         return layer(x, time_emb, y)
+
+
+def choose_groups(num_groups, channel):
+    """`num_groups`, or for "auto" as many as divide `channel` with four or more channels in each, up to the reference's 32.
+
+    A group of one channel is normalised by itself, which takes away what time and class added to it: the level is blind to them.
+    """
+    if num_groups != "auto":
+        return num_groups
+    return max(groups for groups in range(1, MAX_GROUPS + 1) if channel % groups == 0 and groups <= max(1, channel // 4))
+
+
+def check_levels(channel_mults, attention_resolutions):
+    """ValueError unless there is a level, and attention is at levels that exist."""
+    if not channel_mults:
+        raise ValueError("channel_mults is empty: the network needs at least one level, such as 1,")
+    unknown = [level for level in attention_resolutions if level not in range(len(channel_mults))]
+    if unknown:
+        raise ValueError(f"attention_resolutions are levels from 0 to {len(channel_mults) - 1} (one a channel_mult), not {unknown}")
+
+
+def check_input_shape(input_shape, levels):
+    """ValueError, naming the nearest sizes that fit, unless (height, width) can be halved at each of `levels` but the last."""
+    factor = 2 ** (levels - 1)
+    if any(size < 1 or size % factor for size in input_shape):
+        near = [tuple(max(move(size), 1) * factor for size in input_shape) for move in (lambda s: s // factor, lambda s: -(-s // factor))]
+        raise ValueError(f"input_shape {tuple(input_shape)} cannot be halved {levels - 1} times: height and width must be multiples of "
+                         f"{factor}, such as {' or '.join(str(shape) for shape in dict.fromkeys(near))}")

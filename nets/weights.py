@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from .schedules import MAX_BETA, SCHEDULES, check_betas
-from .unet import MAX_GROUPS
+from .unet import MAX_GROUPS, TIME_EMB_DIM
 
 
 def read_architecture(weights, prefix):
@@ -60,31 +60,43 @@ def some(names, limit=3):
 
 
 def known_settings(checkpoint):
-    """The settings of train.py that a checkpoint is to be gone on with, by field name: its own, or those that its weights show."""
-    # Groups leave no trace in weights: what does not name them has the reference's.
+    """The settings of train.py to resume a checkpoint with: its own, or those that its weights show."""
+    # Groups leave no trace in weights: a file that does not name them has the reference's.
     config = {"num_groups": MAX_GROUPS, **(checkpoint["config"] or config_from_weights(checkpoint["weights"]))}
-    # Without a counter the average is an old one: a warm-up would replace most of it within a few steps.
+    # Without a counter the EMA is an old one: a warm-up would replace most of it within a few steps.
     return config if "ema_step" in checkpoint else {**config, "ema_warmup": False}
 
 
 def config_from_weights(state_dict):
-    """The settings of train.py that a bare state dict shows, by field name. ValueError where they cannot express its network."""
-    weights = clean_keys(state_dict)
+    """The settings of train.py that a bare state dict shows. ValueError where they cannot express its network."""
+    settings, _ = read_settings(clean_keys(state_dict))
+    time_emb_dim, norm = settings.pop("time_emb_dim"), settings.pop("norm")
+    if time_emb_dim != TIME_EMB_DIM or norm != "gn":
+        raise ValueError(f"a network with time_emb_dim {time_emb_dim} and norm {norm!r} can be drawn with, not trained on: "
+                         f"train.py builds {TIME_EMB_DIM} and 'gn'")
+    if "schedule" not in settings:
+        warnings.warn("the betas of these weights are those of no schedule here: they are kept as they are", stacklevel=2)
+    return settings
+
+
+def read_settings(weights):
+    """(settings by train.py's names, number of classes) of a bare state dict, besides `time_emb_dim` and `norm`.
+
+    `schedule` is missing where the betas are those of no schedule here.
+    """
     found = read_architecture(weights, "model." if "model.init_conv.weight" in weights else "ema_model.")
-    if found["time_emb_dim"] != 512 or found["norm"] != "gn":
-        raise ValueError(f"a network with time_emb_dim {found['time_emb_dim']} and norm {found['norm']!r} can be drawn with, not trained "
-                         "on: train.py builds 512 and 'gn'")
     betas = weights["betas"].double().cpu().numpy()
     try:
         schedule = find_schedule(betas)
     except ValueError:
         schedule = {"num_timesteps": len(betas)}
-        warnings.warn("the betas of these weights are those of no schedule here: they are kept as they are", stacklevel=2)
-    return {
+    settings = {
         "img_channels": found["img_channels"], "channel": found["base_channels"], "channel_mults": found["channel_mults"],
         "num_res_blocks": found["num_res_blocks"], "attention_resolutions": found["attention_resolutions"],
+        "time_emb_dim": found["time_emb_dim"], "norm": found["norm"],
         "class_conditional": found["num_classes"] is not None, "label_dropout": 0.0, **schedule,
-    }
+    }  # fmt: skip
+    return settings, found["num_classes"] or 0
 
 
 def find_schedule(betas):

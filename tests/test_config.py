@@ -3,6 +3,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 
@@ -143,11 +144,17 @@ def test_mistakes_of_a_user_are_one_line(main, code, line, capsys):
     assert printed.err.startswith(line) and printed.err.count("\n") == 1
 
 
+def unpacking():
+    first, second = [1, 2, 3]
+    return first, second
+
+
 @pytest.mark.parametrize("main", [
     lambda: torch.zeros(2).reshape(3), lambda: torch.distributions.Normal(0.0, -1.0), raising(KeyError("x")), lambda: 1 / 0,
+    lambda: np.zeros(6).reshape(4), lambda: int("x"), lambda: [].index(3), unpacking, lambda: len(slice(1)),
 ])  # fmt: skip
 def test_mistakes_of_ours_keep_their_traceback(main, capsys):
-    with pytest.raises((RuntimeError, ValueError, KeyError, ZeroDivisionError)):
+    with pytest.raises((RuntimeError, ValueError, KeyError, ZeroDivisionError, TypeError)):
         run_script(main)
     assert capsys.readouterr().err == ""
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from nets import UNet, unet
 from nets import cpu_fused as fused
-from nets.cpu_fused import NormActDropoutConv, norm_act_conv
+from nets.cpu_fused import NormActDropoutConv
+from nets.unet import norm_act_conv
 from utils.checkpoint import weights_digest
 from utils.device import autocast, memory_format, round_weights
 

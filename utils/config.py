@@ -1,72 +1,101 @@
-"""Settings: a dataclass at the top of a script, every field of which is also a command-line option."""
-
-import argparse
+"""Settings: a dataclass at the top of a script. Each field is also a command-line option, checked alike in both places."""
 import ast
 import difflib
 import inspect
 import io
-import re
 import sys
+import textwrap
 import tokenize
 import types
 import typing
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
-NEGATIVE = re.compile(r"-\.?\d")
+
+def settings(config_class):
+    """Decorator of a script's block: makes it a dataclass, whatever a user has written into it.
+
+    `block_settings` checks the values later: an import alone must not fail.
+    """
+    for name in config_class.__annotations__:
+        value = vars(config_class).get(name)
+        if isinstance(value, (list, set, dict)):  # dataclass refuses these as defaults
+            value = tuple(value) if isinstance(value, list) else str(value)
+        setattr(config_class, name, value)
+    return dataclass(config_class)
 
 
 def parse_config(config_class, description, arguments=None):
-    """The settings of a script: the values of its block, with what the command line says instead."""
-    return config_class(**typed_options(config_class, description, arguments))
+    """The settings of a script: the values of its block, and over them the command line."""
+    return replace(block_settings(config_class), **typed_options(config_class, description, arguments))
+
+
+def block_settings(config_class):
+    """The block itself, each value checked as a typed one is. ValueError that names the first that does not fit."""
+    file, hints = Path(inspect.getfile(config_class)).name, typing.get_type_hints(config_class)
+    for name, value in vars(config_class).items():
+        if name not in hints and not name.startswith("_") and not callable(value):
+            raise ValueError(f"{name} = {value!r} in the settings of {file} has no type, so it is no setting: "
+                             f"write {name}: {type(value).__name__} = {value!r}, or take the line out")
+    values = {}
+    for field in fields(config_class):
+        values[field.name] = _fit_any(field.default, hints[field.name])
+        if values[field.name] is _NO_FIT:
+            raise ValueError(f"{field.name} = {field.default!r} in the settings of {file}: expected {describe(hints[field.name])}")
+    return config_class(**values)
 
 
 def typed_options(config_class, description, arguments=None):
     """Only what the command line says: {field name: value}. A mistake there ends in a ValueError of one line."""
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.names = [field.name for field in fields(config_class)]
-    types_, comments = typing.get_type_hints(config_class), trailing_comments(config_class)
+    hints, typed = typing.get_type_hints(config_class), {}
+    words = iter(map(str, sys.argv[1:] if arguments is None else arguments))
+    for word in words:
+        if word in ("-h", "--help"):
+            print(help_text(config_class, description))
+            raise SystemExit(0)
+        option, equals, text = word.partition("=")
+        name = option.removeprefix("--")
+        if not option.startswith("--") or name not in hints:
+            near = difflib.get_close_matches(name, hints, 1) if option.startswith("--") else []
+            raise ValueError(f"unrecognized arguments: {word}{f' (did you mean --{near[0]}?)' if near else ''}; --help lists every setting")
+        text = text if equals else next(words, None)
+        if text is None or (not equals and text.startswith("--") and text[2:].partition("=")[0] in hints):
+            raise ValueError(f"argument --{name}: expected one argument; --help lists every setting")
+        typed[name] = parse_value(name, text, hints[name])
+    return typed
+
+
+def help_text(config_class, description):
+    """The text for --help: each setting with the comment behind it in the source, its choices and its default."""
+    hints, comments = typing.get_type_hints(config_class), trailing_comments(config_class)
+    lines = [f"usage: {Path(sys.argv[0]).name} [--NAME VALUE ...]", "", (description or "").strip(), ""]
     for field in fields(config_class):
-        text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%").strip()
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar="VALUE", help=text)
-    typed = vars(parser.parse_args(_join_negative(sys.argv[1:] if arguments is None else arguments)))
-    return {name: parse_value(name, text, types_[name]) for name, text in typed.items()}
+        choices = ", ".join(name for name in _choices(hints[field.name]) if name and name not in comments.get(field.name, ""))
+        text = f"{comments.get(field.name, '')}{f' [{choices}]' if choices else ''} (default: {field.default!r})"
+        lines += [f"  --{field.name} VALUE", *textwrap.wrap(text, 96, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+    return "\n".join(lines)
 
 
-def _join_negative(arguments):
-    """`--seed -1` as `--seed=-1`: argparse takes some negative values, such as -1,2 and -1e3, for options."""
-    joined = []
-    for argument in map(str, arguments):
-        if joined and NEGATIVE.match(argument) and joined[-1].startswith("--") and "=" not in joined[-1]:
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    return joined
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with errors as ValueError, and the nearest known name for one that is misspelt."""
-
-    def error(self, message):
-        unknown = [word.split("=")[0].lstrip("-") for word in message.split() if word.startswith("--")]
-        near = difflib.get_close_matches(unknown[0], self.names, 1) if unknown and "unrecognized" in message else []
-        raise ValueError(f"{message}{f' (did you mean --{near[0]}?)' if near else ''}; --help lists every setting")
+def _choices(kind):
+    """The words that a field of this type may be; [] where it is no choice of words."""
+    kinds = typing.get_args(kind) if _is_union(kind) else (kind,)
+    return [str(value) for kind in kinds if typing.get_origin(kind) is typing.Literal for value in typing.get_args(kind)]
 
 
 def parse_value(name, text, expected):
     """A value written as in Python (`32`, `2e-4`, `True`, `64,64`, `1,`); a word needs no quotes.
 
-    Args: name: the setting, for the message. text: what was typed. expected: its type in the dataclass.
-    Raises ValueError, saying what was expected, where the value does not fit.
+    name: the setting, for the message. text: what was typed. expected: its type in the dataclass.
+    ValueError, with what was expected, where the value does not fit.
     """
     try:
         value = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval documents
         value = {"true": True, "false": False, "none": None}.get(text.strip().lower(), text)
-    for kind in typing.get_args(expected) if _is_union(expected) else (expected,):
-        fitted = _fit(value, text, kind)
-        if fitted is not _NO_FIT:
-            return fitted
-    raise ValueError(f"--{name} {text}: expected {describe(expected)}")
+    fitted = _fit_any(value, expected, text)
+    if fitted is _NO_FIT:
+        raise ValueError(f"--{name} {text}: expected {describe(expected)}")
+    return fitted
 
 
 _NO_FIT = object()
@@ -76,25 +105,34 @@ def _is_union(kind):
     return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
 
-def _fit(value, text, kind):
+def _fit_any(value, expected, text=None):
+    """`value` as the type `expected`, or as one of a union's, or _NO_FIT. text: what was typed, for fields of text."""
+    for kind in typing.get_args(expected) if _is_union(expected) else (expected,):
+        fitted = _fit(value, kind, text)
+        if fitted is not _NO_FIT:
+            return fitted
+    return _NO_FIT
+
+
+def _fit(value, kind, text):
     """`value` as `kind`, or _NO_FIT. True is no number here, and 3 is a fine float."""
     origin = typing.get_origin(kind)
     if origin is tuple:
-        return _fit_tuple(value, text, typing.get_args(kind))
+        return _fit_tuple(value, typing.get_args(kind), text)
     if origin is typing.Literal:
-        return value if value in typing.get_args(kind) else _NO_FIT
+        return next((choice for choice in typing.get_args(kind) if type(choice) is type(value) and choice == value), _NO_FIT)
     if kind is str:
-        return value if isinstance(value, str) else text
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return value if isinstance(value, str) else _NO_FIT if text is None else text
+    if kind is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     return value if type(value) is kind else _NO_FIT
 
 
-def _fit_tuple(value, text, kinds):
+def _fit_tuple(value, kinds, text):
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if kinds[-1] is Ellipsis:
         kinds = kinds[:1] * len(values)
-    fitted = tuple(_fit(item, str(item), kind) for item, kind in zip(values, kinds))
+    fitted = tuple(_fit(item, kind, None if text is None else str(item)) for item, kind in zip(values, kinds))
     return fitted if len(values) == len(kinds) and _NO_FIT not in fitted else _NO_FIT
 
 

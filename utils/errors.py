@@ -1,19 +1,21 @@
-"""How a script ends: a user's mistake as one line, memory that runs out with advice, a mistake of ours as a traceback."""
+"""How a script ends: the user's mistake in one line, a mistake of ours as a traceback, and memory that runs out."""
 
 import contextlib
+import dis
 import sys
 import traceback
 from pathlib import Path
 
 from utils.files import PROJECT
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # PyTorch's words, for GPUs, Linux and Windows
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # PyTorch's words: GPUs, Linux, Windows
 
 
 def run_script(main):
-    """Run a script: a user's mistake is one line on stderr and exit code 1, a mistake of ours a traceback.
+    """Run a script. The user's mistake is one line on stderr and exit code 1, a mistake of ours a traceback.
 
-    The user's are the ValueErrors that this project raises itself, the system's refusals (OSError), and too little memory.
+    The user's mistakes are the ValueErrors that this project raises itself, the system's refusals
+    (OSError), and too little memory.
     """
     try:
         main()
@@ -21,48 +23,50 @@ def run_script(main):
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        line = _for_user(error)
-        if line is None:
+        message = user_message(error)
+        if message is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
-def _for_user(error):
-    """What to tell the user in one line; None for a mistake of ours."""
+def user_message(error):
+    """The text for the user; None for a mistake of ours."""
+    if is_out_of_memory(error):
+        return "out of memory: lower --batch_size, or the size of the pictures or of the network"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}; check this path, or name another"
-    if isinstance(error, OSError) or (isinstance(error, ValueError) and _raised_here(error)):
-        return _line(error)
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY):
-        return "out of memory: lower --batch_size, or the size of the pictures or of the network"
+    if isinstance(error, OSError) or (isinstance(error, ValueError) and is_raised_here(error)):
+        return str(error)
     return None
 
 
-def _line(error):
-    return " ".join(str(error).splitlines())
-
-
-def _raised_here(error):
-    """Whether it was raised by a line of this project itself, rather than by a library that it calls."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    return PROJECT in raised_in.parents and "site-packages" not in raised_in.parts
+def is_raised_here(error):
+    """Whether a `raise` of this project raised it, rather than a library, or an operation such as int("x") in our code."""
+    last = error.__traceback__
+    while last.tb_next:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    file = Path(code.co_filename).resolve()
+    ours = PROJECT in file.parents and "site-packages" not in file.parts
+    return ours and dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
 def is_out_of_memory(error):
+    """Whether this is Python's or PyTorch's word for it, on any device."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY))
 
 
 @contextlib.contextmanager
 def explain_out_of_memory(advice):
-    """Turns running out of memory within into a ValueError for the user; advice() says what to lower, with the memory freed again."""
+    """Turns memory that runs out in the block into a ValueError for the user. advice() says what to lower, once memory is free again."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step that failed
-        import torch  # here: listing images needs none of it
+        import torch  # here: listing images does without it
 
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
