@@ -12,15 +12,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
 
 import train
 from benchmarks.timing import quiet
 from utils.data.annotation import find_images, write_annotation
 from utils.data.dataset import EpochBatches, data_loader, normalise
-from utils.device import autocast, choose_compile, choose_precision, memory_format, round_weights
-from utils.training.optimizer import choose_rate, held_against, learning_rate, set_rate, step_unless_bad
-from utils.training.randomness import draw_step, mix
+from utils.device import autocast, choose_precision, memory_format, round_weights
+from utils.training.optimizer import learning_rate
 
 MULTS = (1, 2, 2, 2)
 
@@ -52,45 +50,27 @@ class Ours:
         self.job = job
         paths = find_images(job.images)
         write_annotation(job.scratch / "train_lines.txt", paths)
-        precision = choose_precision("auto", job.device)
-        config = train.Config(
+        self.config = train.Config(
             annotation_path=str(job.scratch / "train_lines.txt"), input_shape=(job.size, job.size), channel=job.channel,
-            dropout=job.dropout, batch_size=job.batch_size, device=job.device.type, precision=precision,
-            init_lr=choose_rate("auto", job.channel), num_groups=32,  # as diffusers has
+            dropout=job.dropout, batch_size=job.batch_size, device=job.device.type, num_groups=32,  # as diffusers has
         )  # fmt: skip
         with quiet():
-            self.parts = train.prepare(config, job.device)
-        self.config, self.precision, self.diffusion = config, precision, self.parts.diffusion
-        self.trained = [parameter for parameter in self.diffusion.parameters() if parameter.requires_grad]
-        self.network = self.diffusion.model
-        self.compiled = choose_compile("auto", job.device)
-        if self.compiled:
-            self.diffusion.model.compile()
-        self.batches, self.step, self.generator = forever(self.epoch), 0, torch.Generator(job.device)
+            self.config, _ = train.resolve(self.config)
+            self.parts = train.prepare(self.config, job.device)
+        self.precision, self.diffusion, self.network = self.config.precision, self.parts.diffusion, self.parts.diffusion.model
+        train.compile_network(self.config, self.diffusion)
+        self.batches, self.step = forever(self.epoch), 0
 
     def epoch(self):
-        batches = EpochBatches(self.parts.rows, self.parts.batch_size, seed=0, epoch=self.step)
+        batches = EpochBatches(len(self.parts.dataset), self.parts.batch_size, seed=0, epoch=self.step)
         return data_loader(self.parts.dataset, batches, pin_memory=self.job.device.type == "cuda")
 
     def train_step(self):
-        """What train.py's loop does for a batch, call for call, in one process and without accumulation."""
-        config, (device, layout, _, _, _, batch_size, diffusion, optimizer, scaler, meter) = self.config, self.parts
-        images, _ = next(self.batches)
-        set_rate(optimizer, learning_rate(self.step, 10_000, config.init_lr, config.min_lr, config.warmup, config.lr_decay_type))
-        torch.manual_seed(mix(config.seed, self.step, "dropout"))
-        shape = (batch_size, config.img_channels, *config.input_shape)
-        draws = draw_step(self.generator, mix(config.seed, self.step), shape, config.num_timesteps)
-        x = normalise(images, device, None, layout)
-        with autocast(device, self.precision):
-            losses = diffusion(x, t=draws.t, noise=draws.noise, reduction="none")
-            scaler.scale(losses.mean()).backward()
-        scaler.unscale_(optimizer)
-        norm = clip_grad_norm_(self.trained, config.grad_clip)
-        bad = 1 - norm.isfinite().float()
-        step_unless_bad(optimizer, scaler, bad)
-        diffusion.update_ema(skip=bad)
-        meter.add(losses.detach(), draws.t, norm, bad, held_against(bad, scaler))
-        meter.shown()
+        """A batch and the step of train.py's loop."""
+        images, labels = next(self.batches)
+        lr = learning_rate(self.step, 10_000, self.config.init_lr, self.config.min_lr, self.config.warmup, self.config.lr_decay_type)
+        train.train_step(self.config, self.parts, images, labels, 0, self.step * self.parts.batch_size, lr)
+        self.parts.meter.latest()
         self.step += 1
 
     @functools.cached_property
@@ -98,7 +78,7 @@ class Ours:
         """The diffusion as predict.py draws with it."""
         drawing = copy.deepcopy(self.diffusion).to(memory_format=memory_format(self.job.device, self.precision))
         round_weights(drawing.ema_model, self.precision)
-        if self.compiled:
+        if self.config.compile:
             drawing.ema_model.compile()
         return drawing
 

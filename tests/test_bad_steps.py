@@ -6,7 +6,7 @@ from conftest import TINY, assert_equal, newest_run, run_main
 import train
 from nets import GaussianDiffusion
 from utils.checkpoint import load_checkpoint
-from utils.training.run_files import RunFiles
+from utils.training.saving import Checkpoints
 
 RUN = [*TINY, "--epochs", "4", "--seed", "3"]  # 12 steps
 BAD = (1, 4, 5, 9)
@@ -43,7 +43,7 @@ def leave_out(patch, bad_steps):
 @pytest.fixture(autouse=True)
 def saves_at_each_epoch(monkeypatch):
     """However long a save takes beside these tiny epochs."""
-    monkeypatch.setattr(RunFiles, "worthwhile", lambda self: True)
+    monkeypatch.setattr(Checkpoints, "is_cheap", lambda self: True)
 
 
 def last(workplace):
@@ -105,20 +105,20 @@ def test_weights_gone_bad_are_never_saved(workplace, monkeypatch, capsys):
     assert all(value.isfinite().all() for value in last(workplace)["weights"].values())
 
 
-def test_a_gradient_scaler_finding_its_factor_is_not_held_against_the_run():
-    from utils.training.optimizer import held_against
+def test_a_gradient_scaler_finding_its_factor_does_not_count_as_bad():
+    from utils.training.optimizer import counts_as_bad
 
     scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=4.0)
     scaler.scale(torch.zeros(1))  # makes its tensor
     bad = torch.ones(())
-    assert held_against(bad, scaler) == 0
-    assert held_against(bad, torch.amp.GradScaler("cpu", enabled=False)) == 1
+    assert counts_as_bad(bad, scaler) == 0
+    assert counts_as_bad(bad, torch.amp.GradScaler("cpu", enabled=False)) == 1
     scaler.update(1.0)
-    assert held_against(bad, scaler) == 1
+    assert counts_as_bad(bad, scaler) == 1
 
 
 def test_a_save_that_fails_is_said_and_the_training_goes_on(workplace, monkeypatch, capsys):
-    from utils.training import run_files as run
+    from utils.training import saving as run
 
     saves, original = [], run.save_checkpoint
 

@@ -7,7 +7,7 @@ import train
 from nets import GaussianDiffusion
 from utils.checkpoint import load_checkpoint
 from utils.data.dataset import normalise
-from utils.training import run_files as run_module
+from utils.training import saving as run_module
 
 RUN = [*TINY, "--epochs", "2", "--seed", "1"]  # 6 steps
 
@@ -138,7 +138,7 @@ def test_previews_are_drawn_with_the_average_in_eval_mode_from_the_same_noise(wo
 def test_saves_within_an_epoch_come_by_the_clock(workplace, monkeypatch):
     positions, save = [], run_module.save_checkpoint
     monkeypatch.setattr(run_module, "save_checkpoint", lambda path, state: (positions.append(state.get("position")), save(path, state)))
-    monkeypatch.setattr(run_module.RunFiles, "worthwhile", lambda self: True)
+    monkeypatch.setattr(run_module.Checkpoints, "is_cheap", lambda self: True)
     run_main("train.py", *RUN, "--save_minutes", "0")
     assert [(p["epoch"], p["images"]) for p in positions if p] == [(0, 8), (0, 16), (0, 24), (1, 0), (1, 8), (1, 16), (1, 24), (2, 0)]
 

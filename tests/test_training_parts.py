@@ -7,8 +7,8 @@ import torch
 
 from utils import distributed
 from utils.data.dataset import split_validation
-from utils.training.meter import Meter, summary
-from utils.training.optimizer import choose_rate, learning_rate
+from utils.training.meter import Meter, epoch_means
+from utils.training.optimizer import choose_learning_rate, learning_rate
 from utils.training.randomness import draw_step, mix
 from utils.training.resume import _own_sums
 
@@ -42,8 +42,8 @@ def test_rate_of_the_shortest_runs_is_finite(total):
 
 
 def test_auto_rate_goes_as_one_over_the_width():
-    assert [choose_rate("auto", channel) for channel in (128, 64, 32, 256, 1)] == [2e-4, 4e-4, 8e-4, 1e-4, 1e-3]
-    assert choose_rate(3e-4, 64) == 3e-4
+    assert [choose_learning_rate("auto", channel) for channel in (128, 64, 32, 256, 1)] == [2e-4, 4e-4, 8e-4, 1e-4, 1e-3]
+    assert choose_learning_rate(3e-4, 64) == 3e-4
 
 
 def test_unknown_decay_lists_the_known():
@@ -55,7 +55,7 @@ def test_draws_are_those_of_the_whole_batch_whatever_the_share():
     generator, shape = torch.Generator(), (8, 3, 4, 4)
     whole = draw_step(generator, mix(0, 1, 2), shape, 100, flip=0.5, drop=0.3)
     torch.randn(5, generator=generator)
-    shares = [draw_step(generator, mix(0, 1, 2), shape, 100, flip=0.5, drop=0.3).share(rank, 4) for rank in range(4)]
+    shares = [draw_step(generator, mix(0, 1, 2), shape, 100, flip=0.5, drop=0.3).of_rank(rank, 4) for rank in range(4)]
     for name in whole._fields:
         assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(whole, name))
     other = draw_step(generator, mix(0, 1, 3), shape, 100, flip=0.5, drop=0.3)
@@ -77,11 +77,11 @@ def test_meter_adds_losses_by_quarter_and_leaves_bad_steps_out():
     t, losses = torch.tensor([0, 24, 25, 50, 99]), torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])
     meter.add(losses, t, torch.tensor(2.0), torch.zeros(()), torch.zeros(()))
     meter.add(losses * float("nan"), t, torch.tensor(float("nan")), torch.ones(()), torch.ones(()))
-    row = summary(meter.sums[None])
+    row = epoch_means(meter.sums[None])
     assert row == {"loss": 5.0, "loss_t1": 2.0, "loss_t2": 5.0, "loss_t3": 7.0, "loss_t4": 9.0, "grad_norm": 2.0, "skipped": 1}
-    assert meter.shown() == (5.0, 1)
+    assert meter.latest() == (5.0, 1)
     meter.add(losses, t, torch.tensor(2.0), torch.zeros(()), torch.zeros(()))
-    assert meter.shown()[1] == 0
+    assert meter.latest()[1] == 0
 
 
 def test_summary_of_two_processes_is_the_mean_over_all_images():
@@ -89,7 +89,7 @@ def test_summary_of_two_processes_is_the_mean_over_all_images():
     zero = torch.zeros(())
     a.add(torch.tensor([1.0, 1.0]), torch.tensor([0, 1]), torch.tensor(3.0), zero, zero)
     b.add(torch.tensor([5.0, 2.0]), torch.tensor([1, 2]), torch.tensor(3.0), zero, zero)
-    row = summary(torch.stack([a.sums, b.sums]))
+    row = epoch_means(torch.stack([a.sums, b.sums]))
     assert (row["loss"], row["loss_t2"], row["loss_t4"], row["grad_norm"]) == (2.25, 3.0, None, 3.0)
 
 

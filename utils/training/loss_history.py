@@ -1,5 +1,4 @@
-"""What a run has seen: a row an epoch, as CSV, as curves in TensorBoard, and as a picture."""
-
+"""What a run has seen: a row an epoch, as CSV, as curves in TensorBoard, and as an image."""
 import csv
 import time
 from pathlib import Path
@@ -10,20 +9,20 @@ SECONDS_BETWEEN_PLOTS = 30
 
 
 class LossHistory:
-    """The rows of a run, one an epoch, kept in memory and in the checkpoint; the files are always written whole.
+    """The rows of a run, one an epoch, in memory and in the checkpoint. The files are always written whole.
 
-    `epoch_loss.csv` has columns that are the same in every repetition of the run, `speed.csv` those that are not.
+    `epoch_loss.csv` has the columns that every repetition of the run gives, `speed.csv` the others.
     """
 
     def __init__(self, folder, rows=(), speed_rows=()):
-        """rows, speed_rows: what a checkpoint kept. Later rows that the files may have are dropped: they will come again."""
+        """rows, speed_rows: those of the checkpoint. Later rows in the files go: they will come again."""
         self.folder, self.rows, self.speed_rows = Path(folder), list(rows), list(speed_rows)
         self.board, self.plotted = _tensorboard(self.folder, self.rows), 0.0
         self.plotting = True
         self._write_tables()
 
     def add(self, row, speed_row, step):
-        """row, speed_row: {column: number}, with "epoch" first. step: steps of the whole run so far."""
+        """row, speed_row: {column: number}, with "epoch" first. step: of the whole run so far."""
         self.rows.append(row)
         self.speed_rows.append(speed_row)
         self._write_tables()
@@ -31,10 +30,10 @@ class LossHistory:
             if self.board and name not in ("epoch", "step") and value is not None:
                 self.board.add_scalar(name, value, step)
 
-    def add_picture(self, picture, step):
-        """picture: (H, W, C) uint8 array, into TensorBoard."""
+    def add_image(self, image, step):
+        """image: (H, W, C) uint8 array, into TensorBoard."""
         if self.board:
-            self.board.add_image("preview", picture, step, dataformats="HWC")
+            self.board.add_image("preview", image, step, dataformats="HWC")
 
     def _write_tables(self):
         for name, rows in (("epoch_loss.csv", self.rows), ("speed.csv", self.speed_rows)):

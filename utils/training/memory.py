@@ -1,5 +1,4 @@
-"""Memory that runs out: one line that names the settings to lower and what would fit."""
-
+"""The memory that training needs: an estimate before, advice after it ran out."""
 import os
 
 import torch
@@ -7,29 +6,45 @@ import torch
 from utils import distributed
 from utils.device import autocast
 
-USABLE = 0.9  # share of a device's memory that pictures can fill: the rest goes to libraries and gaps
+USABLE = 0.9  # share of a device's memory that training can fill: the rest goes to libraries and gaps
+COPIES = {"weights and EMA": 2, "gradients": 1, "moments": 2}  # of the weights, whatever the batch
+
+
+def print_memory(config, parts):
+    """An estimate of what training holds in memory at once, from the forward pass of one image."""
+    size = micro_batch_size(config, parts)
+    fixed, per_image = memory_needs(config, parts)
+    mib = {name: copies * fixed / sum(COPIES.values()) / 2**20 for name, copies in COPIES.items()}
+    mib["activations"] = per_image * size / 2**20
+    print("memory     " + ", ".join(f"{value:,.0f} MiB {name}" for name, value in mib.items()))
+    print(f"           {sum(mib.values()):,.0f} MiB in all for {size} pictures at a time; --accumulate N divides the activations by N")
 
 
 def advice_for_training(config, parts):
-    """What to lower, and how far where that can be estimated."""
-    part = parts.batch_size // (distributed.world_size() * config.accumulate)
+    """What to lower after memory ran out, and how far where that can be estimated."""
+    size = micro_batch_size(config, parts)
     settings = "raise --accumulate (the same update in smaller parts), set --activation_checkpointing True (slower), or lower " \
                "--batch_size, --channel or --input_shape"
     try:
-        fixed, per_picture = memory_needs(config, parts)
-    except (RuntimeError, MemoryError):  # there is no room left to try it in
-        return f"{part} pictures at a time are too many; {settings}"
+        fixed, per_image = memory_needs(config, parts)
+    except (RuntimeError, MemoryError):  # no room is left to try it in
+        return f"{size} pictures at a time are too many; {settings}"
     there = device_memory(parts.device)
-    need = f"{part} pictures at a time need about {mebibytes(fixed + part * per_picture)}, {parts.device} has {mebibytes(there)} in all"
-    fitting = accumulate_that_fits((there * USABLE - fixed) / per_picture, parts.batch_size, distributed.world_size(), config.accumulate)
+    need = f"{size} pictures at a time need about {mebibytes(fixed + size * per_image)}, {parts.device} has {mebibytes(there)} in all"
+    fitting = accumulate_that_fits((there * USABLE - fixed) / per_image, parts.batch_size, distributed.world_size(), config.accumulate)
     return f"{need}; {f'--accumulate {fitting} would fit. Else ' if fitting else ''}{settings}"
 
 
-def accumulate_that_fits(pictures, batch_size, world_size, now):
-    """The least number of parts above `now` that leaves at most so many pictures a part; None where not even one picture fits."""
-    for parts in range(now + 1, batch_size // world_size + 1):
-        if batch_size % (world_size * parts) == 0 and batch_size // (world_size * parts) <= pictures:
-            return parts
+def micro_batch_size(config, parts):
+    """Images that one process works on at a time."""
+    return parts.batch_size // (config.accumulate * distributed.world_size())
+
+
+def accumulate_that_fits(images, batch_size, world_size, now):
+    """The least `accumulate` above `now` with micro-batches of at most so many images; None where there is none."""
+    for accumulate in range(now + 1, batch_size // world_size + 1):
+        if batch_size % (world_size * accumulate) == 0 and batch_size // (world_size * accumulate) <= images:
+            return accumulate
     return None
 
 
@@ -46,21 +61,10 @@ def mebibytes(count):
     return f"{count / 2**20:,.0f} MiB"
 
 
-def print_memory(config, parts):
-    """An estimate of what training holds in memory at once, from one image's forward pass."""
-    size = parts.batch_size // (config.accumulate * distributed.world_size())
-    fixed, per_picture = memory_needs(config, parts)
-    # Of the five copies two are the weights and their average, one the gradients, two the moments.
-    mib = [value / 2**20 for value in (fixed * 2 / 5, fixed / 5, fixed * 2 / 5, per_picture * size)]
-    names = ("weights and average", "gradients", "moments", "activations")
-    print("memory     " + ", ".join(f"{value:,.0f} MiB {name}" for value, name in zip(mib, names)))
-    print(f"           {sum(mib):,.0f} MiB in all for {size} pictures at a time; --accumulate N divides the activations by N")
-
-
 def memory_needs(config, parts):
-    """Bytes that training needs: (whatever the batch, for each picture of it)."""
+    """Bytes that training needs: (whatever the batch, for each image of a micro-batch)."""
     weights = sum(p.numel() * p.element_size() for p in parts.diffusion.model.parameters())
-    return 5 * weights, activation_bytes(config, parts)
+    return sum(COPIES.values()) * weights, activation_bytes(config, parts)
 
 
 def activation_bytes(config, parts):

@@ -1,14 +1,17 @@
-"""Running sums of an epoch, kept on the device: reading them would make the host wait."""
-
+"""Running sums of an epoch. They stay on the device: reading them would make the host wait."""
 import torch
 
 QUARTERS = 4
+# What the sums are, in their order: losses and images by quarter of the timesteps, then these.
+LOSSES, IMAGES = slice(0, QUARTERS), slice(QUARTERS, 2 * QUARTERS)
+GRAD_NORM, GOOD_STEPS, SKIPPED = range(2 * QUARTERS, 2 * QUARTERS + 3)
+SIZE = 2 * QUARTERS + 3
 
 
 class Meter:
     """Losses by quarter of the timesteps, gradient norms, and counts of good and skipped steps, of the epoch so far.
 
-    A skipped step (a gradient that was not finite) counts as skipped and adds nothing else.
+    A step is skipped where its gradient is not finite. It counts as skipped and adds nothing else.
     """
 
     def __init__(self, device, num_timesteps):
@@ -21,39 +24,40 @@ class Meter:
         self.reset()
 
     def reset(self, sums=None):
-        """Start an epoch, or go on with the sums that a checkpoint kept."""
-        size = 2 * QUARTERS + 3
-        self.sums = torch.zeros(size, dtype=self.dtype, device=self.device) if sums is None else sums.to(self.device, self.dtype)
+        """Starts an epoch, or goes on from the sums (11,) of a checkpoint."""
+        self.sums = torch.zeros(SIZE, dtype=self.dtype, device=self.device) if sums is None else sums.to(self.device, self.dtype)
 
-    def add(self, losses, t, norm, bad, counts_as_bad):
-        """losses, t: (b,), this process's images. norm, bad: 0-dim. counts_as_bad: 0-dim, whether `bad` is held against the run."""
+    def add(self, losses, t, norm, bad, counted):
+        """losses, t: (b,), this process's images. norm, bad: 0-dim. counted: 0-dim, `bad` as `counts_as_bad` has it."""
         inside = ((t * QUARTERS // self.num_timesteps) == self.quarters).to(self.dtype)
         good = 1 - bad
         losses = torch.where(bad > 0, 0, losses.detach()).to(self.dtype)
-        counts = torch.stack([torch.where(bad > 0, 0, norm), good, counts_as_bad]).to(self.dtype)
+        counts = torch.stack([torch.where(bad > 0, 0, norm), good, counted]).to(self.dtype)
         self.sums += torch.cat([inside @ losses, inside.sum(1) * good, counts])
-        self.bad_in_row = (self.bad_in_row + counts_as_bad) * bad
+        self.bad_in_row = (self.bad_in_row + counted) * bad
         self.late.push(torch.cat([self.sums, self.bad_in_row[None].to(self.dtype)]))
 
-    def shown(self):
-        """(mean loss of the epoch so far, bad steps in a row), as the host last heard of them; rank 0's share only."""
+    def latest(self):
+        """(mean loss of the epoch, bad steps in a row), this process's, as the host last heard of them. NaN: no loss yet."""
         if self.late.value is None:
             return float("nan"), 0
         values = self.late.value.tolist()
-        return sum(values[:QUARTERS]) / max(1.0, sum(values[QUARTERS : 2 * QUARTERS])), int(values[-1])
+        images = sum(values[IMAGES])
+        return sum(values[LOSSES]) / images if images else float("nan"), int(values[SIZE])
 
 
-def summary(per_rank):
-    """The columns of an epoch from every process's sums: (processes, sums). Columns that saw no image are None."""
+def epoch_means(per_rank):
+    """The columns of an epoch from the sums of all processes, (processes, 11). A column that saw no image is None."""
     per_rank = per_rank.to(torch.float64)
     total = per_rank.sum(0).tolist()
-    losses, images = total[:QUARTERS], total[QUARTERS : 2 * QUARTERS]
-    # The norm is taken after the reduction and is the same on every process.
-    norm, good, skipped = per_rank[0, 2 * QUARTERS :].tolist()
+    losses, images = total[LOSSES], total[IMAGES]
+    # The reduction comes before the norm: norm and counts are the same on every process.
+    of_one = per_rank[0].tolist()
     columns = {"loss": sum(losses) / sum(images) if sum(images) else None}
     for quarter, (loss, count) in enumerate(zip(losses, images), 1):
         columns[f"loss_t{quarter}"] = loss / count if count else None
-    return {**columns, "grad_norm": norm / good if good else None, "skipped": int(skipped)}
+    grad_norm = of_one[GRAD_NORM] / of_one[GOOD_STEPS] if of_one[GOOD_STEPS] else None
+    return {**columns, "grad_norm": grad_norm, "skipped": int(of_one[SKIPPED])}
 
 
 class LateCopy:

@@ -1,5 +1,4 @@
-"""What a run draws on the way, always from the same noise, so that the pictures of its epochs can be compared."""
-
+"""The preview: 25 images that a run samples on the way, always from the same noise, so that epochs compare."""
 from pathlib import Path
 
 import torch
@@ -11,24 +10,24 @@ COUNT, COLUMNS = 25, 5
 
 
 def preview_labels(num_classes):
-    """A class for each of the 25 pictures: all classes in turn. None for a network without classes."""
+    """A class for each of the 25 images: all classes in turn. None for a network without classes."""
     return torch.arange(COUNT) % num_classes if num_classes else None
 
 
 @torch.no_grad()
-def draw_preview(diffusion, config, num_classes, device):
-    """A 5x5 grid, (H, W, C) uint8, drawn by the averaged weights. Training's randomness is not touched."""
-    labels = preview_labels(num_classes if config.class_conditional else 0)
-    with autocast(device, config.precision):
-        x = diffusion.sample(
-            COUNT, device, y=None if labels is None else labels.to(device), sampler=config.preview_sampler,
+def sample_preview(config, parts):
+    """A 5x5 grid, (H, W, C) uint8, sampled with the EMA. It leaves the randomness of training alone."""
+    labels = preview_labels(len(parts.dataset.classes) if config.class_conditional else 0)
+    with autocast(parts.device, config.precision):
+        x = parts.diffusion.sample(
+            COUNT, parts.device, y=None if labels is None else labels.to(parts.device), sampler=config.preview_sampler,
             steps=min(config.preview_steps, config.num_timesteps), seeds=[config.seed + number for number in range(COUNT)],
         )  # fmt: skip
     return make_grid(to_uint8(x), COLUMNS)
 
 
-def save_preview(picture, run, epoch):
-    """Write results/train_out/<run>/epoch_0010.png and return its path."""
+def save_preview(image, run, epoch):
+    """Writes results/train_out/<run>/epoch_0010.png and returns its path."""
     path = Path("results/train_out") / run / f"epoch_{epoch:04d}.png"
-    save_png(path, picture)
+    save_png(path, image)
     return path

@@ -1,5 +1,4 @@
-"""All randomness of training as a function of where the run is: nothing to save, nothing to restore."""
-
+"""The randomness of training as a function of where the run is: nothing to save, nothing to restore."""
 import hashlib
 from typing import NamedTuple
 
@@ -7,29 +6,30 @@ import torch
 
 
 def mix(*parts):
-    """A 63-bit seed from numbers and words: the same parts give the same seed on every machine, and near ones do not collide."""
+    """A seed of 63 bits from numbers and words. The same parts give the same seed on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 class Draws(NamedTuple):
-    """What one step draws, a row an image of the whole batch (or, after `share`, of this process's part of it)."""
+    """The random numbers of one step. A row is an image of the whole batch, or of one process's part."""
 
     t: torch.Tensor  # (B,) int64 timesteps
     noise: torch.Tensor  # (B, C, H, W)
     flip: torch.Tensor  # (B,) bool: mirrored left to right
-    drop: torch.Tensor  # (B,) bool: the label is replaced by the null class
+    drop: torch.Tensor  # (B,) bool: the null class replaces the label
 
-    def share(self, rank, world_size):
+    def of_rank(self, rank, world_size):
         """The rows of one process: slice `rank` of `world_size` equal ones."""
         size = len(self.t) // world_size
         return Draws(*(rows[rank * size : (rank + 1) * size] for rows in self))
 
 
 def draw_step(generator, seed, shape, num_timesteps, flip=0.0, drop=0.0):
-    """The draws of one step for the whole batch, whatever share of it this process works on.
+    """The Draws of one step for the whole batch.
 
-    Args: generator: on the device, seeded anew here. seed: from `mix(seed, epoch, step)`. shape: (B, C, H, W) of the
-    whole batch. flip, drop: probabilities. The order of the draws is fixed, so that no option changes another's.
+    generator: on the device; seeded anew here. seed: from `mix(seed, epoch, step)`.
+    shape: (B, C, H, W) of the whole batch. flip, drop: probabilities.
+    The order of the draws is fixed: no option changes the numbers of another.
     """
     generator.manual_seed(seed)
     arguments = {"generator": generator, "device": generator.device}

@@ -1,5 +1,4 @@
-"""A run: how it is found and gone on with, and what it writes."""
-
+"""Resuming: which checkpoint, whose settings win, which folder, and the state put back."""
 import hashlib
 import time
 from dataclasses import fields, replace
@@ -13,7 +12,7 @@ from utils.checkpoint import LAST, load_checkpoint, newest_last
 from utils.device import is_available
 from utils.training.optimizer import restore_optimizer
 
-# What a run is built from. A label_dropout above zero adds the null class, so it cannot come or go either.
+# What a run is built from. A label_dropout above zero adds the null class: it cannot come or go either.
 FIXED = (
     "input_shape", "img_channels", "channel", "channel_mults", "num_res_blocks", "attention_resolutions", "num_groups",
     "class_conditional", "schedule", "num_timesteps", "schedule_low", "schedule_high", "prediction",
@@ -21,16 +20,16 @@ FIXED = (
 
 
 def find_checkpoint(resume, save_dir):
-    """(path, checkpoint) that `resume` asks for: "" none, "latest" the newest run's, else a path; (None, None) if none.
+    """(path, checkpoint) that `resume` asks for, (None, None) if none. "": none; "latest": the newest run's; else a path.
 
-    Rank 0 looks, so that all processes go on with the same one; each reads it for itself.
+    Rank 0 looks, so that all processes resume the same one. Each reads it for itself.
     """
-    path, checkpoint = _look(resume, save_dir) if distributed.is_main() else (None, None)
+    path, checkpoint = _find_on_main(resume, save_dir) if distributed.is_main() else (None, None)
     path = distributed.from_main(path)
     return path, load_checkpoint(path) if path and checkpoint is None else checkpoint
 
 
-def _look(resume, save_dir):
+def _find_on_main(resume, save_dir):
     if not resume:
         return None, None
     if resume != "latest":
@@ -43,15 +42,16 @@ def _look(resume, save_dir):
     return path, checkpoint
 
 
-def merge_config(config_class, typed, checkpoint, source):
-    """The settings to go on with: the checkpoint's, and over them only what was typed on the command line.
+def merge_config(block, typed, checkpoint, source):
+    """The settings to resume with: the checkpoint's, and over them only what was typed on the command line.
 
-    Args: typed: {name: value}. checkpoint: its dict. source: its path, for messages. Raises ValueError for a typed
-    setting that the run was built with; prints the values of the script's block that are not used.
+    block: the Config of the script. typed: {name: value}. source: the checkpoint's path, for messages.
+    Prints the values of the block that are not used. ValueError for a typed setting that the run
+    was built with.
     """
-    known = {field.name for field in fields(config_class)}
+    known = {field.name for field in fields(block)}
     typed = {name: value for name, value in typed.items() if name not in FIXED or value != "auto"}  # it became what the run has
-    base = config_class(**{name: value for name, value in checkpoint["config"].items() if name in known})
+    base = type(block)(**{name: value for name, value in checkpoint["config"].items() if name in known})
     for name, value in typed.items():
         same = getattr(base, name) == value if name != "label_dropout" else (base.label_dropout > 0) == (value > 0)
         if name in checkpoint["config"] and name in (*FIXED, "label_dropout") and not same:
@@ -59,8 +59,7 @@ def merge_config(config_class, typed, checkpoint, source):
                 f"--{name} {value}: {source} was built with {name} = {getattr(base, name)}, which cannot change; "
                 "leave it out, or start a fresh run"
             )
-    script = config_class()
-    unused = [name for name in sorted(known - set(typed) - {"resume"}) if getattr(script, name) not in ("auto", getattr(base, name))]
+    unused = [name for name in sorted(known - set(typed) - {"resume"}) if getattr(block, name) not in ("auto", getattr(base, name))]
     if unused:
         print(f"not used, as the run goes on with its own (type them as options to change them): {', '.join(unused)}")
     if "device" not in typed and not is_available(base.device):
@@ -70,7 +69,7 @@ def merge_config(config_class, typed, checkpoint, source):
 
 
 def run_folder(checkpoint, source, save_dir):
-    """The folder to write to: that of the run whose `last.pth` is gone on with, else a new one, the same on all processes."""
+    """The folder to write to: that of the run whose `last.pth` is resumed, else a new one, the same on all processes."""
     folder = Path(source).parent if source else None
     if checkpoint and "position" in checkpoint and Path(source).name == LAST and (folder / "config.json").exists():
         return folder  # a copy elsewhere, or under another name, starts a folder of its own
@@ -92,7 +91,7 @@ def _new_folder(save_dir):
 
 
 def check_classes(config, classes, checkpoint):
-    """Raise ValueError unless the pictures' classes are those that the run was built with."""
+    """ValueError unless the classes of the images are those that the run was built with."""
     if not config.class_conditional or not checkpoint:
         return
     known = checkpoint["classes"]
@@ -101,19 +100,19 @@ def check_classes(config, classes, checkpoint):
 
 
 class Start(NamedTuple):
-    """Where a run begins, or goes on."""
+    """The position at which a run begins or resumes."""
 
     epoch: int = 0
-    images: int = 0  # taken already in this epoch
+    images: int = 0  # of this epoch that are done
     sums: torch.Tensor | None = None  # this process's running sums of the epoch
     rows: tuple = ()  # of the loss history
     speed_rows: tuple = ()
 
 
 def restore(checkpoint, parts, config):
-    """Put optimizer and scaler back as they were; returns the Start. The weights are in place already.
+    """Puts optimizer and scaler back as they were and returns the Start. The weights are in place already.
 
-    A checkpoint without a training state (a file of weights only) starts a run of its own at epoch 0.
+    A checkpoint without a training state (a file of weights only) starts a run of its own.
     """
     if not checkpoint or "position" not in checkpoint:
         if checkpoint and distributed.is_main():
@@ -126,20 +125,18 @@ def restore(checkpoint, parts, config):
         parts.meter.bad_in_row.fill_(checkpoint["bad_in_row"])  # else it has a new chance
     epoch, images, batch_size, fingerprint = (checkpoint["position"][name] for name in ("epoch", "images", "batch_size", "pictures"))
     changed = []
-    if fingerprint != pictures_fingerprint(parts.dataset, parts.rows):
+    if fingerprint != images_fingerprint(parts.dataset):
         changed.append("the pictures are not those of before")
     if batch_size != parts.batch_size:
         changed.append(f"the batch size was {batch_size} and is {parts.batch_size}")
-    rows, speed_rows = checkpoint["history"], checkpoint["speed"]
     if changed and distributed.is_main():
         print(f"{'; '.join(changed)}{': going on with the next epoch' if images else ''}")
-    if changed and images:
-        return Start(epoch + 1, 0, None, rows, speed_rows)
-    return Start(epoch, images, _own_sums(checkpoint["sums"]), rows, speed_rows)
+    rows = checkpoint["history"], checkpoint["speed"]
+    return Start(epoch + 1, 0, None, *rows) if changed and images else Start(epoch, images, _own_sums(checkpoint["sums"]), *rows)
 
 
 def _own_sums(per_rank):
-    """This process's row of the saved sums; with another number of processes, rank 0 takes them all."""
+    """This process's row of the saved sums. With another number of processes rank 0 takes them all."""
     if per_rank is None:
         return None
     if len(per_rank) == distributed.world_size():
@@ -147,9 +144,9 @@ def _own_sums(per_rank):
     return per_rank.sum(0) * float(distributed.is_main())
 
 
-def pictures_fingerprint(dataset, rows):
-    """A digest of the training pictures' content and classes, in their order."""
+def images_fingerprint(dataset):
+    """A digest of the content and the classes of the training images, in their order."""
     digest = hashlib.blake2b(digest_size=16)
-    for row in rows.tolist():
-        digest.update(f"{dataset.hashes[row]} {int(dataset.labels[row])};".encode())
+    for content, label in zip(dataset.hashes, dataset.labels.tolist()):
+        digest.update(f"{content} {label};".encode())
     return digest.hexdigest()

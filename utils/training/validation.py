@@ -1,5 +1,4 @@
-"""A share of the pictures that is never trained on, and its loss."""
-
+"""The loss of images that are never trained on."""
 import torch
 
 from utils import distributed
@@ -9,22 +8,26 @@ from utils.training.randomness import draw_step, mix
 
 
 @torch.no_grad()
-def validation_loss(diffusion, dataset, rows, batch_size, config, device, layout):
-    """Mean loss of the averaged weights over `rows`, with the same timesteps and noise every time.
+def validation_loss(config, parts):
+    """The mean loss of the EMA over `parts.validation`, with the same timesteps and noise every time.
 
-    The timesteps of a batch are spread evenly over 0 ... T - 1. Processes share the pictures out and get the same answer.
+    The timesteps of a batch spread evenly over 0 ... T - 1. Each process takes every n-th image, and
+    all get the same answer.
     """
+    device = parts.device
     generator = torch.Generator(device)
     total = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    for number, chunk in enumerate(rows.split(batch_size)):
-        mine = torch.arange(distributed.rank(), len(chunk), distributed.world_size())
-        draws = draw_step(generator, mix(config.seed, "validation", number), (len(chunk), config.img_channels, *config.input_shape), 1)
-        t = ((torch.arange(len(chunk)) + 0.5) / len(chunk) * config.num_timesteps).long()
+    for number, batch in enumerate(torch.arange(len(parts.validation)).split(parts.batch_size)):
+        shape = (len(batch), config.img_channels, *config.input_shape)
+        noise = draw_step(generator, mix(config.seed, "validation", number), shape, 1).noise
+        t = ((torch.arange(len(batch)) + 0.5) / len(batch) * config.num_timesteps).long()
+        mine = torch.arange(distributed.rank(), len(batch), distributed.world_size())
         if len(mine):
-            images, labels = dataset.__getitems__(chunk[mine].tolist())
-            x, y = normalise(images, device, memory_format=layout), labels.to(device) if config.class_conditional else None
+            images, labels = parts.validation.__getitems__(batch[mine])
+            x = normalise(images, device, memory_format=parts.layout)
+            y = labels.to(device) if config.class_conditional else None
             with autocast(device, config.precision):
-                losses = diffusion(x, y, t=t[mine].to(device), noise=draws.noise[mine], use_ema=True, reduction="none")
+                losses = parts.diffusion(x, y, t=t[mine].to(device), noise=noise[mine], use_ema=True, reduction="none")
             total += torch.stack([losses.sum(), losses.new_tensor(len(mine))])
     loss, count = distributed.sum_over_ranks(total).tolist()
     return loss / count

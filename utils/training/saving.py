@@ -1,0 +1,84 @@
+"""When last.pth and the epoch files are written, and what is in them."""
+import time
+from dataclasses import asdict
+
+from tqdm import tqdm
+
+from utils.checkpoint import FORMAT, LAST, all_finite, rotate, save_checkpoint
+from utils.training.resume import images_fingerprint
+
+CHEAP = 0.05  # share of the time that saves at the ends of epochs may take
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run. Only rank 0 has one.
+
+    A save that fails is said and returned; the training goes on, and the next save tries again.
+    """
+
+    def __init__(self, folder, config, parts):
+        self.folder, self.config, self.parts = folder, config, parts
+        self.fingerprint = images_fingerprint(parts.dataset)
+        self.saved, self.seconds = time.monotonic(), 0.0  # when the last save ended, and how long it took
+
+    def is_due(self):
+        """Whether `save_minutes` are over since the last save. True once: the others hear of it a few steps later."""
+        due = time.monotonic() - self.saved >= self.config.save_minutes * 60
+        if due:
+            self.saved = time.monotonic()
+        return due
+
+    def is_cheap(self):
+        """Whether a save takes under 5 % of the time since the last one. An epoch may be shorter than a save."""
+        return time.monotonic() - self.saved >= self.seconds / CHEAP
+
+    def save_last(self, epoch, images, sums, history):
+        """Writes last.pth: weights, and all that resuming needs. Returns whether it is there.
+
+        epoch, images: the position, `images` of them into the epoch. sums: (processes, 11), the
+        meters' sums, or None at the start of an epoch. history: the LossHistory.
+        """
+        return self.write(LAST, {**self.weights(), **self.training_state(epoch, images, sums, history)})
+
+    def save_epoch(self, epoch):
+        """Writes epoch_XXXX.pth, the weights alone, and deletes old ones. Returns whether it is there."""
+        written = self.write(f"epoch_{epoch:04d}.pth", self.weights())
+        try_to_write(lambda: rotate(self.folder, self.config.keep_last))
+        return written
+
+    def weights(self):
+        """What sampling needs."""
+        diffusion = self.parts.diffusion
+        return {
+            "format": FORMAT, "config": asdict(self.config), "classes": list(self.parts.dataset.classes),
+            "weights": diffusion.state_dict(), "weights_kind": "full", "ema_step": diffusion.ema_step,
+        }  # fmt: skip
+
+    def training_state(self, epoch, images, sums, history):
+        """What resuming needs besides. No random state: the randomness is a function of seed and position."""
+        parts = self.parts
+        position = {"epoch": epoch, "images": images, "batch_size": parts.batch_size, "pictures": self.fingerprint}
+        return {
+            "position": position, "sums": sums, "optimizer": parts.optimizer.state_dict(), "scaler": parts.scaler.state_dict(),
+            "bad_in_row": int(parts.meter.bad_in_row), "history": history.rows, "speed": history.speed_rows,
+        }  # fmt: skip
+
+    def write(self, name, state):
+        """Writes one checkpoint. Returns whether it is there."""
+        began, written = time.monotonic(), False
+        if all_finite(state["weights"]):
+            written = try_to_write(lambda: save_checkpoint(self.folder / name, state))
+        else:
+            tqdm.write(f"NOT SAVED: the weights hold NaN or infinity; {self.folder / name} stays as it was")
+        self.saved, self.seconds = time.monotonic(), time.monotonic() - began
+        return written
+
+
+def try_to_write(write):
+    """Calls write(). Returns whether the system let it; says so where it did not."""
+    try:
+        write()
+    except OSError as error:
+        tqdm.write(f"NOT SAVED: {error}; the training goes on, and the next save tries again")
+        return False
+    return True
