@@ -1,6 +1,5 @@
 """The candidates of NOTES.md, each beside the path that it would replace: python -m benchmarks.ablations --sections step"""
 import copy
-import ctypes
 import functools
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,7 +13,7 @@ from benchmarks.timing import interleave, markdown, spread, usable_cores
 from nets import GaussianDiffusion, UNet, unet
 from nets import cpu_fused as fused
 from utils.config import parse_config
-from utils.device import autocast, choose_device, choose_precision, keep_freed_memory, round_weights
+from utils.device import autocast, choose_device, choose_precision, round_weights
 from utils.errors import run_script
 from utils.training.optimizer import make_optimizer
 
@@ -23,7 +22,7 @@ CHANNELS_LAST = torch.channels_last
 
 @dataclass
 class Config:
-    sections: str = "step,parts,allocator,norm,dropout,attention,upsample,drawing,checkpointing"  # what is compared, with commas between
+    sections: str = "step,parts,norm,dropout,attention,upsample,drawing,checkpointing"  # what is compared, with commas between
     channel: int = 64                       # width of the network
     batch_size: int = 16                    # pictures a step, 32x32
     rounds: int = 7                         # interleaved rounds
@@ -112,21 +111,6 @@ def print_profile(config, device):
     events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
     print(markdown(("operation", "share of the time"), [(event.key, f"{event.self_cpu_time_total / total:.1%}") for event in events[:16]]))
-
-
-def allocator_section(config, device):
-    step = backward(config, network_of(config, device, CHANNELS_LAST), batch_of(config, device, CHANNELS_LAST))
-
-    def giving_back():
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 64 * 2**20)  # where glibc's own adaptation ends up: twice the mapping threshold
-        step()
-
-    def keeping():
-        keep_freed_memory()
-        step()
-
-    return {"freed memory is given back": giving_back, "freed memory is kept": keeping}
 
 
 def gradients(function, *tensors):
@@ -242,7 +226,7 @@ def checkpointing_section(config, device):
 
 
 SECTIONS = {
-    "step": step_section, "parts": parts_section, "allocator": allocator_section, "norm": norm_section, "dropout": dropout_section,
+    "step": step_section, "parts": parts_section, "norm": norm_section, "dropout": dropout_section,
     "attention": attention_section, "upsample": upsample_section, "drawing": drawing_section, "checkpointing": checkpointing_section,
 }  # fmt: skip
 

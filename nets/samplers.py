@@ -1,8 +1,9 @@
-"""Solvers: the ways back from noise to an image, and the timesteps they stop at.
+"""Solvers: the ways from noise to an image, and the timesteps they stop at.
 
-A solver is a generator over `steps` that yields (x_s, predicted x_0) after each: the last x is the picture, all of them are the
-film. It sees the network only as `denoise(x_t, t) -> x_0`, and the schedule only as Python floats in float64. Throughout,
-x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, and a step goes from time t to an earlier time s.
+A solver is a generator over `steps`. It yields (x_s, predicted x_0) after each; the last x is the
+image. It sees the network as `denoise(x_t, t) -> x_0` and the schedule as Python floats in float64.
+Everywhere x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps. A step goes from timestep t to an
+earlier s. To add a solver, write its generator and enter it in SAMPLERS and DEFAULT_SPACING.
 """
 
 import inspect
@@ -14,14 +15,14 @@ import torch
 
 from .schedules import check_choice
 
-NOISE_BLOCK = 8  # steps of noise drawn at once for an image; another number gives other pictures for the same seeds
+NOISE_BLOCK = 8  # steps of noise drawn at once for an image; another number gives other images for the same seeds
 
 
 VARIANCES = ("beta", "posterior")  # of ddpm's noise
 
 
 class Step(NamedTuple):
-    """From timestep t, where the image's share is alpha_bar_t, to the next one's alpha_bar_s (1 at the end: no noise left)."""
+    """From timestep t with alpha_bar_t to the next timestep's alpha_bar_s (1 at the end: no noise is left)."""
 
     alpha_bar_t: float
     alpha_bar_s: float
@@ -31,24 +32,24 @@ class Step(NamedTuple):
 def ddpm(denoise, x, steps, noise, *, variance="beta"):
     """Ancestral sampling (Ho et al. 2020, algorithm 2): the mean of q(x_s | x_t, x_0) (equation 7), plus noise.
 
-    `variance` of that noise: "beta", or "posterior", the smaller one of equation 7. Both fall to their end without noise.
+    variance: of that noise, "beta" or the smaller "posterior" of equation 7. The last step adds none.
     """
     check_choice("variance", variance, VARIANCES)
     for alpha_bar_t, alpha_bar_s, t in steps:
         alpha = alpha_bar_t / alpha_bar_s
         beta = 1 - alpha
-        x_0_share = math.sqrt(alpha_bar_s) * beta / (1 - alpha_bar_t)
-        x_share = math.sqrt(alpha) * (1 - alpha_bar_s) / (1 - alpha_bar_t)
+        x_0_weight = math.sqrt(alpha_bar_s) * beta / (1 - alpha_bar_t)
+        x_weight = math.sqrt(alpha) * (1 - alpha_bar_s) / (1 - alpha_bar_t)
         x_0 = denoise(x, t)
-        x = x_0_share * x_0 + x_share * x
+        x = x_0_weight * x_0 + x_weight * x
         if alpha_bar_s < 1:
-            share = (1 - alpha_bar_s) / (1 - alpha_bar_t) if variance == "posterior" else 1
-            x = x + math.sqrt(beta * share) * next(noise)
+            factor = (1 - alpha_bar_s) / (1 - alpha_bar_t) if variance == "posterior" else 1
+            x = x + math.sqrt(beta * factor) * next(noise)
         yield x, x_0
 
 
 def ddim(denoise, x, steps, noise, *, eta=0.0):
-    """Song et al. 2021 ("DDIM"), equations 12 and 16: eta 0 draws no noise, eta 1 is ddpm with the posterior's variance."""
+    """Song et al. 2021 ("DDIM"), equations 12 and 16: eta 0 adds no noise, eta 1 is ddpm with the posterior variance."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie between 0 and 1, not {eta}")
     for alpha_bar_t, alpha_bar_s, t in steps:
@@ -62,10 +63,10 @@ def ddim(denoise, x, steps, noise, *, eta=0.0):
 
 
 def dpm_solver_pp(denoise, x, steps, noise, *, order=2, eta=0.0):
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): x_0 is taken as linear in lambda, half the log of the signal-to-noise ratio.
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): x_0 is linear in lambda, half the log of the signal-to-noise ratio.
 
-    `order` 1 takes it as constant. So do the first step, which has no earlier x_0, and the last, where lambda is infinite. eta 0 draws
-    no noise, eta 1 solves the reverse SDE instead (`sde_dpm_solver_pp`).
+    With `order` 1 it is constant. So it is in the first step, which has no earlier x_0, and in the
+    last, where lambda is infinite. eta 0 solves the ODE, eta 1 the reverse SDE (`sde_dpm_solver_pp`).
     """
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, not {order}")
@@ -73,32 +74,32 @@ def dpm_solver_pp(denoise, x, steps, noise, *, order=2, eta=0.0):
         raise ValueError(f"eta must lie between 0 and 1, not {eta}")
     last_x_0 = last_h = None
     for alpha_bar_t, alpha_bar_s, t in steps:
-        x_0 = extrapolated = denoise(x, t)
-        h = half_log_snr(alpha_bar_s) - half_log_snr(alpha_bar_t)
+        x_0 = D = denoise(x, t)
+        h = half_log_snr(alpha_bar_s) - half_log_snr(alpha_bar_t)  # lambda_s - lambda_t
         if order == 2 and last_x_0 is not None and alpha_bar_s < 1:
-            extrapolated = x_0 + 0.5 * h / last_h * (x_0 - last_x_0)
-        forgotten = eta * h if alpha_bar_s < 1 else 0.0  # at the end there is no noise left to renew
-        shrink = math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.exp(-forgotten)  # sigma_s / sigma_t, and less
-        x = shrink * x + (math.sqrt(alpha_bar_s) - shrink * math.sqrt(alpha_bar_t)) * extrapolated
-        if forgotten > 0:
-            x = x + math.sqrt((1 - alpha_bar_s) * -math.expm1(-2 * forgotten)) * next(noise)
+            D = x_0 + 0.5 * h / last_h * (x_0 - last_x_0)
+        eta_h = eta * h if alpha_bar_s < 1 else 0.0  # at the end no noise is left to renew
+        x_weight = math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.exp(-eta_h)  # sigma_s / sigma_t e^(-eta h)
+        x = x_weight * x + (math.sqrt(alpha_bar_s) - x_weight * math.sqrt(alpha_bar_t)) * D
+        if eta_h > 0:
+            x = x + math.sqrt((1 - alpha_bar_s) * -math.expm1(-2 * eta_h)) * next(noise)
         last_x_0, last_h = x_0, h
         yield x, x_0
 
 
 def sde_dpm_solver_pp(denoise, x, steps, noise):
-    """SDE-DPM-Solver++(2M) (Lu et al., "DPM-Solver++", arXiv 2211.01095, the solvers for diffusion SDEs): dpm_solver_pp with eta 1.
+    """SDE-DPM-Solver++(2M) (Lu et al., "DPM-Solver++", arXiv 2211.01095, solvers for diffusion SDEs): dpm_solver_pp with eta 1.
 
-    Each step keeps only e^-h of the old noise that dpm_solver_pp keeps and draws the missing share 1 - e^-2h of its variance anew; that
-    wears off the network's earlier errors. With x_0 constant, order 1, it is ddpm with the posterior's variance.
+    Each step keeps e^-h of the old noise and draws the rest of its variance, 1 - e^-2h, anew. Fresh
+    noise removes earlier errors of the network. With order 1 it is ddpm with the posterior variance.
     """
     return dpm_solver_pp(denoise, x, steps, noise, eta=1.0)
 
 
 def heun(denoise, x, steps, noise):
-    """Karras et al. 2022 ("EDM"), algorithm 1 (no churn), on our timesteps: N steps are 2N - 1 calls of the network.
+    """Karras et al. 2022 ("EDM"), algorithm 1 (no churn), on our timesteps. N steps are 2N - 1 calls of the network.
 
-    It solves dz/dsigma = (z - x_0) / sigma for z = x / sqrt(alpha_bar), whose noise has the standard deviation sigma.
+    It solves dz/dsigma = (z - x_0) / sigma for z = x / sqrt(alpha_bar) with noise of deviation sigma.
     """
     for i, (alpha_bar_t, alpha_bar_s, t) in enumerate(steps):
         sigma_t, sigma_s = noise_level(alpha_bar_t), noise_level(alpha_bar_s)
@@ -115,8 +116,9 @@ def heun(denoise, x, steps, noise):
 def repaint(denoise, x, steps, noise, *, known, mask, variance="beta", resamplings=10):
     """RePaint (Lugmayr et al. 2022, algorithm 1, jumps of one step): ddpm where `mask` is 1, the noised `known` where it is 0.
 
-    known (b, c, h, w), mask broadcastable to it. Each step is taken `resamplings` times, with the noise put back in between, so
-    that the new part comes to fit the known one. The pixels with mask 0 end exactly as they are in `known`.
+    known (b, c, h, w); mask broadcastable to it. Each step runs `resamplings` times, with its noise
+    put back in between: the new part comes to fit the known one. Pixels with mask 0 end exactly as
+    they are in `known`.
     """
     if resamplings < 1:
         raise ValueError(f"resamplings must be at least 1, not {resamplings}")
@@ -131,12 +133,12 @@ def repaint(denoise, x, steps, noise, *, known, mask, variance="beta", resamplin
 
 
 def diffuse(x_0, alpha_bar, noise):
-    """A draw from q(x_t | x_0) (Ho et al. 2020, equation 4); x_0 itself where alpha_bar is 1."""
+    """A sample of q(x_t | x_0) (Ho et al. 2020, equation 4); x_0 itself where alpha_bar is 1."""
     return math.sqrt(alpha_bar) * x_0 + math.sqrt(1 - alpha_bar) * next(noise) if alpha_bar < 1 else x_0
 
 
 def noise_level(alpha_bar):
-    """EDM's sigma: noise over image, 0 for alpha_bar 1."""
+    """EDM's sigma: the deviation of the noise over the scale of the image, 0 for alpha_bar 1."""
     return math.sqrt((1 - alpha_bar) / alpha_bar)
 
 
@@ -146,10 +148,10 @@ def half_log_snr(alpha_bar):
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp, "sde-dpm++": sde_dpm_solver_pp, "heun": heun}
-# What measured best with 25 network calls (ddim's uniform is within the noise of trailing): benchmarks/results/solvers_cpu.md.
+# The best with 25 network calls: benchmarks/results/solvers_cpu.md.
 DEFAULT_SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr", "sde-dpm++": "logsnr", "heun": "logsnr"}
-# Of every solver but ddpm, which walks through all of its timesteps. sde-dpm++ with so many, the default of predict.py and of the
-# previews, measured within 5 % of those; without fresh noise no solver came so close, with up to 100 calls (same file).
+# Of every solver but ddpm, which takes all timesteps. With so many, sde-dpm++ is within 5 % of that
+# ddpm; no solver without fresh noise came so close with up to 100 calls (same file).
 DEFAULT_STEPS = 25
 
 
@@ -188,10 +190,10 @@ SPACINGS = {"uniform": uniform, "trailing": trailing, "logsnr": logsnr}
 
 
 def timesteps(alpha_bars, steps, spacing, start=None):
-    """`steps` different timesteps, falling from `start` (T - 1, the last, unless given), for a table of T alpha_bars.
+    """`steps` different timesteps, falling from `start` (T - 1 unless given), for a table of T alpha_bars.
 
-    Where a spacing puts several on one timestep, they give way to its neighbours. ValueError: an unknown spacing, or more steps
-    than there are timesteps.
+    Where a spacing names a timestep twice, the later one moves to a neighbour. ValueError: an
+    unknown spacing, or more steps than timesteps.
     """
     start = len(alpha_bars) - 1 if start is None else start
     check_choice("spacing", spacing, SPACINGS)
@@ -211,10 +213,10 @@ def solver_steps(alpha_bars, chosen):
 
 
 def seeded_noise(seeds, shape, device):
-    """Endless (len(seeds), *shape) standard normal noise: image i's is a function of seeds[i] alone, whatever else is in the batch.
+    """Endless (len(seeds), *shape) standard normal noise. That of image i is a function of seeds[i] alone.
 
-    The first draw is x_T; after it the noise comes in blocks of constant length, as the number of launches, one an image, would
-    otherwise grow with the steps.
+    The first draw is x_T. Then noise comes in blocks of constant length: one launch an image and a
+    step would take longer.
     """
     generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
 
@@ -234,9 +236,9 @@ def global_noise(batch_size, shape, device):
 
 
 def slerp(a, b, weight):
-    """Between two noises along the circle (Shoemake 1985), per image: unlike a mix, it keeps their length, which the network expects.
+    """Spherical interpolation between two noises, per image (Shoemake 1985). It keeps their length, as the network expects.
 
-    a, b (..., c, h, w); `weight` 0 is a, 1 is b.
+    a, b (..., c, h, w). `weight` 0 is a, 1 is b.
     """
     dims = (-3, -2, -1)
     cosine = (a * b).sum(dims, keepdim=True) / (a.square().sum(dims, keepdim=True) * b.square().sum(dims, keepdim=True)).sqrt()

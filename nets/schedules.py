@@ -1,13 +1,14 @@
-"""Noise schedules: beta_t, the variance that step t of the forward process adds (Ho et al. 2020, equation 2), in float64.
+"""Noise schedules: beta_t, the variance that step t of the forward process adds (Ho et al. 2020, equation 2).
 
-Everything else (alpha, alpha_bar, ...: `schedule_tables`) follows from the betas. float64 matters: 1 - beta loses beta's digits in float32.
+alpha, alpha_bar and the rest follow from the betas (`schedule_tables`). All is float64: in float32
+1 - beta loses the digits of beta. To add a schedule, write its function and enter it in SCHEDULES.
 """
 
 import warnings
 
 import numpy as np
 
-MAX_BETA = 0.999  # a beta of 1 would erase the image in one step; alpha = 0 then divides by zero
+MAX_BETA = 0.999  # a beta of 1 erases the image in one step, and its alpha of 0 divides by zero
 
 
 def generate_linear_schedule(T, low, high):
@@ -22,7 +23,7 @@ def generate_cosine_schedule(T, s=0.008):
 
 
 def generate_sigmoid_schedule(T, start=-3, end=3, tau=1.0):
-    """T betas whose alpha_bar follows a falling sigmoid, scaled to go from 1 to 0 (Jabri et al. 2022, algorithm 1), capped at 0.999."""
+    """T betas whose alpha_bar follows a falling sigmoid from 1 to 0 (Jabri et al. 2022, algorithm 1), capped at 0.999."""
     time = np.arange(T + 1, dtype=np.float64) / T
     falling = 1 / (1 + np.exp((time * (end - start) + start) / tau))
     return betas_from_alpha_bar(falling - falling[-1])
@@ -34,7 +35,7 @@ def betas_from_alpha_bar(alpha_bar):
 
 
 def scaled_linear(T, low, high):
-    """The linear schedule for any T: betas scaled by 1000/T keep alpha_bar_T about where it is for T = 1000; capped at 0.999."""
+    """The linear schedule for any T. The factor 1000/T keeps alpha_bar_T about as it is for T = 1000. Capped at 0.999."""
     return np.minimum(generate_linear_schedule(T, low * 1000 / T, high * 1000 / T), MAX_BETA)
 
 
@@ -46,10 +47,10 @@ SCHEDULES = {
 
 
 def make_betas(schedule="linear", num_timesteps=1000, schedule_low=1e-4, schedule_high=0.02):
-    """The (T,) float64 betas of a schedule by its name; low and high are the linear one's, as for T = 1000.
+    """The (T,) float64 betas of a schedule by its name. low and high belong to the linear one, as for T = 1000.
 
-    ValueError: an unknown name, T < 1, or betas outside (0, 1). Warns where x_T keeps so much of the image (alpha_bar_T > 0.01)
-    that pure noise, from which sampling starts, is nothing that the network has seen.
+    ValueError: an unknown name, T < 1, or betas outside (0, 1). Warns where alpha_bar_T > 0.01: x_T
+    then keeps some of the image, and the network never sees the pure noise that sampling starts from.
     """
     check_choice("schedule", schedule, SCHEDULES)
     if num_timesteps != int(num_timesteps) or num_timesteps < 1:

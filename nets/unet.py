@@ -1,6 +1,7 @@
-"""The UNet of Ho et al. 2020 ("Denoising Diffusion Probabilistic Models"): (x_t, t, y) -> prediction of the same shape as x_t.
+"""The UNet of Ho et al. 2020 ("Denoising Diffusion Probabilistic Models"): (x_t, t, y) -> prediction, shaped as x_t.
 
-Shapes in comments are (b, c, h, w): images, channels, height, width. The blocks' names fix the keys of the weights' file.
+Shapes in comments are (b, c, h, w): images, channels, height, width. The names of the blocks are the
+keys of the weights file.
 """
 
 import math
@@ -32,7 +33,7 @@ def get_norm(norm, num_channels, num_groups):
 
 
 def zero_init(layer):
-    """`layer` with weight and bias zero: the residual branch it ends starts as nothing, so that the network starts as a short one."""
+    """`layer` with weight and bias zero: its residual branch starts as nothing, and the network as a short one."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -50,7 +51,7 @@ def norm_act_conv(norm, activation, x, conv, dropout=None):
 class PositionalEmbedding(nn.Module):
     """Sines and cosines of the timestep at `dim`/2 frequencies from 1 down to about 1/10000 (Vaswani et al. 2017, section 3.5).
 
-    (b,) integers or floats -> (b, dim) float32. Computed in float32 under autocast too: bf16 cannot tell timestep 999 from 1000.
+    (b,) integers or floats -> (b, dim) float32, under autocast too: bf16 cannot tell timestep 999 from 1000.
     """
 
     def __init__(self, dim, scale=1.0):
@@ -68,7 +69,7 @@ class PositionalEmbedding(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width with a strided convolution. ValueError for an odd size, which Upsample could not restore."""
+    """Halves height and width with a strided convolution. ValueError for an odd size: Upsample could not restore it."""
 
     def __init__(self, in_channels):
         super().__init__()
@@ -93,7 +94,7 @@ class Upsample(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all pixels with one head, added to its input; costs (h*w)^2, so it sits at low resolutions."""
+    """Self-attention over all pixels with one head, added to its input. It costs (h*w)^2: it belongs at low resolutions."""
 
     def __init__(self, in_channels, norm="gn", num_groups=MAX_GROUPS):
         super().__init__()
@@ -112,10 +113,10 @@ class AttentionBlock(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions around a shift by time and class, a shortcut, and attention where asked for: (b, in, h, w) -> (b, out, h, w).
+    """Two convolutions around a shift by time and class, a shortcut, and attention: (b, in, h, w) -> (b, out, h, w).
 
-    Each convolution is preceded by a normalisation and the activation. `time_emb_dim` or `num_classes` None: no such shift;
-    given, a call without `time_emb` or `y` is a ValueError.
+    Normalisation and activation come before each convolution. `time_emb_dim` or `num_classes` None:
+    no such shift. Otherwise a call without `time_emb` or `y` is a ValueError.
     """
 
     def __init__(self, in_channels, out_channels, dropout, time_emb_dim=None, num_classes=None, activation=F.relu,
@@ -141,7 +142,7 @@ class ResidualBlock(nn.Module):
         return self.attention(out + self.residual_connection(x))
 
     def shift(self, time_emb, y):
-        """What time and class add to each channel, (b, out_channels), summed while it is small; None without either."""
+        """What time and class add to each channel, (b, out_channels); None without either."""
         if self.time_bias is not None and time_emb is None:
             raise ValueError("this block is conditioned on time: pass time_emb")
         if self.class_bias is not None and y is None:
@@ -155,12 +156,12 @@ class ResidualBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts the noise in x_t (or x_0, or v: whatever it was trained for).
+    """Predicts the noise in x_t, or x_0 or v: what it was trained for.
 
-    `channel_mults` has one factor of `base_channels` a level, `attention_resolutions` are indices of levels (0 is the full
-    resolution), `time_emb_dim` None leaves the time out, `num_classes` None the classes, `initial_pad` adds a border of zeros that
-    is cut off again. `activation_checkpointing` keeps only the blocks' inputs for the backward pass and computes the rest a second
-    time: about a third more time for a fraction of the memory.
+    channel_mults: a factor of base_channels for each level. attention_resolutions: indices of levels,
+    0 is the full size. time_emb_dim None: no time. num_classes None: no classes. initial_pad: a border
+    of zeros, cut off again. activation_checkpointing: the backward pass computes activations a second
+    time, for a third more time and a fraction of the memory.
     """
 
     def __init__(self, img_channels, base_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2, time_emb_dim=TIME_EMB_DIM,
@@ -187,7 +188,7 @@ class UNet(nn.Module):
         widths = [base_channels * mult for mult in channel_mults]
         last = len(widths) - 1
         channels = base_channels
-        skips = [channels]  # the widths that the way up will find on the stack
+        skips = [channels]  # the widths of the skip connections
         self.downs = nn.ModuleList()
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
@@ -212,7 +213,7 @@ class UNet(nn.Module):
         self.out_conv = zero_init(nn.Conv2d(channels, img_channels, 3, padding=1))
 
     def forward(self, x, time=None, y=None):
-        """x (b, c, h, w), time (b,) timesteps, y (b,) class ids -> (b, c, h, w). h and w halve once a level but the last."""
+        """x (b, c, h, w), time (b,) timesteps, y (b,) class ids -> (b, c, h, w). Each level but the last halves h and w."""
         if self.num_classes is not None and y is None:
             raise ValueError("this network is conditioned on classes: pass y")
         time_emb = self.embed_time(time)
@@ -240,16 +241,16 @@ class UNet(nn.Module):
         return self.time_mlp(time)
 
     def run(self, layer, x, time_emb, y):
-        """One layer, its inner activations kept or computed again in the backward pass."""
+        """One layer, with its activations kept or computed again in the backward pass."""
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(layer, x, time_emb, y, use_reentrant=False)
         return layer(x, time_emb, y)
 
 
 def choose_groups(num_groups, channel):
-    """`num_groups`, or for "auto" as many as divide `channel` with four or more channels in each, up to the reference's 32.
+    """`num_groups`, or for "auto" as many as divide `channel` with four or more channels in each, up to 32.
 
-    A group of one channel is normalised by itself, which takes away what time and class added to it: the level is blind to them.
+    Group norm takes away what time and class add to a group of one channel: that level is blind to them.
     """
     if num_groups != "auto":
         return num_groups
@@ -266,7 +267,7 @@ def check_levels(channel_mults, attention_resolutions):
 
 
 def check_input_shape(input_shape, levels):
-    """ValueError, naming the nearest sizes that fit, unless (height, width) can be halved at each of `levels` but the last."""
+    """ValueError with the nearest sizes that fit, unless each of `levels` but the last can halve (height, width)."""
     factor = 2 ** (levels - 1)
     if any(size < 1 or size % factor for size in input_shape):
         near = [tuple(max(move(size), 1) * factor for size in input_shape) for move in (lambda s: s // factor, lambda s: -(-s // factor))]

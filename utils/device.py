@@ -1,7 +1,6 @@
 """Where and in which numbers a job runs: every "auto" is resolved here, once, and printed."""
 
 import contextlib
-import ctypes
 import platform
 import re
 from pathlib import Path
@@ -35,8 +34,6 @@ def choose_device(name, local_rank=0, processes=1):
         torch.cuda.set_device(device)
         # Shapes never change within a run, so the search for the fastest convolution pays.
         torch.backends.cudnn.benchmark = True
-    if device.type == "cpu":
-        keep_freed_memory()
     return device
 
 
@@ -82,19 +79,6 @@ def memory_format(device, precision):
     """channels_last where the convolutions want it: tensor cores (half precision on CUDA) and oneDNN (CPUs); else PyTorch's own."""
     wanted = precision != "fp32" if device.type == "cuda" else device.type == "cpu" and torch.backends.mkldnn.is_available()
     return torch.channels_last if wanted else torch.contiguous_format
-
-
-def keep_freed_memory():
-    """Let the C library of Linux keep what tensors free, for the next ones: else each step gets and zeroes its pages anew.
-
-    It takes two numbers that glibc would otherwise adapt to tensors' sizes; other systems and libraries are left as they are.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    trim_threshold, mmap_threshold = -1, -3  # the parameters' numbers in malloc.h
-    libc = ctypes.CDLL(None)
-    libc.mallopt(trim_threshold, -1)  # never give the top of the heap back
-    libc.mallopt(mmap_threshold, 32 * 2**20)  # the highest that glibc allows: larger blocks are mapped and unmapped
 
 
 def peak_memory(device):
