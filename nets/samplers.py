@@ -3,7 +3,7 @@
 A solver is a generator over `steps`. It yields (x_s, predicted x_0) after each; the last x is the
 image. It sees the network as `denoise(x_t, t) -> x_0` and the schedule as Python floats in float64.
 Everywhere x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps. A step goes from timestep t to an
-earlier s. To add a solver, write its generator and enter it in SAMPLERS and DEFAULT_SPACING.
+earlier s. To add a solver, write its generator and enter it in SAMPLERS.
 """
 
 import inspect
@@ -149,7 +149,7 @@ def half_log_snr(alpha_bar):
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp, "sde-dpm++": sde_dpm_solver_pp, "heun": heun}
 # The best with 25 network calls: benchmarks/results/solvers_cpu.md.
-DEFAULT_SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr", "sde-dpm++": "logsnr", "heun": "logsnr"}
+DEFAULT_SPACING = dict.fromkeys(SAMPLERS, "logsnr") | {"ddpm": "trailing", "ddim": "trailing"}
 # Of every solver but ddpm, which takes all timesteps. With so many, sde-dpm++ is within 5 % of that
 # ddpm; no solver without fresh noise came so close with up to 100 calls (same file).
 DEFAULT_STEPS = 25
