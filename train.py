@@ -131,7 +131,7 @@ def main(arguments=None):
     else:
         folder = run_folder(checkpoint, source, config.save_dir)
         with explain_out_of_memory(lambda: advice_for_training(config, parts)):
-            train(config, parts, folder, restore(checkpoint, parts, config))
+            train(config, parts, folder, restore(checkpoint, source, parts, config))
     distributed.stop()
 
 
@@ -158,6 +158,8 @@ def check(config):
         ema_start=(0, None), save_period=(1, None), save_minutes=(0, None), keep_last=(0, None), preview_period=(0, None),
         preview_steps=(1, None), val_split=(0, 0.9),
     )  # fmt: skip
+    if config.lr_decay_type == "step" and not (config.init_lr and config.min_lr):
+        raise ValueError("lr_decay_type step falls by a factor at each stage, so it cannot reach 0: set init_lr and min_lr above 0")
     check_levels(config.channel_mults, config.attention_resolutions)
     check_input_shape(config.input_shape, len(config.channel_mults))
 

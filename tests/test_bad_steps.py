@@ -1,7 +1,7 @@
 """Steps whose gradient is not finite reach neither weights nor moments nor the average."""
 import pytest
 import torch
-from conftest import TINY, assert_equal, newest_run, run_main
+from conftest import TINY, assert_equal, newest_run, read_history, run_main
 
 import train
 from nets import GaussianDiffusion
@@ -47,7 +47,8 @@ def saves_at_each_epoch(monkeypatch):
 
 
 def last(workplace):
-    return load_checkpoint(newest_run(workplace) / "last.pth")
+    run = newest_run(workplace)
+    return {**load_checkpoint(run / "last.pth"), "history": read_history(run)}
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
@@ -99,8 +100,11 @@ def test_weights_gone_bad_are_never_saved(workplace, monkeypatch, capsys):
             optimizer.param_groups[0]["params"][0].data[0] = float("nan")
 
     monkeypatch.setattr(train, "step_unless_bad", breaking)
-    run_main("train.py", *RUN)
-    assert "NOT SAVED: the weights hold NaN" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        run_main("train.py", *RUN)
+    said = capsys.readouterr()
+    assert end.value.code == 1 and "NOT SAVED: the weights hold NaN" in said.out
+    assert "last.pth could not be written; an older last.pth is in" in said.err
     assert last(workplace)["position"]["epoch"] == 2
     assert all(value.isfinite().all() for value in last(workplace)["weights"].values())
 

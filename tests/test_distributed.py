@@ -1,7 +1,7 @@
 """Several processes compute what one computes."""
 import pytest
 import torch
-from conftest import PROJECT, TINY, command, newest_run, run, run_main, torchrun
+from conftest import PROJECT, TINY, command, newest_run, read_history, run, run_main, torchrun
 
 from utils.checkpoint import load_checkpoint
 
@@ -13,7 +13,8 @@ RUN = [*TINY, "--epochs", "5", "--dropout", "0", "--horizontal_flip", "True", "-
 def train_in(folder, build, *settings):
     folder.mkdir()
     output = run(build("train.py", *RUN, "--annotation_path", folder.parent / "train_lines.txt", *settings), folder)
-    return load_checkpoint(newest_run(folder) / "last.pth"), output
+    path = newest_run(folder)
+    return {**load_checkpoint(path / "last.pth"), "history": read_history(path)}, output
 
 
 def assert_close(one, other):

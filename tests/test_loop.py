@@ -1,7 +1,7 @@
 """What the training loop hands to its parts: recorded in short runs of train.py."""
 import pytest
 import torch
-from conftest import TINY, newest_run, run_main
+from conftest import TINY, newest_run, read_history, run_main
 
 import train
 from nets import GaussianDiffusion
@@ -104,7 +104,7 @@ def test_moments_come_back_in_the_weights_own_layout(workplace, monkeypatch):
             for name in ("last.pth", "config.json"):
                 (target / name).write_bytes((first / name).read_bytes())
             run_main("train.py", "--resume", target, "--epochs", "4")
-        results.append(load_checkpoint(target / "last.pth")["history"][-1]["loss"])
+        results.append(read_history(target)[-1]["loss"])
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 

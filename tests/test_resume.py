@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, assert_same_state, command, newest_run, run_main, torchrun
+from conftest import ENVIRONMENT, assert_same_state, command, newest_run, read_history, run_main, torchrun
 from kill_run import RUN, kill_and_compare, result
 
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -98,7 +98,7 @@ def test_changed_batch_size_goes_on_at_the_next_epoch(twin, monkeypatch, capsys)
     assert load_checkpoint(newest_run(broken) / "last.pth")["position"]["images"] == 16 - 8
     run_main("train.py", "--resume", "latest", "--batch_size", "4")
     assert "the batch size was 8 and is 4: going on with the next epoch" in capsys.readouterr().out
-    rows = load_checkpoint(newest_run(broken) / "last.pth")["history"]
+    rows = read_history(newest_run(broken))
     assert [row["epoch"] for row in rows] == [1, 3, 4]
 
 
@@ -108,7 +108,7 @@ def test_changed_pictures_are_said_and_not_fatal(workplace, monkeypatch, capsys)
     (workplace / "train_lines.txt").write_text("\n".join(lines[:-3]) + "\n")
     run_main("train.py", "--resume", "latest", "--epochs", "2")
     assert "the pictures are not those of before" in capsys.readouterr().out
-    assert len(load_checkpoint(newest_run(workplace) / "last.pth")["history"]) == 2
+    assert len(read_history(newest_run(workplace))) == 2
 
 
 def stop_at_step(patch, train, number):

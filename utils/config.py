@@ -120,7 +120,8 @@ def _fit(value, kind, text):
     if origin is tuple:
         return _fit_tuple(value, typing.get_args(kind), text)
     if origin is typing.Literal:
-        return next((choice for choice in typing.get_args(kind) if type(choice) is type(value) and choice == value), _NO_FIT)
+        return next((choice for choice in typing.get_args(kind) for found in (value, text)  # "none" may be a choice
+                     if type(choice) is type(found) and choice == found), _NO_FIT)
     if kind is str:
         return value if isinstance(value, str) else _NO_FIT if text is None else text
     if kind is float and type(value) is int and abs(value) < 2**1023:

@@ -22,7 +22,9 @@ def choose_device(name, local_rank=0, processes=1):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {name!r} is unknown: choose auto, cuda, cuda:1, mps or cpu") from None
+        device = None
+    if device is None or device.type not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"device {name!r} is unknown: choose auto, cuda, cuda:1, mps or cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r}: PyTorch finds no CUDA GPU here; --device auto takes what there is")
     if device.type == "mps" and not torch.backends.mps.is_available():

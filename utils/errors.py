@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 
 from utils.files import PROJECT
+from utils.terminal import printable, safe_output
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # PyTorch's words: GPUs, Linux, Windows
 
@@ -17,17 +18,18 @@ def run_script(main):
     The user's mistakes are the ValueErrors that this project raises itself, the system's refusals
     (OSError), and too little memory.
     """
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Exception as error:
-        message = user_message(error)
-        if message is None:
-            raise
-        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
-        raise SystemExit(1) from None
+    with safe_output():
+        try:
+            main()
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise SystemExit(130) from None
+        except Exception as error:
+            message = user_message(error)
+            if message is None:
+                raise
+            print(f"error: {printable(' '.join(message.splitlines()))}", file=sys.stderr)
+            raise SystemExit(1) from None
 
 
 def user_message(error):
@@ -71,3 +73,17 @@ def explain_out_of_memory(advice):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         raise ValueError(f"out of memory: {advice()}") from None
+
+
+def try_optional(package, work, load):
+    """load(), or None where it fails, whatever a missing or broken package raises. Says so in one line.
+
+    work: what goes missing, for that line.
+    """
+    try:
+        return load()
+    except ImportError as error:
+        print(f"{work}: `pip install {package}` brings it ({error})")
+    except Exception as error:
+        print(f"{work}: {package} is here, but fails ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
+    return None

@@ -77,3 +77,24 @@ def remove_leftovers(folder):
     for temporary in Path(folder).glob(".*.tmp"):
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def locked(folder, refusal):
+    """Holds the folder for this process; its end frees it, however it ends. ValueError(refusal) where another process holds it.
+
+    File systems that know no locks hold nobody off.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(Path(folder) / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(refusal) from None
+        except OSError:
+            pass
+        yield

@@ -1,92 +1,125 @@
 """What a run has seen: a row an epoch, as CSV, as curves in TensorBoard, and as an image."""
 import csv
+import os
 import time
 from pathlib import Path
 
+from utils.errors import try_optional
 from utils.files import atomic_write
 
 SECONDS_BETWEEN_PLOTS = 30
 
 
+class Table:
+    """A CSV file that grows by a row an epoch. Its cells are text: what is read is written back unchanged."""
+
+    def __init__(self, path, rows):
+        """rows: [{column: text}], with "epoch" first. The file is written anew with these rows."""
+        self.path, self.rows, self.pending = path, rows, []
+        self.rewrite()
+
+    def rewrite(self):
+        self.columns = list(dict.fromkeys(column for row in (*self.rows, *self.pending) for column in row))
+        with atomic_write(self.path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, restval="")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def append(self, row):
+        """Adds a row {column: number or None}, and those that an earlier OSError kept out of the file."""
+        self.pending.append({column: "" if value is None else str(value) for column, value in row.items()})
+        if any(column not in self.columns for column in row):
+            self.rewrite()
+        size = self.path.stat().st_size
+        try:
+            with open(self.path, "a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, self.columns, restval="").writerows(self.pending)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            os.truncate(self.path, size)  # a disk that is full may have taken half a row
+            raise
+        self.rows, self.pending = self.rows + self.pending, []
+
+
+def read_table(path, last_epoch):
+    """The rows of a table up to an epoch: [{column: text}]. Whatever is no whole row ends it."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file, strict=True):
+                if None in row.values() or int(row["epoch"]) > last_epoch:
+                    break
+                rows.append(row)
+    except (OSError, ValueError, KeyError, csv.Error):
+        pass
+    return rows
+
+
 class LossHistory:
-    """The rows of a run, one an epoch, in memory and in the checkpoint. The files are always written whole.
+    """The tables of a run, and their curves.
 
     `epoch_loss.csv` has the columns that every repetition of the run gives, `speed.csv` the others.
     """
 
-    def __init__(self, folder, rows=(), speed_rows=()):
-        """rows, speed_rows: those of the checkpoint. Later rows in the files go: they will come again."""
-        self.folder, self.rows, self.speed_rows = Path(folder), list(rows), list(speed_rows)
-        self.board, self.plotted = _tensorboard(self.folder, self.rows), 0.0
-        self.plotting = True
-        self._write_tables()
+    def __init__(self, folder, earlier=(), earlier_speed=()):
+        """earlier, earlier_speed: rows before the position that the run starts from. Later rows in the files go."""
+        self.losses, self.speed = Table(folder / "epoch_loss.csv", list(earlier)), Table(folder / "speed.csv", list(earlier_speed))
+        self.folder, self.plotted, self.plotting = folder, 0.0, True
+        self.board = try_optional("tensorboard", "no TensorBoard curves are written", self._tensorboard)
 
-    def add(self, row, speed_row, step):
-        """row, speed_row: {column: number}, with "epoch" first. step: of the whole run so far."""
-        self.rows.append(row)
-        self.speed_rows.append(speed_row)
-        self._write_tables()
+    def _tensorboard(self):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Steps behind the position are hidden: the run takes them again.
+        purge_step = int(self.losses.rows[-1]["step"]) + 1 if self.losses.rows else 0
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step, flush_secs=30)
+
+    def add(self, row, speed_row):
+        """row, speed_row: {column: number or None}, with "epoch" first and "step" in the first."""
         for name, value in {**row, **speed_row}.items():
             if self.board and name not in ("epoch", "step") and value is not None:
-                self.board.add_scalar(name, value, step)
+                self.board.add_scalar(name, value, row["step"])
+        self.losses.append(row)
+        self.speed.append(speed_row)
 
     def add_image(self, image, step):
         """image: (H, W, C) uint8 array, into TensorBoard."""
         if self.board:
             self.board.add_image("preview", image, step, dataformats="HWC")
 
-    def _write_tables(self):
-        for name, rows in (("epoch_loss.csv", self.rows), ("speed.csv", self.speed_rows)):
-            columns = list(dict.fromkeys(column for row in rows for column in row))
-            with atomic_write(self.folder / name, "w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=columns, restval="")
-                writer.writeheader()
-                writer.writerows(rows)
-
     def plot(self, final=False):
-        """Draw epoch_loss.png, at most every half minute: drawing takes longer than a small epoch."""
-        if not self.plotting or not self.rows or (not final and time.monotonic() - self.plotted < SECONDS_BETWEEN_PLOTS):
-            return
-        try:
-            _draw(self.rows, self.speed_rows, self.folder / "epoch_loss.png")
-        except ImportError:
-            self.plotting = False
-            print("no loss curve is drawn: `pip install matplotlib` brings it (epoch_loss.csv has the numbers)")
-        self.plotted = time.monotonic()
+        """Draws epoch_loss.png, at most every half minute: drawing takes longer than a small epoch."""
+        due = final or time.monotonic() - self.plotted >= SECONDS_BETWEEN_PLOTS
+        if self.plotting and self.losses.rows and due:
+            figure = try_optional("matplotlib", "no loss curve is drawn (epoch_loss.csv has the numbers)", self._figure)
+            self.plotting, self.plotted = figure is not None, time.monotonic()
+            if figure:
+                with atomic_write(self.folder / "epoch_loss.png") as file:
+                    figure.savefig(file, format="png")
+
+    def _figure(self):
+        """The curves as a matplotlib figure."""
+        os.environ["MPLBACKEND"] = "agg"  # notebooks hand on one of theirs, which need not exist here
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 9), dpi=100, layout="constrained")
+        FigureCanvasAgg(figure)
+        quarters = [name for name in self.losses.columns if name.startswith("loss_t")]
+        panels = [("loss", "val_loss"), quarters, ("grad_norm",), ("learning_rate",), ("images_per_second",), ("memory_mib",)]
+        for panel, names in zip(figure.subplots(3, 2).flatten(), panels):
+            for name in names:
+                rows = [row for row in (*self.losses.rows, *self.speed.rows) if row.get(name)]
+                if rows:
+                    panel.plot([int(row["epoch"]) for row in rows], [float(row[name]) for row in rows], label=name)
+            panel.set(xlabel="epoch", yscale="log" if names[0].startswith("loss") else "linear")
+            panel.grid(True, alpha=0.3)
+            if panel.lines:
+                panel.legend()
+        return figure
 
     def close(self):
         self.plot(final=True)
         if self.board:
             self.board.close()
-
-
-def _tensorboard(folder, rows):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print("no TensorBoard curves are written: `pip install tensorboard` brings them")
-        return None
-    # Steps behind the restored one are hidden: the run takes them again.
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=rows[-1]["step"] + 1 if rows else 0, flush_secs=30)
-
-
-def _draw(rows, speed_rows, path):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 9), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(3, 2).flatten().tolist()
-    quarters = [name for name in rows[-1] if name.startswith("loss_t")]
-    panels = [("loss", "val_loss"), quarters, ("grad_norm",), ("learning_rate",), ("images_per_second",), ("memory_mib",)]
-    for panel, names in zip(axes, panels):
-        for name in names:
-            points = [(row["epoch"], row[name]) for row in (*rows, *speed_rows) if row.get(name) is not None]
-            if points:
-                panel.plot(*zip(*points), label=name)
-        panel.set(xlabel="epoch", yscale="log" if names[0].startswith("loss") else "linear")
-        panel.grid(True, alpha=0.3)
-        if panel.lines:
-            panel.legend()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")

@@ -90,4 +90,4 @@ def learning_rate(step, total_steps, init_lr, min_lr, warmup=0.05, decay="cos"):
     if step < warmup_steps:
         return init_lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    return DECAYS[decay](min(1.0, progress), min_lr, init_lr)
+    return DECAYS[decay](min(1.0, progress), min(min_lr, init_lr), init_lr)  # it never rises after the warm-up

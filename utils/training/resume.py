@@ -10,6 +10,7 @@ import torch
 from utils import distributed
 from utils.checkpoint import LAST, load_checkpoint, newest_last
 from utils.device import is_available
+from utils.training.loss_history import read_table
 from utils.training.optimizer import restore_optimizer
 
 # What a run is built from. A label_dropout above zero adds the null class: it cannot come or go either.
@@ -105,11 +106,10 @@ class Start(NamedTuple):
     epoch: int = 0
     images: int = 0  # of this epoch that are done
     sums: torch.Tensor | None = None  # this process's running sums of the epoch
-    rows: tuple = ()  # of the loss history
-    speed_rows: tuple = ()
+    tables: tuple = ()  # (rows of the losses, rows of the speed) of the epochs before
 
 
-def restore(checkpoint, parts, config):
+def restore(checkpoint, source, parts, config):
     """Puts optimizer and scaler back as they were and returns the Start. The weights are in place already.
 
     A checkpoint without a training state (a file of weights only) starts a run of its own.
@@ -131,8 +131,16 @@ def restore(checkpoint, parts, config):
         changed.append(f"the batch size was {batch_size} and is {parts.batch_size}")
     if changed and distributed.is_main():
         print(f"{'; '.join(changed)}{': going on with the next epoch' if images else ''}")
-    rows = checkpoint["history"], checkpoint["speed"]
-    return Start(epoch + 1, 0, None, *rows) if changed and images else Start(epoch, images, _own_sums(checkpoint["sums"]), *rows)
+    tables = earlier_rows(checkpoint, Path(source).parent)
+    return Start(epoch + 1, 0, None, tables) if changed and images else Start(epoch, images, _own_sums(checkpoint["sums"]), tables)
+
+
+def earlier_rows(checkpoint, folder):
+    """(rows of the losses, rows of the speed) up to the checkpoint, from the tables beside it."""
+    if "history" in checkpoint:  # older versions kept the rows in the checkpoint
+        return tuple([{name: "" if value is None else str(value) for name, value in row.items()} for row in checkpoint[key]]
+                     for key in ("history", "speed"))
+    return tuple(read_table(folder / name, checkpoint["position"]["epoch"]) for name in ("epoch_loss.csv", "speed.csv"))
 
 
 def _own_sums(per_rank):

@@ -1,4 +1,5 @@
 """What a run shows and writes: progress bar, tables, curves, previews; the checkpoints through `saving`."""
+import contextlib
 import json
 import signal
 import sys
@@ -12,10 +13,10 @@ from tqdm import tqdm
 from utils import distributed
 from utils.checkpoint import LAST
 from utils.errors import is_out_of_memory
-from utils.files import atomic_write, remove_leftovers
+from utils.files import atomic_write, locked, remove_leftovers
 from utils.training.loss_history import LossHistory
 from utils.training.preview import sample_preview, save_preview
-from utils.training.saving import Checkpoints, try_to_write
+from utils.training.saving import Attempts, Checkpoints
 
 
 class RunFiles:
@@ -24,18 +25,20 @@ class RunFiles:
     def __init__(self, folder, config, parts, start):
         self.folder, self.config, self.parts, self.start = Path(folder), config, parts, start
         self.main = distributed.is_main()
+        self.attempt, self.lock = Attempts(), contextlib.ExitStack()
         self.images_per_epoch = len(parts.dataset) // parts.batch_size * parts.batch_size
 
     def __enter__(self):
         if self.main:
+            self.lock.enter_context(locked(self.folder, f"another training writes to {self.folder.resolve()}: wait for its end, or stop it"))
             remove_leftovers(self.folder)
             with atomic_write(self.folder / "config.json", "w", encoding="utf-8") as file:
                 json.dump(asdict(self.config), file, indent=2)
             print(f"this run writes to {self.folder.resolve()}")
             if self.start.epoch >= self.config.epochs:
                 print(f"its {self.config.epochs} epochs are done already: --epochs with a higher number resumes it")
-            self.history = LossHistory(self.folder, self.start.rows, self.start.speed_rows)
-            self.checkpoints = Checkpoints(self.folder, self.config, self.parts)
+            self.history = LossHistory(self.folder, *self.start.tables)
+            self.checkpoints = Checkpoints(self.folder, self.config, self.parts, self.attempt)
         self.bar = tqdm(
             total=self.config.epochs * self.images_per_epoch, initial=self.start.epoch * self.images_per_epoch + self.start.images,
             unit="img", unit_scale=True, disable=not self.main, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10,
@@ -46,7 +49,8 @@ class RunFiles:
     def __exit__(self, *_):
         self.bar.close()
         if self.main:
-            try_to_write(self.history.close)
+            self.attempt("the curves", self.history.close)
+        self.lock.close()
 
     def show(self, epoch, images, loss, lr):
         """Moves the progress bar by a batch of `images`. loss: the mean of the epoch, NaN where none is known yet."""
@@ -70,7 +74,7 @@ class RunFiles:
         Returns whether the file is there (on rank 0).
         """
         sums = torch.stack(distributed.gather(self.parts.meter.sums.cpu()))
-        return self.main and self.checkpoints.save_last(epoch, images, sums, self.history)
+        return self.main and self.checkpoints.save_last(epoch, images, sums)
 
     def stop(self, number, saved):
         """Says how to resume, and ends all processes with the exit code that shells give to signal `number`."""
@@ -78,7 +82,7 @@ class RunFiles:
         if self.main:
             where = "from here" if saved else f"from the older state that {LAST} has, as this one could not be saved"
             print(f"stopped by {signal.Signals(number).name}; `python train.py --resume {self.folder}` goes on {where}", flush=True)
-            try_to_write(self.history.close)
+            self.attempt("the curves", self.history.close)
         distributed.barrier()  # a process that leaves makes torchrun end the others, and rank 0 may still be writing
         distributed.stop()
         raise SystemExit(128 + number)
@@ -88,26 +92,30 @@ class RunFiles:
         epoch, final = row["epoch"], row["epoch"] == self.config.epochs
         per_second = self.epoch_images / max(seconds, 1e-6)
         speed = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(per_second, 2), "memory_mib": round(memory)}
-        try_to_write(lambda: self.history.add(row, speed, row["step"]))
+        self.attempt("the tables", lambda: self.history.add(row, speed))
         due = final or self.checkpoints.is_cheap()
         if epoch % self.config.save_period == 0 or final:  # before last.pth: a resumed run does not write it again
             self.checkpoints.save_epoch(epoch)
-        saved = due and self.checkpoints.save_last(epoch, 0, None, self.history)
+        if due:
+            self.checkpoints.save_last(epoch, 0, None)
         if self.config.preview_period and (epoch % self.config.preview_period == 0 or final):
-            try_to_write(lambda: self.preview(epoch, row["step"]))
-        try_to_write(self.history.plot)
+            self.attempt("the preview", lambda: self.preview(epoch, row["step"]))
+        self.attempt("the curves", self.history.plot)
         self.epoch_began, self.epoch_images = time.monotonic(), 0
         if final:
-            self.finish(row["loss"], saved)
+            self.finish(row["loss"])
 
-    def finish(self, loss, saved):
-        """Says that the last epoch is over, and how to sample."""
+    def finish(self, loss):
+        """Says that the last epoch is over, and how to sample. ValueError where something could not be written."""
         self.bar.close()
         shown = "" if loss is None else f", loss {loss:.4f}"
-        if saved:
+        if not self.attempt.failed:
             print(f"done{shown}: weights in {(self.folder / LAST).resolve()}; `python predict.py` draws with them")
-        else:
-            print(f"done{shown}, but the last weights could not be saved: {self.folder.resolve()} has older ones")
+            return
+        there = f"an older {LAST} is" if (self.folder / LAST).is_file() and LAST in self.attempt.failed else f"no {LAST} is"
+        there = f"{LAST} is" if LAST not in self.attempt.failed else there
+        raise ValueError(f"the epochs are done{shown}, but {', '.join(sorted(self.attempt.failed))} could not be written; "
+                         f"{there} in {self.folder.resolve()}: free some space and resume it")
 
     def preview(self, epoch, step):
         """Samples the preview into a file and TensorBoard. Too little memory for it does not end the run."""

@@ -1,4 +1,4 @@
-"""When last.pth and the epoch files are written, and what is in them."""
+"""When last.pth and the epoch files are written, what is in them, and what could not be written."""
 import time
 from dataclasses import asdict
 
@@ -11,13 +11,11 @@ CHEAP = 0.05  # share of the time that saves at the ends of epochs may take
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run. Only rank 0 has one.
+    """Writes the checkpoints of a run. Only rank 0 has one."""
 
-    A save that fails is said and returned; the training goes on, and the next save tries again.
-    """
-
-    def __init__(self, folder, config, parts):
-        self.folder, self.config, self.parts = folder, config, parts
+    def __init__(self, folder, config, parts, attempt):
+        """attempt: the run's Attempts."""
+        self.folder, self.config, self.parts, self.attempt = folder, config, parts, attempt
         self.fingerprint = images_fingerprint(parts.dataset)
         self.saved, self.seconds = time.monotonic(), 0.0  # when the last save ended, and how long it took
 
@@ -32,18 +30,18 @@ class Checkpoints:
         """Whether a save takes under 5 % of the time since the last one. An epoch may be shorter than a save."""
         return time.monotonic() - self.saved >= self.seconds / CHEAP
 
-    def save_last(self, epoch, images, sums, history):
+    def save_last(self, epoch, images, sums):
         """Writes last.pth: weights, and all that resuming needs. Returns whether it is there.
 
         epoch, images: the position, `images` of them into the epoch. sums: (processes, 11), the
-        meters' sums, or None at the start of an epoch. history: the LossHistory.
+        meters' sums, or None at the start of an epoch.
         """
-        return self.write(LAST, {**self.weights(), **self.training_state(epoch, images, sums, history)})
+        return self.write(LAST, {**self.weights(), **self.training_state(epoch, images, sums)})
 
     def save_epoch(self, epoch):
         """Writes epoch_XXXX.pth, the weights alone, and deletes old ones. Returns whether it is there."""
         written = self.write(f"epoch_{epoch:04d}.pth", self.weights())
-        try_to_write(lambda: rotate(self.folder, self.config.keep_last))
+        self.attempt("deleting old epoch files", lambda: rotate(self.folder, self.config.keep_last))
         return written
 
     def weights(self):
@@ -54,31 +52,40 @@ class Checkpoints:
             "weights": diffusion.state_dict(), "weights_kind": "full", "ema_step": diffusion.ema_step,
         }  # fmt: skip
 
-    def training_state(self, epoch, images, sums, history):
+    def training_state(self, epoch, images, sums):
         """What resuming needs besides. No random state: the randomness is a function of seed and position."""
         parts = self.parts
         position = {"epoch": epoch, "images": images, "batch_size": parts.batch_size, "pictures": self.fingerprint}
         return {
             "position": position, "sums": sums, "optimizer": parts.optimizer.state_dict(), "scaler": parts.scaler.state_dict(),
-            "bad_in_row": int(parts.meter.bad_in_row), "history": history.rows, "speed": history.speed_rows,
+            "bad_in_row": int(parts.meter.bad_in_row),
         }  # fmt: skip
 
     def write(self, name, state):
         """Writes one checkpoint. Returns whether it is there."""
         began, written = time.monotonic(), False
         if all_finite(state["weights"]):
-            written = try_to_write(lambda: save_checkpoint(self.folder / name, state))
+            written = self.attempt(name, lambda: save_checkpoint(self.folder / name, state))
         else:
+            self.attempt.failed.add(name)
             tqdm.write(f"NOT SAVED: the weights hold NaN or infinity; {self.folder / name} stays as it was")
         self.saved, self.seconds = time.monotonic(), time.monotonic() - began
         return written
 
 
-def try_to_write(write):
-    """Calls write(). Returns whether the system let it; says so where it did not."""
-    try:
-        write()
-    except OSError as error:
-        tqdm.write(f"NOT SAVED: {error}; the training goes on, and the next save tries again")
-        return False
-    return True
+class Attempts:
+    """Writes that the system may refuse. The training goes on and tries again; the end of the run knows what is missing."""
+
+    def __init__(self):
+        self.failed = set()  # names whose last attempt failed
+
+    def __call__(self, name, write):
+        """Calls write(). Returns whether the system let it; says so where it did not."""
+        try:
+            write()
+        except OSError as error:
+            self.failed.add(name)
+            tqdm.write(f"NOT SAVED: {error if error.filename else f'{name}: {error}'}; the training goes on, and the next save tries again")
+            return False
+        self.failed.discard(name)
+        return True

@@ -1,17 +1,18 @@
-"""Signals that ask a run to stop: the step in hand is finished and saved first."""
-
+"""Signals that ask a run to stop: it finishes its step and saves first."""
+import contextlib
 import os
 import signal
 import time
 
-NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # SIGUSR1: batch schedulers send it ahead of the end
+# SIGUSR1: batch schedulers send it ahead of the end. SIGHUP: the terminal is gone, as with an ssh connection.
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 
 class StopSignal:
-    """`number` is 0, or the signal that asked for a stop. A second signal ends the process at once.
+    """`number` is 0, or the signal that asks for a stop. A second signal ends the process at once.
 
-    torchrun passes a signal on to processes that the terminal may have sent it to already, so one that follows within
-    a second is the same one.
+    A signal within a second of the first is the same one: torchrun passes it on to processes that
+    have it from the terminal already.
     """
 
     def __init__(self):
@@ -20,8 +21,10 @@ class StopSignal:
     def __enter__(self):
         self.previous = {}
         for name in NAMES:
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                self.previous[name] = signal.signal(getattr(signal, name), self._handle)
+            number = getattr(signal, name, None)  # Windows lacks some
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                continue  # nohup ignores SIGHUP: the run is to go on without its terminal
+            self.previous[name] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_):
@@ -33,5 +36,5 @@ class StopSignal:
             os._exit(128 + number)
         if not self.number:
             self.number, self.seen = number, time.monotonic()
-            # os.write: print is not safe inside a handler.
-            os.write(2, f"\n{signal.Signals(number).name}: finishing the step and saving (once more: out at once)\n".encode())
+            with contextlib.suppress(OSError):  # os.write, as print is not safe inside a handler
+                os.write(2, f"\n{signal.Signals(number).name}: finishing the step and saving (once more: out at once)\n".encode())
