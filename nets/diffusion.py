@@ -199,6 +199,7 @@ class GaussianDiffusion(nn.Module):
         ValueError: guidance without a null class or without y, or no y for a network that needs one.
         """
         network = self.ema_model if use_ema else self.model
+        self.check_guidance(guidance_scale)
         guided = guidance_scale != 1
         labels = self.labels(y, guided)
         ts = torch.arange(self.num_timesteps, device=self.betas.device)  # ts[t:t+1] is a view: no number travels to the device
@@ -220,11 +221,15 @@ class GaussianDiffusion(nn.Module):
 
         return denoise
 
+    def check_guidance(self, guidance_scale):
+        """ValueError for guidance, a scale other than 1, without a null class."""
+        if guidance_scale != 1 and self.null_class is None:
+            raise ValueError(f"guidance_scale {guidance_scale:g} needs a model with a null class: "
+                             "train with --class_conditional True and label_dropout above 0")
+
     def labels(self, y, guided):
         """The class ids of one network call: y, twice the batch for guidance, or one null class for all; None without classes."""
         device = self.betas.device
-        if guided and self.null_class is None:
-            raise ValueError("guidance needs a null class: train with class_conditional and label_dropout above 0, or use guidance_scale 1")
         if guided and y is None:
             raise ValueError("guidance needs classes to guide to: pass y")
         if self.num_classes is None:
