@@ -110,8 +110,7 @@ class Parts(NamedTuple):
     device: torch.device
     layout: torch.memory_format
     dataset: ImageDataset
-    rows: torch.Tensor  # indices into the dataset of the pictures that are trained on
-    val_rows: torch.Tensor  # and of those kept aside
+    validation: ImageDataset  # kept aside; it may be empty
     batch_size: int
     diffusion: GaussianDiffusion
     optimizer: torch.optim.Optimizer
@@ -169,8 +168,8 @@ def prepare(config, device, checkpoint=None):
             config.annotation_path, config.input_shape, config.img_channels, config.resize_mode, config.background, config.num_workers
         )
     check_classes(config, dataset.classes, checkpoint)
-    rows, val_rows = split_validation(dataset.hashes, config.val_split)
-    batch_size = effective_batch_size(len(rows), config.batch_size, distributed.world_size() * config.accumulate)
+    dataset, validation = split_validation(dataset, config.val_split)
+    batch_size = effective_batch_size(len(dataset), config.batch_size, distributed.world_size() * config.accumulate)
     torch.manual_seed(mix(config.seed, "weights"))
     diffusion = build.from_config(asdict(config), len(dataset.classes))
     if checkpoint:
@@ -182,12 +181,12 @@ def prepare(config, device, checkpoint=None):
     optimizer = make_optimizer(config.optimizer_type, trained, device, config.momentum, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     meter = Meter(device, config.num_timesteps)
-    return Parts(device, layout, dataset, rows, val_rows, batch_size, diffusion, optimizer, scaler, meter)
+    return Parts(device, layout, dataset, validation, batch_size, diffusion, optimizer, scaler, meter)
 
 
 def train(config, parts, folder, start):
     """The training loop, from the position in `start` to the last epoch, or to the signal that ends it earlier."""
-    device, layout, dataset, rows, val_rows, batch_size, diffusion, optimizer, scaler, meter = parts
+    device, layout, dataset, validation, batch_size, diffusion, optimizer, scaler, meter = parts
     rank, world_size, is_main = distributed.rank(), distributed.world_size(), distributed.is_main()
     model = distributed.wrap(diffusion)
     if config.compile:
@@ -195,7 +194,7 @@ def train(config, parts, folder, start):
         torch._dynamo.config.optimize_ddp = not config.activation_checkpointing
         diffusion.model.compile()
     trained = [parameter for parameter in diffusion.parameters() if parameter.requires_grad]
-    steps_per_epoch, size = len(rows) // batch_size, batch_size // (world_size * config.accumulate)
+    steps_per_epoch, size = len(dataset) // batch_size, batch_size // (world_size * config.accumulate)
     shape = (batch_size, config.img_channels, *config.input_shape)
     drop = config.label_dropout if config.class_conditional else 0.0
     rate_at = partial(
@@ -208,7 +207,7 @@ def train(config, parts, folder, start):
         for epoch in range(start.epoch, config.epochs):
             consumed = start.images if epoch == start.epoch else 0
             meter.reset(start.sums if epoch == start.epoch else None)
-            batches = EpochBatches(rows, batch_size, config.seed, epoch, consumed, rank, world_size)
+            batches = EpochBatches(len(dataset), batch_size, config.seed, epoch, consumed, rank, world_size)
             for images, labels in data_loader(dataset, batches, pin_memory=device.type == "cuda"):
                 rate = rate_at(epoch * steps_per_epoch + consumed // batch_size)
                 set_rate(optimizer, rate)
@@ -255,8 +254,8 @@ def train(config, parts, folder, start):
             seconds = files.seconds()
             step = (epoch + 1) * steps_per_epoch
             row = {"epoch": epoch + 1, "step": step, **summary(sums), "learning_rate": rate_at(step - 1)}
-            if len(val_rows):
-                row["val_loss"] = validation_loss(diffusion, dataset, val_rows, batch_size, config, device, layout)
+            if len(validation):
+                row["val_loss"] = validation_loss(diffusion, validation, batch_size, config, device, layout)
             if is_main:
                 files.end_epoch(row, seconds, peak_memory(device))
 

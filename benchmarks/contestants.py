@@ -69,12 +69,12 @@ class Ours:
         self.batches, self.step, self.generator = forever(self.epoch), 0, torch.Generator(job.device)
 
     def epoch(self):
-        batches = EpochBatches(self.parts.rows, self.parts.batch_size, seed=0, epoch=self.step)
+        batches = EpochBatches(len(self.parts.dataset), self.parts.batch_size, seed=0, epoch=self.step)
         return data_loader(self.parts.dataset, batches, pin_memory=self.job.device.type == "cuda")
 
     def train_step(self):
         """What train.py's loop does for a batch, call for call, in one process and without accumulation."""
-        config, (device, layout, _, _, _, batch_size, diffusion, optimizer, scaler, meter) = self.config, self.parts
+        config, (device, layout, _, _, batch_size, diffusion, optimizer, scaler, meter) = self.config, self.parts
         images, _ = next(self.batches)
         set_rate(optimizer, learning_rate(self.step, 10_000, config.init_lr, config.min_lr, config.warmup, config.lr_decay_type))
         torch.manual_seed(mix(config.seed, self.step, "dropout"))

@@ -126,7 +126,7 @@ def restore(checkpoint, parts, config):
         parts.meter.bad_in_row.fill_(checkpoint["bad_in_row"])  # else it has a new chance
     epoch, images, batch_size, fingerprint = (checkpoint["position"][name] for name in ("epoch", "images", "batch_size", "pictures"))
     changed = []
-    if fingerprint != pictures_fingerprint(parts.dataset, parts.rows):
+    if fingerprint != pictures_fingerprint(parts.dataset):
         changed.append("the pictures are not those of before")
     if batch_size != parts.batch_size:
         changed.append(f"the batch size was {batch_size} and is {parts.batch_size}")
@@ -147,9 +147,9 @@ def _own_sums(per_rank):
     return per_rank.sum(0) * float(distributed.is_main())
 
 
-def pictures_fingerprint(dataset, rows):
+def pictures_fingerprint(dataset):
     """A digest of the training pictures' content and classes, in their order."""
     digest = hashlib.blake2b(digest_size=16)
-    for row in rows.tolist():
-        digest.update(f"{dataset.hashes[row]} {int(dataset.labels[row])};".encode())
+    for content, label in zip(dataset.hashes, dataset.labels.tolist()):
+        digest.update(f"{content} {label};".encode())
     return digest.hexdigest()

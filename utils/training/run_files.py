@@ -25,8 +25,8 @@ class RunFiles:
     def __init__(self, folder, config, parts, start):
         self.folder, self.config, self.parts, self.start = Path(folder), config, parts, start
         self.main = distributed.is_main()
-        self.fingerprint = pictures_fingerprint(parts.dataset, parts.rows)
-        self.per_epoch = len(parts.rows) // parts.batch_size * parts.batch_size
+        self.fingerprint = pictures_fingerprint(parts.dataset)
+        self.per_epoch = len(parts.dataset) // parts.batch_size * parts.batch_size
 
     def __enter__(self):
         done = self.start.epoch * self.per_epoch + self.start.images

@@ -8,8 +8,8 @@ def print_summary(config, parts):
     """Device, pictures, network and steps. Rank 0 prints, the others are silent."""
     if not distributed.is_main():
         return
-    pictures, steps = len(parts.rows), len(parts.rows) // parts.batch_size
-    aside = f", {len(parts.val_rows):,} kept aside for validation" if len(parts.val_rows) else ""
+    pictures, steps = len(parts.dataset), len(parts.dataset) // parts.batch_size
+    aside = f", {len(parts.validation):,} kept aside for validation" if len(parts.validation) else ""
     classes = f", {len(parts.dataset.classes)} classes" if parts.dataset.classes else ""
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     used = "" if config.class_conditional or not parts.dataset.classes else " (not used: --class_conditional True learns them)"

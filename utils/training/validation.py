@@ -9,19 +9,20 @@ from utils.training.randomness import draw_step, mix
 
 
 @torch.no_grad()
-def validation_loss(diffusion, dataset, rows, batch_size, config, device, layout):
-    """Mean loss of the averaged weights over `rows`, with the same timesteps and noise every time.
+def validation_loss(diffusion, dataset, batch_size, config, device, layout):
+    """Mean loss of the EMA weights over the dataset, with the same timesteps and noise every time.
 
-    The timesteps of a batch are spread evenly over 0 ... T - 1. Processes share the pictures out and get the same answer.
+    The timesteps of a batch are spread evenly over 0 ... T - 1. Each process computes the losses of
+    some of the images, and all processes return the same mean.
     """
     generator = torch.Generator(device)
     total = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    for number, chunk in enumerate(rows.split(batch_size)):
+    for number, chunk in enumerate(torch.arange(len(dataset)).split(batch_size)):
         mine = torch.arange(distributed.rank(), len(chunk), distributed.world_size())
         draws = draw_step(generator, mix(config.seed, "validation", number), (len(chunk), config.img_channels, *config.input_shape), 1)
         t = ((torch.arange(len(chunk)) + 0.5) / len(chunk) * config.num_timesteps).long()
         if len(mine):
-            images, labels = dataset.__getitems__(chunk[mine].tolist())
+            images, labels = dataset.__getitems__(chunk[mine])
             x, y = normalise(images, device, memory_format=layout), labels.to(device) if config.class_conditional else None
             with autocast(device, config.precision):
                 losses = diffusion(x, y, t=t[mine].to(device), noise=draws.noise[mine], use_ema=True, reduction="none")
