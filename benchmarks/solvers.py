@@ -18,13 +18,14 @@ from benchmarks.runs import DATA, RESULTS, VAL_SPLIT, WORK, list_pictures, netwo
 from benchmarks.timing import machine, markdown
 from nets.samplers import SPACINGS
 from utils.config import check_values, parse_config
-from utils.device import autocast, choose_compile, choose_device, choose_precision
+from utils.device import DTYPES, autocast, choose_compile, choose_device, choose_precision
 from utils.errors import run_script
 from utils.evaluate import __main__ as evaluate
 from utils.evaluate.distances import FeatureStatistics, statistics_distance
 from utils.evaluate.features import FeatureCache, load_extractor
 from utils.files import atomic_write
 from utils.images import to_uint8
+from utils.sampling.batches import last_images, sample_batches
 
 SOLVERS = {  # name in the tables -> sampler and its options
     "ddpm": {"sampler": "ddpm"},
@@ -63,8 +64,8 @@ class Config:
     batch_size: int = 0                   # pictures drawn at once; 0: 500 on a GPU, 100 elsewhere
     clock: Literal["wall", "cpu"] = "wall"  # cpu: this process's own time, for a machine that others use too; with one thread
     device: str = "auto"                  # auto, cuda, mps or cpu
-    precision: str = "auto"               # auto, fp32, bf16 or fp16, of the diffusion network
-    compile: Literal["auto"] | bool = "auto"  # compile the diffusion network: auto, True or False
+    precision: Literal[("auto", *DTYPES)] = "auto"  # of the diffusion network
+    compile: Literal["auto"] | bool = "auto"  # compile the diffusion network
     name: str = ""                        # of the files in benchmarks/results; "": the device's
 
 
@@ -191,20 +192,19 @@ class Bench:
         wanted.reference = config.reference or self.model.config.get("annotation_path", "")
         if not wanted.reference:
             raise ValueError(f"{config.model_path} does not say what it was trained on: name its pictures with --reference")
-        reference, held_out = evaluate.open_sides(wanted, self.model)
+        reference, held_out = evaluate.open_references(wanted, self.model)
         cache = FeatureCache(annotation_path=wanted.reference)
         self.extractor = load_extractor(config.features, reference, cache, device, config.batch_size)
         self.known = cache.collected(reference, self.extractor, 0).statistics
-        self.labels, self.reference, self.digest = None, reference, evaluate.digest_of(wanted, self.model)
-        if self.model.classes:
-            self.labels = evaluate.labels_like(reference, self.model, seed=0)
+        self.labels, self.reference = evaluate.labels_like(reference, self.model, seed=0), reference
+        self.digest = evaluate.digest_of(wanted, self.model)
         self.held_out = cache.collected(held_out, self.extractor, 0).statistics if held_out else None
         diffusion = self.model.diffusion
         if choose_compile(config.compile, device):
             diffusion.ema_model.compile()
         self.read = time.process_time if config.clock == "cpu" else time.perf_counter
         self.clock = diffusion.ema_model = NetworkClock(diffusion.ema_model, device, self.read)
-        self.draw(Cell("dpm++", "trailing", 2, 2, 0), 0)  # compiles, and finds the fastest convolutions
+        self.last_images(next(self.batches(Cell("dpm++", "trailing", 2, 2, 0)))[1])  # compiles, and finds the fastest convolutions
 
     def about(self):
         """What the cells of one table have in common."""
@@ -219,30 +219,32 @@ class Bench:
             "held_out_distance": real, "num_held_out": self.held_out.count if self.held_out else 0,
         }  # fmt: skip
 
-    def draw(self, cell, first):
-        """A batch of pictures in [-1, 1], the first of which is number `first` of the cell's seed."""
-        size, settings = self.config.batch_size, dict(SOLVERS[cell.solver])
-        numbers = torch.arange(first, first + size)
-        y = None if self.labels is None else self.labels[numbers % len(self.labels)].to(self.device)
-        spacing = None if cell.spacing == EVERY else cell.spacing
+    def batches(self, cell):
+        """Yields (first, steps) for the cell's batches, as `sample_batches` does."""
+        firsts, spacing = range(0, self.config.samples, self.config.batch_size), None if cell.spacing == EVERY else cell.spacing
+        return sample_batches(self.model.diffusion, firsts, self.config.batch_size, cell.seed * SEED_STRIDE, self.labels,
+                              steps=cell.steps, spacing=spacing, **SOLVERS[cell.solver])
+
+    def last_images(self, steps):
+        """A batch in [-1, 1], in the benchmark's precision."""
         with autocast(self.device, self.precision):
-            return self.model.diffusion.sample(size, self.device, y, steps=cell.steps, spacing=spacing,
-                                               seeds=(cell.seed * SEED_STRIDE + numbers).tolist(), **settings)
+            return last_images(steps)
 
     def measure(self, cell):
         """The distance of a cell, the time a picture takes, and the network's share of it."""
-        found, seconds, batches = FeatureStatistics(), 0.0, range(0, self.config.samples, self.config.batch_size)
+        found, seconds, batches = FeatureStatistics(), 0.0, 0
         self.clock.take()
-        for first in batches:
+        for first, steps in self.batches(cell):
             began = self.read()
-            x = self.draw(cell, first)
+            x = self.last_images(steps)
+            batches += 1
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds += self.read() - began
             found.add(self.extractor(torch.from_numpy(to_uint8(x)[: self.config.samples - first])))
         calls, network = self.clock.take()
-        assert calls == cell.made * len(batches), (calls, cell)
-        a_picture = seconds / (len(batches) * self.config.batch_size)
+        assert calls == cell.made * batches, (calls, cell)
+        a_picture = seconds / (batches * self.config.batch_size)
         return {"distance": statistics_distance(found, self.known), "seconds_a_picture": a_picture, "network_share": network / seconds}
 
 

@@ -225,6 +225,12 @@ class GaussianDiffusion(nn.Module):
 
         return denoise
 
+    def check_guidance(self, guidance_scale):
+        """ValueError for guidance, a scale other than 1, without a null class."""
+        if guidance_scale != 1 and self.null_class is None:
+            raise ValueError(f"guidance_scale {guidance_scale:g} needs a model with a null class: "
+                             "train with --class_conditional True and label_dropout above 0")
+
     def labels(self, y, guided):
         """The class ids of one network call; None without classes.
 

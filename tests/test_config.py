@@ -116,6 +116,22 @@ def test_values_out_of_range():
         check_values(Settings(shape=(0, 8)), shape=(1, 64))
 
 
+@pytest.mark.parametrize(("values", "words"), [
+    ({"compile": "maybe"}, "compile is 'maybe': expected one of 'auto' or True or False"), ({"batch_size": "64"}, "a whole number"),
+    ({"shape": (8, 8, 8)}, "2 int values"), ({"limit": 1.5}, "a whole number or None"), ({"loss_type": 2}, "text"),
+])
+def test_an_edited_block_is_checked_like_typed_options(values, words):
+    check_values(Settings(init_lr=1, mults=[1, 2], limit=None, compile=True))
+    with pytest.raises(ValueError, match=words):
+        check_values(Settings(**values))
+
+
+@pytest.mark.parametrize("values", [{"sampler": "euler"}, {"spacing": "karras"}, {"precision": "fp8"}])
+def test_an_edited_block_of_predict_is_refused_before_any_work(values):
+    with pytest.raises(ValueError, match=f"{next(iter(values))} is .*: expected one of .*(ddim|logsnr|bf16)"):
+        predict.check(predict.Config(**values), {})
+
+
 def raising(error):
     def main():
         raise error

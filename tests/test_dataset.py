@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from utils.data import cache as module
-from utils.data.annotation import Annotation, write_annotation
+from utils.data.annotation import write_annotation
 from utils.data.dataset import (
     EpochBatches,
     ImageDataset,
@@ -64,7 +64,7 @@ def test_the_cache_holds_what_load_image_gives(listed, settings):
     images, labels = data.__getitems__(range(40))
     assert images.dtype == torch.uint8 and labels.dtype == torch.int64
     assert torch.equal(images, expected) and labels.tolist() == [i % 2 for i in range(40)]
-    image, label = data[-3]
+    (image,), (label,) = data.__getitems__([-3])
     assert torch.equal(image, expected[37]) and label == 1
 
 
@@ -108,18 +108,18 @@ def test_another_setting_is_another_cache(listed, decoded, settings):
     open_listed(listed)
     data = open_listed(listed, **settings)
     assert len(decoded) == 80
-    assert torch.equal(data[0][0], torch.from_numpy(load_image(listed[1][0], **{"input_shape": (8, 16), **settings})))
+    assert torch.equal(data.images([0])[0], torch.from_numpy(load_image(listed[1][0], **{"input_shape": (8, 16), **settings})))
     open_listed(listed)
     assert len(decoded) == 80  # the first one is still there
 
 
 def test_a_changed_file_is_decoded_again(listed):
-    before = open_listed(listed)[4][0]
+    before = open_listed(listed).images([4])
     stat = os.stat(listed[1][4])
     with Image.open(listed[1][4]) as picture:
         Image.fromarray(255 - np.asarray(picture)).save(listed[1][4])
     os.utime(listed[1][4], ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert not torch.equal(open_listed(listed)[4][0], before)
+    assert not torch.equal(open_listed(listed).images([4]), before)
 
 
 def test_an_added_and_a_removed_file_are_noticed(listed):
@@ -128,7 +128,7 @@ def test_an_added_and_a_removed_file_are_noticed(listed):
     assert open_listed(listed).paths == listed[1][1:]
     write_annotation(listed[0], listed[1][::-1])
     data = open_listed(listed)
-    assert torch.equal(data[0][0], torch.from_numpy(load_image(listed[1][-1], (8, 16))))
+    assert torch.equal(data.images([0])[0], torch.from_numpy(load_image(listed[1][-1], (8, 16))))
 
 
 # Builds that do not end well
@@ -340,10 +340,15 @@ def test_the_ranks_slices_make_the_whole_batch():
     assert len(ranks[0][0]) == 4
 
 
-def test_only_the_given_indices_are_drawn():
-    share = np.array([3, 5, 8, 13, 21, 34])
-    taken = np.concatenate(list(EpochBatches(share, 3, 0, 0)))
-    assert sorted(taken) == share.tolist()
+def test_the_batches_of_a_subset_hold_its_images_only(listed):
+    data, numbers = open_listed(listed), [3, 5, 8, 13, 21, 34]
+    subset = data.subset(numbers)
+    batches = list(data_loader(subset, EpochBatches(len(subset), 3, 0, 0)))
+    found = sorted((image.numpy().tobytes(), label) for images, labels in batches for image, label in zip(images, labels.tolist()))
+    assert found == sorted((data.images([number])[0].numpy().tobytes(), number % 2) for number in numbers)
+    order = np.concatenate(list(EpochBatches(len(subset), 3, 0, 0)))
+    assert [numbers[i] for i in order] == [13, 8, 34, 21, 3, 5]  # pinned: exact resume depends on it
+    assert torch.equal(batches[0][0], data.images([13, 8, 34]))
 
 
 @pytest.mark.parametrize("pin_memory", [False, pytest.param(True, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA"))])
@@ -352,7 +357,7 @@ def test_the_loader_gives_whole_batches_of_its_order(listed, pin_memory):
     for indices, (images, labels) in zip(batches, data_loader(data, batches, pin_memory), strict=True):
         assert images.shape == (16, 8, 16, 3) and images.dtype == torch.uint8 and images.is_pinned() == pin_memory
         assert labels.tolist() == [i % 2 for i in indices]
-        assert torch.equal(images[5], data[indices[5]][0])
+        assert torch.equal(images[5], data.images([indices[5]])[0])
 
 
 def test_a_batch_is_one_gather():
@@ -364,7 +369,7 @@ def test_a_batch_is_one_gather():
             return np.asarray(self)[rows]
 
     pixels = np.zeros((32, 4, 4, 3), dtype=np.uint8).view(Counting)
-    data = ImageDataset(pixels, [""] * 32, Annotation([""] * 32, None, []))
+    data = ImageDataset("pictures", pixels, [""] * 32, torch.zeros(32, dtype=torch.int64), [], [""] * 32)
     assert len(list(data_loader(data, EpochBatches(32, 8, 0, 0)))) == 4 == Counting.gathers
 
 

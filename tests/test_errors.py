@@ -163,8 +163,8 @@ def test_checkpoint_of_another_architecture(place, capsys):
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ("--sampler euler", "unknown sampler 'euler'; known: ddpm, ddim, dpm++, sde-dpm++, heun"),
-    ("--spacing karras", "unknown spacing 'karras'; known: uniform, trailing, logsnr"),
+    ("--sampler euler", "--sampler euler: expected one of 'ddpm', 'ddim', 'dpm++', 'sde-dpm++', 'heun'"),
+    ("--spacing karras", "--spacing karras: expected one of '', 'uniform', 'trailing', 'logsnr'"),
     ("--steps 21", "steps must be from 1 to 20"),
     ("--sampler ddpm --steps 1000", "steps must be from 1 to 20"),
     ("--num_images 0", "num_images is 0: it must be at least 1"),
@@ -197,7 +197,7 @@ def test_checkpoint_of_another_architecture(place, capsys):
     ("--init_image p.png --mask m.png --sampler ddim", "--mask is drawn with ddpm's steps: --sampler ddim cannot do it"),
     ("--device gpu", "device 'gpu' is unknown"),
     ("--device cuda:99", "cuda:99"),
-    ("--precision fp8", "precision 'fp8' is unknown"),
+    ("--precision fp8", "--precision fp8: expected one of 'auto', 'fp32', 'bf16', 'fp16'"),
     ("--precision fp16", "precision 'fp16' is for GPUs"),
     ("--save_dir train_lines.txt", "train_lines.txt cannot be written to"),
     ("--save_dir train_lines.txt/inside", "train_lines.txt/inside cannot be written to (Not a directory): choose another --save_dir"),
@@ -257,4 +257,4 @@ def test_list_that_cannot_be_written(place, capsys):
 
 def test_the_process_itself_ends_with_code_1_and_one_line(place):
     printed = run(command("predict.py", "--sampler", "euler"), place, expect=1)
-    assert printed == "error: unknown sampler 'euler'; known: ddpm, ddim, dpm++, sde-dpm++, heun\n"
+    assert printed == "error: --sampler euler: expected one of 'ddpm', 'ddim', 'dpm++', 'sde-dpm++', 'heun'\n"

@@ -25,7 +25,7 @@ from utils.evaluate.distances import (
     statistics_distance,
 )
 from utils.evaluate.features import Extractor, FeatureCache, collect
-from utils.evaluate.image_sets import natural_shape, open_pictures
+from utils.evaluate.image_sets import natural_shape, open_images
 from utils.evaluate.inception import load_inception
 from utils.images import save_png
 
@@ -279,21 +279,21 @@ def save_npz(path, pictures):
 def test_folder_list_and_npz_are_the_same_pictures(folder, tmp_path):
     from utils.data.annotation import find_images, write_annotation
 
-    pictures = open_pictures(folder, (8, 8, 1), cache_path=tmp_path / "cache")
+    pictures = open_images(folder, (8, 8, 1), cache_path=tmp_path / "cache")
     write_annotation(tmp_path / "list.txt", find_images(folder))
-    listed = open_pictures(tmp_path / "list.txt", (8, 8, 1), cache_path=tmp_path / "cache")
-    packed = open_pictures(save_npz(tmp_path / "p.npz", pictures.pixels), (8, 8, 1))
+    listed = open_images(tmp_path / "list.txt", (8, 8, 1), cache_path=tmp_path / "cache")
+    packed = open_images(save_npz(tmp_path / "p.npz", pictures.pixels), (8, 8, 1))
     assert pictures.classes == [f"kind_{kind}" for kind in range(KINDS)] and listed.classes == packed.classes == []
     expected = shapes(40, size=8)[0][np.argsort(np.arange(40) % KINDS, kind="stable")]
     for source, name in ((folder, pictures), (tmp_path / "list.txt", listed), (tmp_path / "p.npz", packed)):
         assert natural_shape(source) == (8, 8, 1)
         assert_close(torch.cat(list(name.blocks())), torch.from_numpy(expected))
     assert len({pictures.key(), listed.key(), packed.key()}) == 3
-    assert pictures.key() == open_pictures(folder, (8, 8, 1), cache_path=tmp_path / "cache").key()
+    assert pictures.key() == open_images(folder, (8, 8, 1), cache_path=tmp_path / "cache").key()
 
-    part = pictures.part([30, 3, 7], "").part([2, 0], ", two")
+    part = pictures.subset([30, 3, 7]).subset([2, 0], ", two")
     assert part.name.endswith(", two") and [part.paths[0], part.paths[1]] == [pictures.paths[7], pictures.paths[30]]
-    assert_close(next(part.blocks()), pictures.take([7, 30]))
+    assert_close(next(part.blocks()), pictures.images([7, 30]))
     assert part.labels.tolist() == [pictures.labels[7], pictures.labels[30]]
     order = pictures.shuffled(20, seed=1)
     assert len(set(order)) == 20 and len({pictures.labels[number].item() for number in order}) > 1
@@ -311,23 +311,23 @@ def test_wrong_sets_are_named(tmp_path):
             natural_shape(tmp_path / name)
     good = save_npz(tmp_path / "good.npz", np.zeros((2, 4, 4, 3), np.uint8))
     with pytest.raises(ValueError, match="as they are"):
-        open_pictures(good, (8, 8, 3))
+        open_images(good, (8, 8, 3))
 
 
 def test_collect_keeps_the_first_only(net):
     pictures = torch.from_numpy(shapes(50)[0])
-    found = collect(pictures.split(20), Extractor(net, "net", "cpu"), max_features=30, max_pictures=25)
+    found = collect(pictures.split(20), Extractor(net, "net", "cpu"), max_features=30, max_images=25)
     assert found.statistics.count == 50
     assert_close(found.features, features(net, pictures)[:30])
-    assert torch.equal(found.pictures, pictures[:25])
+    assert torch.equal(found.images, pictures[:25])
     blocks = iter(pictures.split(20))
-    assert torch.equal(collect(blocks, max_pictures=25).pictures, pictures[:25])
+    assert torch.equal(collect(blocks, max_images=25).images, pictures[:25])
     assert len(list(blocks)) == 1  # no more is drawn than is looked at
 
 
 def test_reference_statistics_are_kept_by_data_and_network(net, tmp_path, monkeypatch):
-    pictures = open_pictures(save_npz(tmp_path / "p.npz", shapes(50)[0]), (12, 12, 1))
-    others = open_pictures(save_npz(tmp_path / "q.npz", shapes(50, seed=1)[0]), (12, 12, 1))
+    pictures = open_images(save_npz(tmp_path / "p.npz", shapes(50)[0]), (12, 12, 1))
+    others = open_images(save_npz(tmp_path / "q.npz", shapes(50, seed=1)[0]), (12, 12, 1))
     cache, extractor, calls = FeatureCache(tmp_path / "cache"), Extractor(net, "net", "cpu"), []
     monkeypatch.setattr(FeatureNet, "__call__", lambda self, x: calls.append(len(x)) or self.forward(x))
 
@@ -368,7 +368,7 @@ def net_file(net, tmp_path):
 
 def test_a_set_against_itself_and_a_copy_of_it(folder, net_file, tmp_path, monkeypatch, capsys):
     """The distance is 0, precision and recall are 1, and every sample is found to be a copy, of the right file."""
-    samples = save_npz(tmp_path / "samples.npz", open_pictures(folder, (8, 8, 1), cache_path=tmp_path / "cache").pixels)
+    samples = save_npz(tmp_path / "samples.npz", open_images(folder, (8, 8, 1), cache_path=tmp_path / "cache").pixels)
     found = run(monkeypatch, tmp_path, "--samples", samples, "--reference", folder, "--features", net_file)
     assert found["distances"]["frechet_distance"] < 1e-3
     assert (found["distances"]["precision"], found["distances"]["recall"]) == (1, 1)
@@ -439,8 +439,8 @@ def test_a_checkpoint_is_drawn_from_and_its_bits_are_measured(checkpoint, folder
 def test_labels_follow_the_reference(checkpoint, folder, tmp_path):
     config = evaluate.Config(samples=str(checkpoint), reference=str(folder), cache_dir=str(tmp_path / "cache"))
     model = evaluate.load_model(config, torch.device("cpu"), "fp32")
-    reference, _ = evaluate.open_sides(config, model)
-    reference = reference.part(np.flatnonzero(reference.labels.numpy() < 2), "")
+    reference, _ = evaluate.open_references(config, model)
+    reference = reference.subset(np.flatnonzero(reference.labels.numpy() < 2))
     labels = evaluate.labels_like(reference, model, seed=0)
     assert torch.equal(torch.bincount(labels), torch.bincount(reference.labels))
     other_names = model._replace(classes=["a", "b", "c", "d"])

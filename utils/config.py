@@ -152,8 +152,16 @@ def describe(kind):
 
 
 def check_values(config, **minimums):
-    """Raise ValueError unless each named setting is in range, (lowest, highest or None), both allowed, or still "auto"."""
+    """ValueError for a value of another type or no known choice, or of a named setting out of range.
+
+    minimums: setting=(lowest, highest or None), both allowed; "auto" is always in range.
+    """
     types_ = typing.get_type_hints(type(config))
+    for name, kind in types_.items():
+        value = getattr(config, name)
+        options = typing.get_args(kind) if _is_union(kind) else (kind,)
+        if all(_fit(value, _NO_FIT, option) is _NO_FIT for option in options):
+            raise ValueError(f"{name} is {value!r}: expected {describe(kind)}")
     for name, (lowest, highest) in minimums.items():
         values = getattr(config, name)
         for value in values if isinstance(values, tuple) else (values,):

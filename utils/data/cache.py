@@ -17,7 +17,25 @@ from utils.files import PROJECT, atomic_write
 
 CACHE_VERSION = 1   # part of the key: raise it when load_image gives other pixels or the files change their form
 CACHES_KEPT = 4     # the most recently used ones in a folder
-NAMES_SHOWN = 10    # files named in a message about many
+
+
+def open_cache(annotation_path, paths, settings, cache_path=None, num_workers=0):
+    """(pixels (N, H, W, C) uint8, memory-mapped; index) of these files, decoded where they are not yet.
+
+    settings: the arguments of `utils.data.decode.load_image`. cache_path: the folder, or None.
+    index: a dict of shape, hashes (of each image's content) and bad ([row in paths, reason] pairs).
+    ValueError for missing files or none that can be decoded, OSError where nothing can be written.
+    """
+    key = _cache_key(settings, _file_stats(paths))
+    folders = [Path(cache_path)] if cache_path else cache_folders(annotation_path)
+    cache = next(filter(None, (_read_cache(folder, key, len(paths)) for folder in folders)), None)
+    if cache is None:
+        folder = writable_folder(folders)
+        _build_cache(folder, key, paths, settings, num_workers)
+        _prune(folder, key)
+        cache = _read_cache(folder, key, len(paths))
+    _report_bad(paths, cache[1]["bad"])
+    return cache
 
 
 def _file_stats(paths):
@@ -26,17 +44,19 @@ def _file_stats(paths):
     for path in paths:
         try:
             stat = os.stat(path)
-            stats.append((path, stat.st_size, stat.st_mtime_ns, stat.st_mode))  # the mode: a file made readable is tried again
+            # The mode: a file that was made readable is tried again.
+            stats.append((path, stat.st_size, stat.st_mtime_ns, stat.st_mode))
         except OSError:
             gone.append(path)
     if gone:
-        raise ValueError(f"{len(gone)} of {len(paths)} listed images are gone: {_some(gone)}; {RUN_AGAIN}")
+        raise ValueError(f"{len(gone)} of {len(paths)} listed images are gone: {some(gone)}; {RUN_AGAIN}")
     return stats
 
 
-def _some(names):
-    shown = ", ".join(printable(name) for name in names[:NAMES_SHOWN])
-    return shown + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+def some(names, limit=10):
+    """The first few names, and how many more there are."""
+    shown = ", ".join(printable(name) for name in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _cache_key(settings, stats):
@@ -66,14 +86,15 @@ def writable_folder(folders):
             return folder
         except OSError as error:
             reasons.append(f"{printable(folder)} ({error.strerror})")
-    raise OSError(f"the cache of decoded images can be written nowhere: {', '.join(reasons)}; make one of these folders writable")
+    raise OSError(f"the cache of decoded images can be written nowhere: {', '.join(reasons)}; "
+                  "make one of these folders writable")
 
 
 def _cache_files(folder, key):
     return folder / f"{key}.pixels", folder / f"{key}.json"
 
 
-def _open_cache(folder, key, num_listed):
+def _read_cache(folder, key, num_listed):
     """(pixels, index) if there is a whole cache of that key in the folder, else None."""
     pixels_path, index_path = _cache_files(folder, key)
     try:
@@ -95,12 +116,13 @@ def _build_cache(folder, key, paths, settings, num_workers):
     """Decode all files into the cache: the pixels first, row after row, the index that makes them valid last."""
     pixels_path, index_path = _cache_files(folder, key)
     shape = (*settings["input_shape"], settings["img_channels"])
-    print(f"decoding {len(paths)} images to {shape[0]}x{shape[1]} (height x width), {np.prod(shape) * len(paths) / 1e6:.1f} MB: "
-          f"{printable(pixels_path.absolute())}")
+    megabytes, place = np.prod(shape) * len(paths) / 1e6, printable(pixels_path.absolute())
+    print(f"decoding {len(paths)} images to {shape[0]}x{shape[1]} (height x width), {megabytes:.1f} MB: {place}")
     hashes, bad = [], []
     try:
         with atomic_write(pixels_path) as file:
-            for row, (pixels, note) in enumerate(map_in_threads(lambda path: _decode(path, settings), paths, num_workers, "decoding")):
+            decoded = map_in_threads(lambda path: _decode(path, settings), paths, num_workers, "decoding")
+            for row, (pixels, note) in enumerate(decoded):
                 if pixels is None:
                     bad.append((row, note))
                 else:
@@ -108,12 +130,13 @@ def _build_cache(folder, key, paths, settings, num_workers):
                     hashes.append(note)
             if not hashes:
                 _report_bad(paths, bad)
-                raise ValueError(f"none of the {len(paths)} listed images can be decoded: put whole images into datasets/ and {RUN_AGAIN}")
+                raise ValueError(f"none of the {len(paths)} listed images can be decoded: "
+                                 f"put whole images into datasets/ and {RUN_AGAIN}")
         with atomic_write(index_path, "w", encoding="utf-8") as file:
             json.dump({"shape": [len(hashes), *shape], "hashes": hashes, "bad": bad}, file)
     except OSError as error:
-        raise OSError(f"the cache of decoded images could not be written ({error.strerror or error}): {printable(pixels_path.absolute())} "
-                      f"needs {np.prod(shape) * len(paths) / 1e6:.0f} MB; free some space, or lower input_shape") from error
+        raise OSError(f"the cache of decoded images could not be written ({error.strerror or error}): {place} needs "
+                      f"{megabytes:.0f} MB; free some space, or lower input_shape") from error
 
 
 def _decode(path, settings):
@@ -130,11 +153,14 @@ def _report_bad(paths, bad):
     if not bad:
         return
     print(f"left out {len(bad)} of {len(paths)} listed images, which cannot be decoded: "
-          + _some([f"{paths[row]} ({reason})" for row, reason in bad]))
+          + some([f"{paths[row]} ({reason})" for row, reason in bad]))
 
 
 def _prune(folder, key):
-    """Delete the caches used longest ago, and what interrupted builds have left; none of the last hour's, which may be in use."""
+    """Delete the caches used longest ago and the leftovers of interrupted builds.
+
+    Files of the last hour stay: another process may use them.
+    """
     def last_use(path):
         return path.stat().st_mtime
 

@@ -1,1 +1,1 @@
-"""`python -m utils.evaluate`: how good new images are. Distances, features, nearest images, likelihood."""
+"""`python -m utils.evaluate`: how good new images are. FID, KID, precision and recall, nearest images, bits per dimension."""

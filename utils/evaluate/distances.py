@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of features, in float64, and the running statistics that it is computed from."""
+"""FID (Frechet distance), KID (kernel distance), precision and recall, nearest images: on features, in float64."""
 
 import torch
 
@@ -53,7 +53,9 @@ def as_features(features):
 
 
 def frechet_distance(mean_1, cov_1, mean_2, cov_2):
-    """|m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), a float, never below 0 (Dowson & Landau 1982; Heusel et al. 2017, equation 6).
+    """FID: |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), never below 0.
+
+    Dowson & Landau 1982; Heusel et al. 2017, equation 6.
 
     Args: means (d,) and symmetric covariances (d, d), which may be singular; tensors or arrays, taken as float64.
     With C = L L^T the trace of the root is the sum of the singular values of L_1^T L_2: there is no root of a matrix that is not

@@ -1,8 +1,9 @@
-"""Sets of pictures to compare: a folder, a list (train_lines.txt) or an .npz as evaluators of the field exchange them."""
+"""Sets of images to compare: a folder, a list (train_lines.txt) or an .npz of other evaluators."""
 
 import hashlib
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from utils.data.annotation import find_images, label_by_folder, printable, read_annotation, write_annotation
-from utils.data.dataset import PictureSet, open_dataset
+from utils.data.dataset import ImageDataset, open_dataset
 from utils.data.decode import FORMATS, check_image
 
 
@@ -37,25 +38,24 @@ def _listed(path):
     return paths
 
 
-def open_pictures(path, shape, resize_mode="crop", background=(255, 255, 255), cache_path=None):
-    """The PictureSet of a folder, a list or an .npz, as pixels of shape (H, W, C).
+def open_images(path, shape, resize_mode="crop", background=(255, 255, 255), cache_path=None):
+    """The ImageDataset of a folder, a list or an .npz, with pixels of shape (H, W, C).
 
-    Those of folders and lists are decoded into the cache of `utils.data.cache`; a folder of folders has them for classes. An .npz holds
-    `arr_0`, uint8 (N, H, W, C), of this shape already. ValueError for what is none of these or holds no pictures.
+    Folders and lists are decoded into the cache of `utils.data.cache`. The folders in a folder are
+    its classes. An .npz holds `arr_0`, uint8 (N, H, W, C), of this shape already.
+    ValueError for anything else, and where there is no image.
     """
     path = Path(path)
     if path.suffix.lower() == ".npz":
         return _open_npz(path, tuple(shape))
     if not path.is_dir():
-        dataset = open_dataset(path, shape[:2], shape[2], resize_mode, background, cache_path=cache_path)
-    else:
-        paths = _listed(path)
-        with TemporaryDirectory() as folder:
-            annotation = os.path.join(folder, "lines.txt")
-            write_annotation(annotation, paths, *label_by_folder(paths))
-            dataset = open_dataset(annotation, shape[:2], shape[2], resize_mode, background, cache_path=cache_path)
-    settings = (resize_mode, tuple(background))
-    return PictureSet(printable(path.resolve()), dataset.pixels, dataset.hashes, dataset.labels, dataset.classes, dataset.paths, settings)
+        return open_dataset(path, shape[:2], shape[2], resize_mode, background, cache_path=cache_path)
+    paths = _listed(path)
+    with TemporaryDirectory() as folder:
+        annotation = os.path.join(folder, "lines.txt")
+        write_annotation(annotation, paths, *label_by_folder(paths))
+        dataset = open_dataset(annotation, shape[:2], shape[2], resize_mode, background, cache_path=cache_path)
+    return replace(dataset, name=printable(path.resolve()))
 
 
 def _npz_shape(path):
@@ -96,4 +96,4 @@ def _open_npz(path, shape):
         file.flush()
         pixels = np.asarray(np.memmap(file, dtype=np.uint8, mode="r", shape=(count, *shape)))
     paths = [f"{printable(path.resolve())}[{number}]" for number in range(count)]
-    return PictureSet(printable(path.resolve()), pixels, hashes, torch.zeros(count, dtype=torch.int64), [], paths)
+    return ImageDataset(printable(path.resolve()), pixels, hashes, torch.zeros(count, dtype=torch.int64), [], paths)

@@ -1,10 +1,39 @@
-"""Batches of new pictures."""
+"""Batches of new images: all of one size, and every image a function of its own seed."""
+
+import torch
 
 
+def sample_batches(diffusion, firsts, batch_size, seed, labels=None, noise=None, **settings):
+    """Yields (first, steps) for each number in `firsts`: a batch of the images `first`, `first` + 1, ...
+
+    `steps` is `diffusion.sample_steps`: it yields (x, x_0), both (batch_size, c, h, w), after each
+    step of the solver. All batches have one size, so the number of images changes no image.
+
+    Args:
+        diffusion: a GaussianDiffusion, on its device.
+        seed: image i has the noise of seed + i.
+        labels: (n,) class ids for the images, in turn. None: no classes, or the null class.
+        noise: numbers (batch_size,) -> the noise of these images, in place of the seeds'.
+        settings: further arguments of `diffusion.sample_steps`.
+    """
+    device = diffusion.betas.device
+    for first in firsts:
+        numbers = torch.arange(first, first + batch_size)
+        y = None if labels is None else labels[numbers % len(labels)].to(device)
+        start = {"noise": noise(numbers)} if noise else {"seeds": (seed + numbers).tolist()}
+        yield first, diffusion.sample_steps(batch_size, device, y, **start, **settings)
 
 
-def advice_for_drawing(config):
-    """Drawing keeps nothing between the network's calls: what is needed falls with the pictures drawn at once."""
+def last_images(steps):
+    """The x (batch_size, c, h, w) after the last of the steps."""
+    for x, _ in steps:  # noqa: B007 (only the last x counts)
+        pass
+    return x
+
+
+def advice_for_sampling(config):
+    """The setting to lower where memory runs out: what a batch needs grows with batch_size."""
     if config.batch_size == 1:
         return "one picture at a time is too much: lower --input_shape, or draw with a smaller network"
-    return f"{config.batch_size} pictures at a time are too many; --batch_size {config.batch_size // 2} needs about half"
+    half = config.batch_size // 2
+    return f"{config.batch_size} pictures at a time are too many; --batch_size {half} needs about half"

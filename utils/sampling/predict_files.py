@@ -7,12 +7,15 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from utils import distributed
+from utils.checkpoint import weights_digest
 from utils.data.decode import describe_error
 from utils.files import atomic_write
 from utils.images import make_grid, save_animation, save_png, to_uint8
+from utils.sampling.starting_images import image_digest
 
 COLUMNS = 5
 SHOWN = 25  # pictures in the grid
@@ -173,3 +176,21 @@ def _open_spool(folder):
         with contextlib.suppress(PermissionError):  # Windows keeps the name of an open file
             path.unlink()
     return spool
+
+
+def image_texts(config, network, shape, classes, labels, settings):
+    """The function number -> dict of all that this image depends on: the text in its single file."""
+    text = {name: image_digest(value[:1]) if torch.is_tensor(value) else str(value)
+            for name, value in settings.items() if name != "known"}
+    text["size"] = "x".join(map(str, shape))
+    if config.individual_files:  # reading all weights takes a moment
+        text["weights"] = weights_digest(network.state_dict())
+
+    def text_of(number):
+        label = {} if labels is None else {"class": classes[labels[number % len(labels)]]}
+        if config.interpolate:
+            place = f"{number} of 0 to {config.interpolate - 1}"
+            return {**text, **label, "seed": str(config.seed), "seed_to": str(config.seed_to), "place": place}
+        return {**text, **label, "seed": str(config.seed + number)}
+
+    return text_of

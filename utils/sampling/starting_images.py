@@ -1,4 +1,4 @@
-"""The pictures that a drawing can start from: one to be changed, and a mask of what may change in it."""
+"""Images to start from: an image to change, and a mask of the part that may change."""
 
 import hashlib
 
@@ -7,32 +7,49 @@ import torch
 from utils.data.decode import check_image, describe_error, load_image
 
 
-def load_picture(path, input_shape, img_channels, trained):
-    """A picture file, converted as the training pictures were: (1, C, H, W) float32 in [-1, 1].
+def starting_settings(config, diffusion, trained):
+    """The arguments of `diffusion.sample_steps` for predict.py's init_image and mask; {} without them.
 
-    trained: the settings of the training, a dict by field name; it says how a picture is made to fit and what shows through it.
+    trained: the training's settings by field name; resize_mode and background are used.
+    """
+    if not config.init_image:
+        return {}
+    image = load_init_image(config.init_image, diffusion.img_size, diffusion.img_channels, trained)
+    image = image.expand(config.batch_size, *image.shape[1:])
+    settings = {"init": image, "strength": config.strength}
+    if config.mask:
+        mask = load_mask(config.mask, config.init_image, diffusion.img_size, trained)
+        settings |= {"known": image, "mask": mask, "resamplings": config.resamplings}
+    return settings
+
+
+def load_init_image(path, input_shape, img_channels, trained):
+    """An image file, converted as the training images were: (1, C, H, W) float32 in [-1, 1].
+
     ValueError where the file cannot be read.
     """
-    return _load(path, input_shape, img_channels, trained, tuple(trained.get("background", (255, 255, 255)))) / 127.5 - 1
+    background = tuple(trained.get("background", (255, 255, 255)))
+    return _load(path, input_shape, img_channels, trained, background) / 127.5 - 1
 
 
-def load_mask(path, picture_path, input_shape, trained):
-    """A mask, (1, 1, H, W): 1. where it is lighter than mid-grey (drawn anew), else 0. (kept); it is cut as the picture is.
+def load_mask(path, image_path, input_shape, trained):
+    """A mask (1, 1, H, W), cropped as the image is: 1.0 (sampled anew) above mid-grey, else 0.0 (kept).
 
-    ValueError where it cannot be read, is not of the picture's shape, or asks for nothing or for everything.
+    ValueError where it cannot be read, has another shape than the image, or is all of one value.
     """
     mask = (_load(path, input_shape, 1, trained, (0, 0, 0)) > 127.5).float()
-    (width, height), (picture_width, picture_height) = check_image(path, full=False), check_image(picture_path, full=False)
-    if width * picture_height != height * picture_width:
-        raise ValueError(f"{path}: the mask is {width}x{height} and {picture_path} {picture_width}x{picture_height}: "
+    (width, height), (image_width, image_height) = check_image(path, full=False), check_image(image_path, full=False)
+    if width * image_height != height * image_width:
+        raise ValueError(f"{path}: the mask is {width}x{height} and {image_path} {image_width}x{image_height}: "
                          "they must have the same shape, so that one lies on the other")
     if mask.min() == mask.max():
-        raise ValueError(f"{path}: the mask is all {'white' if mask.max() else 'black'}: paint white what is drawn anew, black what stays")
+        raise ValueError(f"{path}: the mask is all {'white' if mask.max() else 'black'}: "
+                         "paint white what is drawn anew, black what stays")
     return mask
 
 
 def _load(path, input_shape, img_channels, trained, background):
-    """A picture file as (1, C, H, W) float32, 0 to 255."""
+    """An image file as (1, C, H, W) float32, 0 to 255."""
     try:
         pixels = load_image(path, input_shape, img_channels, trained.get("resize_mode", "crop"), background)
     except Exception as error:  # Pillow's decoders raise all kinds
@@ -40,6 +57,6 @@ def _load(path, input_shape, img_channels, trained, background):
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
 
 
-def picture_digest(picture):
-    """A short digest of a picture's values, a CPU tensor: it tells two pictures apart whatever their files are called."""
-    return hashlib.blake2b(picture.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+def image_digest(image):
+    """A short digest of an image's values, a CPU tensor. The name of its file plays no part."""
+    return hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
