@@ -1,8 +1,11 @@
 """Draw new pictures with a trained model. Every setting below is also an option: --num_images 100."""
+import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is no traceback)
+
+# isort: split
 import random
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -13,7 +16,7 @@ from nets.diffusion import check_choice
 from nets.samplers import DEFAULT_SPACING, SAMPLERS, SPACINGS, seeded_noise, slerp
 from utils import distributed
 from utils.checkpoint import find_weights, load_checkpoint
-from utils.config import check_values, typed_options
+from utils.config import block_settings, check_values, settings, typed_options
 from utils.device import (
     DTYPES,
     autocast,
@@ -35,7 +38,7 @@ MASKED_STEPS = 250  # with 10 resamplings as in the RePaint paper, section 5.1; 
 CALLS_WORTH_COMPILING = 5000  # compiling takes about a minute
 
 
-@dataclass
+@settings
 class Config:
     # Model
     model_path: str = ""                          # a checkpoint, or a run's folder; "": the newest run in logs/
@@ -81,9 +84,9 @@ NEEDS = {"strength": "init_image", "mask": "init_image", "resamplings": "mask", 
 OWNERS = {"eta": "ddim", "variance": "ddpm"}  # option of one solver -> that solver
 
 
-def main():
-    typed = typed_options(Config, __doc__)
-    config = Config(**typed)
+def main(arguments=None):
+    typed = typed_options(Config, __doc__, arguments)
+    config = replace(block_settings(Config), **typed)
     check(config, typed)
     distributed.start()
     device = choose_device(config.device, distributed.local_rank())
@@ -92,9 +95,9 @@ def main():
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
     check_model(config, diffusion, classes)
     config = resolve(config, typed, diffusion, classes)
-    settings = {name: getattr(config, name) for name in ("sampler", "steps", "spacing", "guidance_scale", "use_ema")}
-    settings |= {name: getattr(config, name) for name, sampler in OWNERS.items() if sampler == config.sampler}
-    settings |= starting_settings(config, diffusion, checkpoint["config"])
+    options = {name: getattr(config, name) for name in ("sampler", "steps", "spacing", "guidance_scale", "use_ema")}
+    options |= {name: getattr(config, name) for name, sampler in OWNERS.items() if sampler == config.sampler}
+    options |= starting_settings(config, diffusion, checkpoint["config"])
     announce(config, diffusion, classes, checkpoint, f"{describe_device(device)}, precision {precision}")
 
     network = diffusion.ema_model if config.use_ema else diffusion.model
@@ -103,11 +106,11 @@ def main():
         network.compile()
     diffusion = diffusion.to(device=device, memory_format=memory_format(device, precision))
     shape, labels = (*diffusion.img_size, diffusion.img_channels), class_ids(config, classes)
-    texts = image_texts(config, network, shape, classes, labels, settings)
+    texts = image_texts(config, network, shape, classes, labels, options)
     with PredictFiles(config, shape, grid_rows(config, classes), texts) as files:
         round_weights(network, precision)  # only now: the files' texts hold the digest of the exact weights
         with autocast(device, precision), explain_out_of_memory(lambda: advice_for_sampling(config)):
-            sample(config, diffusion, labels, settings, files)
+            sample(config, diffusion, labels, options, files)
         files.finish()
     distributed.stop()
 
@@ -206,7 +209,7 @@ def network_calls(config):
     return config.steps * per_step * -(-config.num_images // config.batch_size)
 
 
-def sample(config, diffusion, labels, settings, files):
+def sample(config, diffusion, labels, options, files):
     """Sample the batches that have no files yet, each process its part of them, and hand them to `files`."""
     size, rank, processes = config.batch_size, distributed.rank(), distributed.world_size()
     firsts = [first for first in range(0, config.num_images, size)[rank::processes] if not files.have(first, size)]
@@ -215,7 +218,7 @@ def sample(config, diffusion, labels, settings, files):
     pause = 0.1 if sys.stderr.isatty() else 10  # seconds between two states of the progress bar
     total = len(firsts) * config.steps
     with tqdm(total=total, unit="step", disable=rank > 0, dynamic_ncols=True, mininterval=pause) as bar:
-        for first, steps in sample_batches(diffusion, firsts, size, config.seed, labels, noise, **settings):
+        for first, steps in sample_batches(diffusion, firsts, size, config.seed, labels, noise, **options):
             for step, (x, x_0) in enumerate(steps):
                 files.add_moment(first, step, x, x_0)
                 bar.update()

@@ -1,4 +1,7 @@
 """Train a DDPM on the pictures of train_lines.txt. Every setting below is also an option: --batch_size 32."""
+import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is no traceback)
+
+# isort: split
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial

@@ -1,9 +1,11 @@
 """List the images below datasets/ in train_lines.txt, for train.py."""
+import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is no traceback)
+
+# isort: split
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
-from utils.config import parse_config
+from utils.config import parse_config, settings
 from utils.data.annotation import (
     SHIPPED,
     check_images,
@@ -18,7 +20,7 @@ from utils.data.decode import EXTENSIONS
 from utils.errors import run_script
 
 
-@dataclass
+@settings
 class Config:
     datasets_path: str = "datasets"            # folder of the images, of any depth; folders right below the common root are classes
     annotation_path: str = "train_lines.txt"   # the list that is written; class names go beside it
@@ -27,8 +29,8 @@ class Config:
     download: str = ""                         # fetch and list one of: flowers102 cifar10 fashion_mnist mnist celeba oxford_pets stl10
 
 
-def main():
-    config = parse_config(Config, __doc__)
+def main(arguments=None):
+    config = parse_config(Config, __doc__, arguments)
     if config.download:
         from utils.data.downloads import download  # torchvision takes seconds to import
 

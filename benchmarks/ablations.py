@@ -1,7 +1,7 @@
 """The candidates of NOTES.md, each beside the path that it would replace: python -m benchmarks.ablations --sections step"""
 import copy
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from benchmarks.timing import interleave, markdown, spread, usable_cores
 from nets import GaussianDiffusion, UNet, unet
 from nets import cpu_fused as fused
-from utils.config import parse_config
+from utils.config import parse_config, settings
 from utils.device import autocast, choose_device, choose_precision, round_weights
 from utils.errors import run_script
 from utils.training.optimizer import make_optimizer
@@ -20,7 +20,7 @@ from utils.training.optimizer import make_optimizer
 CHANNELS_LAST = torch.channels_last
 
 
-@dataclass
+@settings
 class Config:
     sections: str = "step,parts,norm,dropout,attention,upsample,drawing,checkpointing"  # what is compared, with commas between
     channel: int = 64                       # width of the network

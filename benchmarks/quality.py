@@ -7,7 +7,7 @@ where it was stopped; other data or variants with otherwise equal settings are a
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import predict
 import train
@@ -25,7 +25,7 @@ from benchmarks.runs import (
 )
 from benchmarks.timing import machine, markdown
 from nets.samplers import DEFAULT_STEPS
-from utils.config import check_values, parse_config
+from utils.config import check_values, parse_config, settings
 from utils.device import choose_device, choose_precision
 from utils.errors import run_script
 from utils.files import atomic_write
@@ -42,7 +42,7 @@ AVERAGES = {"ema": True, "last": False}  # name in the table -> use_ema
 WAYS = ("data", "variants", "averages", "data_root", "name", "device")  # settings that change no row of the table
 
 
-@dataclass
+@settings
 class Config:
     # What is trained
     data: str = ",".join(DATA)            # fashion_mnist and emoji, with commas between

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -17,7 +17,7 @@ import torch
 from benchmarks.timing import check_sections, interleave, machine, markdown, quiet, spread, usable_cores, with_rows, write_text
 from nets import GaussianDiffusion, UNet
 from utils import distributed
-from utils.config import parse_config
+from utils.config import parse_config, settings
 from utils.data import dataset as cache
 from utils.data.annotation import write_annotation
 from utils.data.dataset import EpochBatches, data_loader, open_dataset
@@ -29,7 +29,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PROJECT = RESULTS.parent.parent
 
 
-@dataclass
+@settings
 class Config:
     sections: str = "pictures,resolution,channels,processes"  # what is measured, with commas between
     pictures: tuple[int, ...] = (1_000, 10_000, 100_000)       # pictures of 64x64 in the data set

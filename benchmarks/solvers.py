@@ -8,7 +8,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from benchmarks.runs import DATA, RESULTS, VAL_SPLIT, WORK, list_pictures, network_options, stop_with_children, trained, write_json
 from benchmarks.timing import machine, markdown
 from nets.samplers import SPACINGS
-from utils.config import check_values, parse_config
+from utils.config import check_values, parse_config, settings
 from utils.device import DTYPES, autocast, choose_compile, choose_device, choose_precision
 from utils.errors import run_script
 from utils.evaluate import __main__ as evaluate
@@ -41,7 +41,7 @@ PLACES = ("model_path", "reference", "data_root")  # settings that mean nothing 
 SEED_STRIDE = 10_000_000  # between the seeds of the first pictures of two rounds
 
 
-@dataclass
+@settings
 class Config:
     # What is measured
     model_path: str = ""                  # a checkpoint, or a run's folder; "": a network trained on Fashion-MNIST first

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.contestants import CONTESTANTS, Job, Ours, installed
 from benchmarks.timing import check_sections, interleave, machine, markdown, quiet, spread, usable_cores, with_rows, write_text
-from utils.config import parse_config
+from utils.config import parse_config, settings
 from utils.data.annotation import find_images, write_annotation
 from utils.data.dataset import EpochBatches, data_loader, open_dataset
 from utils.device import DTYPES, choose_device, choose_precision, peak_memory
@@ -28,7 +28,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PROJECT = RESULTS.parent.parent
 
 
-@dataclass
+@settings
 class Config:
     sections: str = "train,denoise,sample,data,cache,start,memory"  # what is measured, with commas between
     rounds: int = 7                       # rounds of each section, after the warm-up

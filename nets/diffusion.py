@@ -204,6 +204,7 @@ class GaussianDiffusion(nn.Module):
         """
         network = self.ema_model if use_ema else self.model
         to_x_0, guided = PREDICTIONS[self.prediction].to_x_0, guidance_scale != 1
+        self.check_guidance(guidance_scale)
         labels = self.labels(y, guided)
         ts = torch.arange(self.num_timesteps, device=self.betas.device)  # ts[t:t+1] is a view: nothing is sent
 
@@ -237,10 +238,8 @@ class GaussianDiffusion(nn.Module):
         They are y, with guidance y and as many null classes, or without y one null class for all.
         """
         device = self.betas.device
-        if guided:
-            self.check_guidance()
-            if y is None:
-                raise ValueError("guidance needs classes to guide to: pass y")
+        if guided and y is None:
+            raise ValueError("guidance needs classes to guide to: pass y")
         if self.num_classes is None:
             return None
         if y is None and self.null_class is None:
@@ -249,12 +248,6 @@ class GaussianDiffusion(nn.Module):
             return torch.tensor([self.null_class], device=device)
         y = torch.as_tensor(y, device=device)
         return torch.cat((y, torch.full_like(y, self.null_class))) if guided else y
-
-    def check_guidance(self):
-        """ValueError for a network without a null class: it cannot be guided."""
-        if self.null_class is None:
-            raise ValueError("guidance needs a null class: train with class_conditional and label_dropout above 0, or use "
-                             "guidance_scale 1")
 
     def sample(self, batch_size, device, y=None, use_ema=True, **settings):
         """New images, (batch_size, c, h, w) float32 in about [-1, 1]. The settings are those of `sample_steps`."""

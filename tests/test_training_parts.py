@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from utils import distributed
-from utils.data.dataset import split_validation
+from utils.data.dataset import ImageDataset, split_validation
 from utils.training.meter import Meter, epoch_means
 from utils.training.optimizer import choose_learning_rate, learning_rate
 from utils.training.randomness import draw_step, mix

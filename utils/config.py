@@ -158,10 +158,8 @@ def check_values(config, **minimums):
     """
     types_ = typing.get_type_hints(type(config))
     for name, kind in types_.items():
-        value = getattr(config, name)
-        options = typing.get_args(kind) if _is_union(kind) else (kind,)
-        if all(_fit(value, _NO_FIT, option) is _NO_FIT for option in options):
-            raise ValueError(f"{name} is {value!r}: expected {describe(kind)}")
+        if _fit_any(getattr(config, name), kind) is _NO_FIT:
+            raise ValueError(f"{name} is {getattr(config, name)!r}: expected {describe(kind)}")
     for name, (lowest, highest) in minimums.items():
         values = getattr(config, name)
         for value in values if isinstance(values, tuple) else (values,):

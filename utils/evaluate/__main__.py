@@ -8,7 +8,7 @@ python -m utils.evaluate --samples logs/<run> --features classifier --num_images
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from nets import GaussianDiffusion, build
 from nets.samplers import SAMPLERS, SPACINGS
 from utils.checkpoint import epoch_files, find_weights, load_checkpoint, weights_digest
-from utils.config import check_values, parse_config
+from utils.config import check_values, parse_config, settings
 from utils.data.dataset import split_validation
 from utils.data.decode import RESIZE_MODES
 from utils.device import DTYPES, autocast, choose_device, choose_precision, describe_device, memory_format
@@ -32,7 +32,7 @@ from utils.sampling.batches import last_images, sample_batches
 ENOUGH = 10_000  # below so many samples FID's upward bias is larger than the differences of interest
 
 
-@dataclass
+@settings
 class Config:
     # Pictures
     samples: str = ""                             # a folder, list, .npz or checkpoint to draw from; "": the newest run
@@ -89,8 +89,8 @@ class Samples(NamedTuple):
     name: str
 
 
-def main():
-    config = parse_config(Config, __doc__)
+def main(arguments=None):
+    config = parse_config(Config, __doc__, arguments)
     check(config)
     start = time.time()
     device = choose_device(config.device)

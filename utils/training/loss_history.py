@@ -2,7 +2,6 @@
 import csv
 import os
 import time
-from pathlib import Path
 
 from utils.errors import try_optional
 from utils.files import atomic_write

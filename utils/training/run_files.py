@@ -30,7 +30,8 @@ class RunFiles:
 
     def __enter__(self):
         if self.main:
-            self.lock.enter_context(locked(self.folder, f"another training writes to {self.folder.resolve()}: wait for its end, or stop it"))
+            busy = f"another training writes to {self.folder.resolve()}: wait for its end, or stop it"
+            self.lock.enter_context(locked(self.folder, busy))
             remove_leftovers(self.folder)
             with atomic_write(self.folder / "config.json", "w", encoding="utf-8") as file:
                 json.dump(asdict(self.config), file, indent=2)
