@@ -248,7 +248,8 @@ def test_a_model_made_with_diffusers_comes_in(tmp_path, settings, schedule):
     ({"downsample_padding": 0}, "downsample_padding is 0"), ({"num_class_embeds": 4}, "num_class_embeds is 4"),
     ({"act_fn": "relu"}, "act_fn is 'relu'"),
     ({"block_out_channels": (64, 96)}, "block_out_channels is"), ({"up_block_types": ("UpBlock2D", "UpBlock2D")}, "up_block_types is"),
-    ({"down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D")}, r"down_block_types is \('ResnetDownsampleBlock2D', 'AttnDownBlock2D'\) \(ours: \('DownBlock2D', "),
+    ({"down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D")},
+     r"down_block_types is \('ResnetDownsampleBlock2D', 'AttnDownBlock2D'\) \(ours: \('DownBlock2D', "),
     ({"add_attention": False}, "add_attention is False"), ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift is")])
 def test_the_part_that_is_not_ours_is_named(tmp_path, unet, part):
     foreign(tmp_path / "in", unet)

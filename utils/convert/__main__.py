@@ -18,7 +18,7 @@ from utils.files import refuse_to_overwrite
 
 
 def export_weights(run, file):
-    """Write a run's EMA weights in half precision: a quarter of the checkpoint's size or less, and enough to sample.
+    """Write a run's EMA weights in half precision: enough to sample, at most a quarter of the checkpoint.
 
     ValueError where `file` is there already, or where half precision cannot hold the weights.
     """
@@ -27,7 +27,12 @@ def export_weights(run, file):
     weights = {name: value.half() if name.startswith("ema_model.") else value for name, value in kept.items()}
     if not all_finite(weights):
         raise ValueError(f"{path}: its weights hold NaN or infinity, or numbers beyond half precision (65504)")
-    described = {"format": FORMAT, "config": checkpoint["config"], "classes": checkpoint["classes"], "weights_kind": "ema"}
+    described = {
+        "format": FORMAT,
+        "config": checkpoint["config"],
+        "classes": checkpoint["classes"],
+        "weights_kind": "ema",
+    }
     write(file, {**described, "weights": weights}, path)
 
 
@@ -38,18 +43,22 @@ def export_reference(run, file):
     """
     path, _, diffusion = open_run(run, file)
     if diffusion.prediction != "eps":
-        raise ValueError(f"the reference's code takes what a network predicts for the noise; this one predicts {diffusion.prediction}")
+        raise ValueError(
+            f"the reference's code takes what a network predicts for the noise; this one predicts {diffusion.prediction}"
+        )
     groups = getattr(diffusion.model.out_norm, "num_groups", MAX_GROUPS)
     if groups != MAX_GROUPS:
-        raise ValueError(f"the reference's code builds group norms of {MAX_GROUPS} groups; this network has {groups}: train one with "
-                         f"--num_groups {MAX_GROUPS}")
+        raise ValueError(
+            f"the reference's code builds group norms of {MAX_GROUPS} groups; this network has {groups}: train one with "
+            f"--num_groups {MAX_GROUPS}"
+        )
     if not all_finite(diffusion.state_dict()):
         raise ValueError(f"{path}: its weights hold NaN or infinity")
     write(file, diffusion.state_dict(), path)
 
 
 def open_run(run, file):
-    """(path, checkpoint, GaussianDiffusion) of a run's folder or checkpoint. ValueError where `file` is there already."""
+    """(path, checkpoint, GaussianDiffusion) of a run's folder or file. ValueError where `file` is there."""
     refuse_to_overwrite(file)
     path = find_weights(run)[0]
     checkpoint = load_checkpoint(path, lazily=True)
@@ -69,18 +78,26 @@ COMMANDS = {  # name: (the function, what it does, its arguments)
     "weights": (export_weights, "EMA weights in half precision, as a small file", (RUN, FILE)),
     "reference": (export_reference, "a bare state dict with the keys of the reference implementation", (RUN, FILE)),
     "diffusers": (export_model, "a checkpoint -> a folder for diffusers", (RUN, FOLDER)),
-    "import": (import_model, "a folder of diffusers -> a checkpoint", (("folder", "what DDPMPipeline.save_pretrained wrote"), FILE)),
+    "import": (
+        import_model,
+        "a folder of diffusers -> a checkpoint",
+        (("folder", "what DDPMPipeline.save_pretrained wrote"), FILE),
+    ),
 }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     parsers = {name: commands.add_parser(name, help=text) for name, (_, text, _) in COMMANDS.items()}
     for name, (_, _, arguments) in COMMANDS.items():
         for argument, text in arguments:
             parsers[name].add_argument(argument, metavar=argument.upper(), help=text)
-    parsers["diffusers"].add_argument("--class_name", default="", help="the class that it will draw (default: the null class)")
+    parsers["diffusers"].add_argument(
+        "--class_name", default="", help="the class that it will draw (default: the null class)"
+    )
     options = vars(parser.parse_args())
     function, *_ = COMMANDS[options.pop("command")]
     function(**options)

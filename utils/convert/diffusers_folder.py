@@ -62,7 +62,7 @@ def export_model(run, folder, class_name=""):
 
 
 def choose_label(diffusion, classes, class_name):
-    """The row of the class embeddings to fold in; None for a network without classes. ValueError that lists the known classes."""
+    """The row of the class embeddings to add; None without classes. ValueError that lists the known ones."""
     if diffusion.num_classes is None:
         if class_name:
             raise ValueError(f"--class_name {class_name}: this model was trained without classes")
@@ -72,14 +72,16 @@ def choose_label(diffusion, classes, class_name):
     if class_name:
         return classes.index(class_name)
     if diffusion.null_class is None:
-        raise ValueError(f"this model has no null class, and the pipeline passes none: choose a --class_name among {', '.join(classes)}")
+        raise ValueError(
+            f"this model has no null class, and the pipeline passes none: choose a --class_name among {', '.join(classes)}"
+        )
     return diffusion.null_class
 
 
 def to_unet2d(network, input_shape, label=None):
-    """(settings, weights) of the UNet2DModel that computes what `network`, a UNet, does for class `label` (None: without classes).
+    """(settings, weights) of the UNet2DModel that computes what `network`, a UNet, does for class `label`.
 
-    ValueError that names what a UNet2DModel cannot express.
+    label: None for a network without classes. ValueError that names what a UNet2DModel cannot express.
     """
     found = read_architecture({**network.state_dict(), "betas": torch.zeros(1)}, "")
     check_expressible(network, found)
@@ -95,14 +97,19 @@ def to_unet2d(network, input_shape, label=None):
 
 def check_expressible(network, found):
     """ValueError that names each part of a UNet that diffusers' UNet2DModel lacks. found: read_architecture's."""
-    norms = {module.__class__.__name__ for module in network.modules() if isinstance(module, nn.InstanceNorm2d | nn.BatchNorm2d)}
+    norms = {
+        module.__class__.__name__
+        for module in network.modules()
+        if isinstance(module, nn.InstanceNorm2d | nn.BatchNorm2d)
+    }
     norm = norms.pop() if norms else found["norm"]
     parts = {
         f"norm {norm} (only group norm)": norm != "gn",
         f"initial_pad {network.initial_pad} (only 0)": network.initial_pad != 0,
         "time_emb_dim None (only with time)": network.time_mlp is None,
         "time_emb_scale (only 1)": network.time_mlp is not None and network.time_mlp[0].scale != 1,
-        f"activation {getattr(network.activation, '__name__', network.activation)} (only silu)": network.activation is not F.silu,
+        f"activation {getattr(network.activation, '__name__', network.activation)} (only silu)": network.activation
+        is not F.silu,
         f"channel_mults {found['channel_mults']} (the first must be 1)": found["channel_mults"][0] != 1,
     }
     lacking = [part for part, given in parts.items() if given]
@@ -111,8 +118,9 @@ def check_expressible(network, found):
 
 
 def scheduler_settings(diffusion):
-    """The arguments of a DDPMScheduler that takes the steps of our ddpm solver: x_0 clipped, the variance beta."""
-    betas = [float(str(beta)) for beta in diffusion.betas.cpu().numpy()]  # float32's own digits: 0.02, not 0.019999999552965164
+    """The arguments of a DDPMScheduler that takes the steps of our ddpm solver: variance beta, x_0 clipped."""
+    # float32's own digits: 0.02, not 0.019999999552965164.
+    betas = [float(str(beta)) for beta in diffusion.betas.cpu().numpy()]
     return {
         "num_train_timesteps": len(betas), "trained_betas": betas, "prediction_type": PREDICTIONS[diffusion.prediction],
         "variance_type": "fixed_large", "timestep_spacing": "trailing",  # starts at T - 1 for any number of steps, as we do
@@ -120,14 +128,16 @@ def scheduler_settings(diffusion):
 
 
 def import_model(folder, file):
-    """Write a checkpoint of this project from a folder of diffusers, where train.py could have built its network.
+    """Write a checkpoint from a folder of diffusers, where train.py could have built its network.
 
     predict.py samples with it, and train.py starts from it. No code of the folder runs, and nothing is
     downloaded. ValueError that names what is missing, damaged or not ours.
     """
     UNet2DModel, DDPMScheduler, _ = import_diffusers()
     refuse_to_overwrite(file)
-    unet, scheduler = (read_json(Path(folder, name)) for name in ("unet/config.json", "scheduler/scheduler_config.json"))
+    unet, scheduler = (
+        read_json(Path(folder, name)) for name in ("unet/config.json", "scheduler/scheduler_config.json")
+    )
     schedule, weights = read_schedule(scheduler, DDPMScheduler), read_weights(Path(folder, "unet"))
     config = read_unet_settings(unet, weights, UNet2DModel) | schedule
     diffusion = build.from_config(config)
@@ -159,14 +169,16 @@ def read_weights(folder):
 
 
 def read_schedule(scheduler, DDPMScheduler):
-    """The settings of any scheduler -> those of train.py: only schedule and prediction belong to the model.
+    """The settings of any scheduler -> those of train.py: schedule and prediction belong to the model.
 
     ValueError for a prediction or a schedule that is not ours.
     """
     predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
     given = defaults(DDPMScheduler) | scheduler
     if given["prediction_type"] not in list(predictions):
-        raise ValueError(f"this is not one of our models: prediction_type is {given['prediction_type']!r}; known: {', '.join(predictions)}")
+        raise ValueError(
+            f"this is not one of our models: prediction_type is {given['prediction_type']!r}; known: {', '.join(predictions)}"
+        )
     named = ", ".join(f"{name} {given[name]!r}" for name in ("beta_schedule", "rescale_betas_zero_snr"))
     with explain(f"its scheduler_config.json is damaged, or this is not one of our schedules: {named}"):
         schedule = find_schedule(DDPMScheduler.from_config(scheduler).betas)
@@ -174,13 +186,17 @@ def read_schedule(scheduler, DDPMScheduler):
 
 
 def read_unet_settings(unet, weights, UNet2DModel):
-    """The settings of a UNet2DModel -> those of train.py, by field name. ValueError that names each part that is not ours.
+    """The settings of a UNet2DModel -> those of train.py, by field name.
 
-    Our network of these settings, as a UNet2DModel, must have all given settings and the shapes of the weights.
+    Our network of these settings, as a UNet2DModel, must have all given settings and the shapes of the
+    weights. ValueError that names each part that is not ours.
     """
     given = {"_class_name": None} | defaults(UNet2DModel) | unet
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    with explain("its network's config.json is damaged, or not of one of our networks"), torch.device("meta"):  # no memory yet
+    with (
+        explain("its network's config.json is damaged, or not of one of our networks"),
+        torch.device("meta"),
+    ):  # no memory yet
         given["time_embedding_dim"] = given["time_embedding_dim"] or given["block_out_channels"][0] * 4
         config = to_config(given, len(weights))
         names = ("img_channels", "channel", "channel_mults", "num_res_blocks")
@@ -211,11 +227,14 @@ def to_config(given, most_layers):
 
 
 def check_weights(weights, expected):
-    """ValueError that names the weights of a UNet2DModel that do not fit ours: missing, unknown, of another shape, or NaN."""
+    """ValueError that names the weights that do not fit: missing, unknown, of another shape, or NaN."""
     problems = [f"lack {name}" for name in expected if name not in weights]
     problems += [f"hold {name}, which ours does not have" for name in weights if name not in expected]
-    problems += [f"{name} have the shape {tuple(weights[name].shape)}, ours {tuple(value.shape)}"
-                 for name, value in expected.items() if name in weights and weights[name].shape != value.shape]
+    problems += [
+        f"{name} have the shape {tuple(weights[name].shape)}, ours {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
     problems += [] if all_finite(weights) else ["hold NaN or infinity"]
     if problems:
         raise ValueError(f"this is not one of our networks: its weights {some(problems)}")
@@ -261,7 +280,7 @@ def residual_names(ours, theirs, block):
 
 
 def unet2d_settings(found, input_shape, dropout, num_groups):
-    """The arguments of a UNet2DModel, from an architecture of read_architecture: those where ours has not its default."""
+    """The arguments of a UNet2DModel that are not its defaults, from an architecture of read_architecture."""
     kinds = ["Attn" * (level in found["attention_resolutions"]) for level in range(len(found["channel_mults"]))]
     height, width = input_shape
     return {
@@ -277,7 +296,7 @@ def unet2d_settings(found, input_shape, dropout, num_groups):
 
 
 def their_keys(key, names):
-    """The keys in a UNet2DModel of one of ours. Its attention has linear layers, three of them, where ours has one 1x1 convolution."""
+    """The keys in a UNet2DModel of one of ours: its attention has three linear layers, ours one 1x1 convolution."""
     layer, leaf = key.rsplit(".", 1)
     return [f"{names[layer].replace('to_qkv', name)}.{leaf}" for name in (QKV if layer.endswith("to_qkv") else QKV[:1])]
 

@@ -30,7 +30,7 @@ ARCHIVES = ".downloads"  # hidden: what is below it is never listed
 
 
 def folder_name(class_name):
-    """A class name as a folder name for any system and shell: `T-shirt/top` -> `T-shirt-top`, `colt's foot` -> `colts_foot`."""
+    """A class name as a folder name for any system and shell: `T-shirt/top` -> `T-shirt-top`."""
     return re.sub(r"[^\w.-]+", "-", re.sub(r"['?]", "", class_name.strip()).replace(" ", "_"))
 
 
@@ -55,7 +55,9 @@ def flowers102(root):
     # torchvision has no public name for the files behind a data set. Older ones do not know the flowers' names.
     splits = [datasets.Flowers102(root, split=split, download=True) for split in ("train", "val", "test")]
     classes = getattr(datasets.Flowers102, "classes", [f"{number:03d}" for number in range(1, 103)])
-    paths, labels = (list(chain.from_iterable(getattr(split, name) for split in splits)) for name in ("_image_files", "_labels"))
+    paths, labels = (
+        list(chain.from_iterable(getattr(split, name) for split in splits)) for name in ("_image_files", "_labels")
+    )
     return from_files(paths, labels, classes)
 
 
@@ -70,8 +72,8 @@ def celeba(root):
     return len(dataset), ((name, folder / name) for name in dataset.filename)
 
 
-# A reader: torchvision's root -> (number of images, pairs of a path to write and a Pillow image or the file that holds it).
-# And the archives: their folder below the root, and (name or URL, MD5) of each.
+# A reader: torchvision's root -> (number of images, pairs of a path to write and a Pillow image or
+# the file that holds it). And the archives: their folder below the root, (name or URL, MD5) of each.
 DATASETS = {
     "flowers102": (flowers102, "flowers-102", lambda: datasets.Flowers102._file_dict.values()),
     "cifar10": (from_arrays(datasets.CIFAR10), "", lambda: [(datasets.CIFAR10.filename, datasets.CIFAR10.tgz_md5)]),
@@ -107,7 +109,9 @@ def download(name, datasets_path="datasets"):
     except Exception as error:  # of torchvision, of Pillow, of the network, of the disk
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name} could not be fetched and unpacked, and nothing half is left: {reason}") from error
-    print(f"{name}: unpacked into {folder.absolute()}; its archives are in {root.absolute()}, where you can delete them")
+    print(
+        f"{name}: unpacked into {folder.absolute()}; its archives are in {root.absolute()}, where you can delete them"
+    )
     return str(folder)
 
 
@@ -128,7 +132,7 @@ def fetch_and_unpack(name, folder, root):
 
 
 def link_whole(root, target, archives):
-    """Give `target` all files of `root` but damaged archives: torchvision would write over those, and they are the user's."""
+    """Give `target` all files of `root` but damaged archives, which torchvision would write over."""
 
     def damaged(folder, names):
         sums = {path: archives.get(path.relative_to(root)) for path in (Path(folder, name) for name in names)}
