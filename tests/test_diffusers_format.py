@@ -1,7 +1,9 @@
 """Models as folders of diffusers, and back, against diffusers itself."""
 import json
+import shutil
 import subprocess
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,11 +15,12 @@ from nets import UNet, build
 from train import Config
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.convert import __main__ as convert
-from utils.convert import diffusers_folder as diffusers_format
 from utils.convert.diffusers_folder import export_model, import_model, to_unet2d
 from utils.errors import run_script
 
 diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("safetensors.torch")
+safetensors = pytest.importorskip("safetensors")
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 
@@ -119,13 +122,26 @@ def test_a_bare_state_dict_is_exported_too(tmp_path):
     assert_equal_networks(ours.ema_model.eval(), pipeline.unet)
 
 
-def test_without_safetensors_pytorchs_format_is_written_and_read(tmp_path, monkeypatch):
+class Trap:
+    """Pickled, it is a call of Path.touch."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_pytorchs_format_is_read_and_nothing_in_it_runs(tmp_path):
     ours = write_checkpoint(tmp_path / "a.pth")
-    monkeypatch.setattr(diffusers_format, "safetensors", None)
     export_model(tmp_path / "a.pth", tmp_path / "out")
-    assert [path.name for path in sorted((tmp_path / "out" / "unet").iterdir())] == ["config.json", "diffusion_pytorch_model.bin"]
-    assert_equal_networks(ours.ema_model, diffusers.DDPMPipeline.from_pretrained(tmp_path / "out").unet)
-    import_model(tmp_path / "out", tmp_path / "back.pth")
+    diffusers.DDPMPipeline.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "bin", safe_serialization=False)
+    assert [path.name for path in sorted((tmp_path / "bin" / "unet").iterdir())] == ["config.json", "diffusion_pytorch_model.bin"]
+    import_model(tmp_path / "bin", tmp_path / "back.pth")
+    torch.save({"conv_in.bias": Trap(tmp_path / "ran")}, tmp_path / "bin" / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="could run code"):
+        import_model(tmp_path / "bin", tmp_path / "other.pth")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "other.pth").exists()
     torch.testing.assert_close(loaded(tmp_path / "back.pth").ema_model.state_dict(), ours.ema_model.state_dict(), rtol=0, atol=0)
 
 
@@ -167,10 +183,11 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(tmp_path, monkeypatch):
         export_model(tmp_path / "a.pth", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
-    def disk_full(*_):
-        raise OSError("no space left")
+    def disk_full(tensors, path, **_):
+        Path(path).write_bytes(b"half")
+        raise safetensors.SafetensorError("no space left")
 
-    monkeypatch.setattr(diffusers_format, "write_weights", disk_full)
+    monkeypatch.setattr(safetensors.torch, "save_file", disk_full)
     with pytest.raises(OSError, match="no space"):
         export_model(tmp_path / "a.pth", tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "out"]
@@ -231,7 +248,8 @@ def test_a_model_made_with_diffusers_comes_in(tmp_path, settings, schedule):
     ({"downsample_padding": 0}, "downsample_padding is 0"), ({"num_class_embeds": 4}, "num_class_embeds is 4"),
     ({"act_fn": "relu"}, "act_fn is 'relu'"),
     ({"block_out_channels": (64, 96)}, "block_out_channels is"), ({"up_block_types": ("UpBlock2D", "UpBlock2D")}, "up_block_types is"),
-    ({"down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D")}, "down_block_types is .*'AttnDownBlock2D'.*; up_block_types is"),
+    ({"down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D")},
+     r"down_block_types is \('ResnetDownsampleBlock2D', 'AttnDownBlock2D'\) \(ours: \('DownBlock2D', "),
     ({"add_attention": False}, "add_attention is False"), ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift is")])
 def test_the_part_that_is_not_ours_is_named(tmp_path, unet, part):
     foreign(tmp_path / "in", unet)
@@ -274,7 +292,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
                             (lambda w: w.update({"conv_in.bias": torch.zeros(7)}), r"conv_in.bias have the shape \(7,\), ours \(32,\)")]:
         weights = dict(network.state_dict())
         change(weights)
-        (tmp_path / "in" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(diffusers_format.safetensors.save(weights))
+        (tmp_path / "in" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(safetensors.torch.save(weights))
         with pytest.raises(ValueError, match=message):
             import_model(tmp_path / "in", tmp_path / "back.pth")
 
@@ -287,6 +305,73 @@ def test_damaged_and_missing_files_are_named(tmp_path):
             import_model(tmp_path / "in", tmp_path / "back.pth")
     with pytest.raises(ValueError, match="config.json is not there"):
         import_model(tmp_path / "nowhere", tmp_path / "back.pth")
+
+
+@pytest.mark.parametrize("unet", [
+    {"block_out_channels": 32}, {"block_out_channels": []}, {"block_out_channels": [32, -64]}, {"in_channels": "three"},
+    {"layers_per_block": 10**12}, {"layers_per_block": 1.5}, {"sample_size": [8, 8, 8]}, {"sample_size": "small"}, {"dropout": None},
+    {"norm_num_groups": 0}, {"down_block_types": [1, 2]}, {"down_block_types": ["DownBlock2D"]}, {"block_out_channels": [10**9, 10**9]},
+    {"_class_name": "UNet2DConditionModel"}, {"_class_name": None}], ids=str)
+def test_an_odd_network_is_refused_in_one_line(tmp_path, unet):
+    foreign(tmp_path / "in")
+    path = tmp_path / "in" / "unet" / "config.json"
+    settings = json.loads(path.read_text()) | unet
+    path.write_text(json.dumps({name: value for name, value in settings.items() if name != "_class_name" or value}))
+    assert_refused(tmp_path, "not one of our networks|not of one of our networks")
+
+
+@pytest.mark.parametrize("scheduler", [
+    {"num_train_timesteps": -1}, {"num_train_timesteps": "many"}, {"beta_start": None}, {"trained_betas": "none"}, {"trained_betas": []},
+    {"trained_betas": [[0.1, 0.2]]}, {"_class_name": 3}], ids=str)
+def test_an_odd_scheduler_is_refused_in_one_line(tmp_path, scheduler):
+    foreign(tmp_path / "in")
+    path = tmp_path / "in" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | scheduler))
+    assert_refused(tmp_path, "scheduler_config.json is damaged, or")
+
+
+def assert_refused(folder, message):
+    """By one line that our own code raises: run_script shows any other error as a traceback."""
+    with pytest.raises(ValueError, match=message) as caught:
+        import_model(folder / "in", folder / "back.pth")
+    raised_in = traceback.extract_tb(caught.value.__traceback__)[-1]
+    assert Path(raised_in.filename).name == "diffusers_folder.py" and raised_in.line.startswith("raise ")
+    assert "\n" not in str(caught.value) and not (folder / "back.pth").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    network = foreign(tmp_path / "in")
+    weights = {**network.state_dict(), "conv_in.bias": torch.full((32,), torch.nan)}
+    safetensors.torch.save_file(weights, tmp_path / "in" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert_refused(tmp_path, "its weights hold NaN")
+
+
+def test_settings_without_an_object_are_damaged(tmp_path):
+    foreign(tmp_path / "in")
+    (tmp_path / "in" / "unet" / "config.json").write_text("[1, 2]")
+    assert_refused(tmp_path, "config.json is damaged")
+
+
+def test_the_network_is_never_asked(tmp_path, monkeypatch):
+    import socket
+
+    write_checkpoint(tmp_path / "a.pth")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("asked the network"))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("asked the network"))
+    export_model(tmp_path / "a.pth", tmp_path / "out")
+    import_model(tmp_path / "out", tmp_path / "back.pth")
+    shutil.rmtree(tmp_path / "out" / "unet")
+    with pytest.raises(ValueError, match="config.json is not there"):
+        import_model(tmp_path / "out", tmp_path / "other.pth")
+
+
+def test_without_diffusers_one_line_says_so(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "a.pth")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for call in (lambda: export_model(tmp_path / "a.pth", tmp_path / "out"), lambda: import_model(tmp_path, tmp_path / "back.pth")):
+        with pytest.raises(ValueError, match="need the package diffusers: pip install diffusers"):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
 # The command

@@ -352,14 +352,46 @@ def test_what_a_killed_process_unpacked_by_half_is_not_taken_for_whole(tmp_path,
     assert files_below(tmp_path) == archives | {f"oxford_pets/{path}" for path in expected}
 
 
-def test_an_archive_that_a_killed_process_fetched_by_half_goes_even_offline(tmp_path, monkeypatch):
-    make_cifar10(tmp_path, monkeypatch)
-    root = tmp_path / ".downloads" / "cifar10"
-    (root / "cifar-10-python.tar.gz").write_bytes(b"half")
-    (root / downloads.UNFINISHED).write_text("[]")
+CUT_OFF = """
+import os, sys
+from pathlib import Path
+from torchvision.datasets import utils
+from utils.data import downloads
+def fetch_half(url, path):
+    Path(path).write_bytes(b"half")
+    os._exit(9)
+utils._urlretrieve, utils._get_redirect_url = fetch_half, lambda url, **_: url
+downloads.download("cifar10", sys.argv[1])
+"""
+
+
+def test_an_archive_that_a_killed_process_fetched_by_half_goes_even_offline(tmp_path):
+    done = subprocess.run([sys.executable, "-c", CUT_OFF, tmp_path], cwd=PROJECT, capture_output=True)
+    assert done.returncode == 9, done.stderr.decode()
+    assert [Path(path).name for path in files_below(tmp_path)] == ["cifar-10-python.tar.gz"]
     with pytest.raises(ValueError, match="no network here"):
         download("cifar10", tmp_path)
     assert files_below(tmp_path) == set()
+
+
+def test_a_damaged_archive_of_the_users_stays_as_it_is_where_a_whole_one_is_fetched(tmp_path, monkeypatch):
+    expected = make_cifar10(tmp_path, monkeypatch)
+    path = tmp_path / ".downloads" / "cifar10" / "cifar-10-python.tar.gz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    monkeypatch.setattr(fetching, "_urlretrieve", lambda url, path: Path(path).write_bytes(whole))
+    assert_holds(download("cifar10", tmp_path), expected)
+    assert path.read_bytes() == whole[:-5]
+
+
+def test_archives_may_be_links_to_another_folder(tmp_path, monkeypatch, offline):
+    expected = make_cifar10(tmp_path, monkeypatch)
+    root = tmp_path / ".downloads" / "cifar10"
+    (tmp_path / "elsewhere").mkdir()
+    (root / "cifar-10-python.tar.gz").rename(tmp_path / "elsewhere" / "c.tar.gz")
+    (root / "cifar-10-python.tar.gz").symlink_to(Path("..", "..", "elsewhere", "c.tar.gz"))
+    assert_holds(download("cifar10", tmp_path), expected)
+    assert offline == [] and (root / "cifar-10-python.tar.gz").is_symlink()
 
 
 def test_a_package_that_is_missing_is_named_before_anything_is_fetched(tmp_path, monkeypatch, offline):

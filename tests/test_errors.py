@@ -235,16 +235,16 @@ def test_class_of_a_model_without_classes(place, capsys):
     ("--epochs many", "--epochs many: expected a whole number"),
     ("--channel_mults 1,x", "one alone as '1,'"),
     ("--input_shape 9,8 --channel_mults 1,1", "such as (8, 8) or (10, 8)"),
-    ("--schedule quadratic", "quadratic"), ("--prediction noise", "known: eps, x0, v"), ("--loss_type l3", "known: l1, l2, huber"),
-    ("--loss_weighting snr", "known: none, min_snr"), ("--optimizer_type sgd", "known: "), ("--lr_decay_type exp", "known: "),
-    ("--preview_sampler euler", "known: ddpm"), ("--resize_mode fit", "'crop', 'stretch', 'pad'"),
+    ("--schedule quadratic", "quadratic"), ("--prediction noise", "one of 'eps', 'x0', 'v'"), ("--loss_type l3", "one of 'l1', 'l2', 'huber'"),
+    ("--loss_weighting snr", "one of 'none', 'min_snr'"), ("--optimizer_type sgd", "one of 'adam', 'adamw'"), ("--lr_decay_type exp", "one of 'cos', 'step'"),
+    ("--preview_sampler euler", "one of 'ddpm', 'ddim'"), ("--resize_mode fit", "'crop', 'stretch', 'pad'"),
     ("--attention_resolutions 3,", "attention_resolutions"), ("--num_groups 12", "not a multiple of 12 groups"),
     ("--dropout 1", "dropout is 1.0"),
     ("--device tpu", "device 'tpu' is unknown"), ("--accumulate 3", "no positive multiple of 3"),
     ("--resume nowhere.pth", "nowhere.pth: there is no such checkpoint"),
     ("--save_dir train_lines.txt", "train_lines.txt"),
     ("--num_timesteps 0", "num_timesteps is 0"), ("--schedule_high 0", "beta"),
-    ("--img_channels 4", "known: 1, 3"),
+    ("--img_channels 4", "expected one of 3, 1"),
 ])  # fmt: skip
 def test_settings_of_train(place, capsys, options, words):
     assert words in refused(capsys, "train.py", *TRAIN, *options.split())

@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 import urllib.error
+import zipfile
 
 import numpy as np
 import pytest
@@ -312,6 +313,34 @@ def test_wrong_sets_are_named(tmp_path):
     good = save_npz(tmp_path / "good.npz", np.zeros((2, 4, 4, 3), np.uint8))
     with pytest.raises(ValueError, match="as they are"):
         open_images(good, (8, 8, 3))
+
+
+def test_an_npz_in_columns_first_order_is_read(tmp_path):
+    pictures = shapes(20, size=8)[0]
+    rows, columns = save_npz(tmp_path / "rows.npz", pictures), save_npz(tmp_path / "columns.npz", np.asfortranarray(pictures))
+    assert natural_shape(columns) == (8, 8, 1)
+    first, second = (open_pictures(path, (8, 8, 1)) for path in (rows, columns))
+    assert_close(torch.cat(list(second.blocks())), torch.from_numpy(pictures))
+    assert first.hashes == second.hashes
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_npz_is_named(tmp_path, save):
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    save(tmp_path / "p.npz", arr_0=pictures)
+    content = bytearray((tmp_path / "p.npz").read_bytes())
+    content[2000:2010] = bytes(10)
+    (tmp_path / "p.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="p.npz: no .npz with pictures as arr_0"):
+        open_pictures(tmp_path / "p.npz", (8, 8, 3))
+
+
+def test_an_npz_whose_array_is_cut_off_is_named(tmp_path):
+    np.save(tmp_path / "arr_0.npy", np.zeros((20, 8, 8, 3), np.uint8))
+    with zipfile.ZipFile(tmp_path / "p.npz", "w") as archive:
+        archive.writestr("arr_0.npy", (tmp_path / "arr_0.npy").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="p.npz: no .npz with pictures as arr_0"):
+        open_pictures(tmp_path / "p.npz", (8, 8, 3))
 
 
 def test_collect_keeps_the_first_only(net):

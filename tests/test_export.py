@@ -11,7 +11,7 @@ from nets import build
 from train import Config
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.convert import __main__ as convert
-from utils.convert.__main__ import export_weights
+from utils.convert.__main__ import export_reference, export_weights
 from utils.errors import run_script
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -98,7 +98,7 @@ def test_training_goes_on_from_an_export_with_its_average_kept(tmp_path):
 
 def test_the_reference_gets_all_its_keys_in_float32(tmp_path):
     source = write_run(tmp_path / "run", num_groups=32)
-    export_weights(tmp_path / "run", tmp_path / "bare.pth", reference=True)
+    export_reference(tmp_path / "run", tmp_path / "bare.pth")
     bare = torch.load(tmp_path / "bare.pth", weights_only=True)
     torch.testing.assert_close(bare, dict(source.state_dict()), rtol=0, atol=0)
     back = build.from_weights(bare, (8, 8)).eval()
@@ -108,7 +108,7 @@ def test_the_reference_gets_all_its_keys_in_float32(tmp_path):
 def test_from_averages_alone_the_reference_gets_them_twice(tmp_path):
     write_run(tmp_path / "run", classes=(), num_groups=32)
     export_weights(tmp_path / "run", tmp_path / "small.pth")
-    export_weights(tmp_path / "small.pth", tmp_path / "bare.pth", reference=True)
+    export_reference(tmp_path / "small.pth", tmp_path / "bare.pth")
     bare, small = torch.load(tmp_path / "bare.pth", weights_only=True), loaded(tmp_path / "small.pth")
     assert all(value.dtype == torch.float32 for value in bare.values())
     torch.testing.assert_close(bare, dict(small.state_dict()), rtol=0, atol=0)
@@ -119,7 +119,7 @@ def test_the_references_own_file_is_exported_too(tmp_path):
     wrapped = {f"module.{name}": value for name, value in source.state_dict().items()}
     save_checkpoint(tmp_path / "published.pth", wrapped)
     export_weights(tmp_path / "published.pth", tmp_path / "small.pth")
-    export_weights(tmp_path / "published.pth", tmp_path / "bare.pth", reference=True)
+    export_reference(tmp_path / "published.pth", tmp_path / "bare.pth")
     back = loaded(tmp_path / "small.pth")
     for name, value in source.ema_model.state_dict().items():
         torch.testing.assert_close(back.ema_model.state_dict()[name], value.half().float(), rtol=0, atol=0)
@@ -131,7 +131,7 @@ def test_the_references_own_file_is_exported_too(tmp_path):
 def test_what_the_reference_would_misread_is_refused(tmp_path, settings, message):
     source = write_run(tmp_path / "run", **{"num_groups": 32, **settings})
     with pytest.raises(ValueError, match=message):
-        export_weights(tmp_path / "run", tmp_path / "bare.pth", reference=True)
+        export_reference(tmp_path / "run", tmp_path / "bare.pth")
     assert not (tmp_path / "bare.pth").exists()
     export_weights(tmp_path / "run", tmp_path / "small.pth")
     back = loaded(tmp_path / "small.pth")
@@ -155,7 +155,7 @@ def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path):
     save_checkpoint(tmp_path / "run" / "last.pth", {**load_checkpoint(tmp_path / "run" / "last.pth"), "weights": source.state_dict()})
     with pytest.raises(ValueError, match="65504"):
         export_weights(tmp_path / "run", tmp_path / "small.pth")
-    export_weights(tmp_path / "run", tmp_path / "bare.pth", reference=True)
+    export_reference(tmp_path / "run", tmp_path / "bare.pth")
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["bare.pth", "run"]
 
 

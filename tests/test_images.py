@@ -444,19 +444,13 @@ def test_a_failed_write_leaves_the_older_picture(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_bytes() == before
 
 
-@pytest.mark.parametrize("suffix", ["gif", "webp"])
-def test_an_animation_has_all_frames_and_times(tmp_path, suffix):
+def test_an_animation_has_all_frames_and_times(tmp_path):
     frames = np.zeros((4, 16, 24, 3), dtype=np.uint8)
     frames[np.arange(4), :, np.arange(4) * 6] = 255
-    save_animation(tmp_path / f"a.{suffix}", frames, [50, 50, 50, 800])
-    with Image.open(tmp_path / f"a.{suffix}") as animation:
+    save_animation(tmp_path / "a.gif", frames, [50, 50, 50, 800])
+    with Image.open(tmp_path / "a.gif") as animation:
         assert (animation.n_frames, animation.size, animation.info["loop"]) == (4, (24, 16), 0)
         for i in range(4):
             animation.seek(i)
             shown = np.asarray(animation.convert("L"), dtype=int)
             assert shown[:, i * 6].min() > 150 and animation.info.get("duration", 0) in ((800,) if i == 3 else (50,))
-
-
-def test_an_animation_of_another_kind_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"\.gif or \.webp"):
-        save_animation(tmp_path / "a.mp4", np.zeros((2, 8, 8, 3), dtype=np.uint8), 50)

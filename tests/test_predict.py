@@ -1,4 +1,6 @@
 """predict.py as a user runs it, on a model trained in a few steps."""
+import errno
+import os
 import re
 from pathlib import Path
 
@@ -292,6 +294,18 @@ def test_npz_holds_all_pictures_in_order(plain, monkeypatch):
     assert np.array_equal(found, np.stack([picture for _, picture in sorted(singles(out).items())]))
     assert len(tiles(out / "predict_5x5_results.png")) == 25
     assert names and all(name.startswith("seed_") for name in names)
+
+
+def test_an_npz_that_does_not_fit_on_the_disk_is_refused_before_drawing(plain, monkeypatch, capsys):
+    def disk_full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", disk_full)
+    batches = count_batches(monkeypatch)
+    with pytest.raises(SystemExit):
+        draw(plain, "--num_images", "3", "--npz", "True")
+    assert "too little space for the .npz" in capsys.readouterr().err
+    assert batches == [] and list(Path("out").iterdir()) == []
 
 
 def count_batches(monkeypatch, fail_at=None):

@@ -62,6 +62,13 @@ def atomic_folder(path):
     _flush_folder(path.parent)
 
 
+def refuse_to_overwrite(path):
+    """ValueError where `path` exists, unless it is an empty folder."""
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} is there already: choose another name, or move it away")
+
+
 def _flush_folder(folder):
     """Make the rename itself survive a power cut, where the system can flush a folder (Windows cannot)."""
     with contextlib.suppress(OSError, AttributeError):

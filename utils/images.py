@@ -1,7 +1,5 @@
 """Tensors -> picture files, grids and animations."""
 
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -53,19 +51,12 @@ def save_png(path, image, text=None):
         picture.save(file, format="PNG", pnginfo=chunks)
 
 
-ANIMATIONS = {".gif": {}, ".webp": {"quality": 90, "method": 4}}
-
-
 def save_animation(path, frames, milliseconds):
-    """Write uint8 frames (N, H, W, C) as an endless GIF or WebP animation, by the name's ending.
+    """Write uint8 frames (N, H, W, C) as an endless GIF, whole or not at all.
 
     `milliseconds` is the time of each frame: one number, or one for each frame. GIF has 256 colours a frame.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in ANIMATIONS:
-        raise ValueError(f"{path}: an animation's name ends with {' or '.join(ANIMATIONS)}")
     pictures = [_to_picture(frame) for frame in frames]
     duration = list(milliseconds) if np.ndim(milliseconds) else milliseconds
     with atomic_write(path) as file:
-        pictures[0].save(file, format=suffix[1:].upper(), save_all=True, append_images=pictures[1:], duration=duration, loop=0,
-                         **ANIMATIONS[suffix])
+        pictures[0].save(file, format="GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)

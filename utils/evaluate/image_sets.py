@@ -1,11 +1,14 @@
 """Sets of images to compare: a folder, a list (train_lines.txt) or an .npz of other evaluators."""
 
+import contextlib
 import hashlib
 import os
+import shutil
 import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -58,42 +61,40 @@ def open_images(path, shape, resize_mode="crop", background=(255, 255, 255), cac
     return replace(dataset, name=printable(path.resolve()))
 
 
-def _npz_shape(path):
-    """The shape of arr_0. ValueError unless it is uint8 (N, H, W, 1 or 3), N above 0."""
+@contextlib.contextmanager
+def _open_member(path):
+    """Open arr_0.npy of an .npz for reading. ValueError where the file lacks it, or the block finds damage in it."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-            shape, fortran, dtype = _read_header(member)
+            yield member
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, RuntimeError) as error:
         raise ValueError(f"{path}: no .npz with pictures as arr_0 ({error})") from None
-    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] not in (1, 3) or not np.prod(shape):
+
+
+def _npz_shape(path):
+    """The shape of arr_0. ValueError unless it is uint8 (N, H, W, 1 or 3), N above 0."""
+    with _open_member(path) as member:
+        version = np.lib.format.read_magic(member)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = reader(member)
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not np.prod(shape):
         raise ValueError(f"{path}: arr_0 must be uint8 (N, H, W, 1 or 3), not {dtype} {shape}")
     return shape
 
 
-def _read_header(member):
-    version = np.lib.format.read_magic(member)
-    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return reader(member)
-
-
 def _open_npz(path, shape):
-    """Its pixels are unpacked into a file without a name and mapped from there: numpy itself would hold all of them in memory."""
-    count, *own = _npz_shape(path)
-    if tuple(own) != shape:
-        raise ValueError(f"{path} holds pictures of (height, width, channels) {tuple(own)}, to be compared at {shape}: "
+    """The ImageDataset of an .npz. numpy would read a packed array into memory, so this unpacks it to the disk and maps it."""
+    own = _npz_shape(path)[1:]
+    if own != shape:
+        raise ValueError(f"{path} holds pictures of (height, width, channels) {own}, to be compared at {shape}: "
                          "pictures of an .npz are taken as they are")
-    size, hashes = int(np.prod(shape)), []
-    with TemporaryFile() as file, zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-        _read_header(member)
-        for number in range(count):
-            picture = member.read(size)
-            if len(picture) < size:
-                raise ValueError(f"{path}: cut off after {number} of {count} pictures")
-            hashes.append(hashlib.blake2b(picture, digest_size=16).hexdigest())
-            file.write(picture)
-        file.flush()
-        pixels = np.asarray(np.memmap(file, dtype=np.uint8, mode="r", shape=(count, *shape)))
-    paths = [f"{printable(path.resolve())}[{number}]" for number in range(count)]
-    return ImageDataset(printable(path.resolve()), pixels, hashes, torch.zeros(count, dtype=torch.int64), [], paths)
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, _open_member(path) as member:  # Windows keeps open files
+        unpacked = os.path.join(folder, "arr_0.npy")
+        with open(unpacked, "wb") as file:
+            shutil.copyfileobj(member, file)
+        pixels = np.asarray(np.load(unpacked, mmap_mode="r", allow_pickle=False))
+    hashes = [hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest() for picture in pixels]
+    paths = [f"{printable(path.resolve())}[{number}]" for number in range(len(pixels))]
+    return ImageDataset(printable(path.resolve()), pixels, hashes, torch.zeros(len(pixels), dtype=torch.int64), [], paths)

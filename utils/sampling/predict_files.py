@@ -1,6 +1,7 @@
 """What predict.py writes: one picture, the grid, single files, an .npz, and how the pictures formed. Only whole files."""
 
 import contextlib
+import errno
 import os
 import tempfile
 import zipfile
@@ -21,7 +22,6 @@ COLUMNS = 5
 SHOWN = 25  # pictures in the grid
 STRIP_IMAGES, STRIP_MOMENTS, FRAMES = 4, 10, 40
 FRAME_MS, LAST_FRAME_MS = 80, 2000
-CHUNK = 2**24  # bytes copied at once
 
 
 class PredictFiles:
@@ -45,13 +45,13 @@ class PredictFiles:
     def __enter__(self):
         _check_folder(self.folder)
         if self.config.npz:
-            self.spool = _open_spool(self.folder)
+            self.spool = _open_spool(self.folder, (self.config.num_images, *self.shape))
         return self
 
     def __exit__(self, *_):
-        if self.spool:
-            self.spool.close()
-            Path(self.spool.name).unlink(missing_ok=True)
+        if self.spool is not None:
+            path, self.spool = self.spool.filename, None  # Windows deletes a file only when nobody has it open
+            Path(path).unlink(missing_ok=True)
 
     def have(self, first, size):
         """Whether all pictures of this batch are there already as single files: they are read instead of drawn again."""
@@ -95,9 +95,8 @@ class PredictFiles:
     def _take(self, number, picture):
         if number < self.shown:
             self.pictures[number] = picture
-        if self.spool:
-            self.spool.seek(number * picture.size)
-            self.spool.write(picture.tobytes())
+        if self.spool is not None:
+            self.spool[number] = picture
 
     def add_moment(self, first, step, x, x_0):
         """A step of the batch from number `first` on: x_t and predicted x_0, (B, C, H, W). Kept for the strip and the animation."""
@@ -108,6 +107,8 @@ class PredictFiles:
 
     def finish(self):
         """Write what needs all pictures. Rank 0 does it, with what the others drew."""
+        if self.spool is not None:
+            self.spool.flush()  # other machines that share the folder read it next
         gathered = distributed.gather((self.pictures, self.films))
         if not distributed.is_main():
             return
@@ -118,7 +119,7 @@ class PredictFiles:
         save_png(self._say(name), make_grid(ordered, self.columns))
         if films:
             self._write_films([films[number] for number in sorted(films)])
-        if self.spool:
+        if self.spool is not None:
             self._write_npz()
         if self.config.individual_files:
             print(f"{self.config.num_images} single files in {self.folder.resolve()}")
@@ -139,16 +140,12 @@ class PredictFiles:
 
     def _write_npz(self):
         """arr_0: (num_images, H, W, C) uint8, the layout of the ADM evaluations' sample files."""
-        header = {"descr": "|u1", "fortran_order": False, "shape": (self.config.num_images, *self.shape)}
         with (
             atomic_write(self._say("predict_results.npz")) as file,
             zipfile.ZipFile(file, "w") as archive,
             archive.open("arr_0.npy", "w", force_zip64=True) as member,
         ):
-            np.lib.format.write_array_header_1_0(member, header)
-            self.spool.seek(0)
-            while chunk := self.spool.read(CHUNK):
-                member.write(chunk)
+            np.lib.format.write_array(member, self.spool, allow_pickle=False)  # 16 MiB at a time
 
 
 def _check_folder(folder):
@@ -161,16 +158,18 @@ def _check_folder(folder):
         raise ValueError(f"{folder.resolve()} cannot be written to ({error.strerror}): choose another --save_dir") from None
 
 
-def _open_spool(folder):
-    """A file for all pictures, on disk rather than in memory, that every process fills at its own places.
+def _open_spool(folder, shape):
+    """A (N, H, W, C) uint8 array in a file, not in memory, that every process fills at its own places.
 
-    Its name is gone as soon as all have it open: the space comes back whatever ends the processes, and no other run meets it.
+    The file loses its name as soon as all processes have it open: its space comes back however they
+    end. OSError where the disk has too little space.
     """
     path = distributed.from_main(folder / f".predict_results.{os.getpid()}.tmp")
     if distributed.is_main():
-        path.touch()
+        np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        _reserve(path)
     distributed.barrier()
-    spool = open(path, "r+b", buffering=0)  # noqa: SIM115 (closed at the end of the drawing)
+    spool = np.lib.format.open_memmap(path, "r+")
     distributed.barrier()
     if distributed.is_main():
         with contextlib.suppress(PermissionError):  # Windows keeps the name of an open file
@@ -194,3 +193,16 @@ def image_texts(config, network, shape, classes, labels, settings):
         return {**text, **label, "seed": str(config.seed + number)}
 
     return text_of
+
+
+def _reserve(path):
+    """Give a new file its space on the disk now: a mapped file that gets none later kills the process."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # others: a file system that cannot do this
+            path.unlink()
+            raise OSError(f"{path.parent.resolve()}: too little space for the .npz ({error.strerror})") from None
