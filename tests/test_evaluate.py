@@ -319,7 +319,7 @@ def test_an_npz_in_columns_first_order_is_read(tmp_path):
     pictures = shapes(20, size=8)[0]
     rows, columns = save_npz(tmp_path / "rows.npz", pictures), save_npz(tmp_path / "columns.npz", np.asfortranarray(pictures))
     assert natural_shape(columns) == (8, 8, 1)
-    first, second = (open_pictures(path, (8, 8, 1)) for path in (rows, columns))
+    first, second = (open_images(path, (8, 8, 1)) for path in (rows, columns))
     assert_close(torch.cat(list(second.blocks())), torch.from_numpy(pictures))
     assert first.hashes == second.hashes
 
@@ -332,7 +332,7 @@ def test_a_damaged_npz_is_named(tmp_path, save):
     content[2000:2010] = bytes(10)
     (tmp_path / "p.npz").write_bytes(content)
     with pytest.raises(ValueError, match="p.npz: no .npz with pictures as arr_0"):
-        open_pictures(tmp_path / "p.npz", (8, 8, 3))
+        open_images(tmp_path / "p.npz", (8, 8, 3))
 
 
 def test_an_npz_whose_array_is_cut_off_is_named(tmp_path):
@@ -340,7 +340,7 @@ def test_an_npz_whose_array_is_cut_off_is_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "p.npz", "w") as archive:
         archive.writestr("arr_0.npy", (tmp_path / "arr_0.npy").read_bytes()[:-1])
     with pytest.raises(ValueError, match="p.npz: no .npz with pictures as arr_0"):
-        open_pictures(tmp_path / "p.npz", (8, 8, 3))
+        open_images(tmp_path / "p.npz", (8, 8, 3))
 
 
 def test_collect_keeps_the_first_only(net):
