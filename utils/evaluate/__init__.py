@@ -1,1 +1,1 @@
-"""`python -m utils.evaluate`: how good new images are. FID, KID, precision and recall, nearest images, bits per dimension."""
+"""`python -m utils.evaluate`: FID, KID, precision and recall, nearest images, bits per dimension of new images."""
