@@ -146,7 +146,8 @@ def test_inpainting_and_starting_images_stay_on_the_gpu(parts, gpu):
     _, built = parts()
     with gpu:
         known, mask = torch.zeros(4, 3, 8, 8), torch.ones(1, 1, 8, 8)  # from files, on the host
-        for x, _ in built.diffusion.eval().sample_steps(4, CUDA, sampler="ddpm", steps=4, init=known, known=known, mask=mask, resamplings=2):
+        options = {"sampler": "ddpm", "steps": 4, "init": known, "known": known, "mask": mask, "resamplings": 2}
+        for x, _ in built.diffusion.eval().sample_steps(4, CUDA, **options):
             assert x.device == CUDA
 
 
