@@ -3,7 +3,7 @@
 from .diffusion import GaussianDiffusion
 from .schedules import make_betas
 from .unet import MAX_GROUPS, UNet, check_input_shape, check_levels, choose_groups
-from .weights import clean_keys, read_architecture, some
+from .weights import check_fit, check_sizes, class_rows, clean_keys, read_architecture
 
 
 def from_config(config, num_classes=0):
@@ -51,6 +51,7 @@ def from_checkpoint(checkpoint, input_shape=None):
     An empty `config` is a bare state dict, whose classes are called by their numbers; without classes there are no names.
     input_shape: another (height, width) than it was trained for. ValueError where settings and weights do not fit together.
     """
+    check_sizes(checkpoint)
     overrides = {"input_shape": input_shape} if input_shape else {}
     if checkpoint["config"]:
         diffusion = from_config({**checkpoint["config"], **overrides}, len(checkpoint["classes"]))
@@ -61,17 +62,6 @@ def from_checkpoint(checkpoint, input_shape=None):
         return diffusion.eval(), []
     named = diffusion.num_classes - (diffusion.null_class is not None)
     return diffusion.eval(), checkpoint["classes"] or [str(number) for number in range(named)]
-
-
-def class_rows(config, num_classes):
-    """(rows of the class embeddings, the null class): (None, None) without classes."""
-    if not config.get("class_conditional", False):
-        return None, None
-    if num_classes < 1:
-        raise ValueError("class_conditional is on, but the images have no classes: sort them into class folders and list them again")
-    if config.get("label_dropout", 0.0) > 0:
-        return num_classes + 1, num_classes
-    return num_classes, None
 
 
 def from_weights(state_dict, input_shape=(32, 32)):
@@ -103,14 +93,5 @@ def load_weights(diffusion, state_dict, kind="full"):
     weights = clean_keys(state_dict)
     if kind == "ema":
         weights |= {key.removeprefix("ema_"): value for key, value in weights.items() if key.startswith("ema_model.")}
-    own = diffusion.state_dict()
-    problems = {
-        "unknown": [key for key in weights if key not in own],
-        "missing": [key for key in own if key not in weights],
-        "of another shape": [f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}" for key, value in weights.items()
-                             if key in own and value.shape != own[key].shape],
-    }
-    if any(problems.values()):
-        found = "; ".join(f"{len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys)
-        raise ValueError(f"the weights do not fit this network: {found}")
+    check_fit(diffusion.state_dict(), weights)
     diffusion.load_state_dict(weights)

@@ -69,7 +69,28 @@ def parse_value(name, text, expected):
     raise ValueError(f"--{name} {text}: expected {describe(expected)}")
 
 
+def fit_saved(name, value, expected, source):
+    """A value that a file keeps, as the type of its setting: lists become tuples. ValueError, naming `source`, where it does not fit."""
+    finite = not isinstance(value, (int, float)) or abs(value) < LARGEST  # NaN is no smaller either
+    for kind in typing.get_args(expected) if _is_union(expected) else (expected,):
+        fits = finite and (kind is not str or isinstance(value, str))
+        fitted = _fit(value, "", kind) if fits else _NO_FIT
+        if fitted is not _NO_FIT:
+            return fitted
+    raise ValueError(f"{source}: {name} is {shown(value)}: expected {describe(expected)}")
+
+
+def shown(value, length=60):
+    """A value of a file as text for a message of one line. Python refuses to print a number of more than 4300 digits."""
+    try:
+        text = ascii(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 _NO_FIT = object()
+LARGEST = 2.0**63
 
 
 def _is_union(kind):

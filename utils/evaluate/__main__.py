@@ -153,19 +153,12 @@ def load_model(config, device, precision):
     path, remark = find_weights(config.samples)
     checkpoint = load_checkpoint(path, lazily=True)
     print(f"weights: {path.resolve()}{remark}")
-    overrides = {"input_shape": config.input_shape} if config.input_shape else {}
-    if checkpoint["config"]:
-        diffusion = build.from_config({**checkpoint["config"], **overrides}, len(checkpoint["classes"]))
-        build.load_weights(diffusion, checkpoint["weights"], checkpoint["weights_kind"])
-    else:
-        diffusion = build.from_weights(checkpoint["weights"], **overrides)
+    diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
     if config.img_channels not in (0, diffusion.img_channels):
         raise ValueError(f"--img_channels {config.img_channels}: the checkpoint draws pictures of {diffusion.img_channels}")
     if config.guidance_scale != 1 and diffusion.null_class is None:
         raise ValueError("--guidance_scale needs a model with a null class: train with --class_conditional True and label_dropout above 0")
-    diffusion = diffusion.eval().to(device=device, memory_format=memory_format(device, precision))
-    named = 0 if diffusion.num_classes is None else diffusion.num_classes - (diffusion.null_class is not None)
-    classes = (checkpoint["classes"] or [str(number) for number in range(named)]) if named else []
+    diffusion = diffusion.to(device=device, memory_format=memory_format(device, precision))
     return Model(diffusion, classes, checkpoint["config"], str(path.resolve()))
 
 
