@@ -1,18 +1,11 @@
 """The one place that builds a GaussianDiffusion: from the settings of a run, or from a file of weights."""
 
-import inspect
-
 from .diffusion import GaussianDiffusion
 from .schedules import make_betas
-from .unet import UNet, check_input_shape, check_levels, choose_groups
-from .weights import clean_keys, read_settings, some
+from .unet import UNet, check_input_shape
+from .weights import check_fit, check_sizes, class_rows, clean_keys, read_settings, unet_arguments
 
-# Settings of train.py -> arguments. A setting that is missing leaves the argument's own default.
-NETWORK = {
-    "channel": "base_channels", "channel_mults": "channel_mults", "num_res_blocks": "num_res_blocks", "dropout": "dropout",
-    "attention_resolutions": "attention_resolutions", "num_groups": "num_groups", "time_emb_dim": "time_emb_dim", "norm": "norm",
-    "activation_checkpointing": "activation_checkpointing",
-}  # fmt: skip
+# Settings of train.py that go under their own names. A missing one leaves the argument's default.
 SCHEDULE = ("schedule", "num_timesteps", "schedule_low", "schedule_high")
 OBJECTIVE = ("loss_type", "ema_decay", "ema_start", "prediction", "loss_weighting", "min_snr_gamma", "ema_warmup")
 
@@ -26,11 +19,7 @@ def from_config(config, num_classes=0):
     """
     input_shape, img_channels = tuple(config.get("input_shape", (32, 32))), config.get("img_channels", 3)
     rows, null_class = class_rows(config, num_classes)
-    arguments = {name: parameter.default for name, parameter in inspect.signature(UNet).parameters.items()}
-    arguments |= {argument: config[name] for name, argument in NETWORK.items() if name in config}
-    arguments |= {"img_channels": img_channels, "num_classes": rows}
-    arguments["num_groups"] = choose_groups(arguments["num_groups"], arguments["base_channels"])
-    check_levels(arguments["channel_mults"], arguments["attention_resolutions"])
+    arguments = unet_arguments(config, num_classes)
     check_input_shape(input_shape, len(arguments["channel_mults"]))
     betas = make_betas(**{name: config[name] for name in SCHEDULE if name in config})
     objective = {name: config[name] for name in OBJECTIVE if name in config}
@@ -45,6 +34,7 @@ def from_checkpoint(checkpoint, input_shape=None):
     input_shape: another (height, width) than it was trained for.
     ValueError where settings and weights do not fit together.
     """
+    check_sizes(checkpoint)
     overrides = {"input_shape": input_shape} if input_shape else {}
     if checkpoint["config"]:
         diffusion = from_config({**checkpoint["config"], **overrides}, len(checkpoint["classes"]))
@@ -72,17 +62,6 @@ def from_weights(state_dict, input_shape=(32, 32)):
     return diffusion
 
 
-def class_rows(config, num_classes):
-    """(rows of the class embeddings, the null class): (None, None) without classes."""
-    if not config.get("class_conditional", False):
-        return None, None
-    if num_classes < 1:
-        raise ValueError("class_conditional is on, but the images have no classes: sort them into class folders and list them again")
-    if config.get("label_dropout", 0.0) > 0:
-        return num_classes + 1, num_classes
-    return num_classes, None
-
-
 def load_weights(diffusion, state_dict, kind="full"):
     """Puts a state dict into `diffusion`. kind "ema": `model.*` is absent and filled from the average; half precision is fine.
 
@@ -93,14 +72,5 @@ def load_weights(diffusion, state_dict, kind="full"):
     weights = clean_keys(state_dict)
     if kind == "ema":
         weights |= {key.removeprefix("ema_"): value for key, value in weights.items() if key.startswith("ema_model.")}
-    own = diffusion.state_dict()
-    problems = {
-        "unknown": [key for key in weights if key not in own],
-        "missing": [key for key in own if key not in weights],
-        "of another shape": [f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}" for key, value in weights.items()
-                             if key in own and value.shape != own[key].shape],
-    }
-    if any(problems.values()):
-        found = "; ".join(f"{len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys)
-        raise ValueError(f"the weights do not fit this network: {found}")
+    check_fit(diffusion.state_dict(), weights)
     diffusion.load_state_dict(weights)

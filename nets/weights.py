@@ -1,13 +1,24 @@
 """What a bare file of weights shows: the architecture, the schedule, and settings to go on with."""
 
+import inspect
 import re
 import warnings
 
 import numpy as np
 import torch
 
-from .schedules import MAX_BETA, SCHEDULES, check_betas
-from .unet import MAX_GROUPS, TIME_EMB_DIM
+from .schedules import MAX_BETA, SCHEDULES, check_betas, schedule_tables
+from .unet import MAX_GROUPS, TIME_EMB_DIM, UNet, check_levels, choose_groups
+
+# Settings of train.py -> arguments of the UNet. A missing one leaves the argument's own default.
+NETWORK = {
+    "channel": "base_channels", "channel_mults": "channel_mults", "num_res_blocks": "num_res_blocks", "dropout": "dropout",
+    "attention_resolutions": "attention_resolutions", "num_groups": "num_groups", "time_emb_dim": "time_emb_dim",
+    "norm": "norm", "activation_checkpointing": "activation_checkpointing",
+}  # fmt: skip
+TABLES = tuple(schedule_tables(np.full(1, 0.5)))  # the buffers' names
+# The weights that an architecture is read off.
+READ = re.compile(r"^init_conv\.weight|^time_mlp\.1\.weight|\.class_bias\.weight|^downs\.\d+\.conv_1\.weight")
 
 
 def read_architecture(weights, prefix):
@@ -17,6 +28,9 @@ def read_architecture(weights, prefix):
     if missing:
         raise ValueError(f"this is not a state dict of a GaussianDiffusion: it has no {some(missing)}")
     shapes = {key.removeprefix(prefix): tuple(value.shape) for key, value in weights.items() if key.startswith(prefix)}
+    flat = [key for key, shape in shapes.items() if READ.search(key) and (len(shape) < 2 or 0 in shape)]
+    if flat:
+        raise ValueError(f"this is not a state dict of a GaussianDiffusion: {flat[0]} has the shape {shapes[flat[0]]}")
     base_channels, img_channels = shapes["init_conv.weight"][:2]
     widths, blocks, attention = read_levels(shapes)
     return {
@@ -47,6 +61,78 @@ def read_levels(shapes):
     return widths, len(levels[0]), attention
 
 
+def check_sizes(checkpoint):
+    """ValueError unless the network that a loaded checkpoint describes is the one that its tensors are of.
+
+    Called before the network is built: a small file may claim one of any size. The shapes are those
+    of a network on the meta device, which has no values.
+    """
+    weights, config = clean_keys(checkpoint["weights"]), checkpoint["config"]
+    if config:
+        check_claims(config, len(checkpoint["classes"]), weights)
+        described = unet_arguments(config, len(checkpoint["classes"]))
+        T = config.get("num_timesteps", 1000)
+    else:
+        described = read_architecture(weights, "model." if "model.init_conv.weight" in weights else "ema_model.")
+        T = len(weights["betas"])
+    with torch.device("meta"):
+        network, tables = UNet(**described).state_dict(), {name: torch.zeros(T) for name in TABLES}
+    own = {f"{prefix}.{name}": value for prefix in ("model", "ema_model") for name, value in network.items()} | tables
+    if "model.init_conv.weight" not in weights:  # averages alone
+        own = {name: value for name, value in own.items() if not name.startswith("model.")}
+    check_fit(own, weights)
+    check_betas(weights["betas"].double().cpu().numpy())
+
+
+def check_claims(config, num_classes, weights):
+    """ValueError for settings that ask for more than the whole file has: even the list of such a network's shapes is too long."""
+    values = sum(value.numel() for value in weights.values())
+    mults, blocks = config.get("channel_mults", (1, 2, 2, 2)), config.get("num_res_blocks", 2)
+    claims = {
+        "channel": (config.get("channel", 128) * max(mults, default=1), values), "img_channels": (config.get("img_channels", 3), values),
+        "num_timesteps": (config.get("num_timesteps", 1000), values), "num_res_blocks": (blocks * len(mults), len(weights)),
+        "classes": (num_classes, values),
+    }  # fmt: skip
+    for name, (claimed, most) in claims.items():
+        if claimed > most:
+            raise ValueError(f"the weights do not fit this network: {name} is {config.get(name, num_classes)}, and the file holds "
+                             f"{values:,} numbers in {len(weights):,} tensors")
+
+
+def unet_arguments(config, num_classes):
+    """The UNet's arguments from the settings of train.py. ValueError where they do not fit together."""
+    arguments = {name: parameter.default for name, parameter in inspect.signature(UNet).parameters.items()}
+    arguments |= {argument: config[name] for name, argument in NETWORK.items() if name in config}
+    arguments |= {"img_channels": config.get("img_channels", 3), "num_classes": class_rows(config, num_classes)[0]}
+    arguments["num_groups"] = choose_groups(arguments["num_groups"], arguments["base_channels"])
+    check_levels(arguments["channel_mults"], arguments["attention_resolutions"])
+    return arguments
+
+
+def check_fit(own, weights):
+    """ValueError that names unknown, missing and mis-shaped keys. own, weights: state dicts, of the network and of a file."""
+    problems = {
+        "unknown": [key for key in weights if key not in own],
+        "missing": [key for key in own if key not in weights],
+        "of another shape": [f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}" for key, value in weights.items()
+                             if key in own and value.shape != own[key].shape],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys)
+        raise ValueError(f"the weights do not fit this network: {found}")
+
+
+def class_rows(config, num_classes):
+    """(rows of the class embeddings, the null class): (None, None) without classes."""
+    if not config.get("class_conditional", False):
+        return None, None
+    if num_classes < 1:
+        raise ValueError("class_conditional is on, but the images have no classes: sort them into class folders and list them again")
+    if config.get("label_dropout", 0.0) > 0:
+        return num_classes + 1, num_classes
+    return num_classes, None
+
+
 def clean_keys(state_dict):
     """The state dict without the parts that wrappers put into its keys; ValueError unless it maps names to tensors."""
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
@@ -60,8 +146,9 @@ def some(names, limit=3):
 
 
 def known_settings(checkpoint):
-    """The settings of train.py to resume a checkpoint with: its own, or those that its weights show."""
-    # Groups leave no trace in weights: a file that does not name them has the reference's.
+    """The settings of train.py that a checkpoint is to be gone on with, by field name: its own, or those that its weights show."""
+    check_sizes(checkpoint)
+    # Groups leave no trace in weights: what does not name them has the reference's.
     config = {"num_groups": MAX_GROUPS, **(checkpoint["config"] or config_from_weights(checkpoint["weights"]))}
     # Without a counter the EMA is an old one: a warm-up would replace most of it within a few steps.
     return config if "ema_step" in checkpoint else {**config, "ema_warmup": False}

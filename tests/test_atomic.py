@@ -3,6 +3,9 @@ import errno
 import os
 import resource
 import signal
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -170,6 +173,107 @@ def test_a_folder_that_is_in_the_way_stays(tmp_path):
     with pytest.raises(OSError):
         write_folder(tmp_path / "folder")
     assert os.listdir(tmp_path / "folder") == ["mine"] and os.listdir(tmp_path) == ["folder"]
+
+
+# Links, devices and FIFOs
+
+
+@pytest.mark.parametrize("target", ["there", "not there", "in a new folder"])
+@pytest.mark.parametrize("links", [1, 2])
+def test_a_link_is_written_through(tmp_path, target, links):
+    """The link stays, its target is replaced whole, and the old content survives an error."""
+    real = tmp_path / ("new/real" if target == "in a new folder" else "real")
+    link = real
+    for number in range(links):
+        link, link_to = tmp_path / f"link{number}", link
+        link.symlink_to(os.path.relpath(link_to, tmp_path))
+    if target == "there":
+        real.write_bytes(OLD)
+    with pytest.raises(ZeroDivisionError), atomic_write(link) as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert real.read_bytes() == OLD if target == "there" else not real.exists()
+    write(link)
+    assert link.is_symlink() and not real.is_symlink() and real.read_bytes() == link.read_bytes() == NEW
+    assert [name for name in (*os.listdir(tmp_path), *os.listdir(real.parent)) if name.endswith(".tmp")] == []
+
+
+def test_a_circle_of_links_is_refused(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError, match="symbolic links"):
+        write(tmp_path / "a")
+    assert (tmp_path / "a").is_symlink() and sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_a_fifo_is_written_to_and_stays(tmp_path, through_a_link):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    if through_a_link:
+        (tmp_path / "link").symlink_to("fifo")
+    path = tmp_path / "link" if through_a_link else fifo
+    with pytest.raises(OSError, match="fifo|link"):  # nobody reads: at once, not a wait for ever
+        write(path, b"x")
+    with subprocess.Popen(["cat", fifo], stdout=subprocess.PIPE) as reader:
+        while True:  # until the reader has opened it
+            try:
+                write(path)
+                break
+            except OSError as error:
+                assert error.errno == errno.ENXIO
+        assert reader.stdout.read() == NEW
+    assert stat.S_ISFIFO(os.stat(fifo).st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["fifo", "link"][: 1 + through_a_link]
+
+
+def test_a_device_is_written_to_and_stays(tmp_path):
+    """A device of its own with the numbers of the system's null device."""
+    device = tmp_path / "null"
+    try:
+        os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+        device.write_bytes(b"x")
+    except PermissionError:
+        pytest.skip("only root may make devices, and not in every container")
+    write(device)
+    with atomic_write(device, "w", encoding="utf-8") as file:
+        file.write("text")
+    save_checkpoint(device, {"weights": {"x": torch.zeros(3)}})
+    with pytest.raises(OSError):
+        write_folder(device)
+    assert stat.S_ISCHR(os.stat(device).st_mode) and os.listdir(tmp_path) == ["null"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd/1").exists(), reason="names of open files need /proc")
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_the_processes_own_output(tmp_path, kind):
+    """Named as a file, as `/dev/stdout` does: what is printed before and after is not lost."""
+    script = (
+        "from utils.files import atomic_write\nprint('before', flush=True)\n"
+        "with atomic_write('/proc/self/fd/1', 'w', encoding='utf-8') as file:\n    file.write('between\\n')\n"
+        "print('after')"
+    )
+    options = {"cwd": Path(__file__).resolve().parent.parent, "check": True, "text": True}
+    if kind == "pipe":
+        printed = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, **options).stdout
+    else:
+        with open(tmp_path / "out", "a") as file:
+            subprocess.run([sys.executable, "-c", script], stdout=file, **options)
+        printed = (tmp_path / "out").read_text()
+    assert printed == "before\nbetween\nafter\n"
+
+
+def test_a_folder_behind_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    for name, target in (("link", "real"), ("dangling", "later")):
+        (tmp_path / name).symlink_to(target)
+        write_folder(tmp_path / name)
+        assert (tmp_path / name).is_symlink() and sorted(os.listdir(tmp_path / target)) == ["a", "b"]
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(NotADirectoryError):
+        write_folder(tmp_path / "fifo")
+    assert stat.S_ISFIFO(os.stat(tmp_path / "fifo").st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "fifo", "later", "link", "real"]
 
 
 def test_a_checkpoint_that_does_not_fit_the_disk_is_an_oserror(tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import pickle
 import shutil
 import sys
 import urllib.error
@@ -16,6 +18,7 @@ from torch.testing import assert_close
 from nets import build
 from utils.checkpoint import save_checkpoint
 from utils.evaluate import __main__ as evaluate
+from utils.evaluate import inception
 from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net, train_feature_net
 from utils.evaluate.distances import (
     FeatureStatistics,
@@ -536,6 +539,52 @@ def test_inception_from_a_file_of_weights(monkeypatch, tmp_path):
     assert found.shape == (3, 2048) and found.std(0).max() > 0
     assert_close(found, network.network(grey.repeat(1, 3, 1, 1)))
     assert network.digest() == load_inception(str(tmp_path / "weights.pth")).digest()
+
+
+class Attack:
+    """Makes a folder where a pickle of it is loaded with trust."""
+
+    def __reduce__(self):
+        return os.mkdir, ("attacked",)
+
+
+@pytest.mark.parametrize("kind", ["zip", "old", "pickle", "value"])
+def test_no_code_of_an_inception_file_runs(monkeypatch, tmp_path, kind):
+    """Neither of a file that is named, nor of what lies where the download is kept."""
+    extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="pip install torch-fidelity")
+    monkeypatch.chdir(tmp_path)
+    kept = tmp_path / "hub" / "checkpoints" / extractor.URL_INCEPTION_V3.rsplit("/", 1)[1]
+    kept.parent.mkdir(parents=True)
+    if kind == "pickle":
+        kept.write_bytes(pickle.dumps(Attack()))
+    else:
+        torch.save({"fc.weight": Attack()} if kind == "value" else Attack(), kept, _use_new_zipfile_serialization=kind != "old")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(ValueError, match="not the Inception weights.*could run code") as error:
+        load_inception(str(kept))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="is damaged, or another file: delete it") as error:
+        load_inception()
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "attacked").exists()
+    digest = extractor.URL_INCEPTION_V3.rsplit("-", 1)[1].removesuffix(".pth")
+    with monkeypatch.context() as patch:  # a file of that digest would not run either
+        patch.setattr(inception, "sha256_of", lambda path: digest)
+        with pytest.raises(ValueError, match="not the Inception weights"):
+            load_inception()
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_a_download_of_other_content_is_not_kept(monkeypatch, tmp_path):
+    """The digest in the name is compared by torch.hub, which fetches from a file here."""
+    extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="pip install torch-fidelity")
+    served = tmp_path / extractor.URL_INCEPTION_V3.rsplit("/", 1)[1]
+    torch.save({}, served)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(extractor, "URL_INCEPTION_V3", served.as_uri())
+    with pytest.raises(ValueError, match="invalid hash value"):
+        load_inception()
+    assert list((tmp_path / "hub").rglob("*.pth")) == []
 
 
 def test_inception_with_its_own_weights():

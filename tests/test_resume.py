@@ -185,13 +185,23 @@ def test_resume_latest_without_a_run_is_a_fresh_one(workplace, capsys):
     assert "this is a fresh run" in capsys.readouterr().out
 
 
-def test_resume_latest_passes_over_a_damaged_checkpoint(workplace, capsys):
+def test_resume_latest_stops_at_a_damaged_newest_run(workplace, capsys):
+    """It names the file and the ways on; the older run is not touched, and a path to it goes on with it."""
     run_main("train.py", *RUN, "--epochs", "1")
     first = newest_run(workplace)
+    whole = (first / "last.pth").read_bytes()
     (workplace / "logs/later").mkdir()
-    (workplace / "logs/later/last.pth").write_bytes((first / "last.pth").read_bytes()[:5000])
-    run_main("train.py", "--resume", "latest", "--epochs", "2")
-    assert "left out" in capsys.readouterr().out
+    (workplace / "logs/later/last.pth").write_bytes(whole[:5000])
+    for kept, words in ((None, "name another run's folder"), ("epoch_0003.pth", "go on from logs/later/epoch_0003.pth with --resume")):
+        if kept:
+            (workplace / "logs/later" / kept).write_bytes(whole)
+        with pytest.raises(SystemExit) as end:
+            run_main("train.py", "--resume", "latest", "--epochs", "2")
+        assert end.value.code == 1
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "logs/later/last.pth: damaged" in lines[0] and words in lines[0]
+    assert (first / "last.pth").read_bytes() == whole
+    run_main("train.py", "--resume", first, "--epochs", "2")
     assert load_checkpoint(first / "last.pth")["position"]["epoch"] == 2
 
 

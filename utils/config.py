@@ -98,7 +98,26 @@ def parse_value(name, text, expected):
     return fitted
 
 
+def fit_saved(name, value, expected, source):
+    """A value of a file as the type of its setting: lists become tuples. ValueError, naming `source`, where it does not fit."""
+    finite = not isinstance(value, (int, float)) or abs(value) < LARGEST  # NaN is no smaller either
+    fitted = _fit_any(value, expected) if finite else _NO_FIT
+    if fitted is _NO_FIT:
+        raise ValueError(f"{source}: {name} is {shown(value)}: expected {describe(expected)}")
+    return fitted
+
+
+def shown(value, length=60):
+    """A value of a file as text for a message of one line. Python refuses to print a number of more than 4300 digits."""
+    try:
+        text = ascii(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 _NO_FIT = object()
+LARGEST = 2.0**63
 
 
 def _is_union(kind):

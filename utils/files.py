@@ -1,9 +1,11 @@
 """Files that are whole or not there: every writer of the project goes through `atomic_write`."""
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
+import stat
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -13,14 +15,21 @@ PROJECT = Path(__file__).resolve().parent.parent
 def atomic_write(path, mode="wb", **open_arguments):
     """Open a file that appears under `path` only when the block has ended well.
 
-    The bytes go to a temporary name in the same folder, are flushed to the disk, and then take the place of `path` in
-    one step (`os.replace`): a kill, a crash or a full disk at any instant leaves the old file or the new one. Folders
-    that are missing are made. What the block raises is raised again, with the temporary file removed.
+    The bytes go to a temporary name in the same folder, are flushed to the disk, and then take the
+    place of `path` in one step (`os.replace`): a kill, a crash or a full disk at any instant leaves
+    the old file or the new one. Folders that are missing are made. What the block raises is raised
+    again, with the temporary file removed. A link stays: the file that it names is replaced.
+    A device or a FIFO stays too: it is written to directly. OSError where nobody reads from a FIFO.
 
     >>> with atomic_write("epoch_loss.csv", "w", encoding="utf-8") as file:
     ...     file.write("epoch,loss")
     """
     path = Path(path)
+    if _is_stream(path):
+        with open(_open_stream(path), mode, **open_arguments) as file:
+            yield file
+        return
+    path = _behind_links(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: machines that share the folder may share process numbers too.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -41,10 +50,12 @@ def atomic_write(path, mode="wb", **open_arguments):
 def atomic_folder(path):
     """Yield an empty folder to fill, which takes the name `path` only when the block has ended well.
 
-    As atomic_write, for many files at once: a folder of that name is whole. An empty one of before is replaced. OSError where
-    another is in the way.
+    As atomic_write, for many files at once: a folder of that name is whole. An empty one of before
+    is replaced, a link to one stays. OSError where something else is in the way.
     """
-    path = Path(path)
+    path = _behind_links(Path(path))
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: machines that share the folder may share process numbers too.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -67,6 +78,37 @@ def refuse_to_overwrite(path):
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} is there already: choose another name, or move it away")
+def _is_stream(path):
+    """Whether `path` is there and takes bytes one after another: a device, a FIFO, a socket, or this process's own output."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    if not stat.S_ISREG(found.st_mode):
+        return not stat.S_ISDIR(found.st_mode)
+    for descriptor in (1, 2):  # /dev/stdout names a file after `> file`: a new file there would hide what is printed
+        with contextlib.suppress(OSError):
+            if os.path.samestat(found, os.fstat(descriptor)):
+                return True
+    return False
+
+
+def _open_stream(path):
+    """A descriptor to write to a device or a FIFO. OSError at once, not a wait, where nobody reads from it."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    with contextlib.suppress(OSError, AttributeError):
+        os.set_blocking(descriptor, True)
+    return descriptor
+
+
+def _behind_links(path):
+    """The path that a link, or a chain of links, leads to, whether or not anything is there. OSError for a circle."""
+    if not path.is_symlink():
+        return path
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return target
 
 
 def _flush_folder(folder):

@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from utils.checkpoint import weights_digest
+from utils.checkpoint import first_not_finite, load_tensors, weights_digest
+from utils.checkpoint_contents import check_tensors
+from utils.config import shown
 from utils.files import atomic_write
 
 FORMAT = 1
@@ -126,15 +128,31 @@ def save_feature_net(path, net):
 
 def load_feature_net(path, device="cpu"):
     """The net of a file that `save_feature_net` wrote, in eval mode. ValueError for any other file."""
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such feature net") from None
-    except Exception:  # torch.load raises all kinds
-        raise ValueError(f"{path}: damaged, or no feature net") from None
-    if not isinstance(loaded, dict) or loaded.get("feature_net") != FORMAT:
+    loaded = load_tensors(path, what="feature net")
+    if not isinstance(loaded, dict) or type(loaded.get("feature_net")) is not int or loaded["feature_net"] != FORMAT:
         raise ValueError(f"{path}: not a feature net that this version of the project wrote")
+    try:
+        check_feature_net(loaded)
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, or edited: {error}") from None
     net = FeatureNet(loaded["img_channels"], loaded["num_classes"])
     net.load_state_dict(loaded["weights"])
     net.accuracy = loaded["accuracy"]
     return net.to(device).eval().requires_grad_(False)
+
+
+def check_feature_net(loaded):
+    """ValueError unless what a file holds is a net, before it is built: kinds, ranges, and the sizes against the tensors."""
+    for name in ("img_channels", "num_classes"):
+        if type(loaded.get(name)) is not int or not 1 <= loaded[name] <= 2**31:
+            raise ValueError(f"{name} is {shown(loaded.get(name))}, not a whole number from 1")
+    accuracy, weights = loaded.get("accuracy", ""), loaded.get("weights")
+    if accuracy is not None and (type(accuracy) is not float or not 0 <= accuracy <= 1):
+        raise ValueError(f"accuracy is {shown(accuracy)}, not a share")
+    check_tensors(weights)
+    with torch.device("meta"):  # shapes alone
+        own = FeatureNet(loaded["img_channels"], loaded["num_classes"]).state_dict()
+    if {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in own.items()}:
+        raise ValueError("its weights are not of the sizes that it names")
+    if (name := first_not_finite(weights)) is not None:
+        raise ValueError(f"its weights hold NaN or infinity (the first is {name})")

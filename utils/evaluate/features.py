@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from utils.checkpoint import load_tensors
 from utils.data.cache import cache_folders, writable_folder
 from utils.data.dataset import split_validation
 from utils.evaluate.classifier import load_feature_net, save_feature_net, train_feature_net
@@ -90,7 +91,7 @@ class FeatureCache:
         path = self.path("features", dataset.key(), extractor.key, max_features)
         statistics = FeatureStatistics()
         try:
-            kept = torch.load(path, map_location="cpu", weights_only=True)
+            kept = load_tensors(path)
             statistics.count, statistics.mean, statistics.scatter = kept["count"], kept["mean"], kept["scatter"]
             return Collected(statistics, kept["features"], None)
         except Exception:  # none yet, or damaged, for which torch.load raises all kinds
@@ -136,5 +137,6 @@ def load_extractor(features, dataset, cache, device, batch_size=100, inception_w
     if network.img_channels != dataset.shape[2]:
         raise ValueError(f"{path}: a feature net for {network.img_channels} channels, "
                          f"but the pictures have {dataset.shape[2]}")
-    name = f"classifier of {network.num_classes} classes, test accuracy {network.accuracy:.1%}, {path.resolve()}"
+    accuracy = "unknown" if network.accuracy is None else f"{network.accuracy:.1%}"
+    name = f"classifier of {network.num_classes} classes, test accuracy {accuracy}, {path.resolve()}"
     return Extractor(network, name, device, batch_size)

@@ -1,9 +1,14 @@
 """The Inception network that FID and KID are defined with, through torchmetrics (an optional extra; its weights are downloaded once)."""
 
+import hashlib
+import io
+from pathlib import Path
+
 import torch
 from torch import nn
 
-from utils.checkpoint import weights_digest
+from utils.checkpoint import load_tensors, weights_digest
+from utils.checkpoint_contents import check_tensors
 
 INSTALL = "pip install torchmetrics torch-fidelity"
 INSTEAD = "--features classifier needs neither (its distances compare with its own only)"
@@ -39,13 +44,50 @@ def load_inception(weights_path="", device="cpu"):
     except ImportError as error:
         raise ValueError(f"Inception features need two more packages ({error.name} is missing): {INSTALL}; {INSTEAD}") from None
     try:
-        metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=weights_path or None)
+        weights = load_tensors(named_file(weights_path)) if weights_path else downloaded_weights()
+        check_tensors(weights)
+        # The library's loader would run code hidden in a file: it gets what was read without, and no file.
+        copy = io.BytesIO()
+        torch.save(weights, copy)
+        copy.seek(0)
+        metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=copy)
     except OSError as error:  # urllib's errors too
         what = f"{weights_path} cannot be read" if weights_path else f"the Inception weights cannot be downloaded from {weights_address()}"
         raise ValueError(f"{what} ({error}): name a copy of the file with --inception_weights; {INSTEAD}") from None
     except Exception as error:  # torch.load and load_state_dict raise all kinds
-        raise ValueError(f"{weights_path or weights_address()}: not the Inception weights ({str(error).splitlines()[0][:120]})") from None
+        what = str(error).splitlines()[0].removeprefix(f"{weights_path}: ")[:160]
+        raise ValueError(f"{weights_path or weights_address()}: not the Inception weights ({what})") from None
     return Inception(metric.inception).to(device).eval().requires_grad_(False)
+
+
+def named_file(path):
+    """The path of a file that a user names. OSError where there is none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError("there is no such file")
+    return path
+
+
+def downloaded_weights():
+    """The state dict in torch.hub's cache, downloaded where it is not there.
+
+    The file's name holds the first digits of its SHA-256, which is compared before anything is read
+    from it. ValueError for a file of other content, OSError where it cannot be downloaded.
+    """
+    from torch_fidelity import feature_extractor_inceptionv3 as theirs
+
+    kept = Path(torch.hub.get_dir(), "checkpoints", theirs.URL_INCEPTION_V3.rsplit("/", 1)[1])
+    if kept.is_file() and not sha256_of(kept).startswith(kept.stem.rsplit("-", 1)[1]):
+        raise ValueError(f"{kept} is damaged, or another file: delete it, and it is downloaded again")
+    return theirs.load_state_dict_from_url(theirs.URL_INCEPTION_V3, map_location="cpu", weights_only=True, check_hash=True)
+
+
+def sha256_of(path):
+    """The SHA-256 of a file's content, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def weights_address():

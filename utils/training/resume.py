@@ -1,6 +1,7 @@
 """Resuming: which checkpoint, whose settings win, which folder, and the state put back."""
 import hashlib
 import time
+import typing
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +9,9 @@ from typing import NamedTuple
 import torch
 
 from utils import distributed
-from utils.checkpoint import LAST, load_checkpoint, newest_last
+from utils.checkpoint import LAST, load_checkpoint, newest_last, weights_in
+from utils.checkpoint_contents import check_training
+from utils.config import fit_saved
 from utils.device import is_available
 from utils.training.loss_history import read_table
 from utils.training.optimizer import restore_optimizer
@@ -35,11 +38,13 @@ def _find_on_main(resume, save_dir):
         return None, None
     if resume != "latest":
         path = Path(resume)
+        if path.is_dir() and not (path / LAST).is_file():
+            weights_in(path)  # says what a folder of diffusers needs
         path = path / LAST if path.is_dir() else path
         return path, load_checkpoint(path)
     path, checkpoint = newest_last(save_dir)
     if path is None:
-        print(f"--resume latest: no run with a readable {LAST} in {Path(save_dir).resolve()}; this is a fresh run")
+        print(f"--resume latest: no run with a {LAST} in {Path(save_dir).resolve()}; this is a fresh run")
     return path, checkpoint
 
 
@@ -52,7 +57,10 @@ def merge_config(block, typed, checkpoint, source):
     """
     known = {field.name for field in fields(block)}
     typed = {name: value for name, value in typed.items() if name not in FIXED or value != "auto"}  # it became what the run has
-    base = type(block)(**{name: value for name, value in checkpoint["config"].items() if name in known})
+    kinds = typing.get_type_hints(type(block))
+    base = type(block)(**{
+        name: fit_saved(name, value, kinds[name], source) for name, value in checkpoint["config"].items() if name in known
+    })  # fmt: skip
     for name, value in typed.items():
         same = getattr(base, name) == value if name != "label_dropout" else (base.label_dropout > 0) == (value > 0)
         if name in checkpoint["config"] and name in (*FIXED, "label_dropout") and not same:
@@ -118,10 +126,12 @@ def restore(checkpoint, source, parts, config):
         if checkpoint and distributed.is_main():
             print(f"a file of weights alone: a run of its own starts from them at epoch 1; a {LAST} goes on where it was")
         return Start()
+    check_training(checkpoint)
+    check_training_state(checkpoint, parts)
     restore_optimizer(parts.optimizer, checkpoint["optimizer"])
     if checkpoint["scaler"]:
         parts.scaler.load_state_dict(checkpoint["scaler"])
-    if all(checkpoint["config"][name] == getattr(config, name) for name in ("init_lr", "grad_clip", "precision")):
+    if all(checkpoint["config"].get(name) == getattr(config, name) for name in ("init_lr", "grad_clip", "precision")):
         parts.meter.bad_in_row.fill_(checkpoint["bad_in_row"])  # else it has a new chance
     epoch, images, batch_size, fingerprint = (checkpoint["position"][name] for name in ("epoch", "images", "batch_size", "pictures"))
     changed = []
@@ -141,6 +151,31 @@ def earlier_rows(checkpoint, folder):
         return tuple([{name: "" if value is None else str(value) for name, value in row.items()} for row in checkpoint[key]]
                      for key in ("history", "speed"))
     return tuple(read_table(folder / name, checkpoint["position"]["epoch"]) for name in ("epoch_loss.csv", "speed.csv"))
+
+
+def check_training_state(checkpoint, parts):
+    """ValueError unless what a checkpoint keeps of its training fits the weights: moments, sums, scaler and position."""
+    parameters = [parameter for group in parts.optimizer.param_groups for parameter in group["params"]]
+    sums, scaler, position = checkpoint["sums"], parts.scaler.state_dict(), checkpoint["position"]
+    fits = {
+        "optimizer": all(
+            number in range(len(parameters)) and _are_moments(kept, parameters[number])
+            for number, kept in checkpoint["optimizer"]["state"].items()
+        ),
+        "sums": sums is None or (len(sums) > 0 and sums.shape[1:] == parts.meter.sums.shape),
+        "scaler": not checkpoint["scaler"] or set(scaler) <= set(checkpoint["scaler"]),
+        "position": position["batch_size"] > 0 and position["images"] % position["batch_size"] == 0,
+    }
+    wrong = [name for name, fit in fits.items() if not fit]
+    if wrong:
+        raise ValueError(f"the checkpoint is damaged, or edited: its {' and '.join(wrong)} cannot be those of a training of its weights")
+
+
+def _are_moments(kept, parameter):
+    """Whether `kept` is what Adam keeps of a parameter: a step count, and moments of its shape."""
+    if not isinstance(kept, dict) or not all(torch.is_tensor(kept.get(name)) for name in ("step", "exp_avg", "exp_avg_sq")):
+        return False
+    return kept["step"].ndim == 0 and kept["exp_avg"].shape == kept["exp_avg_sq"].shape == parameter.shape
 
 
 def _own_sums(per_rank):

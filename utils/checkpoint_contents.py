@@ -1,0 +1,104 @@
+"""What a checkpoint may hold: the kinds and ranges of its values, checked before anything is built from it."""
+from typing import NamedTuple
+
+import torch
+
+from utils.config import shown
+
+
+class Kind(NamedTuple):
+    """What a value may be: of type `kind`, from `lowest` to `highest`; `count` such values in a tuple; or one of `words`."""
+
+    kind: type
+    lowest: float | None = None
+    highest: float | None = None
+    count: range | None = None
+    words: tuple = ()
+
+    def allows(self, value):
+        if self.words and isinstance(value, str) and value in self.words:
+            return True
+        if self.count is not None:
+            return type(value) is tuple and len(value) in self.count and all(self._replace(count=None).allows(item) for item in value)
+        fits = type(value) is self.kind or (self.kind is float and type(value) is int)
+        return fits and (self.lowest is None or self.lowest <= value <= self.highest)
+
+    def __str__(self):
+        noun = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[self.kind]
+        span = "" if self.lowest is None else f" from {self.lowest} to {self.highest}"
+        several = "" if self.count is None else f", {self.count[0]}{' or more' * (len(self.count) > 1)} of them"
+        return f"{noun}{span}{several}{''.join(f' or {word}' for word in self.words)}"
+
+
+MOST = 2**53  # no count of a run is larger, and a float holds each whole number up to it
+COUNT, FINITE = Kind(int, 0, MOST), Kind(float, -1e300, 1e300)
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
+TRAINING = ("optimizer", "scaler", "sums", "bad_in_row")
+# The settings of train.py that networks and pictures are made by; those of the training are checked where it is resumed.
+SETTINGS = {
+    "input_shape": Kind(int, 1, 2**14, range(2, 3)), "img_channels": Kind(int, 1, MOST), "channel": Kind(int, 1, MOST),
+    "channel_mults": Kind(int, 1, MOST, range(1, 33)), "num_res_blocks": Kind(int, 0, MOST),
+    "attention_resolutions": Kind(int, 0, 31, range(33)), "num_groups": Kind(int, 1, MOST, words=("auto",)),
+    "dropout": Kind(float, 0, 1), "activation_checkpointing": Kind(bool), "class_conditional": Kind(bool),
+    "label_dropout": Kind(float, 0, 1), "schedule": Kind(str), "num_timesteps": Kind(int, 1, MOST),
+    "schedule_low": Kind(float, 0, 1e6), "schedule_high": Kind(float, 0, 1e6), "prediction": Kind(str), "loss_type": Kind(str),
+    "loss_weighting": Kind(str), "min_snr_gamma": Kind(float, 0, 1e6), "ema_decay": Kind(float, 0, 1), "ema_start": COUNT,
+    "ema_warmup": Kind(bool), "resize_mode": Kind(str), "background": Kind(int, 0, 255, range(3, 4)), "val_split": Kind(float, 0, 1),
+}  # fmt: skip
+
+
+def check_contents(checkpoint):
+    """ValueError that names the first value of a wrong kind or out of range, before anything is built from it.
+
+    Lists among the settings become tuples. Settings that are not in SETTINGS stay as they are:
+    `train.py` holds its own against their types. Sizes are compared in `nets.weights.check_sizes`.
+    """
+    check_tensors(checkpoint["weights"])
+    _expect("weights_kind", checkpoint["weights_kind"] in ("full", "ema"), checkpoint["weights_kind"], "full or ema")
+    config, classes = checkpoint["config"], checkpoint["classes"]
+    _expect("config", isinstance(config, dict) and all(type(name) is str for name in config), config, "a dict of settings by name")
+    checkpoint["config"] = config = {name: tuple(value) if type(value) is list else value for name, value in config.items()}
+    for name, setting in SETTINGS.items():
+        if name in config:
+            _expect(name, setting.allows(config[name]), config[name], setting)
+    unique = isinstance(classes, list) and all(type(name) is str for name in classes) and len(set(classes)) == len(classes)
+    _expect("classes", unique, classes, "a list of different names")
+    for name in ("ema_step", "bad_in_row"):
+        if name in checkpoint:
+            _expect(name, COUNT.allows(checkpoint[name]), checkpoint[name], COUNT)
+
+
+def check_training(checkpoint):
+    """`check_contents` for the training state that a run resumes from."""
+    missing = [name for name in TRAINING if name not in checkpoint]
+    if missing:
+        raise ValueError(f"it has a position, but no {', '.join(missing)}")
+    position, sums, scaler = (checkpoint[name] for name in ("position", "sums", "scaler"))
+    counts = isinstance(position, dict) and all(COUNT.allows(position.get(name)) for name in ("epoch", "images", "batch_size"))
+    _expect("position", counts and type(position.get("pictures")) is str, position, "epoch, images, batch_size and pictures")
+    _expect("sums", sums is None or (torch.is_tensor(sums) and sums.ndim == 2 and sums.is_floating_point()), sums, "a table of numbers")
+    optimizer = checkpoint["optimizer"]
+    _expect("optimizer", isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict), optimizer, "the state of an optimizer")
+    _expect("scaler", isinstance(scaler, dict) and all(FINITE.allows(value) for value in scaler.values()), scaler, "a dict of numbers")
+    for name in ("history", "speed"):  # older versions kept the tables here
+        rows = checkpoint.get(name, [])
+        _expect(name, isinstance(rows, list) and all(isinstance(row, dict) and COUNT.allows(row.get("epoch")) for row in rows), rows,
+                "a list of rows")
+
+
+def _expect(name, fits, found, expected):
+    if not fits:
+        raise ValueError(f"{name} is {shown(found)}, not {expected}")
+
+
+def check_tensors(state_dict):
+    """ValueError unless it maps names to plain tensors of numbers that the file really holds.
+
+    A tensor of a few bytes can claim any shape by repeating them.
+    """
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"its weights are {shown(state_dict)}, no state dict")
+    for name, value in state_dict.items():
+        plain = type(name) is str and torch.is_tensor(value) and value.layout == torch.strided and value.device.type == "cpu"
+        if not plain or value.dtype not in NUMBERS or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"{shown(name)} in its weights is no tensor of plain numbers")
