@@ -1,21 +1,25 @@
-"""The one place that builds a GaussianDiffusion: from the settings of a run, or from a file of weights."""
+"""Builds a GaussianDiffusion from settings or from a file of weights. Every script uses it."""
 
 from .diffusion import GaussianDiffusion
 from .schedules import make_betas
 from .unet import UNet, check_input_shape
 from .weights import check_fit, check_sizes, class_rows, clean_keys, read_settings, unet_arguments
 
-# Settings of train.py that go under their own names. A missing one leaves the argument's default.
+# train.py's settings -> arguments. A missing setting leaves the default of the argument.
+NETWORK = {
+    "channel": "base_channels", "channel_mults": "channel_mults", "num_res_blocks": "num_res_blocks",
+    "attention_resolutions": "attention_resolutions", "num_groups": "num_groups", "time_emb_dim": "time_emb_dim",
+    "norm": "norm", "dropout": "dropout", "activation_checkpointing": "activation_checkpointing",
+}  # fmt: skip
 SCHEDULE = ("schedule", "num_timesteps", "schedule_low", "schedule_high")
 OBJECTIVE = ("loss_type", "ema_decay", "ema_start", "prediction", "loss_weighting", "min_snr_gamma", "ema_warmup")
 
 
 def from_config(config, num_classes=0):
-    """The GaussianDiffusion of train.py's settings, a dict by field name.
+    """The GaussianDiffusion for train.py's settings, a dict by field name.
 
-    num_classes: the number of class names. With `class_conditional` the network has a row for each,
-    and one more, the null class, where `label_dropout` is above 0. ValueError for settings that do
-    not fit together.
+    num_classes: the number of class names. With class_conditional the network has an embedding per
+    class, and label_dropout > 0 adds the null class. ValueError: settings that do not fit together.
     """
     input_shape, img_channels = tuple(config.get("input_shape", (32, 32))), config.get("img_channels", 3)
     rows, null_class = class_rows(config, num_classes)
@@ -23,15 +27,16 @@ def from_config(config, num_classes=0):
     check_input_shape(input_shape, len(arguments["channel_mults"]))
     betas = make_betas(**{name: config[name] for name in SCHEDULE if name in config})
     objective = {name: config[name] for name in OBJECTIVE if name in config}
-    return GaussianDiffusion(UNet(**arguments), input_shape, img_channels, rows, betas, null_class=null_class, **objective)
+    network = UNet(**arguments)
+    return GaussianDiffusion(network, input_shape, img_channels, rows, betas, null_class=null_class, **objective)
 
 
 def from_checkpoint(checkpoint, input_shape=None):
     """(GaussianDiffusion in eval mode, class names) of a loaded checkpoint.
 
-    checkpoint: a dict with `weights`, `weights_kind`, `config`, `classes`. An empty `config` is a
-    bare state dict, whose classes are called by their numbers. Without classes there are no names.
-    input_shape: another (height, width) than it was trained for.
+    checkpoint: a dict with weights, weights_kind, config and classes. An empty config means a bare
+    state dict; the class names are then "0", "1", ... A network without classes has no names.
+    input_shape: (height, width); None is the config's, or 32x32 for a bare state dict.
     ValueError where settings and weights do not fit together.
     """
     check_sizes(checkpoint)
@@ -48,11 +53,11 @@ def from_checkpoint(checkpoint, input_shape=None):
 
 
 def from_weights(state_dict, input_shape=(32, 32)):
-    """The GaussianDiffusion of a bare state dict, with these weights in it.
+    """The GaussianDiffusion of a bare state dict, with its weights.
 
-    Its shapes and its betas decide; what leaves no trace (groups, prediction, padding) is the
-    reference's default, and instance norm looks like group norm. Its EMA counts as started: the
-    first update must not overwrite it. ValueError for a file of something else.
+    Shapes and betas determine the settings; the others (groups, prediction, padding) are the
+    reference's defaults. Instance norm is read as group norm. The EMA counter is ema_start, so that
+    the first update does not overwrite the EMA. ValueError for other files.
     """
     weights = clean_keys(state_dict)
     settings, num_classes = read_settings(weights)
@@ -62,15 +67,36 @@ def from_weights(state_dict, input_shape=(32, 32)):
     return diffusion
 
 
-def load_weights(diffusion, state_dict, kind="full"):
-    """Puts a state dict into `diffusion`. kind "ema": `model.*` is absent and filled from the average; half precision is fine.
+def class_rows(config, num_classes):
+    """(number of class embeddings, null class); (None, None) without classes."""
+    if not config.get("class_conditional", False):
+        return None, None
+    if num_classes < 1:
+        raise ValueError("class_conditional: there are no classes: sort images into class folders and list them again")
+    if config.get("label_dropout", 0.0) > 0:
+        return num_classes + 1, num_classes
+    return num_classes, None
 
-    Prefixes of DistributedDataParallel and torch.compile are understood. ValueError that names unknown, missing and mis-shaped keys.
+
+def load_weights(diffusion, state_dict, kind="full"):
+    """Loads a state dict into `diffusion`. kind "ema": `model.*` is missing and becomes the EMA.
+
+    Half precision and the prefixes of DistributedDataParallel and torch.compile are fine.
+    ValueError: unknown, missing or mis-shaped keys.
     """
     if kind not in ("full", "ema"):
         raise ValueError(f"unknown kind of weights {kind!r}; known: full, ema")
     weights = clean_keys(state_dict)
     if kind == "ema":
         weights |= {key.removeprefix("ema_"): value for key, value in weights.items() if key.startswith("ema_model.")}
-    check_fit(diffusion.state_dict(), weights)
+    own = diffusion.state_dict()
+    problems = {
+        "unknown": [key for key in weights if key not in own],
+        "missing": [key for key in own if key not in weights],
+        "of another shape": [f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+                             for key, value in weights.items() if key in own and value.shape != own[key].shape],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys)
+        raise ValueError(f"the weights do not fit this network: {found}")
     diffusion.load_state_dict(weights)

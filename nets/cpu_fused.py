@@ -1,9 +1,8 @@
-"""Group norm, SiLU, dropout and convolution as one operation, on the CPU; everywhere else the plain four.
+"""Group norm, SiLU, dropout and convolution as one operation: less memory and time on the CPU.
 
-In training they keep, apart, four to five full-size tensors for the backward pass; together the input (which in the first of a
-block the shortcut holds anyway) and a byte-sized mask. What the convolution saw is computed again from them, cheap beside the
-convolution. A compiler fuses the plain path by itself. The numbers are those of the plain path within the dtype's rounding; only
-which features are dropped differs.
+The four plain operations keep four to five full-size tensors for the backward pass. This one keeps
+its input and a mask of one byte per feature. The backward pass computes the convolution's input
+again, which is cheap. Results equal the plain ones up to rounding; dropout drops other features.
 """
 
 import torch
@@ -11,23 +10,22 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+aten = torch.ops.aten
+
 
 def applies(norm, activation, x, conv, dropout=None):
-    """The guard: whether `norm_act_conv` below may stand in for the plain operations.
-
-    It needs a CPU, no compiler, and exactly the operations that are written out here.
-    """
-    here = x.device.type == "cpu" and x.dim() == 4 and x.numel() > 0 and not torch.compiler.is_compiling()
-    known = isinstance(norm, nn.GroupNorm) and norm.affine and activation in (None, F.silu)
-    simple = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
-    if not (here and known and simple) or conv.bias is None or isinstance(conv.padding, str):
+    """Whether `norm_act_conv` can replace the plain operations; not where a compiler fuses them."""
+    on_cpu = x.device.type == "cpu" and x.dim() == 4 and x.numel() > 0 and not torch.compiler.is_compiling()
+    norm_fits = isinstance(norm, nn.GroupNorm) and norm.affine and activation in (None, F.silu)
+    conv_fits = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
+    if not (on_cpu and norm_fits and conv_fits) or conv.bias is None or isinstance(conv.padding, str):
         return False
     rate = dropout_rate(dropout)
     return rate < 1 and norm.weight.requires_grad if torch.is_grad_enabled() else not rate
 
 
 def dropout_rate(dropout):
-    """The share of features that a dropout layer, or None, zeroes now."""
+    """The dropout probability of a layer, or None, in its present mode."""
     return dropout.p if dropout is not None and dropout.training else 0.0
 
 
@@ -41,20 +39,20 @@ def norm_act_conv(norm, activation, x, conv, dropout=None):
 
 
 class NormActDropoutConv(torch.autograd.Function):
-    """conv(dropout(silu(group_norm(x)))), stride 1; x (b, c, h, w) in any memory format and dtype, the norm's scale and shift (c,).
+    """conv(dropout(silu(group_norm(x)))) with stride 1, for x (b, c, h, w) of any memory format.
 
-    silu False leaves the SiLU out; share is the dropout's.
+    scale, shift: group norm's, (c,). silu: False leaves the SiLU out. rate: dropout's probability.
     """
 
     @staticmethod
-    def forward(ctx, x, scale, shift, weight, bias, groups, eps, silu, share, padding):
+    def forward(ctx, x, scale, shift, weight, bias, groups, eps, silu, rate, padding):
         out, mean, rstd = group_norm(x, scale, shift, groups, eps)
         out = F.silu(out, inplace=True) if silu else out
-        dropped, factor = draw_mask(out, share) if share else (None, 1.0)
+        dropped, factor = draw_mask(out, rate) if rate else (None, 1.0)
         out = drop(out, keep_bits(dropped, out.dtype))
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else out.dtype
-        # Times the factor that makes up for what is dropped: the weights are small, the features are not.
-        ctx.weight_dtype, weight = weight.dtype, (weight * factor if share else weight).to(dtype)
+        # Dropout's factor scales the weights: they are fewer than the features.
+        ctx.weight_dtype, weight = weight.dtype, (weight * factor if rate else weight).to(dtype)
         ctx.save_for_backward(x, scale, shift, mean, rstd, dropped, weight)
         ctx.groups, ctx.silu, ctx.factor, ctx.padding = groups, silu, factor, padding
         return F.conv2d(out.to(dtype), weight, bias.to(dtype), padding=padding)
@@ -66,27 +64,27 @@ class NormActDropoutConv(torch.autograd.Function):
         b, c, h, w = x.shape
         half = x.dtype in (torch.bfloat16, torch.float16)
         if half:
-            x, mean = centred(x, mean, ctx.groups)
+            x, mean = subtract_mean(x, mean, ctx.groups)
         x_factor, x_shift = affine(scale, shift, mean, rstd, ctx.groups)
-        normed = torch.addcmul(as_images(x_shift, x), x, as_images(x_factor, x))
+        normed = torch.addcmul(per_channel(x_shift, x), x, per_channel(x_factor, x))
         kept = keep_bits(dropped, x.dtype)
-        seen = drop(F.silu(normed) if ctx.silu else normed, kept).to(weight.dtype)
-        grad, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
-            grad, seen, weight, [len(weight)], (1, 1), ctx.padding, (1, 1), False, (0, 0), 1, [True] * 3
+        conv_input = drop(F.silu(normed) if ctx.silu else normed, kept).to(weight.dtype)
+        grad, weight_grad, bias_grad = aten.convolution_backward(
+            grad, conv_input, weight, [len(weight)], (1, 1), ctx.padding, (1, 1), False, (0, 0), 1, [True] * 3
         )
-        del seen
+        del conv_input
         grad = drop(grad.to(x.dtype), kept)
         if ctx.silu:
-            grad = torch.ops.aten.silu_backward.grad_input(grad, normed, grad_input=normed)
+            grad = aten.silu_backward.grad_input(grad, normed, grad_input=normed)
         if half:
             grads = group_norm_backward(grad, x, x_factor, scale, mean, rstd, ctx.groups)
         else:
-            grads = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, scale, b, c, h * w, ctx.groups, [True] * 3)
-        return *grads, (weight_grad * ctx.factor).to(ctx.weight_dtype), bias_grad.to(ctx.weight_dtype), None, None, None, None, None
+            grads = aten.native_group_norm_backward(grad, x, mean, rstd, scale, b, c, h * w, ctx.groups, [True] * 3)
+        return *grads, (weight_grad * ctx.factor).to(ctx.weight_dtype), bias_grad.to(ctx.weight_dtype), *[None] * 5
 
 
 def group_norm(x, scale, shift, groups, eps):
-    """(normed x, mean, 1/deviation (b, groups)). On small maps in bf16 PyTorch's own takes three to six times as long."""
+    """(normed x, mean, rstd (b, groups)). Small bf16 images: three to six times PyTorch's speed."""
     b, c, h, w = x.shape
     if x.dtype != torch.bfloat16 or h * w >= 1024 or not x.is_contiguous(memory_format=torch.channels_last):
         return torch.native_group_norm(x, scale, shift, b, c, h * w, groups, eps)
@@ -98,60 +96,60 @@ def group_norm(x, scale, shift, groups, eps):
     return values.mul_(x_factor[:, :, None, None]).add_(shift[:, None, None]).to(x.dtype), mean, rstd
 
 
-def centred(x, mean, groups):
-    """(x less its groups' means as far as x's dtype knows them, what is left of the means): else factor * x + shift would round the
-    mean's share of both, many times the result where the mean is large."""
-    known = mean.to(x.dtype)
-    return x - as_images(known.repeat_interleave(x.shape[1] // groups, 1), x), mean - known
+def subtract_mean(x, mean, groups):
+    """(x - m, mean - m), m: `mean` in x's dtype. A large mean would cost digits of the normed x."""
+    rounded = mean.to(x.dtype)
+    return x - per_channel(rounded.repeat_interleave(x.shape[1] // groups, 1), x), mean - rounded
 
 
 def keep_bits(dropped, dtype):
-    """Integers of the dtype's width, all bits set where a feature is kept and none where it is `dropped` (None stays None)."""
-    return None if dropped is None else dropped.to({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]).sub_(1)
+    """Integers as wide as dtype: all bits 1, or 0 where `dropped` is True. None for None."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    return None if dropped is None else dropped.to(integer).sub_(1)
 
 
 def drop(features, kept):
-    """`features`, in place, zero where no bit is `kept` (None: all are). A fraction of masked_fill_'s time."""
+    """Sets features to zero in place where the bits of `kept` are 0. Faster than masked_fill_."""
     if kept is not None:
         features.view(kept.dtype).bitwise_and_(kept)
     return features
 
 
-def draw_mask(like, share):
-    """(True where a feature is dropped, factor for the others), laid out in memory as `like`. A third of bernoulli's time.
+def draw_mask(like, rate):
+    """(mask with the strides of `like`, True where dropout drops; factor for the other features).
 
-    16 random bits a feature decide, so that `share` is rounded to a 65536th; the factor makes up for what was rounded.
+    16 random bits per feature take a third of bernoulli's time. They round the rate to 2^-16.
     """
-    count = round(share * 2**16)
-    size = -(-like.numel() // 4)  # 64 bits are four features
+    count = round(rate * 2**16)
+    size = -(-like.numel() // 4)  # four features per 64-bit integer
     bits = torch.empty(size, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[: like.numel()]
     dropped = (bits < count - 2**15).as_strided(like.shape, like.stride())
     return dropped, 2**16 / (2**16 - count)
 
 
 def affine(weight, bias, mean, rstd, groups):
-    """Group norm as a factor and a shift for each image and channel, (b, c) float32 each: out = factor * x + shift."""
-    each = len(weight) // groups
-    factor = rstd.float().repeat_interleave(each, 1) * weight.float()
-    return factor, bias.float() - mean.float().repeat_interleave(each, 1) * factor
+    """(factor, shift), (b, c) float32 each: group norm is factor * x + shift."""
+    group_size = len(weight) // groups
+    factor = rstd.float().repeat_interleave(group_size, 1) * weight.float()
+    return factor, bias.float() - mean.float().repeat_interleave(group_size, 1) * factor
 
 
-def as_images(table, x):
-    """(b, c) -> (b, c, 1, 1) in x's dtype, to work on images with."""
+def per_channel(table, x):
+    """(b, c) -> (b, c, 1, 1) in x's dtype, which broadcasts to x."""
     return table[:, :, None, None].to(x.dtype)
 
 
 def group_norm_backward(grad, x, factor, weight, mean, rstd, groups):
-    """The gradients of group norm in half precision, sums in float32: PyTorch's own takes three times as long in channels_last."""
+    """Gradients of x, weight and bias in half precision. channels_last: 3 times PyTorch's speed."""
     b, c, h, w = x.shape
     mean, rstd = mean.float(), rstd.float()
-    sums = grad.sum((2, 3), dtype=torch.float32)  # of grad and of grad * x, (b, c)
+    sums = grad.sum((2, 3), dtype=torch.float32)  # (b, c)
     products = (grad * x).sum((2, 3), dtype=torch.float32)
     by_group = [(table * weight).view(b, groups, -1).sum(2) / (c // groups * h * w) for table in (sums, products)]
     x_factor = (by_group[0] * mean - by_group[1]) * rstd**3  # (b, groups)
     shift = -x_factor * mean - by_group[0] * rstd
-    spread = [as_images(table.repeat_interleave(c // groups, 1), x) for table in (x_factor, shift)]
-    x_grad = (grad * as_images(factor, x)).addcmul_(x, spread[0]).add_(spread[1])
-    centred = products - sums * mean.repeat_interleave(c // groups, 1)
-    weight_grad = (centred * rstd.repeat_interleave(c // groups, 1)).sum(0)
+    x_factor, shift = (per_channel(table.repeat_interleave(c // groups, 1), x) for table in (x_factor, shift))
+    x_grad = (grad * per_channel(factor, x)).addcmul_(x, x_factor).add_(shift)
+    weight_grad = products - sums * mean.repeat_interleave(c // groups, 1)
+    weight_grad = (weight_grad * rstd.repeat_interleave(c // groups, 1)).sum(0)
     return x_grad, weight_grad.to(weight.dtype), sums.sum(0).to(weight.dtype)

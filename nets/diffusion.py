@@ -1,4 +1,4 @@
-"""GaussianDiffusion: the forward process, the loss, the EMA of the weights, and sampling, around any network (x_t, t, y)."""
+"""GaussianDiffusion: forward process, loss, EMA and sampling for a network (x_t, t, y)."""
 
 import copy
 from collections.abc import Callable
@@ -16,9 +16,9 @@ LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 
 
 class Prediction(NamedTuple):
-    """What the network's output stands for. a = sqrt(alpha_bar_t), s = sqrt(1 - alpha_bar_t): x_t = a x_0 + s eps."""
+    """The meaning of the network's output, with x_t = a x_0 + s eps (`signal_and_noise`)."""
 
-    target: Callable  # (x_0, eps, a, s) -> the output of a perfect network
+    target: Callable  # (x_0, eps, a, s) -> the output that the loss asks for
     to_x_0: Callable  # (output, x_t, a, s) -> x_0; linear in the output
 
 
@@ -29,25 +29,24 @@ PREDICTIONS = {
     "v": Prediction(lambda x_0, eps, a, s: a * eps - s * x_0, lambda output, x_t, a, s: a * x_t - s * output),
 }
 
-# (snr, gamma) -> the weight of the squared error of x_0. None: the error of the output counts as it is.
+# (SNR, gamma) -> weight of the squared error of x_0. None: weight 1 for the error of the output.
 LOSS_WEIGHTINGS = {"none": None, "min_snr": np.minimum}  # Hang et al. 2023 ("Min-SNR"), section 3.4
 
 
 def extract(table, t, x):
-    """table (T,), t (b,) -> table[t] as (b, 1, 1, 1), a factor for the images x."""
+    """table (T,), t (b,) -> table[t] as (b, 1, 1, 1), which broadcasts to the images x."""
     return table[t].reshape(-1, *(1,) * (x.ndim - 1))
 
 
 class GaussianDiffusion(nn.Module):
-    """Trains `model(x_t, t, y)` to undo noise, and samples from it.
+    """Trains `model(x_t, t, y)` to remove noise from images, and samples with it.
 
-    img_size: (height, width). betas: (T,), the linear schedule of 1000 steps unless given.
-    prediction: the meaning of the network's output, a name from PREDICTIONS.
-    null_class: the label that stands for "no class". ema_start, ema_update_rate: see update_ema.
-    ValueError for an unknown loss_type, prediction or loss_weighting.
+    img_size: (height, width). betas: (T,); None is the linear schedule of 1000 steps. loss_type,
+    prediction, loss_weighting: names from LOSSES, PREDICTIONS, LOSS_WEIGHTINGS; else ValueError.
+    null_class: the class id for "no class". ema_start, ema_update_rate: see update_ema.
 
-    The state dict holds the network, its EMA and the float32 tables of the schedule. Sampling uses
-    float64 tables made of those float32 betas: a loaded file samples as the run that wrote it.
+    The state dict holds the network, its EMA and the float32 tables of the schedule. Sampling
+    computes float64 tables from these float32 betas, so a loaded file gives the same images.
     """
 
     def __init__(self, model, img_size, img_channels, num_classes=None, betas=None, loss_type="l2", ema_decay=0.9999,
@@ -84,24 +83,24 @@ class GaussianDiffusion(nn.Module):
     # The tables of the schedule
 
     def derive_tables(self):
-        """What follows from the betas and is not stored: float64 alpha_bars, and the loss weight of each timestep."""
+        """The tables that a state dict lacks: float64 alpha_bars and a loss weight per timestep."""
         alpha_bars = np.cumprod(1 - self.betas.double().cpu().numpy())
         self.alpha_bars = alpha_bars.tolist()
         weighting = LOSS_WEIGHTINGS[self.loss_weighting]
         weight = np.ones_like(alpha_bars)
-        if weighting:  # an error of the output is an error of x_0, times d x_0 / d output
+        if weighting:  # error of x_0 = error of the output * d x_0 / d output
             a, s = np.sqrt(alpha_bars), np.sqrt(1 - alpha_bars)
             to_x_0 = PREDICTIONS[self.prediction].to_x_0
             weight *= weighting(a**2 / s**2, self.min_snr_gamma) * (to_x_0(1, 0, a, s) - to_x_0(0, 0, a, s)) ** 2
         self.loss_weight = torch.tensor(weight, dtype=torch.float32, device=self.betas.device)
 
     def _load_from_state_dict(self, *args, **kwargs):
-        """The file may bring other betas: the derived tables follow them."""
+        """Derives the tables again: the loaded betas may be other ones."""
         super()._load_from_state_dict(*args, **kwargs)
         self.derive_tables()
 
     def _apply(self, fn, recurse=True):
-        """Moves the tables to another device, never to another dtype: bf16 tables add no noise at the first timesteps."""
+        """Keeps the dtype of the tables: in bf16 they would add no noise at the first timesteps."""
         tables = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
         super()._apply(fn, recurse)
         for name, table in tables.items():
@@ -110,7 +109,7 @@ class GaussianDiffusion(nn.Module):
         return self
 
     def train(self, mode=True):
-        """Sets the mode of the network. The EMA only samples and stays in eval mode."""
+        """Sets the mode of the network. The EMA always stays in eval mode."""
         super().train(mode)
         self.ema_model.eval()
         return self
@@ -122,16 +121,16 @@ class GaussianDiffusion(nn.Module):
 
         ValueError for images of another size.
         """
-        if tuple(x.shape[2:]) != self.img_size:
-            raise ValueError(f"images are {tuple(x.shape[2:])} (height, width), this model was built for {self.img_size}")
+        if (size := tuple(x.shape[2:])) != self.img_size:
+            raise ValueError(f"images are {size} (height, width), this model was built for {self.img_size}")
         if t is None:
             t = torch.randint(0, self.num_timesteps, (len(x),), device=x.device)
         return self.get_losses(x, t, y, noise=noise, use_ema=use_ema, reduction=reduction)
 
     def get_losses(self, x, t, y, *, noise=None, use_ema=False, reduction="mean"):
-        """The error of the network at timesteps t (b,), in float32: the mean, or (b,) with reduction "none".
+        """The loss at timesteps t (b,) in float32: a scalar, or (b,) for reduction "none".
 
-        Ho et al. 2020, equation 14, for prediction eps, l2, no weighting. `noise` is new unless given.
+        Ho et al. 2020, equation 14, for eps, l2 and no weighting. noise None: new noise.
         """
         noise = torch.randn_like(x) if noise is None else noise
         output = (self.ema_model if use_ema else self.model)(self.perturb_x(x, t, noise), t, y)
@@ -146,14 +145,14 @@ class GaussianDiffusion(nn.Module):
         return a * x + s * noise
 
     def signal_and_noise(self, t, x):
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for t (b,), as factors (b, 1, 1, 1) for the images x."""
+        """a = sqrt(alpha_bar_t) and s = sqrt(1 - alpha_bar_t) for t (b,), each (b, 1, 1, 1)."""
         return extract(self.sqrt_alphas_cumprod, t, x), extract(self.sqrt_one_minus_alphas_cumprod, t, x)
 
     # The EMA of the weights
 
     @property
     def ema_step(self):
-        """How many updates the EMA has seen. Reading it waits for the device, setting it does not."""
+        """The number of counted optimizer steps. Reading waits for the device, setting does not."""
         return int(self.ema_counter)
 
     @ema_step.setter
@@ -162,11 +161,11 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def update_ema(self, skip=None):
-        """One EMA update, after one step of the optimizer. Before step `ema_start` the EMA is a copy of the network.
+        """One EMA update, after a step of the optimizer. Before step ema_start the EMA is a copy.
 
-        skip: None, or a 0-dim float tensor on the device. 1 leaves EMA and counter alone: the
-        optimizer skipped that step. Only every `ema_update_rate`-th step counts.
-        Nothing here waits for the device: counter and weight live on it.
+        skip: None, or a 0-dim float tensor on the device. 1 keeps EMA and counter: the optimizer
+        skipped this step. Only every ema_update_rate-th step changes the EMA. No operation here
+        waits for the device.
         """
         taken = 1 - skip.to(torch.int64) if skip is not None else torch.ones_like(self.ema_counter)
         self.ema_counter += taken
@@ -176,10 +175,10 @@ class GaussianDiffusion(nn.Module):
             ema.copy_(torch.where(weight > 0, buffer, ema))
 
     def ema_weight(self):
-        """The weight of the network in this EMA update: a 0-dim float32 tensor on the device."""
+        """The weight of the network in this EMA update, a 0-dim float32 tensor on the device."""
         n = self.ema_counter - self.ema_start
         decay = torch.full_like(self.ema_counter, self.ema_decay, dtype=torch.float32)
-        if self.ema_warmup:  # an EMA of few steps must forget the first of them
+        if self.ema_warmup:  # a short run must not keep its first weights
             decay = torch.minimum(decay, (1 + n) / (10 + n))
         return torch.where(n < 0, 1.0, 1 - decay)
 
@@ -187,34 +186,35 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def remove_noise(self, x, t, y, use_ema=True):
-        """The mean of one reverse step from x_t, t (b,) (Ho et al. 2020, equation 11). It never clips x_0."""
+        """The mean of a reverse step from x_t, t (b,), unclipped (Ho et al. 2020, equation 11)."""
         output = (self.ema_model if use_ema else self.model)(x, t, y).float()
         a, s = self.signal_and_noise(t, x)
         eps = (x - a * PREDICTIONS[self.prediction].to_x_0(output, x, a, s)) / s
         return (x - extract(self.remove_noise_coeff, t, x) * eps) * extract(self.reciprocal_sqrt_alphas, t, x)
 
     def denoiser(self, y=None, use_ema=True, guidance_scale=1.0, clip=True):
-        """The function denoise(x_t, t: int) -> x_0 (float32) that the solvers see.
+        """The function denoise(x_t, t: int) -> x_0 (float32) that the solvers call.
 
         y: class ids (b,). None is the null class, where the network has classes.
-        guidance_scale w: null + w (class - null), both from one call on twice the batch. It is
-        1 + w of Ho & Salimans 2022, equation 6; 1 is the plain conditional network.
+        guidance_scale w: null + w (class - null), from one call on twice the batch. It is 1 + w of
+        Ho & Salimans 2022, equation 6; 1 is the conditional network without guidance.
         clip: x_0 to [-1, 1]. Without it the first steps amplify the network's error up to 31 times.
-        ValueError: guidance without a null class or without y, or no y for a network that needs one.
+        ValueError: guidance without a null class or without y, or a missing y.
         """
         network = self.ema_model if use_ema else self.model
         to_x_0, guided = PREDICTIONS[self.prediction].to_x_0, guidance_scale != 1
         self.check_guidance(guidance_scale)
         labels = self.labels(y, guided)
-        ts = torch.arange(self.num_timesteps, device=self.betas.device)  # ts[t:t+1] is a view: nothing is sent
+        ts = torch.arange(self.num_timesteps, device=self.betas.device)  # ts[t:t+1] is a view, not a copy to the device
 
         @torch.no_grad()
         def denoise(x, t):
             was_training = network.training
-            if was_training:  # dropout would sample with another network at every step
+            if was_training:  # turns dropout off
                 network.eval()
             batch = torch.cat((x, x)) if guided else x
-            output = network(batch, ts[t : t + 1].expand(len(batch)), None if labels is None else labels.expand(len(batch)))
+            class_ids = None if labels is None else labels.expand(len(batch))
+            output = network(batch, ts[t : t + 1].expand(len(batch)), class_ids)
             if was_training:
                 network.train()
             output = output.float()
@@ -233,13 +233,16 @@ class GaussianDiffusion(nn.Module):
                              "train with --class_conditional True and label_dropout above 0")
 
     def labels(self, y, guided):
-        """The class ids of one network call; None without classes.
+        """The class ids of one network call: y, or (y, null classes) for guidance.
 
-        They are y, with guidance y and as many null classes, or without y one null class for all.
+        y None: one null class for the whole batch, or None for a network without classes.
         """
         device = self.betas.device
+        if guided and self.null_class is None:
+            raise ValueError("guidance needs a null class: train with class_conditional and label_dropout above 0, "
+                             "or use guidance_scale 1")
         if guided and y is None:
-            raise ValueError("guidance needs classes to guide to: pass y")
+            raise ValueError("guidance needs a class for each image: pass y")
         if self.num_classes is None:
             return None
         if y is None and self.null_class is None:
@@ -250,8 +253,8 @@ class GaussianDiffusion(nn.Module):
         return torch.cat((y, torch.full_like(y, self.null_class))) if guided else y
 
     def sample(self, batch_size, device, y=None, use_ema=True, **settings):
-        """New images, (batch_size, c, h, w) float32 in about [-1, 1]. The settings are those of `sample_steps`."""
-        for x, _ in self.sample_steps(batch_size, device, y, use_ema, **settings):  # noqa: B007 (the last x counts)
+        """New images (batch_size, c, h, w), float32 in about [-1, 1]. settings: of sample_steps."""
+        for x, _ in self.sample_steps(batch_size, device, y, use_ema, **settings):  # noqa: B007 (returns the last x)
             pass
         return x
 
@@ -259,16 +262,16 @@ class GaussianDiffusion(nn.Module):
     def sample_steps(self, batch_size, device, y=None, use_ema=True, *, sampler="ddpm", steps=None, spacing=None,
                      clip=True, seeds=None, guidance_scale=1.0, noise=None, init=None, strength=1.0, known=None,
                      mask=None, **sampler_options):
-        """The generator behind `sample`: (x, x_0), both (batch_size, c, h, w), after each step of the solver.
+        """Yields (x, x_0) after each step of the solver, each (batch_size, c, h, w).
 
-        sampler, spacing: names from samplers.SAMPLERS and SPACINGS. steps: None is all timesteps for
-        ddpm, 25 for the others. seeds: one integer an image, which alone decides its noise; None
-        uses torch's global generator. noise: an endless iterator of (batch_size, c, h, w) instead;
-        its first is x_T.
-        init, strength: start from these images, noised up to the share `strength`, in (0, 1], of the
-        timesteps (Meng et al. 2022, "SDEdit"). known, mask: keep the images `known` where mask is 0,
-        and sample where it is 1 (ddpm only). Pixels are in [-1, 1].
-        Further options go to the solver. ValueError for what does not fit.
+        sampler, spacing: names from samplers.SAMPLERS and SPACINGS. steps: None is all timesteps
+        for ddpm and 25 for the others. seeds: one integer per image, which determines its noise;
+        None is torch's global generator. noise: an endless iterator of (batch_size, c, h, w) that
+        replaces seeds; its first item is x_T.
+        init, strength: start from the images `init`, noised to timestep strength * T, strength in
+        (0, 1] (Meng et al. 2022, "SDEdit"). known, mask: keep the images `known` where mask is 0,
+        sample where mask is 1 (ddpm only). Pixels are in [-1, 1].
+        sampler_options go to the solver. ValueError: an unknown name, option, shape or range.
         """
         for name, given in (("y", y), ("seeds", seeds)):
             if given is not None and len(given) != batch_size:
@@ -280,15 +283,17 @@ class GaussianDiffusion(nn.Module):
         plan = self.plan(sampler, steps, spacing, strength if init is not None else 1.0)
 
         shape = (self.img_channels, *self.img_size)
-        if noise is None:
-            noise = samplers.global_noise(batch_size, shape, device) if seeds is None else samplers.seeded_noise(seeds, shape, device)
+        if noise is None and seeds is None:
+            noise = samplers.global_noise(batch_size, shape, device)
+        elif noise is None:
+            noise = samplers.seeded_noise(seeds, shape, device)
         x = self.check_images(next(noise), batch_size, device, "noise")
         if init is not None:
             x = samplers.diffuse(self.check_images(init, batch_size, device, "init"), plan[0].alpha_bar_t, iter([x]))
         yield from solver(self.denoiser(y, use_ema, guidance_scale, clip), x, plan, noise, **sampler_options)
 
     def plan(self, sampler, steps=None, spacing=None, strength=1.0):
-        """The steps that a solver takes, a list of samplers.Step. None is the default of the sampler."""
+        """The steps of a solver, a list of samplers.Step. None: the default of the sampler."""
         if not 0 < strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
         start = max(int(strength * self.num_timesteps), 1) - 1
@@ -298,12 +303,13 @@ class GaussianDiffusion(nn.Module):
         return samplers.solver_steps(self.alpha_bars, chosen)
 
     def inpainter(self, sampler, known, mask, device, options):
-        """The solver for inpainting and its options."""
+        """(solver for inpainting, its options). ValueError: not ddpm, or known or mask missing."""
         if sampler != "ddpm":
-            raise ValueError(f"inpainting takes ddpm's steps: sampler {sampler} cannot do it")
+            raise ValueError(f"inpainting needs the sampler ddpm, not {sampler}")
         if known is None or mask is None:
             raise ValueError("inpainting needs both known (the images) and mask (1 where they are sampled)")
-        return samplers.repaint, {"known": known.to(device, torch.float32), "mask": mask.to(device, torch.float32), **options}
+        known, mask = known.to(device, torch.float32), mask.to(device, torch.float32)
+        return samplers.repaint, {"known": known, "mask": mask, **options}
 
     def check_images(self, x, batch_size, device, name):
         """x as float32 on the device. ValueError unless it is (batch_size, c, h, w)."""
@@ -313,15 +319,15 @@ class GaussianDiffusion(nn.Module):
         return x.to(device, torch.float32)
 
 
-def blend_(averages, values, weight):
-    """averages += weight (values - averages), in place, for whole lists of tensors; exact for weight 0 and 1.
+def blend_(ema, values, weight):
+    """ema += weight (values - ema), in place, for lists of tensors; exact for weight 0 and 1.
 
-    weight: a 0-dim tensor. A CPU reads it for nothing and needs one pass. A GPU would have to wait
-    for it, and takes two passes without reading it.
+    weight: a 0-dim tensor. A CPU reads it at no cost, and one pass is enough. Reading it from a GPU
+    would wait for the device, so a GPU takes two passes.
     """
     if weight.device.type == "cpu":
         if weight > 0:
-            torch._foreach_lerp_(averages, values, weight.item())
+            torch._foreach_lerp_(ema, values, weight.item())
         return
-    torch._foreach_mul_(averages, 1 - weight)
-    torch._foreach_add_(averages, torch._foreach_mul(values, weight))
+    torch._foreach_mul_(ema, 1 - weight)
+    torch._foreach_add_(ema, torch._foreach_mul(values, weight))

@@ -1,10 +1,11 @@
-"""The UNet of Ho et al. 2020 ("Denoising Diffusion Probabilistic Models"): (x_t, t, y) -> prediction, shaped as x_t.
+"""The UNet of Ho et al. 2020 ("DDPM"): (x_t, t, y) -> a prediction with the shape of x_t.
 
-Shapes in comments are (b, c, h, w): images, channels, height, width. The names of the blocks are the
-keys of the weights file.
+Shapes are (b, c, h, w): batch, channels, height, width. The attributes of the blocks are the keys
+of the state dict.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,36 +13,36 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from . import cpu_fused
+from .schedules import check_choice
 
-MAX_GROUPS = 32  # of group norm, in the reference
-TIME_EMB_DIM = 512  # in the reference
+MAX_GROUPS = 32  # group norm: the reference's default
+TIME_EMB_DIM = 512  # the reference's default
 
 
 def get_norm(norm, num_channels, num_groups):
-    """The normalisation called "gn" (group), "in" (instance), "bn" (batch) or None (the identity). ValueError for another name."""
+    """The layer for "gn", "in", "bn" (group, instance, batch norm) or None; else ValueError."""
     if norm == "gn" and num_channels % num_groups:
-        raise ValueError(f"group norm: {num_channels} channels are not a multiple of {num_groups} groups; choose another number")
+        raise ValueError(f"group norm: {num_channels} channels are not a multiple of {num_groups} groups; change one")
     choices = {
         "gn": lambda: nn.GroupNorm(num_groups, num_channels),
         "in": lambda: nn.InstanceNorm2d(num_channels, affine=True),
         "bn": lambda: nn.BatchNorm2d(num_channels),
         None: nn.Identity,
     }
-    if norm not in choices:
-        raise ValueError(f"unknown normalization {norm!r}; known: {', '.join(map(str, choices))}")
+    check_choice("normalization", norm, choices)
     return choices[norm]()
 
 
 def zero_init(layer):
-    """`layer` with weight and bias zero: its residual branch starts as nothing, and the network as a short one."""
+    """`layer` with zero weight and bias: a residual branch that ends in it first adds zero."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def norm_act_conv(norm, activation, x, conv, dropout=None):
-    """conv(dropout(activation(norm(x)))) on x (b, c, h, w). `activation` and `dropout` may be None."""
-    if cpu_fused.applies(norm, activation, x, conv, dropout):  # the same numbers, in less memory and time
+    """conv(dropout(activation(norm(x)))) for x (b, c, h, w). activation and dropout may be None."""
+    if cpu_fused.applies(norm, activation, x, conv, dropout):  # same result, less memory and time
         return cpu_fused.norm_act_conv(norm, activation, x, conv, dropout)
     x = norm(x)
     x = x if activation is None else activation(x)
@@ -49,9 +50,10 @@ def norm_act_conv(norm, activation, x, conv, dropout=None):
 
 
 class PositionalEmbedding(nn.Module):
-    """Sines and cosines of the timestep at `dim`/2 frequencies from 1 down to about 1/10000 (Vaswani et al. 2017, section 3.5).
+    """Sines and cosines of the timestep at dim/2 frequencies (Vaswani et al. 2017, section 3.5).
 
-    (b,) integers or floats -> (b, dim) float32, under autocast too: bf16 cannot tell timestep 999 from 1000.
+    The frequencies fall from 1 to about 1/10000. (b,) integers or floats -> (b, dim) float32, also
+    under autocast: bf16 rounds timestep 999 to 1000.
     """
 
     def __init__(self, dim, scale=1.0):
@@ -69,7 +71,7 @@ class PositionalEmbedding(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width with a strided convolution. ValueError for an odd size: Upsample could not restore it."""
+    """Halves height and width with a strided convolution; ValueError for an odd size."""
 
     def __init__(self, in_channels):
         super().__init__()
@@ -78,23 +80,24 @@ class Downsample(nn.Module):
     def forward(self, x, time_emb=None, y=None):
         for name, size in zip(("height", "width"), x.shape[2:]):
             if size % 2:
-                raise ValueError(f"downsampling needs an even {name}, got {size}: each level but the last halves the image")
+                raise ValueError(f"downsampling needs an even {name}, got {size}: each level but the last halves it")
         return self.downsample(x)
 
 
 class Upsample(nn.Module):
-    """Doubles height and width: nearest neighbour, then a convolution (a transposed one would leave a checkerboard)."""
+    """Doubles height and width: nearest neighbour, then a convolution. No checkerboard patterns."""
 
     def __init__(self, in_channels):
         super().__init__()
-        self.upsample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(in_channels, in_channels, 3, padding=1))
+        conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+        self.upsample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), conv)
 
     def forward(self, x, time_emb=None, y=None):
         return self.upsample(x)
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all pixels with one head, added to its input. It costs (h*w)^2: it belongs at low resolutions."""
+    """Self-attention over all pixels with one head, added to its input. It costs O((h*w)^2)."""
 
     def __init__(self, in_channels, norm="gn", num_groups=MAX_GROUPS):
         super().__init__()
@@ -105,7 +108,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):
         qkv = norm_act_conv(self.norm, None, x, self.to_qkv).flatten(2).transpose(1, 2)  # (b, h*w, 3c)
-        # The fast kernels want the channels next to each other: free in channels_last, one copy otherwise.
+        # The fast kernels need contiguous channels: free in channels_last, else one copy.
         q, k, v = qkv.contiguous().unsqueeze(1).chunk(3, dim=-1)  # (b, 1 head, h*w, c)
         out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(c)) v
         out = out.squeeze(1).transpose(1, 2).reshape(x.shape)
@@ -113,10 +116,10 @@ class AttentionBlock(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions around a shift by time and class, a shortcut, and attention: (b, in, h, w) -> (b, out, h, w).
+    """Two convolutions with a shortcut, then attention: (b, in, h, w) -> (b, out, h, w).
 
-    Normalisation and activation come before each convolution. `time_emb_dim` or `num_classes` None:
-    no such shift. Otherwise a call without `time_emb` or `y` is a ValueError.
+    Time and class shift the channels between the convolutions. time_emb_dim or num_classes None: no
+    such shift. ValueError: a missing time_emb or y.
     """
 
     def __init__(self, in_channels, out_channels, dropout, time_emb_dim=None, num_classes=None, activation=F.relu,
@@ -129,20 +132,21 @@ class ResidualBlock(nn.Module):
         self.conv_2 = nn.Sequential(nn.Dropout(dropout), zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
         self.time_bias = nn.Linear(time_emb_dim, out_channels) if time_emb_dim is not None else None
         self.class_bias = nn.Embedding(num_classes, out_channels) if num_classes is not None else None
-        self.residual_connection = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        same = in_channels == out_channels
+        self.residual_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
         self.attention = AttentionBlock(out_channels, norm, num_groups) if use_attention else nn.Identity()
 
     def forward(self, x, time_emb=None, y=None):
         out = norm_act_conv(self.norm_1, self.activation, x, self.conv_1)
         shift = self.shift(time_emb, y)
         if shift is not None:
-            out = out + shift[:, :, None, None].to(out.dtype)  # autocast leaves a class's row in float32
+            out = out + shift[:, :, None, None].to(out.dtype)  # under autocast a class embedding is float32
         dropout, conv = self.conv_2
         out = norm_act_conv(self.norm_2, self.activation, out, conv, dropout)
         return self.attention(out + self.residual_connection(x))
 
     def shift(self, time_emb, y):
-        """What time and class add to each channel, (b, out_channels); None without either."""
+        """The sum of time_bias and class_bias, (b, out_channels); None without both."""
         if self.time_bias is not None and time_emb is None:
             raise ValueError("this block is conditioned on time: pass time_emb")
         if self.class_bias is not None and y is None:
@@ -156,17 +160,18 @@ class ResidualBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts the noise in x_t, or x_0 or v: what it was trained for.
+    """Predicts eps, x_0 or v from x_t, as GaussianDiffusion trains it.
 
-    channel_mults: a factor of base_channels for each level. attention_resolutions: indices of levels,
-    0 is the full size. time_emb_dim None: no time. num_classes None: no classes. initial_pad: a border
-    of zeros, cut off again. activation_checkpointing: the backward pass computes activations a second
-    time, for a third more time and a fraction of the memory.
+    channel_mults: a factor of base_channels for each level. attention_resolutions: levels, 0 is the
+    full size. time_emb_dim None: no input t. num_classes None: no input y. initial_pad: the border
+    of zeros around x, in pixels; the output lacks it. activation_checkpointing: the backward pass
+    computes activations again, in a third more time and a fraction of the memory.
     """
 
-    def __init__(self, img_channels, base_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2, time_emb_dim=TIME_EMB_DIM,
-                 time_emb_scale=1.0, num_classes=None, activation=F.silu, dropout=0.1, attention_resolutions=(1,), norm="gn",
-                 num_groups=MAX_GROUPS, initial_pad=0, *, activation_checkpointing=False):
+    def __init__(self, img_channels, base_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2,
+                 time_emb_dim=TIME_EMB_DIM, time_emb_scale=1.0, num_classes=None, activation=F.silu, dropout=0.1,
+                 attention_resolutions=(1,), norm="gn", num_groups=MAX_GROUPS, initial_pad=0, *,
+                 activation_checkpointing=False):
         super().__init__()
         self.activation = activation
         self.initial_pad = initial_pad
@@ -181,30 +186,28 @@ class UNet(nn.Module):
                 nn.Linear(time_emb_dim, time_emb_dim),
             )
         self.init_conv = nn.Conv2d(img_channels, base_channels, 3, padding=1)
-
-        def block(in_channels, out_channels, use_attention):
-            return ResidualBlock(in_channels, out_channels, dropout, time_emb_dim, num_classes, activation, norm, num_groups, use_attention)
+        block = partial(ResidualBlock, dropout=dropout, time_emb_dim=time_emb_dim, num_classes=num_classes,
+                        activation=activation, norm=norm, num_groups=num_groups)
 
         widths = [base_channels * mult for mult in channel_mults]
-        last = len(widths) - 1
         channels = base_channels
-        skips = [channels]  # the widths of the skip connections
+        skips = [channels]  # the channels of the skip connections
         self.downs = nn.ModuleList()
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                self.downs.append(block(channels, width, level in attention_resolutions))
+                self.downs.append(block(channels, width, use_attention=level in attention_resolutions))
                 channels = width
                 skips.append(channels)
-            if level < last:
+            if level < len(widths) - 1:
                 self.downs.append(Downsample(channels))
                 skips.append(channels)
 
-        self.mid = nn.ModuleList([block(channels, channels, True), block(channels, channels, False)])
+        self.mid = nn.ModuleList([block(channels, channels, use_attention=True), block(channels, channels)])
 
         self.ups = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(num_res_blocks + 1):
-                self.ups.append(block(channels + skips.pop(), width, level in attention_resolutions))
+                self.ups.append(block(channels + skips.pop(), width, use_attention=level in attention_resolutions))
                 channels = width
             if level > 0:
                 self.ups.append(Upsample(channels))
@@ -213,7 +216,7 @@ class UNet(nn.Module):
         self.out_conv = zero_init(nn.Conv2d(channels, img_channels, 3, padding=1))
 
     def forward(self, x, time=None, y=None):
-        """x (b, c, h, w), time (b,) timesteps, y (b,) class ids -> (b, c, h, w). Each level but the last halves h and w."""
+        """x (b, c, h, w), time (b,) timesteps, y (b,) class ids -> (b, c, h, w)."""
         if self.num_classes is not None and y is None:
             raise ValueError("this network is conditioned on classes: pass y")
         time_emb = self.embed_time(time)
@@ -241,35 +244,36 @@ class UNet(nn.Module):
         return self.time_mlp(time)
 
     def run(self, layer, x, time_emb, y):
-        """One layer, with its activations kept or computed again in the backward pass."""
+        """layer(x, time_emb, y), with activation checkpointing where it is on."""
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(layer, x, time_emb, y, use_reentrant=False)
         return layer(x, time_emb, y)
 
 
 def choose_groups(num_groups, channel):
-    """`num_groups`, or for "auto" as many as divide `channel` with four or more channels in each, up to 32.
+    """`num_groups`; for "auto" the most groups, up to 32, that have at least four channels each.
 
-    Group norm takes away what time and class add to a group of one channel: that level is blind to them.
+    In a group of one channel, group norm removes the shift by time and class.
     """
     if num_groups != "auto":
         return num_groups
-    return max(groups for groups in range(1, MAX_GROUPS + 1) if channel % groups == 0 and groups <= max(1, channel // 4))
+    return max(n for n in range(1, MAX_GROUPS + 1) if channel % n == 0 and n <= max(1, channel // 4))
 
 
 def check_levels(channel_mults, attention_resolutions):
-    """ValueError unless there is a level, and attention is at levels that exist."""
+    """ValueError unless there is a level and attention_resolutions are existing levels."""
     if not channel_mults:
         raise ValueError("channel_mults is empty: the network needs at least one level, such as 1,")
-    unknown = [level for level in attention_resolutions if level not in range(len(channel_mults))]
+    last = len(channel_mults) - 1
+    unknown = [level for level in attention_resolutions if level not in range(last + 1)]
     if unknown:
-        raise ValueError(f"attention_resolutions are levels from 0 to {len(channel_mults) - 1} (one a channel_mult), not {unknown}")
+        raise ValueError(f"attention_resolutions must be levels from 0 to {last} (see channel_mults), not {unknown}")
 
 
 def check_input_shape(input_shape, levels):
-    """ValueError with the nearest sizes that fit, unless each of `levels` but the last can halve (height, width)."""
+    """ValueError unless every level but the last can halve `input_shape` (height, width)."""
     factor = 2 ** (levels - 1)
     if any(size < 1 or size % factor for size in input_shape):
-        near = [tuple(max(move(size), 1) * factor for size in input_shape) for move in (lambda s: s // factor, lambda s: -(-s // factor))]
-        raise ValueError(f"input_shape {tuple(input_shape)} cannot be halved {levels - 1} times: height and width must be multiples of "
-                         f"{factor}, such as {' or '.join(str(shape) for shape in dict.fromkeys(near))}")
+        near = [tuple(max(rounded(n / factor), 1) * factor for n in input_shape) for rounded in (math.floor, math.ceil)]
+        raise ValueError(f"input_shape {tuple(input_shape)} does not fit {levels} levels: height and width must be "
+                         f"multiples of {factor}, such as {' or '.join(str(shape) for shape in dict.fromkeys(near))}")

@@ -3,7 +3,8 @@ import warnings
 import numpy as np
 import pytest
 
-from nets import SCHEDULES, generate_cosine_schedule, generate_linear_schedule, generate_sigmoid_schedule, make_betas
+from nets import SCHEDULES, generate_cosine_schedule, generate_linear_schedule, generate_sigmoid_schedule
+from nets.schedules import make_betas
 from nets.weights import find_schedule
 
 
