@@ -5,12 +5,7 @@ from .schedules import make_betas
 from .unet import UNet, check_input_shape
 from .weights import check_fit, check_sizes, class_rows, clean_keys, read_settings, unet_arguments
 
-# train.py's settings -> arguments. A missing setting leaves the default of the argument.
-NETWORK = {
-    "channel": "base_channels", "channel_mults": "channel_mults", "num_res_blocks": "num_res_blocks",
-    "attention_resolutions": "attention_resolutions", "num_groups": "num_groups", "time_emb_dim": "time_emb_dim",
-    "norm": "norm", "dropout": "dropout", "activation_checkpointing": "activation_checkpointing",
-}  # fmt: skip
+# train.py's settings that are arguments of the same name. A missing one leaves the default.
 SCHEDULE = ("schedule", "num_timesteps", "schedule_low", "schedule_high")
 OBJECTIVE = ("loss_type", "ema_decay", "ema_start", "prediction", "loss_weighting", "min_snr_gamma", "ema_warmup")
 
@@ -67,17 +62,6 @@ def from_weights(state_dict, input_shape=(32, 32)):
     return diffusion
 
 
-def class_rows(config, num_classes):
-    """(number of class embeddings, null class); (None, None) without classes."""
-    if not config.get("class_conditional", False):
-        return None, None
-    if num_classes < 1:
-        raise ValueError("class_conditional: there are no classes: sort images into class folders and list them again")
-    if config.get("label_dropout", 0.0) > 0:
-        return num_classes + 1, num_classes
-    return num_classes, None
-
-
 def load_weights(diffusion, state_dict, kind="full"):
     """Loads a state dict into `diffusion`. kind "ema": `model.*` is missing and becomes the EMA.
 
@@ -89,14 +73,5 @@ def load_weights(diffusion, state_dict, kind="full"):
     weights = clean_keys(state_dict)
     if kind == "ema":
         weights |= {key.removeprefix("ema_"): value for key, value in weights.items() if key.startswith("ema_model.")}
-    own = diffusion.state_dict()
-    problems = {
-        "unknown": [key for key in weights if key not in own],
-        "missing": [key for key in own if key not in weights],
-        "of another shape": [f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
-                             for key, value in weights.items() if key in own and value.shape != own[key].shape],
-    }
-    if any(problems.values()):
-        found = "; ".join(f"{len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys)
-        raise ValueError(f"the weights do not fit this network: {found}")
+    check_fit(diffusion.state_dict(), weights)
     diffusion.load_state_dict(weights)

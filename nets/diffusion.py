@@ -238,9 +238,6 @@ class GaussianDiffusion(nn.Module):
         y None: one null class for the whole batch, or None for a network without classes.
         """
         device = self.betas.device
-        if guided and self.null_class is None:
-            raise ValueError("guidance needs a null class: train with class_conditional and label_dropout above 0, "
-                             "or use guidance_scale 1")
         if guided and y is None:
             raise ValueError("guidance needs a class for each image: pass y")
         if self.num_classes is None:

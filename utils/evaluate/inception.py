@@ -55,7 +55,7 @@ def load_inception(weights_path="", device="cpu"):
         what = f"{weights_path} cannot be read" if weights_path else f"the Inception weights cannot be downloaded from {weights_address()}"
         raise ValueError(f"{what} ({error}): name a copy of the file with --inception_weights; {INSTEAD}") from None
     except Exception as error:  # torch.load and load_state_dict raise all kinds
-        what = str(error).splitlines()[0].removeprefix(f"{weights_path}: ")[:160]
+        what = str(error).splitlines()[0].removeprefix(f"{weights_path}: ")[:400]
         raise ValueError(f"{weights_path or weights_address()}: not the Inception weights ({what})") from None
     return Inception(metric.inception).to(device).eval().requires_grad_(False)
 
