@@ -14,7 +14,7 @@ from utils.data.decode import check_picture_settings
 
 
 def open_dataset(annotation_path, input_shape, img_channels=3, resize_mode="crop", background=(255, 255, 255), num_workers=0,
-                 cache_path=None):
+                 cache_path=None, icc=True):
     """The listed images, decoded once into a cache on disk -> ImageDataset.
 
     The cache is used again while the files' paths, sizes and times and the settings are the same. Files that cannot be
@@ -22,7 +22,7 @@ def open_dataset(annotation_path, input_shape, img_channels=3, resize_mode="crop
 
     Args:
         annotation_path: the list that txt_annotation.py writes.
-        input_shape, img_channels, resize_mode, background: as in `utils.data.decode.load_image`.
+        input_shape, img_channels, resize_mode, background, icc: as in `utils.data.decode.load_image`.
         num_workers: threads that decode; 0 = all cores.
         cache_path: folder of the cache. None: `.cache` in the datasets folder beside the list or else of the project, and
             where that cannot be written the user's cache folder.
@@ -33,7 +33,7 @@ def open_dataset(annotation_path, input_shape, img_channels=3, resize_mode="crop
     check_picture_settings(input_shape, img_channels, resize_mode, background)
     annotation = read_annotation(annotation_path)
     settings = {"input_shape": tuple(map(int, input_shape)), "img_channels": img_channels, "resize_mode": resize_mode,
-                "background": tuple(map(int, background))}
+                "background": tuple(map(int, background)), "icc": bool(icc)}
     key = _cache_key(settings, _file_stats(annotation.paths))
     folders = [Path(cache_path)] if cache_path else cache_folders(annotation_path)
     cache = next(filter(None, (_open_cache(folder, key, len(annotation.paths)) for folder in folders)), None)

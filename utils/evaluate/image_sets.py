@@ -8,11 +8,11 @@ from tempfile import TemporaryDirectory, TemporaryFile
 
 import numpy as np
 import torch
-from PIL import Image
 
 from utils.data.annotation import find_images, label_by_folder, printable, read_annotation, write_annotation
 from utils.data.dataset import PictureSet, open_dataset
-from utils.data.decode import FORMATS, check_image
+from utils.data.decode import check_image
+from utils.data.formats import open_image
 
 
 def natural_shape(path):
@@ -23,7 +23,7 @@ def natural_shape(path):
     first = _listed(path)[0]
     try:
         width, height = check_image(first, full=False)
-        with Image.open(first, formats=FORMATS) as image:
+        with open_image(first, whole=False) as image:
             return height, width, 1 if image.mode in ("1", "L") else 3
     except Exception as error:  # Pillow's decoders raise all kinds
         raise ValueError(f"{printable(first)}, the first picture of {printable(path)}, cannot be decoded ({error}): "
@@ -37,7 +37,7 @@ def _listed(path):
     return paths
 
 
-def open_pictures(path, shape, resize_mode="crop", background=(255, 255, 255), cache_path=None):
+def open_pictures(path, shape, resize_mode="crop", background=(255, 255, 255), cache_path=None, icc=True):
     """The PictureSet of a folder, a list or an .npz, as pixels of shape (H, W, C).
 
     Those of folders and lists are decoded into the cache of `utils.data.cache`; a folder of folders has them for classes. An .npz holds
@@ -47,14 +47,14 @@ def open_pictures(path, shape, resize_mode="crop", background=(255, 255, 255), c
     if path.suffix.lower() == ".npz":
         return _open_npz(path, tuple(shape))
     if not path.is_dir():
-        dataset = open_dataset(path, shape[:2], shape[2], resize_mode, background, cache_path=cache_path)
+        dataset = open_dataset(path, shape[:2], shape[2], resize_mode, background, cache_path=cache_path, icc=icc)
     else:
         paths = _listed(path)
         with TemporaryDirectory() as folder:
             annotation = os.path.join(folder, "lines.txt")
             write_annotation(annotation, paths, *label_by_folder(paths))
-            dataset = open_dataset(annotation, shape[:2], shape[2], resize_mode, background, cache_path=cache_path)
-    settings = (resize_mode, tuple(background))
+            dataset = open_dataset(annotation, shape[:2], shape[2], resize_mode, background, cache_path=cache_path, icc=icc)
+    settings = (resize_mode, tuple(background), icc)
     return PictureSet(printable(path.resolve()), dataset.pixels, dataset.hashes, dataset.labels, dataset.classes, dataset.paths, settings)
 
 
