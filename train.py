@@ -44,6 +44,7 @@ class Config:
     img_channels: int = 3                                # 3 colour, 1 grey
     resize_mode: Literal["crop", "stretch", "pad"] = "crop"  # how a picture of another shape is made to fit
     background: tuple[int, int, int] = (255, 255, 255)   # what shows through where a picture is transparent
+    icc: bool = True                                     # convert embedded colour profiles to sRGB; False: leave the pixels
     horizontal_flip: bool = False                        # mirror half of the pictures: not for text, faces with sides, flags
     num_workers: int = 0                                 # threads that decode the pictures, once; 0: one a core
 
@@ -166,7 +167,8 @@ def prepare(config, device, checkpoint=None):
     """Everything that the loop needs, with the checkpoint's weights where there is one."""
     with distributed.one_per_machine_first():
         dataset = open_dataset(
-            config.annotation_path, config.input_shape, config.img_channels, config.resize_mode, config.background, config.num_workers
+            config.annotation_path, config.input_shape, config.img_channels, config.resize_mode, config.background,
+            config.num_workers, icc=config.icc,
         )
     check_classes(config, dataset.classes, checkpoint)
     rows, val_rows = split_validation(dataset.hashes, config.val_split)
