@@ -12,7 +12,7 @@ import types
 import typing
 from dataclasses import fields
 
-NEGATIVE = re.compile(r"-\.?\d")
+SINGLE_DASH = re.compile(r"-(?!-|h$)")  # how a value may start: every option starts with two dashes
 
 
 def parse_config(config_class, description, arguments=None):
@@ -28,15 +28,15 @@ def typed_options(config_class, description, arguments=None):
     for field in fields(config_class):
         text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%").strip()
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar="VALUE", help=text)
-    typed = vars(parser.parse_args(_join_negative(sys.argv[1:] if arguments is None else arguments)))
+    typed = vars(parser.parse_args(_join_values(sys.argv[1:] if arguments is None else arguments)))
     return {name: parse_value(name, text, types_[name]) for name, text in typed.items()}
 
 
-def _join_negative(arguments):
-    """`--seed -1` as `--seed=-1`: argparse takes some negative values, such as -1,2 and -1e3, for options."""
+def _join_values(arguments):
+    """`--seed -1` as `--seed=-1`: argparse takes -1,2 and a class called -dash for options."""
     joined = []
     for argument in map(str, arguments):
-        if joined and NEGATIVE.match(argument) and joined[-1].startswith("--") and "=" not in joined[-1]:
+        if joined and SINGLE_DASH.match(argument) and joined[-1].startswith("--") and "=" not in joined[-1]:
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)
