@@ -47,6 +47,7 @@ class Config:
     img_channels: Literal[3, 1] = 3                      # 3 colour, 1 grey
     resize_mode: Literal[tuple(RESIZE_MODES)] = "crop"   # how a picture of another shape is made to fit
     background: tuple[int, int, int] = (255, 255, 255)   # what shows through where a picture is transparent
+    icc: bool = True                                     # convert embedded colour profiles to sRGB; False: leave the pixels
     horizontal_flip: bool = False                        # mirror half of the pictures: not for text, faces with sides, flags
     num_workers: int = 0                                 # threads that decode the pictures, once; 0: one a core
 
@@ -182,7 +183,7 @@ def prepare(config, device, checkpoint=None):
     """The Parts, with the checkpoint's weights where there is one."""
     with distributed.one_per_machine_first():
         images = open_dataset(config.annotation_path, config.input_shape, config.img_channels, config.resize_mode,
-                              config.background, config.num_workers)  # fmt: skip
+                              config.background, config.num_workers, icc=config.icc)  # fmt: skip
     check_classes(config, images.classes, checkpoint)
     dataset, validation = split_validation(images, config.val_split)
     batch_size = effective_batch_size(len(dataset), config.batch_size, distributed.world_size() * config.accumulate)

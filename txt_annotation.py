@@ -8,15 +8,17 @@ from pathlib import Path
 from utils.config import parse_config, settings
 from utils.data.annotation import (
     SHIPPED,
+    beside_folders,
+    check_annotation_path,
     check_images,
     classes_path,
-    find_images,
     label_by_folder,
     printable,
+    search,
     without_shipped,
     write_annotation,
 )
-from utils.data.decode import EXTENSIONS
+from utils.data.formats import EXTENSIONS, UNREAD_EXTENSIONS
 from utils.errors import run_script
 
 
@@ -31,15 +33,19 @@ class Config:
 
 def main(arguments=None):
     config = parse_config(Config, __doc__, arguments)
+    check_annotation_path(config.annotation_path)
     if config.download:
         from utils.data.downloads import download  # torchvision takes seconds to import
 
         config.datasets_path = download(config.download, config.datasets_path)
-    found = find_images(config.datasets_path)
+    found, others = search(config.datasets_path)
+    check_annotation_path(config.annotation_path, found)
     paths, num_shipped = without_shipped(found, config.datasets_path)
     good, bad = check_images(paths, config.verify, config.num_workers) if paths else ([], [])
     for path, reason in bad:
-        print(f"left out {printable(path)}: {reason}")
+        print(f"left out {printable(path)}: {printable(reason)}")
+    if others:
+        print(f"files of other endings, which are not read: {describe_endings(others)}")
     if not good:
         raise ValueError(nothing_found(config.datasets_path, len(bad)))
 
@@ -50,7 +56,7 @@ def main(arguments=None):
     if num_shipped:
         print(f"your own images are used; the {num_shipped} shipped ones in {SHIPPED}/ are left out")
     print(f"{len(paths)} images, {describe_sizes([size for _, size in good])}{f'; {len(bad)} bad files left out' if bad else ''}")
-    print(describe_classes(labels, classes))
+    print(describe_classes(paths, labels, classes))
     print(f"list: {printable(Path(config.annotation_path).absolute())}")
     if labels is not None:
         print(f"class names: {printable(classes_path(config.annotation_path).absolute())}")
@@ -72,12 +78,30 @@ def describe_sizes(sizes):
     return f"width x height: {shown}{f' and {len(counts) - 5} other sizes' if len(counts) > 5 else ''}"
 
 
-def describe_classes(labels, classes):
+def describe_endings(counts):
+    """{".heic": 40, "": 2} in words, the most frequent first, with what would read them."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    remarks = {ending: f" ({why})" for ending, why in UNREAD_EXTENSIONS.items()}
+    shown = [f"{count} {printable(ending) or 'without'}{remarks.get(ending, '')}" for ending, count in ordered[:10]]
+    return ", ".join(shown) + (f" and {len(ordered) - 10} other endings" if len(ordered) > 10 else "")
+
+
+def describe_classes(paths, labels, classes):
     if labels is None:
-        return "no class folders: the images are unlabelled"
+        beside, folders = beside_folders(paths)
+        if not folders:
+            return "no class folders: the images are unlabelled"
+        return (f"no classes, as {first_names([Path(path).name for path in beside])} "
+                f"{'lies' if len(beside) == 1 else f'({len(beside)} images) lie'} "
+                f"beside the folder{'s' * (len(folders) > 1)} {first_names(folders)}: the images are unlabelled; "
+                "move every image into a folder for classes")
     counts = Counter(labels)
     shown = ", ".join(f"{printable(name)} ({counts[i]})" for i, name in list(enumerate(classes))[:20])
     return f"{len(classes)} class{'es' if len(classes) > 1 else ''}: {shown}{' ...' if len(classes) > 20 else ''}"
+
+
+def first_names(names):
+    return ", ".join(map(printable, names[:5])) + (" ..." if len(names) > 5 else "")
 
 
 if __name__ == "__main__":

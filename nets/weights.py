@@ -151,7 +151,9 @@ def known_settings(checkpoint):
     """train.py's settings of a checkpoint: its config, or what its weights determine."""
     check_sizes(checkpoint)
     # Weights do not determine num_groups. Without it in the config, it is the reference's.
-    config = {"num_groups": MAX_GROUPS, **(checkpoint["config"] or config_from_weights(checkpoint["weights"]))}
+    config = checkpoint["config"] or config_from_weights(checkpoint["weights"])
+    # A config without icc is of a run that ignored colour profiles.
+    config = {"num_groups": MAX_GROUPS, "icc": not checkpoint["config"], **config}
     # Without ema_step the EMA is a finished one. A warm-up would replace most of it in a few steps.
     return config if "ema_step" in checkpoint else {**config, "ema_warmup": False}
 

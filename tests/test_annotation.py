@@ -1,7 +1,11 @@
 """Finding, checking and listing images, and the script that does it."""
+import errno
+import io
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +14,20 @@ from PIL import Image
 
 from utils.data.annotation import (
     Annotation,
+    beside_folders,
+    check_annotation_path,
     check_images,
     classes_path,
     find_images,
     label_by_folder,
+    printable,
     read_annotation,
+    search,
     without_shipped,
     write_annotation,
 )
-from utils.data.decode import EXTENSIONS
-from utils.data.threads import map_in_threads
+from utils.data.formats import EXTENSIONS
+from utils.data.threads import Budget, map_in_threads
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -86,6 +94,25 @@ def test_a_pipe_is_not_waited_for_and_a_broken_link_is_named(tmp_path):
     assert bad == [(str(tmp_path / "lost.png"), "No such file or directory")]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
+def test_a_link_to_a_pipe_is_named_and_not_listed(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.png").symlink_to(tmp_path / "pipe")
+    (tmp_path / "terminal.png").symlink_to("/dev/null")
+    assert find_images(tmp_path) == []
+    said = capsys.readouterr().out
+    assert "link.png: no regular file" in said and "terminal.png: no regular file" in said
+
+
+def test_other_files_are_counted_by_their_ending(tmp_path):
+    for name in ("a.png", "a.HEIC", "x/b.heic", "x/c.xcf", "README", ".hidden", "x/.DS_Store", "d.png.part"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    paths, others = search(tmp_path)
+    assert relative(paths, tmp_path) == ["a.png"]
+    assert others == {".heic": 2, ".xcf": 1, "": 1, ".part": 1}
+
+
 def test_a_root_that_is_no_folder_is_an_error_that_names_it(tmp_path):
     with pytest.raises(ValueError, match="missing is not a folder.*datasets_path"):
         find_images(tmp_path / "missing")
@@ -112,6 +139,53 @@ def test_a_name_with_a_line_break_is_left_out(tmp_path):
     assert check_images([path])[1][0][0] == path
 
 
+@pytest.mark.parametrize("error, line", [
+    (MemoryError(), "out of memory while decoding {path}: lower num_workers, or end other programs; nothing was kept"),
+    *[(OSError(number, os.strerror(number)), f"{{path}} cannot be read now ({os.strerror(number)}): see to the disk or the system and run "
+       "this again; nothing was kept") for number in (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)]])
+def test_a_failure_of_the_system_ends_the_pass(tmp_path, monkeypatch, error, line):
+    """The image may be whole: it must not be left out."""
+    paths = [make_image(tmp_path / f"{i}.png") for i in range(3)]
+
+    def fail(path, full):
+        if path == paths[1]:
+            raise error
+        return 1, 1
+
+    monkeypatch.setattr("utils.data.annotation.check_image", fail)
+    with pytest.raises(ValueError) as caught:
+        check_images(paths)
+    assert str(caught.value) == line.format(path=paths[1])
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG])
+def test_a_file_that_may_not_be_read_is_left_out(tmp_path, monkeypatch, number):
+    def fail(path, full):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("utils.data.annotation.check_image", fail)
+    assert check_images(["/a.png"]) == ([], [("/a.png", os.strerror(number))])
+
+
+# Printing
+
+@pytest.mark.parametrize("text, shown", [
+    ("plain name.png", "plain name.png"), ("gâteau 蛋糕 👩\u200d🚀.png", "gâteau 蛋糕 👩\u200d🚀.png"),
+    ("\x1b]0;owned\x07\x1b[31mred", r"\x1b]0;owned\x07\x1b[31mred"), ("a\nb\rc\td\0", r"a\nb\rc\td\x00"), ("\x9b31m\x7f", r"\x9b31m\x7f"),
+    (Path("/d/\x1bc"), r"/d/\x1bc"), ("bytes\udcff", r"bytes\udcff"),
+    ("\u202egnp.exe\u2066", r"\u202egnp.exe\u2066"), ("a\u2028b", r"a\u2028b")])
+def test_what_a_terminal_would_act_on_is_escaped(monkeypatch, text, shown):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    assert printable(text) == shown
+
+
+def test_what_the_terminal_lacks_is_escaped(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert printable("猫é\udcff") == r"\u732b\xe9\udcff"
+    monkeypatch.setattr(sys, "stdout", None)
+    assert printable("猫\x1b") == r"猫\x1b"
+
+
 # Classes
 
 @pytest.mark.parametrize("paths, labels, classes", [
@@ -125,6 +199,12 @@ def test_a_name_with_a_line_break_is_left_out(tmp_path):
 ])
 def test_the_class_is_the_folder_below_the_common_root(paths, labels, classes):
     assert label_by_folder(paths) == (labels, classes)
+
+
+def test_images_beside_class_folders_are_named():
+    assert beside_folders(["/d/cats/1.png", "/d/stray.png", "/d/dogs/2.png"]) == (["/d/stray.png"], ["cats", "dogs"])
+    assert beside_folders(["/d/1.png", "/d/2.png"]) == (["/d/1.png", "/d/2.png"], [])
+    assert beside_folders(["/d/cats/1.png", "/d/dogs/2.png"]) == ([], ["cats", "dogs"])
 
 
 def test_the_shipped_emoji_alone_have_seven_classes():
@@ -241,6 +321,47 @@ def test_a_list_that_cannot_be_used_is_one_clear_line(tmp_path, text, classes, m
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text, fault", [
+    ("images/a.png", r"line 1: expected .* not a relative path or another text \(images/a.png\)"),
+    ('"/d/a.png"', "line 1: expected .* not a path in quotes"), ("0;'/d/a.png'", "line 1: expected .* not a path in quotes"),
+    ("/d/a.png\n0;b.png", r"line 2: expected .* not a relative path or another text \(b.png\)"),
+    ("evil\x1b[31m.png", r"another text \(evil\\x1b\[31m.png\)"),
+    pytest.param(r"C:\d\a.png", "line 1: expected .* not a path of Windows", marks=pytest.mark.skipif(os.name == "nt", reason="it is one")),
+])
+def test_what_is_wrong_with_a_path_is_said(tmp_path, text, fault):
+    (tmp_path / "train_lines.txt").write_text(text + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=fault):
+        read_annotation(tmp_path / "train_lines.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_list_in_utf_16_is_named_as_one(tmp_path, encoding):
+    path = tmp_path / "train_lines.txt"
+    path.write_bytes("0;/d/a.png\r\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"train_lines\.txt is saved as UTF-16: save it as UTF-8"):
+        read_annotation(path)
+    write_annotation(path, ["/d/a.png"], [0], ["cats"])
+    classes_path(path).write_bytes("cats\r\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"train_classes\.txt is saved as UTF-16"):
+        read_annotation(path)
+
+
+@pytest.mark.parametrize("name", [".", "..", "", "/", "logs/", "logs", "./", "a\0b"])
+def test_a_list_cannot_be_written_over_a_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(ValueError, match="is no name of a file: give one such as train_lines.txt"):
+        check_annotation_path(name)
+
+
+def test_a_list_never_replaces_an_image(tmp_path, monkeypatch):
+    path = make_image(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is one of the pictures"):
+        check_annotation_path("a.png", [path])
+    check_annotation_path("other.png", [path])
+
+
 # The script
 
 def run_script(folder, *options):
@@ -276,7 +397,75 @@ def test_without_an_image_the_script_fails_and_the_old_list_stays(tmp_path, cont
     assert (tmp_path / "train_lines.txt").read_text() == "/old.png\n"
 
 
+def test_the_script_says_what_it_does_not_read_and_why_there_are_no_classes(tmp_path):
+    for name in ("cats/1.png", "dogs/2.png", "stray.png", "\x1b]0;x\x07/3.png"):
+        make_image(tmp_path / "datasets" / name)
+    for name in ("a.heic", "b.HEIC", "c.xyz"):
+        (tmp_path / "datasets" / name).touch()
+    (tmp_path / "datasets" / "bad\x1b[31m.png").write_bytes(b"bad")
+    os.mkfifo(tmp_path / "datasets" / "pipe.png")
+    done = run_script(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not read: " in done.stdout and "1 .xyz" in done.stdout
+    assert "2 .heic" in done.stdout or ".heic" in EXTENSIONS
+    assert r"no classes, as stray.png lies beside the folders \x1b]0;x\x07, cats, dogs: the images are unlabelled" in done.stdout
+    assert r"bad\x1b[31m.png: not a picture" in done.stdout and "pipe.png: no regular file" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize("variables", [
+    {"LANG": "C", "LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252", "LANG": "C"},
+    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}])
+def test_names_that_the_terminal_cannot_show_end_nothing(tmp_path, monkeypatch, variables):
+    folder = os.fsencode(tmp_path / "datasets")
+    for name in ("猫".encode(), b"bytes\xff", b"-dash"):
+        os.makedirs(folder + b"/" + name)
+        with open(folder + b"/" + name + b"/1.png", "wb") as file:
+            Image.new("RGB", (4, 4)).save(file, "PNG")
+    (tmp_path / "datasets" / "猫" / "bad.png").write_bytes(b"bad")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, str(PROJECT / "txt_annotation.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr and b"3 classes: -dash (1)" in done.stdout and rb"bytes\udcff" in done.stdout
+    assert read_annotation(tmp_path / "train_lines.txt").classes == ["-dash", "bytes\udcff", "猫"]
+
+
+@pytest.mark.parametrize("name", [".", "datasets", "", "datasets/cats/1.png"])
+def test_a_list_at_a_wrong_place_is_one_line(tmp_path, name):
+    path = Path(make_image(tmp_path / "datasets" / "cats" / "1.png"))
+    content = path.read_bytes()
+    done = run_script(tmp_path, f"--annotation_path={name}")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: annotation_path ") and "Traceback" not in done.stderr
+    assert path.read_bytes() == content
+
+
 # Threads
+
+def test_a_budget_is_never_exceeded_and_a_large_job_gets_its_turn():
+    budget, held, most, lock = Budget(10), [0], [0], threading.Lock()
+
+    def work(amount):
+        with budget.take(amount):
+            with lock:
+                held[0] += min(amount, 10)
+                most[0] = max(most[0], held[0])
+            time.sleep(0.001)
+            with lock:
+                held[0] -= min(amount, 10)
+
+    list(map_in_threads(work, [1, 3, 10, 25, 4, 6, 2] * 20, num_workers=6))
+    assert most[0] == 10 and budget.taken == 0
+
+
+def test_a_budget_is_given_back_after_an_error():
+    budget = Budget(5)
+    with pytest.raises(KeyError), budget.take(5):
+        raise KeyError
+    with budget.take(5):
+        assert budget.taken == 5
+
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_results_come_in_order(num_workers):

@@ -31,6 +31,13 @@ def parse(*arguments):
     return parse_config(Settings, "", list(arguments))
 
 
+@pytest.mark.parametrize("text", ["-dash", "-", "-1", "-h2", "-e", "- a b"])
+def test_a_text_may_start_with_a_dash(text):
+    assert parse("--loss_type", text, "--batch_size", "3") == Settings(loss_type=text, batch_size=3)
+    assert parse(f"--loss_type={text}").loss_type == text
+    assert parse("--loss_type=--two").loss_type == "--two"
+
+
 @pytest.mark.parametrize(("name", "text", "value"), [
     ("batch_size", "32", 32), ("batch_size", "-3", -3), ("batch_size", " 7", 7),
     ("init_lr", "2e-4", 2e-4), ("init_lr", "3", 3.0), ("init_lr", "-.5", -0.5), ("init_lr", "-1e3", -1000.0),

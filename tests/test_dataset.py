@@ -236,6 +236,29 @@ def test_a_bad_file_made_good_again_comes_back(listed):
     assert len(open_listed(listed)) == 40
 
 
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "x"), OSError(errno.EMFILE, "x")])
+def test_a_failure_that_may_pass_ends_the_build_and_keeps_nothing(listed, monkeypatch, error):
+    annotation, paths = listed[0], listed[1]
+    with monkeypatch.context() as patch:
+        def fail(*arguments, **settings):
+            raise error
+
+        patch.setattr("utils.data.cache.load_image", fail)
+        with pytest.raises(ValueError, match="nothing was kept") as caught:
+            open_dataset(annotation, (8, 8), cache_path=annotation.parent / "cache")
+    assert any(path in str(caught.value) for path in paths) and "\n" not in str(caught.value)
+    assert not [path for path in (annotation.parent / "cache").iterdir() if path.suffix in (".pixels", ".json", ".tmp")]
+    assert len(open_dataset(annotation, (8, 8), cache_path=annotation.parent / "cache")) == len(paths)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
+def test_a_pipe_in_the_list_is_left_out(listed, capsys):
+    os.unlink(listed[1][2])
+    os.mkfifo(listed[1][2])
+    assert len(open_dataset(listed[0], (8, 8), cache_path=listed[0].parent / "cache")) == len(listed[1]) - 1
+    assert "is no regular file" in capsys.readouterr().out
+
+
 def test_nothing_that_can_be_decoded_is_an_error(listed):
     for path in listed[1]:
         Path(path).write_bytes(b"bad")

@@ -1,19 +1,27 @@
 """Pictures in and out: every mode and orientation against arithmetic or an independent implementation."""
+import errno
+import os
 import struct
+import subprocess
+import sys
+import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from utils.data import decode as images
-from utils.data.decode import check_image, describe_error, load_image
+from utils.data.decode import check_image, describe_error, is_about_the_file, is_damage, load_image
+from utils.data.threads import Budget, map_in_threads
 from utils.images import make_grid, save_animation, save_png, to_uint8
 
 ORIENTATION = 0x0112
+PROJECT = Path(__file__).resolve().parents[1]
 
 
 def smooth(width, height, seed=0):
@@ -389,6 +397,86 @@ def test_other_formats_are_not_even_tried(tmp_path):
     (tmp_path / "a.eps").rename(tmp_path / "a.png")
     with pytest.raises(OSError, match="identify"):
         check_image(tmp_path / "a.png")
+
+
+# Failures: of the content, or of the system
+
+@pytest.mark.parametrize("error", [
+    ValueError("x"), SyntaxError("x"), struct.error("x"), zlib.error("x"), KeyError(273), EOFError(), OverflowError(), TypeError(),
+    OSError("image file is truncated"), UnidentifiedImageError("x"), Image.DecompressionBombError("x"),
+    OSError(errno.EINVAL, "seek")])
+def test_damage_of_the_content_is_told(error):
+    assert is_damage(error) and is_about_the_file(error)
+    assert describe_error(error) and "attack" not in describe_error(error)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOSPC, errno.ETIMEDOUT])
+def test_a_failure_of_the_system_is_no_damage(number):
+    error = OSError(number, os.strerror(number))
+    assert not is_damage(error) and not is_about_the_file(error) and describe_error(error) == os.strerror(number)
+    assert not is_damage(MemoryError()) and not is_about_the_file(MemoryError()) and describe_error(MemoryError()) == "out of memory"
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES])
+def test_a_file_that_is_gone_or_closed_is_no_damage_but_its_own_fault(number):
+    assert not is_damage(OSError(number, "x")) and is_about_the_file(OSError(number, "x"))
+
+
+def test_a_decoder_that_lacks_memory_is_not_taken_for_damage(tmp_path, monkeypatch):
+    """Pillow's decoders say "broken data stream" where they get none."""
+    smooth(64, 64).save(tmp_path / "a.png")
+
+    def fail(self):
+        raise OSError("broken data stream when reading image file")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    for free, kind in ((True, OSError), (False, MemoryError)):
+        monkeypatch.setattr(images, "_is_free", lambda size, free=free: free)
+        with pytest.raises(kind) as caught:
+            load_image(tmp_path / "a.png", (8, 8))
+        assert is_damage(caught.value) == free
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space")
+def test_too_little_memory_is_not_kept_as_damage(tmp_path):
+    Image.new("RGB", (9000, 9000)).save(tmp_path / "a.png")
+    code = ("import resource, sys; from utils.data.annotation import check_images\n"
+            "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+            "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))\n"
+            "check_images([sys.argv[1]], num_workers=1)")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 1 and "ValueError: out of memory while decoding" in done.stderr
+
+
+def test_large_images_of_many_threads_wait_for_each_other(tmp_path, monkeypatch):
+    """Together they never hold more than the budget."""
+    most, opaque = [0], images._opaque
+
+    def observed(*arguments):
+        most[0] = max(most[0], images.DECODING.taken)
+        time.sleep(0.002)
+        return opaque(*arguments)
+
+    smooth(100, 100).save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "DECODING", Budget(200_000))  # two of 80,000 bytes
+    monkeypatch.setattr(images, "_opaque", observed)
+    list(map_in_threads(lambda _: load_image(tmp_path / "a.png", (8, 8)), range(160), 8))
+    assert most[0] == 160_000
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "I;16", "F", "L"])
+def test_strips_give_the_same_pixels(tmp_path, monkeypatch, mode):
+    generator = np.random.default_rng(0)
+    shape = {"RGBA": (40, 30, 4), "LA": (40, 30, 2), "CMYK": (40, 30, 4)}.get(mode, (40, 30))
+    values = generator.integers(0, 256, shape)
+    values = values.astype({"I;16": np.uint16, "F": np.float32}.get(mode, np.uint8))
+    image = Image.fromarray(values, mode if mode in ("LA", "CMYK", "P") else None)
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "F") else "a.png")
+    image.save(path, **({"transparency": 7} if mode in ("P", "L") else {}))
+    whole = load_same_size(path, background=BACKGROUND)
+    for pixels in (1000, 70, 7):  # rows, one or two rows, parts of a row
+        monkeypatch.setattr(images, "STRIP_PIXELS", pixels)
+        np.testing.assert_array_equal(load_same_size(path, background=BACKGROUND), whole)
 
 
 # Pictures out

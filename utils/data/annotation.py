@@ -4,10 +4,12 @@ import contextlib
 import os
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.data.decode import EXTENSIONS, check_image, describe_error
+from utils.data.decode import check_image, describe_error, is_about_the_file
+from utils.data.formats import EXTENSIONS
 from utils.data.threads import map_in_threads
 from utils.files import atomic_write
 
@@ -16,6 +18,10 @@ LABELLED_LINE = re.compile(r"([0-9]+);(.+)", re.DOTALL)  # an absolute path neve
 # File names are bytes on Linux: those that are no UTF-8 are kept as they are. Only "\n" ends a line: a name may hold
 # the other characters at which str.splitlines() would cut.
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n"}
+UTF16_STARTS = ("\udcff\udcfe", "\udcfe\udcff")  # its byte order marks, read as UTF-8 in this way
+# Characters that a terminal acts on or cannot show: controls, line separators, marks of the
+# writing direction, lone surrogates.
+RAW_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 RUN_AGAIN = "run `python txt_annotation.py` (again) to list the images of datasets/"
 
 
@@ -28,21 +34,31 @@ class Annotation:
 
 
 def printable(text):
-    """`text` so that it can be printed on any terminal: what its encoding lacks is escaped."""
+    """`text` in one line that any terminal can show: controls and what it lacks are escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return str(text).encode(encoding, "backslashreplace").decode(encoding)
+    escaped = RAW_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+    return escaped.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def find_images(root):
-    """The absolute paths of all image files below `root`, by their extension in any case, sorted.
+    """The absolute paths of all image files below `root`, as `search` finds them."""
+    return search(root)[0]
+
+
+def search(root):
+    """(paths, others) of the files below `root`.
+
+    paths: the absolute paths of the images, by their extension in any case, sorted. others: how many other files there
+    are of each extension, a Counter.
 
     Folders and files whose name starts with a dot are left out. Links are followed, each folder is visited once. A
-    folder that cannot be read is named and left out. ValueError where `root` itself is no folder.
+    folder that cannot be read, and what is no regular file, is named and left out. ValueError where `root` itself is no
+    folder.
     """
     root = os.path.abspath(root)
     if not os.path.isdir(root):
         raise ValueError(f"{printable(root)} is not a folder: make it and put images into it, or set datasets_path to where they are")
-    paths, folders, links, visited = [], [root], [], set()
+    paths, others, folders, links, visited = [], Counter(), [root], [], set()
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)  # links last: a folder is known by its own name where it has one here
         if os.path.realpath(folder) in visited:
@@ -51,9 +67,21 @@ def find_images(root):
         for entry in _entries(folder):
             if os.path.isdir(entry.path):  # the entry's own is_dir() raises on a link to itself
                 (links if entry.is_symlink() else folders).append(entry.path)
-            elif _is_image_name(entry.name) and (entry.is_symlink() or entry.is_file()):
-                paths.append(entry.path)  # a broken link too, for the check to name it
-    return sorted(paths, key=lambda path: path.split(os.sep))
+            elif not _is_image_name(entry.name):
+                others[os.path.splitext(entry.name)[1].lower()] += 1
+            elif _may_be_opened(entry):
+                paths.append(entry.path)
+            else:
+                print(f"left out {printable(entry.path)}: no regular file")
+    return sorted(paths, key=lambda path: path.split(os.sep)), others
+
+
+def _may_be_opened(entry):
+    """Whether it is a regular file, after following links, or a broken link. Others may block.
+
+    The check names the broken link.
+    """
+    return entry.is_symlink() and not os.path.exists(entry.path) or os.path.isfile(entry.path)
 
 
 def _entries(folder):
@@ -81,7 +109,8 @@ def check_images(paths, full=True, num_workers=0):
     """Decode all images in threads, with a progress bar.
 
     Returns (good, bad): good is a list of (path, (width, height)), bad one of (path, reason), both in order.
-    `full=False` reads the headers only: much faster, finds no damage further on.
+    `full=False` reads the headers only: much faster, finds no damage further on. ValueError where a failure is not the
+    file's own: memory that runs out, a disk that fails.
     """
     def check(path):
         if "\n" in path or "\r" in path:
@@ -89,6 +118,8 @@ def check_images(paths, full=True, num_workers=0):
         try:
             return check_image(path, full), None
         except Exception as error:  # Pillow's decoders raise all kinds
+            if not is_about_the_file(error):
+                raise passing_failure(path, error) from error
             return None, describe_error(error)
 
     results = list(zip(map_in_threads(check, paths, num_workers, "checking images"), paths))
@@ -96,18 +127,51 @@ def check_images(paths, full=True, num_workers=0):
     return good, [(path, reason) for (size, reason), path in results if not size]
 
 
+def passing_failure(path, error):
+    """The ValueError that ends a pass over many files: this one may be whole."""
+    if isinstance(error, MemoryError):
+        return ValueError(f"out of memory while decoding {printable(path)}: lower num_workers, or end other programs; "
+                          "nothing was kept")
+    return ValueError(f"{printable(path)} cannot be read now ({printable(describe_error(error))}): "
+                      "see to the disk or the system and run this again; nothing was kept")
+
+
 def label_by_folder(paths):
     """Class folders -> (labels, class names): the class is the folder right below the common root of `paths`.
 
     (None, []) if any image lies in the root itself: there are no classes then.
     """
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    parts = [os.path.relpath(path, root).split(os.sep) for path in paths]
+    parts = _parts_below_common_root(paths)
     if any(len(part) == 1 for part in parts):
         return None, []
     classes = sorted({part[0] for part in parts})
     ids = {name: i for i, name in enumerate(classes)}
     return [ids[part[0]] for part in parts], classes
+
+
+def beside_folders(paths):
+    """(paths, folder names): the images in the common root itself, and the folders beside them.
+
+    As long as there are both, `label_by_folder` finds no classes.
+    """
+    parts = _parts_below_common_root(paths)
+    beside = sorted(path for path, part in zip(paths, parts) if len(part) == 1)
+    return beside, sorted({part[0] for part in parts if len(part) > 1})
+
+
+def _parts_below_common_root(paths):
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [os.path.relpath(path, root).split(os.sep) for path in paths]
+
+
+def check_annotation_path(annotation_path, images=()):
+    """ValueError where no list can be written: at a folder, or at one of the images themselves."""
+    path = str(annotation_path)
+    if "\0" in path or not Path(path).name or path.endswith(("/", os.sep)) or os.path.isdir(path):
+        raise ValueError(f"annotation_path {printable(path)!r} is no name of a file: give one such as train_lines.txt")
+    if os.path.realpath(path) in map(os.path.realpath, images):
+        raise ValueError(f"annotation_path {printable(path)} is one of the pictures: the list would replace it; "
+                         "give another name")
 
 
 def classes_path(annotation_path):
@@ -146,18 +210,34 @@ def read_annotation(annotation_path):
     for number, path, match in zip(lines, paths, labelled):
         if not os.path.isabs(path) or "\0" in path or bool(match) != bool(labelled[0]):
             raise ValueError(f"{printable(annotation_path)}, line {number}: expected '<absolute path>' on all lines, or "
-                             f"'<class id>;<absolute path>' on all; {RUN_AGAIN}")
+                             f"'<class id>;<absolute path>' on all{_fault(path)}; {RUN_AGAIN}")
     if not labelled[0]:
         return Annotation(paths, None, [])
     labels = [int(match.group(1)) for match in labelled]
     return Annotation(paths, labels, _read_classes(annotation_path, max(labels)))
 
 
+def _fault(path):
+    """What is wrong with the path of a line, for the message; "" where only its label is."""
+    if path[0] in "\"'":
+        return ", not a path in quotes"
+    if re.match(r"[A-Za-z]:[\\/]", path) and os.name != "nt":
+        return ", not a path of Windows"
+    if "\0" not in path and not os.path.isabs(path):
+        return f", not a relative path or another text ({printable(path[:60])})"
+    return ""
+
+
 def _lines(path):
-    """{number: line} of a text file without its empty lines; None where there is no file."""
+    """{number: line} of a text file without its empty lines; None where there is no file.
+
+    Raises ValueError for UTF-16.
+    """
     text = _read_text(path)
     if text is None:
         return None
+    if text.startswith(UTF16_STARTS) or (text[:4].count("\0") == 2 and "\0\0" in (text[:4:2], text[1:4:2])):
+        raise ValueError(f"{printable(path)} is saved as UTF-16: save it as UTF-8, or {RUN_AGAIN}")
     lines = (line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n"))  # as Windows editors save them
     return {number: line for number, line in enumerate(lines, 1) if line}
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.annotation import RUN_AGAIN, printable
-from utils.data.decode import describe_error, load_image
+from utils.data.annotation import RUN_AGAIN, passing_failure, printable
+from utils.data.decode import describe_error, file_content, is_damage, load_image
 from utils.data.threads import map_in_threads
 from utils.files import PROJECT, atomic_write
 
-CACHE_VERSION = 1   # part of the key: raise it when load_image gives other pixels or the files change their form
+CACHE_VERSION = 2   # part of the key: raise it when load_image gives other pixels or the files change their form
 CACHES_KEPT = 4     # the most recently used ones in a folder
 
 
@@ -140,12 +140,17 @@ def _build_cache(folder, key, paths, settings, num_workers):
 
 
 def _decode(path, settings):
-    """(pixels, hash of the file's content), or (None, reason) for a bad file."""
+    """(pixels, hash of the file's content), or (None, reason) for a bad file.
+
+    Raises ValueError for a failure that may pass: the cache would keep it.
+    """
     try:
-        content = Path(path).read_bytes()  # once, for both
-        pixels = load_image(io.BytesIO(content), **settings)
-        return pixels, hashlib.blake2b(content, digest_size=16).hexdigest()
+        with file_content(path) as content:  # once, for both
+            pixels = load_image(io.BytesIO(content), **settings)
+            return pixels, hashlib.blake2b(content, digest_size=16).hexdigest()
     except Exception as error:  # Pillow's decoders raise all kinds
+        if not is_damage(error) and not isinstance(error, PermissionError):  # the key holds the file's mode
+            raise passing_failure(path, error) from error
         return None, describe_error(error)
 
 

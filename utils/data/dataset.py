@@ -15,7 +15,7 @@ BLOCK_BYTES = 2**23  # pixels in memory at once, where a measure reads a whole d
 
 
 def open_dataset(annotation_path, input_shape, img_channels=3, resize_mode="crop", background=(255, 255, 255),
-                 num_workers=0, cache_path=None):
+                 num_workers=0, cache_path=None, icc=True):
     """The listed images, decoded once into a cache on disk -> ImageDataset.
 
     The cache serves again while the files' paths, sizes, times and the settings are the same.
@@ -23,7 +23,7 @@ def open_dataset(annotation_path, input_shape, img_channels=3, resize_mode="crop
 
     Args:
         annotation_path: the list that txt_annotation.py writes.
-        input_shape, img_channels, resize_mode, background: as in `utils.data.decode.load_image`.
+        input_shape, img_channels, resize_mode, background, icc: as in `utils.data.decode.load_image`.
         num_workers: threads that decode; 0 = all cores.
         cache_path: folder of the cache. None: `.cache` in the datasets folder beside the list, or
             else of the project. Where that cannot be written: the user's cache folder.
@@ -34,14 +34,14 @@ def open_dataset(annotation_path, input_shape, img_channels=3, resize_mode="crop
     check_picture_settings(input_shape, img_channels, resize_mode, background)
     annotation = read_annotation(annotation_path)
     settings = {"input_shape": tuple(map(int, input_shape)), "img_channels": img_channels, "resize_mode": resize_mode,
-                "background": tuple(map(int, background))}
+                "background": tuple(map(int, background)), "icc": bool(icc)}
     pixels, index = open_cache(annotation_path, annotation.paths, settings, cache_path, num_workers)
     bad = {row for row, _ in index["bad"]}
     kept = [row for row in range(len(annotation.paths)) if row not in bad]
     labels = torch.tensor([annotation.labels[row] if annotation.labels else 0 for row in kept], dtype=torch.int64)
     return ImageDataset(
         printable(Path(annotation_path).resolve()), pixels, index["hashes"], labels, list(annotation.classes),
-        [annotation.paths[row] for row in kept], (resize_mode, settings["background"]),
+        [annotation.paths[row] for row in kept], (resize_mode, settings["background"], settings["icc"]),
     )  # fmt: skip
 
 

@@ -1,13 +1,34 @@
-"""One picture file -> uint8 pixels."""
+"""One image file -> uint8 pixels."""
 
+import contextlib
+import errno
 import struct
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-EXTENSIONS = (".bmp", ".dib", ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".pbm", ".pgm", ".ppm", ".tif", ".tiff")
-# Only these decoders look at a file: others (EPS) start programs of their own. MPO, two JPEGs in one file, comes with JPEG.
-FORMATS = ("BMP", "DIB", "PNG", "JPEG", "WEBP", "GIF", "PPM", "TIFF")
+from utils.data.color import to_srgb
+from utils.data.formats import FILE_BYTES, check_regular, open_image
+from utils.data.threads import Budget
+
+# Memory for decoding, shared by all threads. One image that needs more is left out.
+DECODE_BYTES = 1_430_000_000
+# Bytes that decoding takes for each pixel: Pillow's image and the converted one. Some decoders
+# keep copies of their own.
+BYTES_PER_PIXEL, BYTES_PER_PIXEL_OF = 8, {"WEBP": 16, "AVIF": 16, "HEIF": 16}
+PROGRESSIVE_BYTES = 6  # and for each pixel of a progressive JPEG at full size, its coefficients
+DECODING, READING = Budget(DECODE_BYTES), Budget(FILE_BYTES)
+LARGEST_PASS = 2**26  # pixels between the two passes of a resize, where the image itself has fewer
+STRIP_PIXELS = 2**21  # pixels that are converted at once: intermediate values take up to 30 bytes each
+# Errors of the system that are about one file: it is gone, or may not be read.
+ABOUT_THE_FILE = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+}  # fmt: skip
+
 TIFF_WIDTH, TIFF_HEIGHT, ORIENTATION_TAG = 256, 257, 274
 UPRIGHT = {  # EXIF orientation -> what brings the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -21,15 +42,17 @@ UPRIGHT = {  # EXIF orientation -> what brings the picture upright
 # How much a picture must shrink for a JPEG to be decoded at a DCT scale: 1/2 and 1/4 leave twice the pixels needed, where the
 # result differs by a few levels of 255. 1/8 is a plain mean of 8x8 pixels and shows on thin lines, so it must leave four times.
 DRAFT_SCALES = ((8, 32), (4, 8), (2, 4))
-FULL_RANGES = {"I;12": 4095, "I;16S": 32767, "I;16BS": 32767}  # raw modes that fill less than 16 bits
+JPEG_FORMATS = ("JPEG", "MPO")
+FULL_RANGES = {"I;12": 4095, "I;16S": 32767, "I;16BS": 32767, "I;16NS": 32767}  # raw modes that fill less than 16 bits
 
 
-def load_image(path, input_shape, img_channels=3, resize_mode="crop", background=(255, 255, 255)):
-    """One picture file as uint8 pixels of the network's size.
+def load_image(path, input_shape, img_channels=3, resize_mode="crop", background=(255, 255, 255), icc=True):
+    """One image file as uint8 pixels of the network's size.
 
     The EXIF orientation is applied, transparency composited on `background` (red, green, blue), 16-bit, integer and float
     modes scaled from their full range; then resized (bicubic, antialiased). A JPEG that shrinks
     much is decoded at a reduced scale: nearly the same pixels, two to five times faster.
+    An image that takes much memory waits until other threads have freed it.
 
     Args:
         path: a path, or a binary file that can seek.
@@ -37,23 +60,27 @@ def load_image(path, input_shape, img_channels=3, resize_mode="crop", background
         img_channels: 3 (RGB) or 1 (grey).
         resize_mode: "crop" (shorter side to size, then the centre), "stretch" (the shape is not kept) or "pad" (the
             whole picture, centred on `background`).
+        icc: whether an embedded colour profile is applied: the pixels become sRGB, as viewers show them.
     Returns:
         uint8 array (height, width, img_channels).
     Raises:
-        ValueError: an unknown setting. Anything else (OSError, SyntaxError, struct.error, ...) is a file that Pillow
-            cannot decode: its decoders raise all kinds, so callers catch Exception.
+        ValueError: an unknown setting, or an image that takes more than DECODE_BYTES.
+        Exception: the file cannot be decoded. Pillow's decoders raise all kinds. `is_damage` tells
+            them from failures of the system.
     """
     check_picture_settings(input_shape, img_channels, resize_mode, background)
     height, width = input_shape
     mode = "L" if img_channels == 1 else "RGB"
-    with Image.open(path, formats=FORMATS) as image:
+    with open_image(path) as image:
+        stored_size = image.size
         extent = _draft(image, mode, (width, height), resize_mode)
-        picture = _opaque(image, background)
-        turn = _orientation(image)  # after loading: Pillow turns TIFF files by itself
-        extent = extent or image.size
-    if picture.mode != mode:
-        picture = picture.convert(mode)
-    picture = _resize(picture, extent, turn, (width, height), RESIZE_MODES[resize_mode])
+        with _memory_for(image, stored_size):
+            picture = _opaque(image, background, icc)
+            turn = _orientation(image)  # after loading: Pillow turns TIFF files by itself
+            extent = extent or image.size
+            if picture.mode != mode:
+                picture = picture.convert(mode)
+            picture = _resize(picture, extent, turn, (width, height), RESIZE_MODES[resize_mode])
     if picture.size != (width, height):
         picture = _centre(picture, (width, height), background)
     return np.array(picture, dtype=np.uint8).reshape(height, width, img_channels)
@@ -72,26 +99,108 @@ def check_picture_settings(input_shape, img_channels, resize_mode, background):
 
 
 def check_image(path, full=True):
-    """(width, height) of a picture file, upright. Raises as `load_image` does where it cannot be decoded.
+    """(width, height) of an image file, upright. Raises as `load_image` does.
 
-    `full` decodes every pixel, at full size, and tries the conversion; otherwise only the header is read.
+    `full` decodes all of the file and tries the conversion; otherwise only the header is read.
     """
-    with Image.open(path, formats=FORMATS) as image:
+    with open_image(path, whole=full) as image:
+        size = image.size
         if full:
-            _opaque(image.crop((0, 0, 1, 1)), (255, 255, 255))  # crop decodes the whole file first
-        width, height = image.size
-        if image.format == "TIFF" and not full:  # Pillow 11 swaps the size of a turned one before it is loaded, 10 does not
-            width, height = image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT]
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+            if image.format in JPEG_FORMATS:  # a reduced scale reads the whole file too
+                image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
+            with _memory_for(image, size):
+                _opaque(image.crop((0, 0, 1, 1)), (255, 255, 255))  # crop decodes the whole file first
+            size = size if image.format in JPEG_FORMATS else image.size  # Pillow turns TIFF files by itself
+        else:
+            _bytes_to_decode(image, size)
+            if image.format == "TIFF":  # Pillow 11 swaps the size of a turned one before it is loaded, 10 does not
+                size = image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT]
+        return size[::-1] if _orientation(image) >= 5 else size
+
+
+@contextlib.contextmanager
+def file_content(path):
+    """The bytes of a regular file; those that all threads hold at once are at most FILE_BYTES.
+
+    Raises as `open_image` does.
+    """
+    size = check_regular(path)
+    with READING.take(size):
+        yield Path(path).read_bytes()
+
+
+def is_damage(error):
+    """Whether a failure of `load_image` or `check_image` comes from the file's content.
+
+    Then it fails every time. Too little memory and errors of the system (EIO, EMFILE, ESTALE, ...)
+    may pass.
+    """
+    if isinstance(error, OSError):  # Pillow's own have no number
+        return error.errno in (None, errno.EINVAL)  # EINVAL: the content names a place before the file's start
+    return not isinstance(error, MemoryError)
+
+
+def is_about_the_file(error):
+    """Whether a failure is this one file's: it is damaged, or gone, or may not be read."""
+    return is_damage(error) or (isinstance(error, OSError) and error.errno in ABOUT_THE_FILE)
 
 
 def describe_error(error):
-    """Why a picture file could not be decoded, in one line for the user."""
+    """Why an image file could not be decoded, in one line for the user."""
     if isinstance(error, UnidentifiedImageError):
         return "not a picture, or of an unknown format"  # Pillow's own text repeats the path
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more pixels than are read ({DECODE_BYTES / BYTES_PER_PIXEL / 1e6:.0f} million)"
+    if isinstance(error, MemoryError):
+        return "out of memory"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    cause = error.__cause__ or error  # Pillow raises some again as SyntaxError
+    bare = isinstance(error, LookupError) or isinstance(cause, (struct.error, EOFError, zlib.error))
+    return f"damaged ({text})" if bare else text
+
+
+@contextlib.contextmanager
+def _memory_for(image, stored_size):
+    """Hold the memory for decoding within the block.
+
+    Decoders report too little memory as damage. Whether the memory is there tells them apart.
+    """
+    needed = _bytes_to_decode(image, stored_size)
+    with DECODING.take(needed):
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, MemoryError) or _is_free(needed):
+                raise
+            raise MemoryError(f"{needed / 1e6:.0f} MB to decode it") from error
+
+
+def _bytes_to_decode(image, stored_size):
+    """The memory that decoding takes. ValueError where it exceeds DECODE_BYTES.
+
+    `stored_size`: (width, height) in the file, before a JPEG is reduced.
+    """
+    needed = image.width * image.height * BYTES_PER_PIXEL_OF.get(image.format, BYTES_PER_PIXEL)
+    if image.info.get("progressive"):
+        needed += stored_size[0] * stored_size[1] * PROGRESSIVE_BYTES
+    if image.format == "TIFF":
+        needed += image.buffer_bytes()
+    if needed > DECODE_BYTES:
+        pixels = stored_size[0] * stored_size[1]
+        raise ValueError(f"its {pixels / 1e6:.0f} million pixels take {needed / 1e9:.1f} GB to decode, "
+                         f"more than the {DECODE_BYTES / 1e9:.1f} GB that one picture may take: make it smaller")
+    return needed
+
+
+def _is_free(size):
+    """Whether so many bytes can be had now."""
+    try:
+        np.empty(size, dtype=np.uint8)
+    except MemoryError:
+        return False
+    return True
 
 
 def _orientation(image):
@@ -108,7 +217,7 @@ def _draft(image, mode, size, resize_mode):
     Returns the (width, height) that the picture then covers, fractions of a pixel included: the last row and column of a
     reduced JPEG are partly filler. None for other formats, which have no such scales.
     """
-    if image.format not in ("JPEG", "MPO"):
+    if image.format not in JPEG_FORMATS:
         return None
     box, inner = RESIZE_MODES[resize_mode](image.size, size[::-1] if _orientation(image) >= 5 else size)
     shrinkage = min(outer_side / inner_side for outer_side, inner_side in zip(box, inner))
@@ -117,19 +226,91 @@ def _draft(image, mode, size, resize_mode):
     return drafted and drafted[1][2:]
 
 
-def _opaque(image, background):
-    """The picture in mode L or RGB, without transparency."""
+class Reading(NamedTuple):
+    """What the values of a file mean: known before it is loaded."""
+
+    raw_mode: str  # how the file stores its pixels ("I;16B", "L;2", ...); "" where that is not known
+    dtype: str | None  # NumPy's type of the values, where Pillow has another
+    negative: bool  # whether 0 is white
+    background: tuple
+    profile: bytes | None  # the embedded ICC profile, where it is applied
+
+
+def _opaque(image, background, icc=True):
+    """The image in mode L or RGB, without transparency.
+
+    It is converted in strips, which bounds the memory.
+    """
     raw_mode = _raw_mode(image)
     image.load()
-    if image.mode[0] in "IF":
-        return _eight_bit(image, raw_mode, background)
-    if image.has_transparency_data:
-        _repair_transparency(image, raw_mode)
-        image = image.convert("RGBA")
-        return _composite(image, image.getchannel("A"), background)
-    if image.mode in ("L", "RGB"):
+    profile = image.info.get("icc_profile") if icc else None
+    dtype, negative = getattr(image, "dtype", None), getattr(image, "negative", False)
+    reading = Reading(raw_mode, dtype, negative, tuple(background), profile or None)
+    if image.mode in ("L", "RGB") and not (image.has_transparency_data or dtype or negative or profile):
         return image
-    return image.convert("RGB")
+    convert, picture = _conversion(image, reading), None
+    for left, top, strip in _strips(image):
+        converted = convert(strip)
+        if converted.size == image.size:
+            return converted
+        picture = picture or Image.new(converted.mode, image.size)
+        picture.paste(converted, (left, top))
+    return picture
+
+
+def _strips(image):
+    """Yield (left, top, part) for parts of at most STRIP_PIXELS; a small image is one part."""
+    width = min(image.width, STRIP_PIXELS)
+    height = min(image.height, STRIP_PIXELS // width)
+    if (width, height) == image.size:
+        yield 0, 0, image
+        return
+    for top in range(0, image.height, height):
+        for left in range(0, image.width, width):
+            yield left, top, image.crop((left, top, min(left + width, image.width), min(top + height, image.height)))
+
+
+def _conversion(image, reading):
+    """The function that makes a strip opaque."""
+    if image.mode[0] in "IF" or reading.dtype:
+        return partial(_opaque_values, reading=reading, full_range=_full_range(image, reading))
+    return partial(_opaque_levels, reading=reading)
+
+
+def _opaque_values(strip, reading, full_range):
+    """Integers or floats in mode L, scaled from their full range; below 0 is black, NaN too."""
+    values = _values(strip, reading)
+    levels = np.clip(values / full_range, 0, 1)
+    levels = np.nan_to_num(1 - levels if reading.negative else levels, nan=0.0)
+    picture = Image.fromarray(np.rint(255 * levels).astype(np.uint8))
+    transparent, alpha = strip.info.get("transparency"), None
+    if isinstance(transparent, int):
+        alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    return _shown(picture, alpha, reading)
+
+
+def _opaque_levels(strip, reading):
+    """8-bit modes in mode L or RGB."""
+    if strip.mode == "La":
+        strip = strip.convert("LA")
+    elif strip.has_transparency_data and strip.mode not in ("LA", "RGBA"):
+        _repair_transparency(strip, reading.raw_mode)
+        strip = strip.convert("LA" if strip.mode == "L" else "RGBA")
+    alpha = strip.getchannel("A") if strip.mode in ("LA", "RGBA") else None
+    if strip.mode not in ("L", "RGB", "CMYK"):
+        strip = strip.convert("L" if strip.mode in ("1", "LA") else "RGB")
+    if reading.negative:
+        strip = strip.point(lambda level: 255 - level)
+    return _shown(strip, alpha, reading)
+
+
+def _shown(picture, alpha, reading):
+    """Colours in mode L, RGB or CMYK and their alpha as a viewer shows them: mode L or RGB."""
+    if reading.profile:
+        picture = to_srgb(picture, reading.profile)
+    if picture.mode == "CMYK":
+        picture = picture.convert("RGB")
+    return picture if alpha is None else _composite(picture, alpha, reading.background)
 
 
 def _raw_mode(image):
@@ -155,32 +336,29 @@ def _composite(picture, alpha, background):
     return canvas
 
 
-def _eight_bit(image, raw_mode, background):
-    """An integer or float picture scaled from its full range to 0..255; below 0 is black, NaN too."""
+def _values(image, reading):
+    """The pixels of mode L, I or F as an array, in the type that the file has them in."""
     values = np.asarray(image)
-    if raw_mode == "I;32N":
-        values = values.view(np.uint32)  # unsigned in the file; Pillow has signed integers only
-    scaled = np.nan_to_num(values / _full_range(image, values, raw_mode), nan=0.0, posinf=1.0, neginf=0.0)
-    picture = Image.fromarray(np.rint(255 * np.clip(scaled, 0, 1)).astype(np.uint8))
-    transparent = image.info.get("transparency")
-    if not isinstance(transparent, int):
-        return picture
-    alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
-    return _composite(picture, alpha, background)
+    return values.view(reading.dtype) if reading.dtype else values
 
 
-def _full_range(image, values, raw_mode):
+def _full_range(image, reading):
     """The value that is white: by the format where it says so, else the smallest of 1 (floats), 255, 65535 that holds all."""
-    if raw_mode in FULL_RANGES:
-        return FULL_RANGES[raw_mode]
+    if reading.raw_mode in FULL_RANGES:
+        return FULL_RANGES[reading.raw_mode]
+    if reading.dtype == "int8":
+        return 127
     if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
         return 65535
-    is_float = values.dtype.kind == "f"
-    largest = float(np.max(values, initial=0, where=np.isfinite(values)))
-    for full_range in (1, 255, 65535)[0 if is_float else 1:]:
+    largest = max(_largest(_values(strip, reading)) for _, _, strip in _strips(image))
+    for full_range in (1, 255, 65535)[0 if image.mode == "F" else 1:]:
         if largest <= full_range * 1.01:  # resampling overshoots a little
             return full_range
-    return largest if is_float else np.iinfo(values.dtype).max
+    return largest if image.mode == "F" else np.iinfo(reading.dtype or np.int32).max
+
+
+def _largest(values):
+    return float(np.max(values, initial=0, where=np.isfinite(values)))
 
 
 # Each takes the picture's (width, height) and the wanted one, and gives the size of the centred box to be resized and the
@@ -209,6 +387,11 @@ def _resize(picture, extent, orientation, size, resize_mode):
     box, inner = resize_mode(extent, size[::-1] if orientation >= 5 else size)
     margins = [max((whole - part) / 2, 0) for whole, part in zip(extent, box)]
     corners = (*margins, *(min(whole - margin, whole) for whole, margin in zip(extent, margins)))
+    if inner[0] * picture.height > max(LARGEST_PASS, picture.width * picture.height):
+        # Pillow resizes the width first: a hair of many rows would take all memory.
+        rows = (0, corners[1], picture.width, corners[3])
+        picture = picture.resize((picture.width, inner[1]), Image.Resampling.BICUBIC, box=rows)
+        corners = (corners[0], 0, corners[2], inner[1])
     picture = picture.resize(inner, Image.Resampling.BICUBIC, box=corners)
     return picture.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else picture
 

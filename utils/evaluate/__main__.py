@@ -43,6 +43,7 @@ class Config:
     img_channels: Literal[0, 1, 3] = 0            # 3 colour, 1 grey; 0: the samples'
     resize_mode: Literal[("", *RESIZE_MODES)] = ""  # how other shapes are made to fit; "": as in training
     background: tuple[int, int, int] | None = None  # behind transparent pixels; None: as in training
+    icc: bool | None = None                       # convert embedded colour profiles to sRGB; None: as in training
 
     # Measures
     distances: bool = True                        # Frechet distance (FID), kernel distance (KID), precision and recall
@@ -205,7 +206,8 @@ def opener(config, model):
         shape = (*(config.input_shape or (height, width)), config.img_channels or channels)
     resize_mode = config.resize_mode or trained.get("resize_mode", "crop")
     background = config.background or tuple(trained.get("background", (255, 255, 255)))
-    return lambda path: open_images(path, shape, resize_mode, background, config.cache_dir or None)
+    icc = trained.get("icc", True) if config.icc is None else config.icc
+    return lambda path: open_images(path, shape, resize_mode, background, config.cache_dir or None, icc)
 
 
 def validation_share(config, model):

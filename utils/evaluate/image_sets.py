@@ -12,11 +12,11 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from PIL import Image
 
 from utils.data.annotation import find_images, label_by_folder, printable, read_annotation, write_annotation
 from utils.data.dataset import ImageDataset, open_dataset
-from utils.data.decode import FORMATS, check_image
+from utils.data.decode import check_image
+from utils.data.formats import open_image
 
 
 def natural_shape(path):
@@ -27,7 +27,7 @@ def natural_shape(path):
     first = _listed(path)[0]
     try:
         width, height = check_image(first, full=False)
-        with Image.open(first, formats=FORMATS) as image:
+        with open_image(first, whole=False) as image:
             return height, width, 1 if image.mode in ("1", "L") else 3
     except Exception as error:  # Pillow's decoders raise all kinds
         raise ValueError(f"{printable(first)}, the first picture of {printable(path)}, cannot be decoded ({error}): "
@@ -41,7 +41,7 @@ def _listed(path):
     return paths
 
 
-def open_images(path, shape, resize_mode="crop", background=(255, 255, 255), cache_path=None):
+def open_images(path, shape, resize_mode="crop", background=(255, 255, 255), cache_path=None, icc=True):
     """The ImageDataset of a folder, a list or an .npz, with pixels of shape (H, W, C).
 
     Folders and lists are decoded into the cache of `utils.data.cache`. The folders in a folder are
@@ -52,12 +52,12 @@ def open_images(path, shape, resize_mode="crop", background=(255, 255, 255), cac
     if path.suffix.lower() == ".npz":
         return _open_npz(path, tuple(shape))
     if not path.is_dir():
-        return open_dataset(path, shape[:2], shape[2], resize_mode, background, cache_path=cache_path)
+        return open_dataset(path, shape[:2], shape[2], resize_mode, background, cache_path=cache_path, icc=icc)
     paths = _listed(path)
     with TemporaryDirectory() as folder:
         annotation = os.path.join(folder, "lines.txt")
         write_annotation(annotation, paths, *label_by_folder(paths))
-        dataset = open_dataset(annotation, shape[:2], shape[2], resize_mode, background, cache_path=cache_path)
+        dataset = open_dataset(annotation, shape[:2], shape[2], resize_mode, background, cache_path=cache_path, icc=icc)
     return replace(dataset, name=printable(path.resolve()))
 
 

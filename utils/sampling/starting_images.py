@@ -51,7 +51,8 @@ def load_mask(path, image_path, input_shape, trained):
 def _load(path, input_shape, img_channels, trained, background):
     """An image file as (1, C, H, W) float32, 0 to 255."""
     try:
-        pixels = load_image(path, input_shape, img_channels, trained.get("resize_mode", "crop"), background)
+        resize_mode, icc = trained.get("resize_mode", "crop"), trained.get("icc", True)
+        pixels = load_image(path, input_shape, img_channels, resize_mode, background, icc)
     except Exception as error:  # Pillow's decoders raise all kinds
         raise ValueError(f"{path}: cannot be read as a picture ({describe_error(error)}); name another file") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
