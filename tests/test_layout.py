@@ -1,5 +1,6 @@
 """The floor plan: who may import whom, what the top level holds, and that importing a script does nothing. Nothing is imported here."""
 import ast
+import re
 import subprocess
 import sys
 
@@ -183,3 +184,24 @@ def test_top_level_holds_what_the_layout_names():
 def test_no_module_is_named_for_nothing():
     names = {part for name in read_modules(PROJECT, "nets", "utils") for part in name.split(".")[1:]}
     assert not names & {"utils", "misc", "helpers", "common", "tools"}
+
+
+def reading_order():
+    """The files of README's table "Reading the code", as dotted names in their order."""
+    text = (PROJECT / "README.md").read_text(encoding="utf-8").split("## Reading the code")[1].split("\n## ")[0]
+    files = []
+    for line in text.splitlines():
+        if re.match(r"\| \d+ \|", line):
+            found = re.findall(r"`([\w/]+\.py)`", line)
+            folder = found[0].rpartition("/")[0]
+            files += [file if "/" in file or not folder else f"{folder}/{file}" for file in found]
+    return [module_name(PROJECT / file, PROJECT) for file in files]
+
+
+def test_the_reading_order_needs_nothing_that_comes_later():
+    modules = read_modules(PROJECT, "nets", "utils") | {name: PROJECT / f"{name}.py" for name in SCRIPTS}
+    order = reading_order()
+    assert len(order) > 15 and set(order) <= set(modules)
+    for place, name in enumerate(order):
+        later = set(imports(modules[name], name, modules)) & set(order[place + 1 :])
+        assert not later, f"{name} imports {later}"
