@@ -86,19 +86,19 @@ COMMANDS = {  # name: (the function, what it does, its arguments)
 }
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
     parsers = {name: commands.add_parser(name, help=text) for name, (_, text, _) in COMMANDS.items()}
-    for name, (_, _, arguments) in COMMANDS.items():
-        for argument, text in arguments:
+    for name, (_, _, positional) in COMMANDS.items():
+        for argument, text in positional:
             parsers[name].add_argument(argument, metavar=argument.upper(), help=text)
     parsers["diffusers"].add_argument(
         "--class_name", default="", help="the class that it will draw (default: the null class)"
     )
-    options = vars(parser.parse_args())
+    options = vars(parser.parse_args(arguments))
     function, *_ = COMMANDS[options.pop("command")]
     function(**options)
 

@@ -1,0 +1,421 @@
+"""Thousands of broken inputs against all commands: `PYTHONPATH=. python tests/fuzz.py [KIND ...] [--share 0.1] [--seed 0]`.
+
+Each case has a folder of its own. It fails by a traceback, an error of more than one line or with raw control
+characters, more than 20 s, more than 2.5 GB, a file outside its folder, or values that are not those of the file.
+"""
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import typing
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import PROJECT, TINY, write_pictures
+from PIL import Image
+
+import predict
+import train
+import txt_annotation
+from utils.checkpoint import load_checkpoint
+from utils.convert import __main__ as convert
+from utils.errors import run_script
+from utils.evaluate import __main__ as evaluate
+from utils.terminal import printable
+
+SECONDS, MEMORY, ADDRESS_SPACE = 20, 2.5 * 2**30, 6 * 2**30
+CASES_A_WORKER = 50
+COUNTS = {
+    "pictures": 2000, "lists": 200, "options_txt_annotation": 500, "options_train": 500, "options_predict": 500, "checkpoints": 300,
+    "folders": 60, "npz": 60, "flips": 200, "kills": 60,
+}  # fmt: skip
+PICTURES_A_CASE = 20  # one run of txt_annotation.py looks at so many
+DRAW = ["--device", "cpu", "--precision", "fp32", "--num_images", "1", "--batch_size", "1", "--steps", "1", "--seed", "1"]
+NASTY = (
+    "", "--", "-1", "0", "1", "1e400", "nan", "-inf", "9" * 400, "None", "True", "[]", "{}", "()", "1,", "1,2", "1,2,3,4", "'", '"', "\\",
+    "\x1b[31mred", "猫", "\udce9", ".", "..", "a/b", "x" * 300, "meta", "xla", "hpu", "cuda:99", "cpu", "latest", str(10**9), str(2**63),
+    "-0.5", "0.5", "3", "a;b", "%s%n", "train_lines.txt", "datasets",
+)  # fmt: skip
+NUMBERS = ("-1", "0", "1", "3", "7", "1e400", "nan", "-inf", "9" * 400, str(10**9), str(2**63), "-0.5", "0.5", "1e-300", "1,2", "0,", "8,8")
+WRONG = (None, -1, 10**9, "x", [], {}, float("nan"), 10**400, True, (1,) * 40, 0.5, b"x", "\x1b[2J", torch.zeros(2, 3), 2**70)
+
+
+class TooLong(BaseException):
+    """A case that takes more than its seconds."""
+
+
+# The cases: each prepares its folder (the current one) and returns the commands to run in it
+
+
+def pictures(draw, base):
+    Path("datasets").mkdir()
+    originals = sorted((base / "pictures").iterdir())
+    for number in range(PICTURES_A_CASE):
+        original = draw.choice(originals)
+        Path("datasets", f"{number:02d}{original.suffix}").write_bytes(mutated(draw, original.read_bytes()))
+    listing = ["--verify", draw.choice(["True", "False"])]
+    reading = [*TINY, "--dry_run", "True", "--resize_mode", draw.choice(["crop", "stretch", "pad"]), "--batch_size", "1"]
+    return [(txt_annotation, listing), (train, reading)]
+
+
+def lists(draw, base):
+    shutil.copytree(base / "workplace" / "datasets", "datasets")
+    paths = sorted(str(path.resolve()) for path in Path("datasets").rglob("*.png"))
+    lines = [f"{draw.randrange(2)};{path}" for path in paths]
+    for _ in range(draw.randrange(1, 4)):
+        place = draw.randrange(len(lines))
+        lines[place] = draw.choice([
+            "", "x" * 10_000, "\0", f'"{paths[0]}"', "relative.png", f"999999999999;{paths[0]}", paths[0], f"-1;{paths[0]}", "1;", ";",
+            f" {lines[place]}", f"1;{base}", f"{lines[place]}\r", "\x1b[31m", "1;" + "/".join("a" * 3000), f"{10**400};{paths[0]}",
+        ])  # fmt: skip
+    text = "\n".join(lines)
+    content = draw.choice([lambda: text.encode(), lambda: text.encode("utf-16"), lambda: mutated(draw, text.encode())])()
+    Path("train_lines.txt").write_bytes(content)
+    if draw.random() < 0.8:
+        Path("train_classes.txt").write_bytes(draw.choice([b"even\nodd\n", b"", b"one\n", b"\xff\xfe\n\n", b"a\na\n"]))
+    return [(train, [*TINY, "--dry_run", "True", "--class_conditional", draw.choice(["True", "False"])])]
+
+
+def options(module, common):
+    def prepare(draw, base):
+        shutil.copytree(base / "workplace", ".", dirs_exist_ok=True)
+        kinds = typing.get_type_hints(module.Config)
+        names = [draw.choice(sorted(kinds)) for _ in range(draw.choice([1, 1, 2, 3]))]
+        pairs = {name: draw.choice(nasty(draw, str(kinds[name]))) for name in names}
+        pairs.pop("download", None)  # it would ask the network
+        typed = [word for name, value in pairs.items() for word in (f"--{name}", value)]
+        if draw.random() < 0.3:
+            typed = [f"--{name}={value}" for name, value in pairs.items()]
+        known = [word for name, value in common.items() if name not in pairs for word in (f"--{name}", value)]
+        return [(module, [*known, *typed])]
+
+    return prepare
+
+
+def nasty(draw, kind):
+    """Values to type for a setting: mostly such as its type lets through."""
+    if draw.random() < 0.3:
+        return NASTY
+    if "int" in kind or "float" in kind:
+        return NUMBERS
+    return ("True", "False", *re.findall(r"'([^']+)'", kind), *NASTY)
+
+
+def as_pairs(words):
+    return {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}
+
+
+def checkpoints(draw, base):
+    path = next(Path(base, "workplace", "logs").glob("*/last.pth"))
+    content = path.read_bytes()
+    if draw.random() < 0.3:
+        Path("last.pth").write_bytes(mutated(draw, content))
+    else:
+        state = torch.load(io.BytesIO(content), weights_only=True)
+        for _ in range(draw.randrange(1, 3)):
+            state = with_one_changed(draw, state)
+        torch.save(state, "last.pth")
+    shutil.copytree(base / "workplace" / "datasets", "datasets")
+    shutil.copy(base / "workplace" / "train_classes.txt", ".")
+    shutil.copy(base / "workplace" / "train_lines.txt", ".")
+    commands = [
+        (predict, ["--model_path", "last.pth", *DRAW]), (train, ["--resume", "last.pth", "--dry_run", "True"]),
+        (train, ["--resume", "last.pth", "--epochs", "2", "--preview_period", "0"]),
+        (convert, ["weights", "last.pth", "small.pth"]), (convert, ["reference", "last.pth", "bare.pth"]),
+    ]  # fmt: skip
+    return [draw.choice(commands)]
+
+
+def folders(draw, base):
+    shutil.copytree(base / "folder", "folder")
+    for _ in range(draw.randrange(1, 3)):
+        path = draw.choice([path for path in sorted(Path("folder").rglob("*")) if path.is_file()])
+        way = draw.random()
+        if path.suffix == ".json" and way < 0.7:
+            try:
+                values = json.loads(path.read_text())
+            except ValueError:
+                continue
+            values[draw.choice(sorted(values))] = draw.choice([None, -1, 10**9, "x", [], {}, 0.5, True, [1] * 40, 10**30])
+            path.write_text(json.dumps(values))
+        elif way < 0.9:
+            path.write_bytes(mutated(draw, path.read_bytes()))
+        else:
+            path.unlink()
+    return [(convert, ["import", "folder", "back.pth"])]
+
+
+def npz(draw, base):
+    shape = draw.choice([(6, 8, 8, 3), (6, 8, 8, 1), (0, 8, 8, 3), (6, 8, 8), (6, 8, 8, 4), (1, 1, 1, 3), (6, 300, 2, 3)])
+    kind = draw.choice([np.uint8, np.uint8, np.uint8, np.float32, np.int64, object])
+    array = np.zeros(shape, kind)
+    content = io.BytesIO()
+    draw.choice([np.savez, np.savez_compressed])(content, **{draw.choice(["arr_0", "arr_0", "images"]): np.asfortranarray(array)})
+    content = content.getvalue()
+    Path("samples.npz").write_bytes(mutated(draw, content) if draw.random() < 0.6 else content)
+    shutil.copytree(base / "workplace" / "datasets", "datasets")
+    shutil.copy(base / "workplace" / "train_classes.txt", ".")
+    shutil.copy(base / "workplace" / "train_lines.txt", ".")
+    return [(evaluate, ["--samples", "samples.npz", "--distances", "False", "--nearest_images", "3"])]
+
+
+def flips(draw, base):
+    """One bit of a checkpoint; the values that are read are compared instead of a command's end."""
+    path = next(Path(base, "workplace", "logs").glob("*/last.pth"))
+    content = bytearray(path.read_bytes())
+    bit = draw.randrange(8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    Path("last.pth").write_bytes(bytes(content))
+
+    def main(_):
+        assert same(load_checkpoint("last.pth"), load_checkpoint(path)), f"bit {bit} changes what is read"
+
+    return [(argparse.Namespace(main=main), [])]
+
+
+KINDS = {
+    "pictures": pictures, "lists": lists, "options_txt_annotation": options(txt_annotation, {}),
+    "options_train": options(train, {**as_pairs(TINY), "dry_run": "True"}), "options_predict": options(predict, as_pairs(DRAW)),
+    "checkpoints": checkpoints, "folders": folders, "npz": npz, "flips": flips,
+}  # fmt: skip
+
+
+def mutated(draw, content):
+    """The bytes with a few changed, cut off, doubled or put in."""
+    content = bytearray(content)
+    for _ in range(draw.choice([1, 1, 2, 5, 20])):
+        place = draw.randrange(len(content) + 1)
+        way = draw.randrange(6)
+        if way == 0:
+            del content[place:]
+        elif way == 1:
+            content[place:place] = draw.randbytes(draw.randrange(1, 50))
+        elif way == 2:
+            content[place:place] = content[place : place + draw.randrange(1, 200)]
+        elif way == 3:
+            del content[place : place + draw.randrange(1, 50)]
+        elif content and place < len(content):
+            content[place] = draw.choice([0, 255, 127, 128, draw.randrange(256)])
+    return bytes(content)
+
+
+def with_one_changed(draw, values):
+    """A copy of nested dicts with one value replaced, taken out or put in."""
+    copy = dict(values)
+    if not copy:
+        return {"x": 1}
+    name = draw.choice(sorted(copy, key=str))
+    if isinstance(copy[name], dict) and draw.random() < 0.8:
+        copy[name] = with_one_changed(draw, copy[name])
+    elif draw.random() < 0.1:
+        del copy[name]
+    else:
+        copy[name] = draw.choice(WRONG)
+    return copy
+
+
+def same(one, other):
+    """Whether two nested values are equal, tensors bit for bit."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if torch.is_tensor(one) else one == other
+
+
+# A worker runs many cases in one process
+
+
+def work(kind, first, count, seed, base):
+    """Runs the cases and prints a line of JSON for each."""
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    torch.set_num_threads(1)
+    results = os.fdopen(os.dup(1), "w")
+    for number in range(first, first + count):
+        print(json.dumps({"case": number}), file=results, flush=True)
+        failure, refused = run_case(KINDS[kind], random.Random(f"{kind} {seed} {number}"), base, base / f"{kind}_{number}")
+        print(json.dumps({"case": number, "failure": failure, "refused": refused}), file=results, flush=True)
+
+
+def run_case(prepare, draw, base, folder):
+    """(what is wrong or None, whether the last command was refused)."""
+    work = folder / "outer" / "work"
+    work.mkdir(parents=True)
+    os.chdir(work)
+    refused = False
+    try:
+        commands = prepare(draw, base)
+        before = listing(base, folder)
+        for module, arguments in commands:
+            failure, refused = run_command(module, arguments)
+            if failure is None and listing(base, folder) != before:
+                failure = "it writes elsewhere"
+            if failure:
+                return f"{getattr(module, '__name__', 'file')} {arguments}: {failure}"[:2000], refused
+        return None, refused
+    finally:
+        os.chdir(base)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_command(module, arguments):
+    """(what is wrong or None, whether it was refused)."""
+    out, err = io.StringIO(), io.StringIO()
+    signal.signal(signal.SIGALRM, stop_case)
+    signal.alarm(SECONDS)
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run_script(lambda: module.main(arguments))
+    except SystemExit as end:
+        code = end.code
+    except TooLong:
+        return f"more than {SECONDS} s", False
+    except BaseException as error:  # noqa: BLE001 (a traceback is what is looked for)
+        return f"{type(error).__name__}: {error} at {where(error)}", False
+    finally:
+        signal.alarm(0)
+    lines = [line for line in err.getvalue().split("\n") if line.startswith("error: ")]
+    if code not in (0, 1) or len(lines) != code:
+        return f"exit code {code} with the errors {lines}", code == 1
+    if any(line != printable(line) for line in lines + out.getvalue().split("\n")):
+        return f"control characters: {lines} {out.getvalue()[-300:]!r}", code == 1
+    peak = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    return (f"{peak / 2**30:.1f} GB of memory" if peak > MEMORY else None), code == 1
+
+
+def stop_case(*_):
+    raise TooLong
+
+
+def where(error):
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    return f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
+
+
+def listing(base, folder):
+    """What lies beside the case's folder, and in the project."""
+    found = {path.name for path in base.iterdir() if path != folder and not path.name.startswith(("run_", folder.name.rsplit("_", 1)[0]))}
+    return found, frozenset(path.name for path in PROJECT.iterdir()), frozenset(path.name for path in (PROJECT / "datasets").iterdir())
+
+
+# The parent
+
+
+def run_kind(kind, count, seed, base):
+    """(cases, refused, [failures]) of one kind, in processes of some fifty cases each."""
+    refused, failures, number = 0, [], 0
+    while number < count:
+        size = min(CASES_A_WORKER, count - number)
+        command = [sys.executable, __file__, "--worker", kind, str(number), str(size), str(seed), str(base)]
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS * size + 120)
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        ended = [line for line in lines if "failure" in line]
+        refused += sum(line["refused"] for line in ended)
+        failures += [f"case {line['case']}: {line['failure']}" for line in ended if line["failure"]]
+        if done.returncode or len(ended) < size:
+            assert lines, done.stderr
+            failures.append(f"case {lines[-1]['case']}: the process ended with {done.returncode}")
+            size = len(ended) + 1
+        number += size
+    return count, refused, failures
+
+
+def run_kills(_, count, seed, base):
+    """Kills commands at random moments; the next run of each must end well and leave nothing half behind."""
+    draw, failures = random.Random(seed), []
+    folder = base / "run_kills"
+    shutil.copytree(base / "workplace", folder)
+    commands = [
+        ["txt_annotation.py"], ["train.py", *TINY, "--epochs", "2", "--save_minutes", "0"], ["predict.py", *DRAW, "--npz", "True"],
+        ["-m", "utils.convert", "weights", str(base / "workplace" / "logs"), "small.pth"],
+        ["-m", "utils.evaluate", "--samples", "datasets", "--distances", "False"],
+    ]  # fmt: skip
+    run = str(next(Path(base, "workplace", "logs").glob("*")))
+    for number in range(count):
+        words = [run if word.endswith("logs") else word for word in draw.choice(commands)]
+        words = words if words[0] == "-m" else [str(PROJECT / words[0]), *words[1:]]
+        for path in folder.glob("small.pth"):
+            path.unlink()
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+        options = {"cwd": folder, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen([sys.executable, *words], **options)
+        time.sleep(draw.uniform(0.5, 6))
+        process.kill()
+        process.communicate()
+        again = subprocess.run([sys.executable, *words], **options, timeout=120)
+        left = [path.name for path in folder.rglob(".*.tmp")]
+        if again.returncode not in (0, 1) or "Traceback" in again.stderr or left:
+            failures.append(f"case {number}: {words[:3]} after a kill: code {again.returncode}, {again.stderr[-300:]!r}, left {left}")
+        if again.returncode == 1 and "is there already" not in again.stderr:
+            failures.append(f"case {number}: {words[:3]} after a kill: {again.stderr[-300:]!r}")
+    return count, 0, failures
+
+
+def make_fixtures(base):
+    """What the cases start from: pictures of many kinds, a tiny run, and a folder of diffusers."""
+    workplace = base / "workplace"
+    write_pictures(workplace / "datasets", count=8)
+    os.chdir(workplace)
+    run_command(txt_annotation, [])
+    settings = [*TINY, "--num_groups", "32", "--epochs", "1", "--precision", "fp32", "--class_conditional", "True"]
+    assert run_command(train, settings) == (None, False)
+    run = str(next(Path("logs").glob("*")))
+    with contextlib.suppress(ImportError):
+        assert run_command(convert, ["diffusers", run, str(base / "folder")]) == (None, False)
+    folder = base / "pictures"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F", "I"):
+        for kind in ("png", "jpg", "gif", "tif", "bmp", "webp", "ppm"):
+            image = Image.fromarray(pixels).convert("L" if mode == "I;16" else mode)
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                image.save(folder / f"{mode.replace(';', '_')}.{kind}")
+    for path in folder.iterdir():  # a format that cannot hold a mode leaves an empty file
+        if path.stat().st_size == 0:
+            path.unlink()
+    os.chdir(base)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", help=f"of {', '.join(COUNTS)}; none: all")
+    parser.add_argument("--share", type=float, default=1.0, help="of the full counts")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder).resolve()
+        make_fixtures(base)
+        for kind in arguments.kinds or COUNTS:
+            cases = max(1, round(COUNTS[kind] * arguments.share / (PICTURES_A_CASE if kind == "pictures" else 1)))
+            count, refused, failures = (run_kills if kind == "kills" else run_kind)(kind, cases, arguments.seed, base)
+            note = f" of {PICTURES_A_CASE} pictures each" if kind == "pictures" else ""
+            print(f"{kind}: {count} cases{note}, {refused} refused in a line, {len(failures)} failures", flush=True)
+            for failure in failures:
+                print(f"  {failure}", flush=True)
+            failed |= bool(failures)
+    raise SystemExit(int(failed))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(sys.argv[2], *map(int, sys.argv[3:6]), Path(sys.argv[6]))
+    else:
+        main()
