@@ -11,15 +11,15 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from nets import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, SAMPLERS, SCHEDULES, GaussianDiffusion, build
-from nets.unet import check_input_shape, check_levels, choose_groups
-from nets.weights import known_settings
+from nets.unet import check_input_shape, check_levels, choose_groups, count_parameters
+from nets.weights import known_settings, unet_arguments
 from utils import distributed
 from utils.config import block_settings, check_values, settings, typed_options
 from utils.data.dataset import EpochBatches, ImageDataset, data_loader, effective_batch_size, normalise, open_dataset, split_validation
 from utils.data.decode import RESIZE_MODES
 from utils.device import DTYPES, autocast, choose_compile, choose_device, choose_precision, memory_format, peak_memory
 from utils.errors import explain_out_of_memory, run_script
-from utils.training.memory import advice_for_training, print_memory
+from utils.training.memory import advice_for_training, check_network_fits, print_memory
 from utils.training.meter import Meter, epoch_means
 from utils.training.optimizer import (
     DECAYS,
@@ -154,8 +154,8 @@ def read_settings(arguments=None):
 def check(config):
     """ValueError now for a setting out of range: it would fail later."""
     check_values(
-        config, input_shape=(1, None), background=(0, 255), num_workers=(0, None), channel=(1, None), channel_mults=(1, None),
-        num_res_blocks=(1, None), num_groups=(1, None), dropout=(0, 0.99), label_dropout=(0, 0.99), num_timesteps=(1, None),
+        config, input_shape=(1, 2**14), background=(0, 255), num_workers=(0, 1024), channel=(1, 2**16), channel_mults=(1, 1024),
+        num_res_blocks=(1, 1024), num_groups=(1, None), dropout=(0, 0.99), label_dropout=(0, 0.99), num_timesteps=(1, 10**6),
         min_snr_gamma=(0, None),
         epochs=(1, None), batch_size=(1, None), accumulate=(1, None), init_lr=(0, None), min_lr=(0, None), warmup=(0, 1),
         momentum=(0, 0.9999), weight_decay=(0, None), grad_clip=(0, None), max_bad_steps=(1, None), ema_decay=(0, 1),
@@ -187,6 +187,7 @@ def prepare(config, device, checkpoint=None):
     check_classes(config, images.classes, checkpoint)
     dataset, validation = split_validation(images, config.val_split)
     batch_size = effective_batch_size(len(dataset), config.batch_size, distributed.world_size() * config.accumulate)
+    check_network_fits(count_parameters(unet_arguments(asdict(config), len(images.classes))), device)
     torch.manual_seed(mix(config.seed, "weights"))
     diffusion = build.from_config(asdict(config), len(images.classes))
     if checkpoint:

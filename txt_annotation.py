@@ -5,7 +5,7 @@ import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is n
 from collections import Counter
 from pathlib import Path
 
-from utils.config import parse_config, settings
+from utils.config import check_values, parse_config, settings
 from utils.data.annotation import (
     SHIPPED,
     beside_folders,
@@ -33,6 +33,7 @@ class Config:
 
 def main(arguments=None):
     config = parse_config(Config, __doc__, arguments)
+    check_values(config, num_workers=(0, 1024))
     check_annotation_path(config.annotation_path)
     if config.download:
         from utils.data.downloads import download  # torchvision takes seconds to import

@@ -277,3 +277,9 @@ def check_input_shape(input_shape, levels):
         near = [tuple(max(rounded(n / factor), 1) * factor for n in input_shape) for rounded in (math.floor, math.ceil)]
         raise ValueError(f"input_shape {tuple(input_shape)} does not fit {levels} levels: height and width must be "
                          f"multiples of {factor}, such as {' or '.join(str(shape) for shape in dict.fromkeys(near))}")
+
+
+def count_parameters(arguments):
+    """The number of parameters of UNet(**arguments), without memory for them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in UNet(**arguments).parameters())

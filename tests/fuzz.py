@@ -273,7 +273,7 @@ def run_case(prepare, draw, base, folder):
 
 def run_command(module, arguments):
     """(what is wrong or None, whether it was refused)."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err, before = io.StringIO(), io.StringIO(), peak_memory()
     signal.signal(signal.SIGALRM, stop_case)
     signal.alarm(SECONDS)
     code = 0
@@ -293,8 +293,14 @@ def run_command(module, arguments):
         return f"exit code {code} with the errors {lines}", code == 1
     if any(line != printable(line) for line in lines + out.getvalue().split("\n")):
         return f"control characters: {lines} {out.getvalue()[-300:]!r}", code == 1
-    peak = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
-    return (f"{peak / 2**30:.1f} GB of memory" if peak > MEMORY else None), code == 1
+    peak = peak_memory()
+    return (f"{peak / 2**30:.1f} GB of memory" if peak > max(before, MEMORY) else None), code == 1
+
+
+def peak_memory():
+    """The most bytes that this process has held."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 def stop_case(*_):

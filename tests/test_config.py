@@ -63,7 +63,8 @@ def test_values_are_written_as_in_python(name, text, value):
     ("shape", "64", "2 int values with commas between them, as '64,64'"), ("shape", "1,2,3", "2 int values"),
     ("shape", "a,b", "2 int values"), ("shape", "1.5,2", "2 int values"), ("shape", "", "2 int values"),
     ("mults", "1,x", "one alone as '1,'"), ("mults", "1,2.0", "int values"), ("mults", "1 2", "int values"),
-    ("limit", "x", "a whole number or None"),
+    ("limit", "x", "a whole number or None"), ("limit", "9" * 400, "a whole number or None"), ("batch_size", str(2**63), "a whole number"),
+    ("init_lr", "9" * 400, "a number"),
 ])  # fmt: skip
 def test_other_values_are_refused_with_what_was_expected(name, text, words):
     with pytest.raises(ValueError, match=f"^--{name} ") as raised:

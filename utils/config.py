@@ -143,7 +143,9 @@ def _fit(value, kind, text):
                      if type(choice) is type(found) and choice == found), _NO_FIT)
     if kind is str:
         return value if isinstance(value, str) else _NO_FIT if text is None else text
-    if kind is float and type(value) is int and abs(value) < 2**1023:
+    if type(value) is int and abs(value) >= LARGEST:  # PyTorch counts in 64 bits
+        return _NO_FIT
+    if kind is float and type(value) is int:
         return float(value)
     return value if type(value) is kind else _NO_FIT
 

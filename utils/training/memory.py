@@ -35,6 +35,14 @@ def advice_for_training(config, parts):
     return f"{need}; {f'--accumulate {fitting} would fit. Else ' if fitting else ''}{settings}"
 
 
+def check_network_fits(num_parameters, device):
+    """ValueError where the weights of training alone pass the memory of the device, before the network is built."""
+    needed, there = sum(COPIES.values()) * 4 * num_parameters, device_memory(device)
+    if there and needed > there:
+        raise ValueError(f"a network of {num_parameters / 1e9:.2f} billion parameters needs {mebibytes(needed)} for weights, gradients and "
+                         f"moments; {device} has {mebibytes(there)}: lower --channel, --channel_mults or --num_res_blocks")
+
+
 def micro_batch_size(config, parts):
     """Images that one process works on at a time."""
     return parts.batch_size // (config.accumulate * distributed.world_size())
