@@ -11,7 +11,7 @@ import predict
 import train
 import txt_annotation
 from utils import errors
-from utils.config import check_values, parse_config, parse_value, trailing_comments, typed_options
+from utils.config import block_settings, check_values, parse_config, parse_value, settings, trailing_comments, typed_options
 from utils.errors import run_script
 
 
@@ -138,6 +138,36 @@ def test_an_edited_block_is_checked_like_typed_options(values, words):
 def test_an_edited_block_of_predict_is_refused_before_any_work(values):
     with pytest.raises(ValueError, match=f"{next(iter(values))} is .*: expected one of .*(ddim|logsnr|bf16)"):
         predict.check(predict.Config(**values), {})
+
+
+def block(text):
+    """The settings of a block with this text, as `block_settings` gives them."""
+    scope = {"settings": settings, "Literal": Literal, "__name__": __name__}
+    exec("@settings\nclass Edited:\n" + "".join(f"    {line}\n" for line in text.splitlines()), scope)
+    return block_settings(scope["Edited"])
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("shape: tuple[int, int] = [64, 48]", (64, 48)), ("mults: tuple[int, ...] = [1, 2]", (1, 2)), ("mults: tuple[int, ...] = 1", (1,)),
+    ("rate: float = 1", 1.0), ("rate: Literal['auto'] | float = 3", 3.0), ("name: str = ''", ""),
+])
+def test_an_edited_block_is_applied_whole(text, value):
+    found = getattr(block(text), text.split(":")[0])
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("size: int = 3\nchannel = 64", "channel = 64 in the settings of .* has no type, .*: write channel: int = 64"),
+    ("size: int = 3\nCuda = True", "Cuda = True .* has no type"), ("size: int = 3\nprediction = 'v'", "write prediction: str = 'v'"),
+    ("size: int = 64.0", "size = 64.0 in the settings of .*: expected a whole number"), ("size: int = 1e3", "expected a whole number"),
+    ("size: int = '32'", "size = '32' .*: expected a whole number"), ("shape: tuple[int, int] = [64, 64, 64]", "expected 2 int values"),
+    ("name: str = 5", "expected text"), ("flag: bool = 1", "expected True or False"), ("kind: Literal['a', 'b'] = 'c'", "one of 'a', 'b'"),
+    ("size: int = {3}", "expected a whole number"), ("size: int", "size = None .*: expected a whole number"),
+])
+def test_an_edited_block_is_refused_by_name(text, words):
+    with pytest.raises(ValueError, match=words) as error:
+        block(text)
+    assert "\n" not in str(error.value)
 
 
 def raising(error):

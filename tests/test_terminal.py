@@ -1,0 +1,85 @@
+"""What scripts print: no name, terminal or missing stream ends them."""
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ENVIRONMENT, PROJECT, TINY, command, newest_run, run, write_pictures
+
+from utils.checkpoint import load_checkpoint
+from utils.terminal import SafeStream
+
+
+class Pipe(io.StringIO):
+    """A stream whose reader leaves after `takes` writes."""
+
+    encoding = "utf-8"
+
+    def __init__(self, takes):
+        super().__init__()
+        self.takes = takes
+
+    def write(self, text):
+        if not self.takes:
+            raise BrokenPipeError(32, "Broken pipe")
+        self.takes -= 1
+        return super().write(text)
+
+
+def test_a_stream_shows_what_it_cannot_encode_and_no_control_characters():
+    raw = io.BytesIO()
+    stream = SafeStream(io.TextIOWrapper(raw, encoding="cp1252", newline=""), clean=True)
+    stream.write("é 猫 \udce9 \x1b[31mred\x9b0m\ttab\n")
+    stream.flush()
+    assert raw.getvalue().decode("cp1252") == "é \\u732b \\udce9 \\x1b[31mred\\x9b0m\ttab\n"
+
+
+def test_a_reader_that_leaves_ends_the_output_only():
+    pipe = Pipe(takes=1)
+    stream = SafeStream(pipe, clean=False)
+    for text in ("one", "two", "three"):
+        assert stream.write(text) == len(text)
+    stream.flush()
+    assert pipe.getvalue() == "one"
+
+
+def start(arguments, cwd, **options):
+    environment = {**ENVIRONMENT, **options.pop("env", {})}
+    return subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, timeout=240, **options)
+
+
+def test_names_that_the_terminal_lacks(tmp_path):
+    """A folder, classes and files whose names cp1252 and ASCII cannot show, in a project of such a name."""
+    project = tmp_path / "猫proj"
+    project.mkdir()
+    write_pictures(project / "datasets", count=4)
+    (project / "datasets" / "even").rename(project / "datasets" / "猫\x1b[31m")
+    os.rename(os.fsencode(project / "datasets" / "odd"), os.fsencode(project / "datasets") + b"/\xe9\xff")
+    for variables in ({"PYTHONIOENCODING": "cp1252"}, {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        done = start(command("txt_annotation.py"), project, env=variables)
+        assert done.returncode == 0, done.stderr
+        assert b"2 classes" in done.stdout and b"\x1b" not in done.stdout and b"Traceback" not in done.stderr
+
+
+def test_a_missing_stderr_and_a_closed_pipe(tmp_path):
+    write_pictures(tmp_path / "datasets")
+    run(command("txt_annotation.py"), tmp_path)
+    training = " ".join(command("train.py", *TINY, "--epochs", "2")).replace("()", "'()'")
+    done = subprocess.run(["bash", "-c", f"{training} 2>&- | head -n 1"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, timeout=240)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert load_checkpoint(newest_run(tmp_path) / "last.pth")["position"]["epoch"] == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to a process")
+def test_ctrl_c_during_the_imports_is_one_word():
+    script = (
+        "import runpy, sys, threading, _thread\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch': raise KeyboardInterrupt\n"
+        f"sys.meta_path.insert(0, Slow()); sys.path.insert(0, {str(PROJECT)!r})\n"
+        f"sys.argv = ['train.py']; runpy.run_path({str(PROJECT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    done = start([sys.executable, "-c", script], PROJECT)
+    assert done.returncode != 0 and done.stderr.strip().endswith(b"stopped") and b"Traceback" not in done.stderr
