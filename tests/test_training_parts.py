@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, run_main
 
 from utils import distributed
 from utils.data.dataset import ImageDataset, split_validation
@@ -136,3 +137,22 @@ def test_running_sums_survive_another_number_of_processes(monkeypatch):
             monkeypatch.setattr(distributed, "is_main", lambda rank=rank: rank == 0)
             sums[world_size, rank] = _own_sums(saved).tolist()
     assert sums == {(1, 0): [11, 22], (2, 0): [1, 2], (2, 1): [10, 20], (3, 0): [11, 22], (3, 1): [0, 0], (3, 2): [0, 0]}
+
+
+@pytest.mark.parametrize("decay", ["cos", "step"])
+def test_the_learning_rate_never_rises_after_the_warmup(decay):
+    rates = [learning_rate(step, 100, 1e-6, 2e-6, 0.1, decay) for step in range(100)]
+    assert max(rates) == 1e-6 and all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_stages_that_fall_by_a_factor_cannot_reach_zero(workplace, capsys):
+    for settings in (("--min_lr", "0"), ("--init_lr", "0")):
+        with pytest.raises(SystemExit):
+            run_main("train.py", *TINY, "--lr_decay_type", "step", *settings)
+        assert "cannot reach 0: set init_lr and min_lr above 0" in capsys.readouterr().err
+
+
+def test_a_loss_is_shown_only_once_there_is_one():
+    meter, nan = Meter(torch.device("cpu"), 10), torch.tensor(float("nan"))
+    meter.add(torch.tensor([float("nan")]), torch.tensor([3]), nan, torch.ones(()), torch.ones(()))
+    assert math.isnan(meter.latest()[0]) and meter.latest()[1] == 1

@@ -1,0 +1,169 @@
+"""What a run writes and survives: tables that only grow, packages that are broken, saves that fail, signals, a second run."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ENVIRONMENT, PROJECT, TINY, command, newest_run, read_history, run, run_main, write_pictures
+
+from utils.checkpoint import load_checkpoint
+from utils.files import locked
+from utils.training import saving
+from utils.training.loss_history import Table, read_table
+
+RUN = [*TINY, "--epochs", "2", "--seed", "1"]
+
+
+def test_a_row_costs_the_same_however_many_there_are(tmp_path, monkeypatch):
+    """Bytes that pass through write(), and rewrites of the file."""
+    rewrites, rewrite = [], Table.rewrite
+    monkeypatch.setattr(Table, "rewrite", lambda self: (rewrites.append(1), rewrite(self)))
+    table = Table(tmp_path / "epoch_loss.csv", [])
+    inode = None
+    for epoch in range(1, 201):
+        table.append({"epoch": epoch, "loss": 0.5, "val_loss": None})
+        inode = inode or os.stat(table.path).st_ino
+    assert len(rewrites) == 2 and os.stat(table.path).st_ino == inode  # at the start, and for the first columns
+    assert len(read_table(table.path, 10**9)) == 200
+
+
+def test_a_table_comes_back_to_the_letter_up_to_an_epoch(tmp_path):
+    path = tmp_path / "epoch_loss.csv"
+    table = Table(path, [])
+    for epoch in range(1, 6):
+        table.append({"epoch": epoch, "loss": 0.1 * epoch, "val_loss": None if epoch % 2 else 1 / 3})
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines) + b"6,0.6")  # killed within a row
+    Table(path, read_table(path, 10))
+    assert path.read_bytes() == b"".join(lines)
+    Table(path, read_table(path, 3))
+    assert path.read_bytes() == b"".join(lines[:4])
+    Table(path, read_table(path, 3)).append({"epoch": 4, "loss": 1.0, "new": 2.0})
+    assert path.read_text().splitlines()[0] == "epoch,loss,val_loss,new"
+
+
+def test_a_row_that_finds_no_space_comes_with_the_next(tmp_path, monkeypatch):
+    table = Table(tmp_path / "epoch_loss.csv", [])
+    table.append({"epoch": 1, "loss": 1.0})
+    whole = table.path.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        table.append({"epoch": 2, "loss": 2.0})
+    assert table.path.read_bytes() == whole
+    table.append({"epoch": 3, "loss": 3.0})
+    assert [row["epoch"] for row in read_table(table.path, 9)] == ["1", "2", "3"]
+
+
+# Packages that are there but broken
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "tensorboard"])
+def test_a_broken_package_ends_no_training(tmp_path, package):
+    write_pictures(tmp_path / "datasets")
+    run(command("txt_annotation.py"), tmp_path)
+    broken = tmp_path / "broken" / package
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise TypeError('built for another numpy')\n")
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(broken.parent)}
+    done = subprocess.run(command("train.py", *RUN), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"{package} is here, but fails (TypeError: built for another numpy)") == 1
+    assert len(read_history(newest_run(tmp_path))) == 2
+
+
+def test_the_backend_of_a_notebook_draws_the_curve_all_the_same(tmp_path):
+    write_pictures(tmp_path / "datasets")
+    run(command("txt_annotation.py"), tmp_path)
+    environment = {**ENVIRONMENT, "MPLBACKEND": "module://matplotlib_inline_nowhere.backend_inline"}
+    done = subprocess.run(command("train.py", *RUN), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert (newest_run(tmp_path) / "epoch_loss.png").is_file()
+
+
+# Saves that fail
+
+
+def test_a_run_that_saved_nothing_ends_with_exit_code_1(workplace, monkeypatch, capsys):
+    def full(path, state):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(saving, "save_checkpoint", full)
+    with pytest.raises(SystemExit) as end:
+        run_main("train.py", *RUN)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 1
+    assert "epoch_0002.pth, last.pth could not be written; no last.pth is in" in error and "the epochs are done" in error
+
+
+def test_a_save_that_comes_good_is_no_failure(workplace, monkeypatch):
+    saves, save = [], saving.save_checkpoint
+
+    def full_once(path, state):
+        saves.append(path.name)
+        if path.name == "last.pth" and saves.count("last.pth") == 1:
+            raise OSError(28, "No space left on device", str(path))
+        save(path, state)
+
+    monkeypatch.setattr(saving, "save_checkpoint", full_once)
+    monkeypatch.setattr(saving.Checkpoints, "is_cheap", lambda self: True)
+    run_main("train.py", *RUN)
+    assert load_checkpoint(newest_run(workplace) / "last.pth")["position"]["epoch"] == 2
+
+
+# Signals, and a second run
+
+
+def start_training(folder, *settings, **options):
+    """A training process of many epochs that has written its first last.pth."""
+    arguments = command("train.py", *TINY, "--epochs", "100000", "--save_minutes", "0", *settings)
+    process = subprocess.Popen(arguments, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("logs/*/last.pth")):
+        assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    return process
+
+
+@pytest.fixture
+def listed(tmp_path):
+    write_pictures(tmp_path / "datasets")
+    run(command("txt_annotation.py"), tmp_path)
+    return tmp_path
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
+def test_a_lost_terminal_saves_and_under_nohup_it_is_ignored(listed):
+    process = start_training(listed)
+    process.send_signal(signal.SIGHUP)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 128 + signal.SIGHUP and "stopped by SIGHUP" in output
+    assert load_checkpoint(newest_run(listed) / "last.pth")["position"]
+
+    process = start_training(listed, "--seed", "2", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_training_in_the_same_folder_is_refused(listed):
+    process = start_training(listed)
+    folder = newest_run(listed)
+    options = {"cwd": listed, "env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 120}
+    again = subprocess.run(command("train.py", "--resume", folder), **options)
+    assert again.returncode == 1 and "another training writes to" in again.stderr.splitlines()[-1]
+    process.kill()
+    process.communicate()
+    with locked(folder, "busy"):  # the end of the process freed it
+        pass
+
+
+def test_a_lock_refuses_another_process_only_while_it_is_held(tmp_path):
+    script = f"import sys; sys.path.insert(0, {str(PROJECT)!r})\nfrom utils.files import locked\n"
+    script += f"with locked({str(tmp_path)!r}, 'busy'): pass"
+    with locked(tmp_path, "busy"):
+        assert b"ValueError: busy" in subprocess.run([sys.executable, "-c", script], capture_output=True).stderr
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
