@@ -35,6 +35,7 @@ from utils.sampling.starting_images import starting_settings
 
 MAX_ROWS = 10  # classes in the grid
 MASKED_STEPS = 250  # with 10 resamplings as in the RePaint paper, section 5.1; all 1000 would take four times as long
+SEEDS = 2**32  # the seeds that a CPU generator tells apart
 CALLS_WORTH_COMPILING = 5000  # compiling takes about a minute
 
 
@@ -118,9 +119,11 @@ def main(arguments=None):
 def check(config, typed):
     """ValueError for a setting out of range, and for settings that exclude or need each other."""
     check_values(
-        config, num_images=(1, None), batch_size=(1, None), seed=(-1, 2**62), seed_to=(-1, 2**62), steps=(0, None),
-        eta=(0, 1), guidance_scale=(0, 1000), resamplings=(1, None), interpolate=(0, None),
+        config, num_images=(1, None), batch_size=(1, None), seed=(-1, SEEDS - 1), seed_to=(-1, SEEDS - 1), steps=(0, None),
+        eta=(0, 1), guidance_scale=(0, 1000), resamplings=(1, 10**6), interpolate=(0, 10**4),
     )  # fmt: skip
+    if config.batch_size > 2**16:
+        raise ValueError(f"batch_size is {config.batch_size}: more than {2**16} pictures at once fit nowhere; lower it")
     if config.strength is not None and not 0 < config.strength <= 1:
         raise ValueError(f"strength is {config.strength}: it must be above 0 and at most 1 (all is drawn anew)")
     for name, needed in NEEDS.items():
@@ -171,6 +174,9 @@ def resolve(config, typed, diffusion, classes):
     num_images = config.interpolate or config.num_images
     if grid_rows(config, classes) and "num_images" not in typed and num_images == SHOWN:
         num_images = COLUMNS * grid_rows(config, classes)
+    if not config.interpolate and seed + num_images > SEEDS:
+        raise ValueError(f"seed {seed}: the last of {num_images} pictures would have the seed {seed + num_images - 1}, and they end at "
+                         f"{SEEDS - 1}: lower --seed or --num_images")
     return replace(
         config, seed=seed, seed_to=config.seed_to if config.seed_to >= 0 else seed + 1, sampler=sampler,
         spacing=spacing, strength=strength, steps=steps, num_images=num_images, input_shape=diffusion.img_size,
@@ -212,12 +218,12 @@ def network_calls(config):
 def sample(config, diffusion, labels, options, files):
     """Sample the batches that have no files yet, each process its part of them, and hand them to `files`."""
     size, rank, processes = config.batch_size, distributed.rank(), distributed.world_size()
-    firsts = [first for first in range(0, config.num_images, size)[rank::processes] if not files.have(first, size)]
+    batches = range(0, config.num_images, size)[rank::processes]
     noise = (lambda numbers: noise_between_seeds(config, diffusion, numbers)) if config.interpolate else None
     done, began = 0, time.monotonic()
     pause = 0.1 if sys.stderr.isatty() else 10  # seconds between two states of the progress bar
-    total = len(firsts) * config.steps
-    with tqdm(total=total, unit="step", disable=rank > 0, dynamic_ncols=True, mininterval=pause) as bar:
+    with tqdm(total=len(batches) * config.steps, unit="step", disable=rank > 0, dynamic_ncols=True, mininterval=pause) as bar:
+        firsts = unfinished(batches, config, files, bar)
         for first, steps in sample_batches(diffusion, firsts, size, config.seed, labels, noise, **options):
             for step, (x, x_0) in enumerate(steps):
                 files.add_moment(first, step, x, x_0)
@@ -225,6 +231,15 @@ def sample(config, diffusion, labels, options, files):
             files.add(first, to_uint8(x))
             done += min(size, config.num_images - first)
             bar.set_postfix_str(f"{done * processes / (time.monotonic() - began):.1f} img/s", refresh=False)
+
+
+def unfinished(batches, config, files, bar):
+    """The batches that have no files yet. The bar moves on for the others."""
+    for first in batches:
+        if files.have(first, config.batch_size):
+            bar.update(config.steps)
+        else:
+            yield first
 
 
 def noise_between_seeds(config, diffusion, numbers):
