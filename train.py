@@ -11,6 +11,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from nets import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, SAMPLERS, SCHEDULES, GaussianDiffusion, build
+from nets.schedules import check_choice
 from nets.unet import check_input_shape, check_levels, choose_groups, count_parameters
 from nets.weights import known_settings, unet_arguments
 from utils import distributed
@@ -41,6 +42,8 @@ from utils.training.validation import validation_loss
 
 @settings
 class Config:
+    preset: str = ""                                     # a named set of the settings below: quick or small; "": the article's
+
     # Pictures
     annotation_path: str = "train_lines.txt"             # the list that txt_annotation.py writes
     input_shape: tuple[int, int] = (32, 32)              # height and width of the pictures that are learned and drawn
@@ -108,6 +111,14 @@ class Config:
     resume: str = ""                                     # "latest", or a path: resume that run
 
 
+# Sets of settings that belong together. An option goes over the preset, and the preset over the block.
+PRESETS = {
+    "": {},  # the article's settings
+    # A first training of a few minutes on a CPU.
+    "quick": {"prediction": "v", "schedule": "cosine", "loss_weighting": "min_snr", "channel": 32, "batch_size": 32, "dropout": 0.0},
+}
+
+
 class Parts(NamedTuple):
     """What `prepare` builds from the settings and `train` works with."""
 
@@ -144,6 +155,8 @@ def read_settings(arguments=None):
     block, typed = block_settings(Config), typed_options(Config, __doc__, arguments)
     distributed.start()
     config = replace(block, **typed)
+    check_choice("preset", config.preset, PRESETS)
+    config = replace(config, **{**PRESETS[config.preset], **typed})
     source, checkpoint = find_checkpoint(config.resume, config.save_dir)
     if checkpoint:
         checkpoint["config"] = known_settings(checkpoint)

@@ -34,6 +34,7 @@ class Job:
     dropout: float
     images: Path  # folder of pictures of size x size
     scratch: Path
+    img_channels: int = 3
 
 
 def forever(make_iterator):
@@ -52,7 +53,8 @@ class Ours:
         write_annotation(job.scratch / "train_lines.txt", paths)
         self.config = train.Config(
             annotation_path=str(job.scratch / "train_lines.txt"), input_shape=(job.size, job.size), channel=job.channel,
-            dropout=job.dropout, batch_size=job.batch_size, device=job.device.type, num_groups=32,  # as diffusers has
+            dropout=job.dropout, batch_size=job.batch_size, device=job.device.type, img_channels=job.img_channels,
+            num_groups=32,  # as diffusers has
         )  # fmt: skip
         with quiet():
             self.config, _ = train.resolve(self.config)
@@ -103,9 +105,10 @@ class Ours:
 class Files(torch.utils.data.Dataset):
     """The data set of diffusers' example: each picture opened, augmented and normalised whenever it is asked for."""
 
-    def __init__(self, folder, size):
+    def __init__(self, folder, size, img_channels):
         from torchvision import transforms
 
+        self.mode = "L" if img_channels == 1 else "RGB"
         self.paths = find_images(folder)
         self.transform = transforms.Compose([
             transforms.Resize(size, interpolation=transforms.InterpolationMode.BILINEAR), transforms.CenterCrop(size),
@@ -118,7 +121,7 @@ class Files(torch.utils.data.Dataset):
     def __getitem__(self, index):
         from PIL import Image
 
-        return self.transform(Image.open(self.paths[index]).convert("RGB"))
+        return self.transform(Image.open(self.paths[index]).convert(self.mode))
 
 
 class Diffusers:
@@ -140,14 +143,16 @@ class Diffusers:
         down, up = ["DownBlock2D"] * len(MULTS), ["UpBlock2D"] * len(MULTS)
         down[1], up[-2] = "AttnDownBlock2D", "AttnUpBlock2D"
         model = UNet2DModel(
-            sample_size=job.size, layers_per_block=2, block_out_channels=tuple(job.channel * mult for mult in MULTS), dropout=job.dropout,
+            sample_size=job.size, in_channels=job.img_channels, out_channels=job.img_channels, layers_per_block=2,
+            block_out_channels=tuple(job.channel * mult for mult in MULTS), dropout=job.dropout,
             down_block_types=tuple(down), up_block_types=tuple(up), attention_head_dim=None,
         )  # fmt: skip
         self.ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75,
                             model_cls=UNet2DModel, model_config=model.config)
         self.scheduler = DDPMScheduler(num_train_timesteps=1000)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-        loader = torch.utils.data.DataLoader(Files(job.images, job.size), batch_size=job.batch_size, shuffle=True, drop_last=True)
+        files = Files(job.images, job.size, job.img_channels)
+        loader = torch.utils.data.DataLoader(files, batch_size=job.batch_size, shuffle=True, drop_last=True)
         rate = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=10_000)
         self.model, self.optimizer, self.loader, self.rate = self.accelerator.prepare(model, optimizer, loader, rate)
         self.ema.to(self.accelerator.device)
@@ -215,7 +220,7 @@ class Lucidrains:
         from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
 
         self.job = job
-        self.network = Unet(dim=job.channel, dim_mults=MULTS, dropout=job.dropout, flash_attn=True)
+        self.network = Unet(dim=job.channel, dim_mults=MULTS, dropout=job.dropout, channels=job.img_channels, flash_attn=True)
         diffusion = GaussianDiffusion(self.network, image_size=job.size, timesteps=1000).to(job.device)
         gpu = job.device.type == "cuda"
         self.precision = "bf16" if gpu else "fp32"

@@ -1,0 +1,342 @@
+"""How good are the samples after so many minutes of training, here and elsewhere? python -m benchmarks.time_to_quality
+
+Every contestant trains in its own loop on the same images, and is told how many steps fit into the minutes. At each mark
+the same solver samples with its EMA, and the Frechet distance to the real images is written down, in the features of a
+classifier of the same data. The clock counts training alone. A mark is stored as soon as it is measured; the same command
+goes on from there. Table, JSON and curves go to benchmarks/results/.
+"""
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import train
+from benchmarks.contestants import Diffusers, Job, Lucidrains, forever
+from benchmarks.runs import DATA, RESULTS, WORK, list_pictures, write_json
+from benchmarks.timing import machine, markdown, quiet
+from nets import samplers
+from utils.config import check_values, parse_config, parse_value, settings
+from utils.data.dataset import EpochBatches, data_loader, open_dataset
+from utils.device import autocast, choose_device, choose_precision
+from utils.errors import run_script
+from utils.evaluate.distances import FeatureStatistics, statistics_distance
+from utils.evaluate.features import FeatureCache, load_extractor
+from utils.files import atomic_write
+from utils.images import save_png, to_uint8
+from utils.sampling.batches import last_images
+from utils.training.optimizer import learning_rate
+
+SAMPLER, STEPS = "sde-dpm++", 25
+MEASURED_STEPS = 12  # after two of warm-up, for the number of steps that fit into the minutes
+
+
+@settings
+class Config:
+    data: str = "fashion_mnist"           # fashion_mnist or emoji
+    contestants: str = ""                 # names with commas between; "": all, and ours with the article's settings and each preset
+    extra: str = ""                       # further settings of ours: name=setting:value;setting:value|name=...
+    minutes: float = 10.0                 # of training, each
+    marks: tuple[float, ...] = (0.5, 1, 2, 3, 5, 10)  # minutes at which the distance is measured
+    size: int = 0                         # height and width; 0: 16 for fashion_mnist, 32 for emoji, 32 on a GPU
+    channel: int = 0                      # width of the first level, of those that no preset decides; 0: 128 on a GPU, 32 elsewhere
+    batch_size: int = 64                  # likewise
+    samples: int = 0                      # for each distance; 0: 10,000 on a GPU, 1,000 elsewhere
+    seed: int = 0                         # of our trainings, and of the samples
+    data_root: str = ""                   # a torchvision root with FashionMNIST/raw; "": fetched
+    device: str = "auto"                  # auto, cuda or cpu
+    name: str = ""                        # of the files in benchmarks/results; "": the device's
+
+
+class OurRun:
+    """train.py's step under a set of settings."""
+
+    def __init__(self, job, annotation, channels, seed, overrides):
+        shared = {"input_shape": (job.size, job.size), "channel": job.channel, "batch_size": job.batch_size, "img_channels": channels}
+        config = train.Config(annotation_path=str(annotation), device=job.device.type, seed=seed, **{**shared, **overrides})
+        with quiet():
+            self.config, device = train.resolve(config)
+            self.parts = train.prepare(self.config, device)
+        train.compile_network(self.config, self.parts.diffusion)
+        self.diffusion, self.step = self.parts.diffusion, 0
+        self.batches = forever(self.epoch)
+
+    def epoch(self):
+        """An epoch from where the step is."""
+        per_epoch = len(self.parts.dataset) // self.parts.batch_size
+        epoch, done = divmod(self.step, per_epoch)
+        batches = EpochBatches(len(self.parts.dataset), self.parts.batch_size, self.config.seed, epoch, done * self.parts.batch_size)
+        for position, (images, labels) in enumerate(data_loader(self.parts.dataset, batches), done):
+            yield epoch, position * self.parts.batch_size, images, labels
+
+    def told(self, total_steps):
+        self.total_steps = total_steps
+
+    def train_step(self):
+        config = self.config
+        epoch, consumed, images, labels = next(self.batches)
+        total = getattr(self, "total_steps", 10_000)
+        lr = learning_rate(self.step, total, config.init_lr, config.min_lr, config.warmup, config.lr_decay_type)
+        train.train_step(config, self.parts, images, labels, epoch, consumed, lr)
+        self.step += 1
+
+    def denoiser(self, numbers):
+        """(denoise, alpha_bars): the EMA, with the classes in turn where it has them."""
+        labels = self.parts.dataset.labels
+        y = labels[numbers % len(labels)].to(self.parts.device) if self.diffusion.num_classes is not None else None
+        return self.diffusion.denoiser(y), self.diffusion.alpha_bars
+
+    def state(self):
+        diffusion = self.diffusion
+        return {"weights": diffusion.state_dict(), "ema_step": diffusion.ema_step, "optimizer": self.parts.optimizer.state_dict()}
+
+    def restore(self, state, step):
+        self.diffusion.load_state_dict(state["weights"])
+        self.diffusion.ema_step, self.step = state["ema_step"], step
+        self.parts.optimizer.load_state_dict(state["optimizer"])
+        self.batches = forever(self.epoch)
+
+
+class DiffusersRun(Diffusers):
+    """diffusers' example loop; its EMA samples through our solver."""
+
+    def told(self, total_steps):
+        from diffusers.optimization import get_scheduler
+
+        warmup = min(500, total_steps // 10)  # its 500 would be most of a short training
+        rate = get_scheduler("cosine", optimizer=self.optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+        self.rate = self.accelerator.prepare(rate)
+
+    def denoiser(self, numbers):
+        alpha_bars = self.scheduler.alphas_cumprod.double().tolist()
+
+        @torch.no_grad()
+        def denoise(x, t):
+            eps = self.network(x, t).sample.float()
+            return ((x - (1 - alpha_bars[t]) ** 0.5 * eps) / alpha_bars[t] ** 0.5).clamp(-1, 1)
+
+        return denoise, alpha_bars
+
+    def sampling(self, on):
+        """The EMA takes the place of the weights, and gives it back."""
+        if on:
+            self.ema.store(self.network.parameters())
+            self.ema.copy_to(self.network.parameters())
+        else:
+            self.ema.restore(self.network.parameters())
+        self.network.train(not on)
+
+    def state(self):
+        parts = (self.network, self.ema, self.optimizer, self.rate)
+        return [part.state_dict() for part in parts]
+
+    def restore(self, state, step):
+        for part, saved in zip((self.network, self.ema, self.optimizer, self.rate), state):
+            part.load_state_dict(saved)
+
+
+class LucidrainsRun(Lucidrains):
+    """denoising-diffusion-pytorch's Trainer, with its constant learning rate; its EMA samples through our solver."""
+
+    def told(self, total_steps):
+        pass
+
+    def denoiser(self, numbers):
+        model = self.trainer.ema.ema_model.eval()
+
+        @torch.no_grad()
+        def denoise(x, t):
+            times = torch.full((len(x),), t, device=x.device)
+            return model.model_predictions(x, times, clip_x_start=True).pred_x_start
+
+        return denoise, model.alphas_cumprod.double().tolist()
+
+    def state(self):
+        parts = {"model": self.diffusion, "opt": self.trainer.opt, "ema": self.trainer.ema}
+        return {"step": self.trainer.step, **{name: part.state_dict() for name, part in parts.items()}}
+
+    def restore(self, state, step):
+        self.trainer.step = state["step"]
+        self.diffusion.load_state_dict(state["model"])
+        self.trainer.opt.load_state_dict(state["opt"])
+        self.trainer.ema.load_state_dict(state["ema"])
+
+
+PEERS = {"diffusers": DiffusersRun, "denoising-diffusion-pytorch": LucidrainsRun}
+
+
+def main():
+    config = parse_config(Config, __doc__)
+    check_values(config, minutes=(0.01, None), size=(0, None), channel=(0, None), batch_size=(1, None), samples=(0, None))
+    device = choose_device(config.device)
+    gpu = device.type == "cuda"
+    config = replace(
+        config, size=config.size or (32 if gpu or config.data == "emoji" else 16), channel=config.channel or (128 if gpu else 32),
+        samples=config.samples or (10_000 if gpu else 1000), name=config.name or device.type,
+        marks=tuple(mark for mark in config.marks if mark < config.minutes) + (config.minutes,),
+    )  # fmt: skip
+    path = RESULTS / f"time_to_quality_{config.name}_{config.data}"
+    report = opened(path.with_suffix(".json"), config)
+    report["machine"] = machine(device, choose_precision("auto", device), "wall")
+    judge = Judge(config, device)
+    for name in config.contestants.split(",") if config.contestants else [*PEERS, *ours(config)]:
+        measure(config, device, judge, name, report, path)
+    print("\n" + as_text(report))
+
+
+def ours(config):
+    """{name: settings of ours}: the article's, each preset's, and the extra ones."""
+    found = {"article": {}, **{name: values for name, values in train.PRESETS.items() if name}}
+    hints = train.Config.__annotations__
+    for entry in filter(None, config.extra.split("|")):
+        name, _, pairs = entry.partition("=")
+        words = [pair.partition(":") for pair in pairs.split(";") if pair]
+        found[name] = {setting: parse_value(setting, text, hints[setting]) for setting, _, text in words}
+    return found
+
+
+def opened(path, config):
+    """The report to add to, or a new one where the settings differ."""
+    about = {name: value for name, value in asdict(config).items() if name not in ("contestants", "extra", "data_root", "name", "device")}
+    about["marks"] = list(config.marks)
+    if path.is_file():
+        report = json.loads(path.read_text("utf-8"))
+        if report["settings"] == about:
+            return report
+        print(f"{path} is of other settings: it is replaced")
+    return {"settings": about, "contestants": {}}
+
+
+class Judge:
+    """The real images, and the features that samples are compared in."""
+
+    def __init__(self, config, device):
+        self.config, self.device, self.channels = config, device, DATA[config.data]
+        self.annotation = list_pictures(config.data, WORK, config.data_root)
+        self.dataset = open_dataset(self.annotation, (config.size, config.size), self.channels)
+        cache = FeatureCache("", self.annotation)
+        self.extractor = load_extractor("classifier", self.dataset, cache, device)
+        self.real = cache.collected(self.dataset, self.extractor, 10_000).statistics
+        self.folder = Path(self.annotation).parent / f"images_{config.size}"
+        if not (self.folder / "whole").is_file():  # the other loops read files: the same pixels
+            for number in tqdm(range(len(self.dataset)), "images", leave=False):
+                save_png(self.folder / f"{number:05d}.png", self.dataset.images([number])[0].numpy())
+            (self.folder / "whole").touch()
+
+    def distance(self, run):
+        """Frechet distance of the run's samples."""
+        statistics, size = FeatureStatistics(), 100
+        shape = (self.channels, self.config.size, self.config.size)
+        for first in range(0, self.config.samples, size):
+            numbers = torch.arange(first, first + size)
+            denoise, alpha_bars = run.denoiser(numbers)
+            chosen = samplers.timesteps(alpha_bars, STEPS, samplers.DEFAULT_SPACING[SAMPLER])
+            noise = samplers.seeded_noise((self.config.seed + numbers).tolist(), shape, self.device)
+            with torch.no_grad():
+                plan = samplers.solver_steps(alpha_bars, chosen)
+                x = last_images(samplers.SAMPLERS[SAMPLER](denoise, next(noise), plan, noise))
+            statistics.add(self.extractor(torch.from_numpy(to_uint8(x))))
+        return statistics_distance(statistics, self.real)
+
+
+def measure(config, device, judge, name, report, path):
+    """Trains a contestant from mark to mark, and stores each."""
+    folder = WORK / "time_to_quality" / f"{config.data}_{config.size}_{config.channel}_{config.batch_size}_{config.minutes}_{config.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    job = Job(device, config.channel, config.size, config.batch_size, 0.1, judge.folder, folder, judge.channels)
+    known = ours(config)
+    run = PEERS[name](job) if name in PEERS else OurRun(job, judge.annotation, judge.channels, config.seed, known[name])
+    entry = report["contestants"].setdefault(name, {"settings": None if name in PEERS else known[name], "marks": []})
+    state = folder / f"{name}.pth"
+    if entry["marks"]:
+        run.told(entry["total_steps"])
+        run.restore(torch.load(state, weights_only=False), entry["marks"][-1]["steps"])
+    else:
+        entry["total_steps"], entry["steps_a_minute"] = plan(config, run)
+        del run
+        run = PEERS[name](job) if name in PEERS else OurRun(job, judge.annotation, judge.channels, config.seed, known[name])
+        run.told(entry["total_steps"])
+    for mark in config.marks[len(entry["marks"]):]:
+        before = entry["marks"][-1] if entry["marks"] else {"steps": 0, "minutes": 0.0}
+        steps = round(entry["total_steps"] * mark / config.minutes)
+        began = time.perf_counter()
+        for _ in tqdm(range(before["steps"], steps), f"{name} to {mark:g} min", leave=False, mininterval=10):
+            run.train_step()
+        minutes = before["minutes"] + (time.perf_counter() - began) / 60
+        distance = sampled(judge, run)
+        entry["marks"].append({"mark": mark, "steps": steps, "minutes": minutes, "distance": distance})
+        torch.save(run.state(), state)
+        store(report, path)
+        print(f"{name}: {mark:g} minutes, {steps} steps, distance {distance:.2f}", flush=True)
+
+
+def sampled(judge, run):
+    """The distance, with the peers' EMA in the place of the weights meanwhile."""
+    precision = choose_precision("auto", judge.device)
+    switch = getattr(run, "sampling", lambda on: None)
+    switch(True)
+    with autocast(judge.device, precision if isinstance(run, OurRun) else "fp32"):
+        distance = judge.distance(run)
+    switch(False)
+    return distance
+
+
+def plan(config, run):
+    """(steps that fit into the minutes, steps a minute), measured on a few."""
+    for _ in range(2):
+        run.train_step()
+    seconds = []
+    for _ in range(MEASURED_STEPS):
+        began = time.perf_counter()
+        run.train_step()
+        seconds.append(time.perf_counter() - began)
+    per_minute = 60 / float(np.median(seconds))
+    return max(1, round(config.minutes * per_minute)), per_minute
+
+
+def store(report, path):
+    write_json(path.with_suffix(".json"), report)
+    with atomic_write(path.with_suffix(".md"), "w", encoding="utf-8") as file:
+        file.write(as_text(report) + "\n")
+    plot(report, path.with_suffix(".png"))
+
+
+def as_text(report):
+    """The table: a row a contestant, a column a mark."""
+    marks, about = report["settings"]["marks"], report["machine"]
+    rows = []
+    for name, entry in report["contestants"].items():
+        found = {mark["mark"]: mark["distance"] for mark in entry["marks"]}
+        rows.append((name, f"{entry['total_steps']:,}", *(f"{found[mark]:.2f}" if mark in found else "" for mark in marks)))
+    chosen = report["settings"]
+    size = f"{chosen['size']}x{chosen['size']}"
+    lines = [
+        f"{about['cpu']}, {about['threads']} of {about['cores']} cores; {about['gpu'] or 'no GPU'}; {chosen['data']}, {size},",
+        f"{chosen['channel']} channels and batch {chosen['batch_size']} unless a preset decides otherwise.",
+        f"Frechet distance of {chosen['samples']:,} samples ({SAMPLER}, {STEPS} steps, the EMA) after minutes of",
+        "training; lower is better.", "",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n" + markdown(("", "steps", *(f"{mark:g} min" for mark in marks)), rows)
+
+
+def plot(report, path):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, entry in report["contestants"].items():
+        axes.plot([mark["minutes"] for mark in entry["marks"]], [mark["distance"] for mark in entry["marks"]], marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="minutes of training", ylabel="Frechet distance")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+if __name__ == "__main__":
+    run_script(main)
