@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.annotation import RUN_AGAIN, passing_failure, printable
+from utils.data.annotation import RUN_AGAIN
 from utils.data.decode import describe_error, file_content, is_damage, load_image
+from utils.data.search import system_failure
 from utils.data.threads import map_in_threads
 from utils.files import PROJECT, atomic_write
 
@@ -55,7 +56,7 @@ def _file_stats(paths):
 
 def some(names, limit=10):
     """The first few names, and how many more there are."""
-    shown = ", ".join(printable(name) for name in names[:limit])
+    shown = ", ".join(name for name in names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
@@ -85,7 +86,7 @@ def writable_folder(folders):
             (folder / ".writable").unlink(missing_ok=True)
             return folder
         except OSError as error:
-            reasons.append(f"{printable(folder)} ({error.strerror})")
+            reasons.append(f"{folder} ({error.strerror})")
     raise OSError(f"the cache of decoded images can be written nowhere: {', '.join(reasons)}; "
                   "make one of these folders writable")
 
@@ -116,7 +117,7 @@ def _build_cache(folder, key, paths, settings, num_workers):
     """Decode all files into the cache: the pixels first, row after row, the index that makes them valid last."""
     pixels_path, index_path = _cache_files(folder, key)
     shape = (*settings["input_shape"], settings["img_channels"])
-    megabytes, place = np.prod(shape) * len(paths) / 1e6, printable(pixels_path.absolute())
+    megabytes, place = np.prod(shape) * len(paths) / 1e6, pixels_path.absolute()
     print(f"decoding {len(paths)} images to {shape[0]}x{shape[1]} (height x width), {megabytes:.1f} MB: {place}")
     hashes, bad = [], []
     try:
@@ -150,7 +151,7 @@ def _decode(path, settings):
             return pixels, hashlib.blake2b(content, digest_size=16).hexdigest()
     except Exception as error:  # Pillow's decoders raise all kinds
         if not is_damage(error) and not isinstance(error, PermissionError):  # the key holds the file's mode
-            raise passing_failure(path, error) from error
+            raise system_failure(path, error) from error
         return None, describe_error(error)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.data.annotation import printable, read_annotation
+from utils.data.annotation import read_annotation
 from utils.data.cache import open_cache
 from utils.data.decode import check_picture_settings
 
@@ -40,7 +40,7 @@ def open_dataset(annotation_path, input_shape, img_channels=3, resize_mode="crop
     kept = [row for row in range(len(annotation.paths)) if row not in bad]
     labels = torch.tensor([annotation.labels[row] if annotation.labels else 0 for row in kept], dtype=torch.int64)
     return ImageDataset(
-        printable(Path(annotation_path).resolve()), pixels, index["hashes"], labels, list(annotation.classes),
+        str(Path(annotation_path).resolve()), pixels, index["hashes"], labels, list(annotation.classes),
         [annotation.paths[row] for row in kept], (resize_mode, settings["background"], settings["icc"]),
     )  # fmt: skip
 
