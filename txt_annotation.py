@@ -39,7 +39,6 @@ def main(arguments=None):
         print(f"files of other endings, which are not read: {describe_endings(others)}")
     if not good:
         raise ValueError(nothing_found(Path(config.datasets_path).absolute(), len(bad)))
-
     paths, sizes = zip(*good)
     labels, classes = label_by_folder(paths)
     write_annotation(config.annotation_path, paths, labels, classes)
