@@ -21,10 +21,10 @@ CACHES_KEPT = 4     # the most recently used ones in a folder
 
 
 def open_cache(annotation_path, paths, settings, cache_path=None, num_workers=0):
-    """(pixels (N, H, W, C) uint8, memory-mapped; index) of these files, decoded where they are not yet.
+    """(pixels, index) of these files. They are decoded if no cache holds them.
 
-    settings: the arguments of `utils.data.decode.load_image`. cache_path: the folder, or None.
-    index: a dict of shape, hashes (of each image's content) and bad ([row in paths, reason] pairs).
+    pixels: (N, H, W, C) uint8, memory-mapped. index: a dict of shape, hashes (of each image's
+    content) and bad ([row in paths, reason] pairs). settings: the arguments of `load_image`.
     ValueError for missing files or none that can be decoded, OSError where nothing can be written.
     """
     key = _cache_key(settings, _file_stats(paths))
@@ -40,12 +40,11 @@ def open_cache(annotation_path, paths, settings, cache_path=None, num_workers=0)
 
 
 def _file_stats(paths):
-    """(path, size, time, mode) of each file. ValueError if any is gone."""
+    """(path, size, time, mode) of each file; a new mode may make it readable. ValueError if any is gone."""
     stats, gone = [], []
     for path in paths:
         try:
             stat = os.stat(path)
-            # The mode: a file that was made readable is tried again.
             stats.append((path, stat.st_size, stat.st_mtime_ns, stat.st_mode))
         except OSError:
             gone.append(path)
@@ -56,8 +55,7 @@ def _file_stats(paths):
 
 def some(names, limit=10):
     """The first few names, and how many more there are."""
-    shown = ", ".join(name for name in names[:limit])
-    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _cache_key(settings, stats):
@@ -96,17 +94,17 @@ def _cache_files(folder, key):
 
 
 def _read_cache(folder, key, num_listed):
-    """(pixels, index) if there is a whole cache of that key in the folder, else None."""
+    """(pixels, index) of a whole cache with that key in the folder, else None."""
     pixels_path, index_path = _cache_files(folder, key)
     try:
         index = json.loads(index_path.read_text("utf-8"))
         shape = tuple(index["shape"])
         whole = (shape[0] + len(index["bad"]) == num_listed and len(index["hashes"]) == shape[0]
                  and pixels_path.stat().st_size == np.prod(shape, dtype=np.int64))
-        pixels = np.memmap(pixels_path, dtype=np.uint8, mode="r", shape=shape) if whole else None
-    except (OSError, ValueError, KeyError, TypeError, IndexError):  # none, or damaged: it is built (again)
-        return None
-    if pixels is None:
+        if not whole:
+            return None
+        pixels = np.memmap(pixels_path, dtype=np.uint8, mode="r", shape=shape)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):  # none, or damaged: build it (again)
         return None
     with contextlib.suppress(OSError):
         os.utime(index_path)  # the time of its last use, for pruning
@@ -114,7 +112,7 @@ def _read_cache(folder, key, num_listed):
 
 
 def _build_cache(folder, key, paths, settings, num_workers):
-    """Decode all files into the cache: the pixels first, row after row, the index that makes them valid last."""
+    """Decode all files into the cache. The index comes last: it makes the pixels valid."""
     pixels_path, index_path = _cache_files(folder, key)
     shape = (*settings["input_shape"], settings["img_channels"])
     megabytes, place = np.prod(shape) * len(paths) / 1e6, pixels_path.absolute()
@@ -141,14 +139,10 @@ def _build_cache(folder, key, paths, settings, num_workers):
 
 
 def _decode(path, settings):
-    """(pixels, hash of the file's content), or (None, reason) for a bad file.
-
-    Raises ValueError for a failure that may pass: the cache would keep it.
-    """
+    """(pixels, hash of the content), or (None, reason) for a bad file. ValueError where the system fails."""
     try:
-        with file_content(path) as content:  # once, for both
-            pixels = load_image(io.BytesIO(content), **settings)
-            return pixels, hashlib.blake2b(content, digest_size=16).hexdigest()
+        with file_content(path) as content:  # read once, for both
+            return load_image(io.BytesIO(content), **settings), hashlib.blake2b(content, digest_size=16).hexdigest()
     except Exception as error:  # Pillow's decoders raise all kinds
         if not is_damage(error) and not isinstance(error, PermissionError):  # the key holds the file's mode
             raise system_failure(path, error) from error
@@ -156,10 +150,9 @@ def _decode(path, settings):
 
 
 def _report_bad(paths, bad):
-    if not bad:
-        return
-    print(f"left out {len(bad)} of {len(paths)} listed images, which cannot be decoded: "
-          + some([f"{paths[row]} ({reason})" for row, reason in bad]))
+    if bad:
+        reasons = some([f"{paths[row]} ({reason})" for row, reason in bad])
+        print(f"left out {len(bad)} of {len(paths)} listed images, which cannot be decoded: {reasons}")
 
 
 def _prune(folder, key):

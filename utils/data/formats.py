@@ -23,8 +23,7 @@ EXIF_TEXTS = (b"Raw profile type exif", b"Raw profile type APP1", b"XML:com.adob
 
 WHITE_IS_ZERO, BLACK_IS_ZERO = 0, 1  # of the tag PHOTOMETRIC_INTERPRETATION
 UNSIGNED, SIGNED = (1,), (2,)  # of the tag SAMPLEFORMAT
-# libtiff returns values in the machine's byte order. Pillow knows that for unsigned 16 bits only:
-# "I;16S" and "I;16BS" must become "I;16NS".
+# libtiff returns values in the machine's byte order: "I;16S" and "I;16BS" become "I;16NS".
 ORDERED_RAW_MODE = re.compile("(I;16|I;32|F;32)B?([SF])")
 
 
@@ -64,8 +63,7 @@ def _readable():
     return tuple(formats), tuple(extensions), unread
 
 
-# Only these decoders see a file: others (EPS) start programs of their own. MPO, two JPEGs in one
-# file, comes with JPEG.
+# Other decoders (EPS) start programs of their own. MPO, two JPEGs in one file, comes with JPEG.
 FORMATS, EXTENSIONS, UNREAD_EXTENSIONS = _readable()
 
 
