@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -21,10 +22,9 @@ CACHES_KEPT = 4     # the most recently used ones in a folder
 
 
 def open_cache(annotation_path, paths, settings, cache_path=None, num_workers=0):
-    """(pixels, index) of these files. They are decoded if no cache holds them.
+    """(pixels, index) of these files, decoded with the settings of `load_image` or cached.
 
-    pixels: (N, H, W, C) uint8, memory-mapped. index: a dict of shape, hashes (of each image's
-    content) and bad ([row in paths, reason] pairs). settings: the arguments of `load_image`.
+    pixels: (N, H, W, C) uint8, memory-mapped. index: a dict of shape, hashes, bad ([row, reason]).
     ValueError for missing files or none that can be decoded, OSError where nothing can be written.
     """
     key = _cache_key(settings, _file_stats(paths))
@@ -40,12 +40,12 @@ def open_cache(annotation_path, paths, settings, cache_path=None, num_workers=0)
 
 
 def _file_stats(paths):
-    """(path, size, time, mode) of each file; a new mode may make it readable. ValueError if any is gone."""
+    """(path, size, time, mode) of each file. ValueError if any is gone."""
     stats, gone = [], []
     for path in paths:
         try:
             stat = os.stat(path)
-            stats.append((path, stat.st_size, stat.st_mtime_ns, stat.st_mode))
+            stats.append((path, stat.st_size, stat.st_mtime_ns, stat.st_mode))  # a new mode may allow reading
         except OSError:
             gone.append(path)
     if gone:
@@ -85,8 +85,7 @@ def writable_folder(folders):
             return folder
         except OSError as error:
             reasons.append(f"{folder} ({error.strerror})")
-    raise OSError(f"the cache of decoded images can be written nowhere: {', '.join(reasons)}; "
-                  "make one of these folders writable")
+    raise OSError(f"no folder for the cache of decoded images: {', '.join(reasons)}; make one of these writable")
 
 
 def _cache_files(folder, key):
@@ -99,9 +98,8 @@ def _read_cache(folder, key, num_listed):
     try:
         index = json.loads(index_path.read_text("utf-8"))
         shape = tuple(index["shape"])
-        whole = (shape[0] + len(index["bad"]) == num_listed and len(index["hashes"]) == shape[0]
-                 and pixels_path.stat().st_size == np.prod(shape, dtype=np.int64))
-        if not whole:
+        size = pixels_path.stat().st_size
+        if len(index["hashes"]) != shape[0] or shape[0] + len(index["bad"]) != num_listed or size != math.prod(shape):
             return None
         pixels = np.memmap(pixels_path, dtype=np.uint8, mode="r", shape=shape)
     except (OSError, ValueError, KeyError, TypeError, IndexError):  # none, or damaged: build it (again)
@@ -115,7 +113,7 @@ def _build_cache(folder, key, paths, settings, num_workers):
     """Decode all files into the cache. The index comes last: it makes the pixels valid."""
     pixels_path, index_path = _cache_files(folder, key)
     shape = (*settings["input_shape"], settings["img_channels"])
-    megabytes, place = np.prod(shape) * len(paths) / 1e6, pixels_path.absolute()
+    megabytes, place = math.prod(shape) * len(paths) / 1e6, pixels_path.absolute()
     print(f"decoding {len(paths)} images to {shape[0]}x{shape[1]} (height x width), {megabytes:.1f} MB: {place}")
     hashes, bad = [], []
     try:
@@ -129,8 +127,7 @@ def _build_cache(folder, key, paths, settings, num_workers):
                     hashes.append(note)
             if not hashes:
                 _report_bad(paths, bad)
-                raise ValueError(f"none of the {len(paths)} listed images can be decoded: "
-                                 f"put whole images into datasets/ and {RUN_AGAIN}")
+                raise ValueError(f"none of the {len(paths)} listed images can be decoded: {RUN_AGAIN}")
         with atomic_write(index_path, "w", encoding="utf-8") as file:
             json.dump({"shape": [len(hashes), *shape], "hashes": hashes, "bad": bad}, file)
     except OSError as error:
@@ -139,7 +136,7 @@ def _build_cache(folder, key, paths, settings, num_workers):
 
 
 def _decode(path, settings):
-    """(pixels, hash of the content), or (None, reason) for a bad file. ValueError where the system fails."""
+    """(pixels, content hash), or (None, reason) for a bad file. ValueError if the system fails."""
     try:
         with file_content(path) as content:  # read once, for both
             return load_image(io.BytesIO(content), **settings), hashlib.blake2b(content, digest_size=16).hexdigest()
@@ -160,12 +157,9 @@ def _prune(folder, key):
 
     Files of the last hour stay: another process may use them.
     """
-    def last_use(path):
-        return path.stat().st_mtime
-
     with contextlib.suppress(OSError):  # another process prunes too
-        keep = {key, *(path.stem for path in sorted(folder.glob("*.json"), key=last_use)[-CACHES_KEPT:])}
+        keep = {key, *(path.stem for path in sorted(folder.glob("*.json"), key=os.path.getmtime)[-CACHES_KEPT:])}
         for path in [*folder.glob("*.json"), *folder.glob("*.pixels"), *folder.glob(".*.tmp")]:
-            newest_use = max(last_use(part) for part in (path, path.with_suffix(".json")) if part.exists())
+            newest_use = max(os.path.getmtime(part) for part in (path, path.with_suffix(".json")) if part.exists())
             if path.name.split(".")[0] not in keep and time.time() - newest_use > 3600:
                 path.unlink(missing_ok=True)

@@ -18,15 +18,12 @@ def open_dataset(annotation_path, input_shape, img_channels=3, resize_mode="crop
                  num_workers=0, cache_path=None, icc=True):
     """The images of a list, decoded once into a cache on disk -> ImageDataset.
 
-    Files that cannot be decoded are printed and left out. Settings are as in `load_image`.
+    Files that cannot be decoded are printed and left out. Other settings are as in `load_image`.
 
-    Args:
-        annotation_path: the list that txt_annotation.py writes.
-        num_workers: threads that decode; 0 = all cores.
-        cache_path: folder of the cache; None: one of `cache_folders`.
-    Raises:
-        ValueError: a malformed list, missing files, no file that can be decoded, or bad settings.
-        OSError: the cache cannot be written.
+    num_workers: threads that decode; 0 = all cores.
+    cache_path: folder of the cache; None: one of `cache_folders`.
+    ValueError for a malformed list, missing files, no file that can be decoded, or bad settings.
+    OSError where the cache cannot be written.
     """
     check_picture_settings(input_shape, img_channels, resize_mode, background)
     annotation = read_annotation(annotation_path)
@@ -82,11 +79,11 @@ class ImageDataset:
             yield self.images(numbers[start : start + size])
 
     def subset(self, numbers, remark=""):
-        """The ImageDataset of these images, over the same pixels; `remark` is added to its name."""
+        """The ImageDataset of these images, over the same pixels. Its name ends with `remark`."""
         numbers = np.asarray(numbers, dtype=np.int64)
         hashes, paths = ([values[i] for i in numbers] for values in (self.hashes, self.paths))
-        labels, rows = self.labels[torch.from_numpy(numbers)], self.rows[numbers]
-        return replace(self, name=self.name + remark, hashes=hashes, labels=labels, paths=paths, rows=rows)
+        name, labels = self.name + remark, self.labels[torch.from_numpy(numbers)]
+        return replace(self, name=name, hashes=hashes, labels=labels, paths=paths, rows=self.rows[numbers])
 
     def shuffled(self, count, seed):
         """`count` numbers (0: all) in random order. A folder's first images may be of one class."""
@@ -100,14 +97,14 @@ class ImageDataset:
 
 
 def split_validation(dataset, share):
-    """(training, validation) ImageDatasets. About `share` of the images, from 0 to 1, go to validation.
+    """(training, validation) ImageDatasets: about this share of the images goes to validation.
 
     The content alone decides. So no image changes sides when the list grows or files are renamed,
     and copies of an image stay together. ValueError where a share above 0 leaves one side empty.
     """
     aside = np.array([int(digest[:8], 16) < share * 2**32 for digest in dataset.hashes], dtype=bool)
     if share and (aside.all() or not aside.any()):
-        raise ValueError(f"val_split {share} of {len(dataset)} pictures leaves one side empty: choose another share, or 0")
+        raise ValueError(f"val_split {share} of {len(dataset)} pictures leaves one side empty: choose another, or 0")
     training = dataset.subset(np.flatnonzero(~aside), f", without val_split {share:g}") if share else dataset
     return training, dataset.subset(np.flatnonzero(aside), f", val_split {share:g}")
 
@@ -136,10 +133,8 @@ class EpochBatches:
 
 
 def data_loader(dataset, batches, pin_memory=False):
-    """Yields (images, labels) of each batch. A gather costs less than a queue between processes.
-
-    pin_memory: page-locked memory. A copy from it to a CUDA device does not wait.
-    """
+    """Yields (images, labels) of each batch. pin_memory: in page-locked memory, for CUDA devices."""
+    # A gather here costs less than a queue between processes.
     for numbers in batches:
         images, labels = dataset.__getitems__(numbers)
         yield (images.pin_memory(), labels.pin_memory()) if pin_memory else (images, labels)
@@ -151,10 +146,9 @@ def effective_batch_size(num_images, batch_size, multiple=1):
     multiple: processes x accumulate. It divides the batch size.
     """
     if batch_size < multiple or batch_size % multiple:
-        lower, upper = batch_size // multiple * multiple, (max(batch_size, 0) // multiple + 1) * multiple
-        nearest = f"{lower} or {upper}" if lower > 0 else f"{upper}"
-        raise ValueError(f"batch_size {batch_size} is no positive multiple of {multiple} (processes x accumulate): "
-                         f"use {nearest}")
+        lower = max(batch_size, 0) // multiple * multiple
+        fit = f"{lower} or {lower + multiple}" if lower else multiple
+        raise ValueError(f"batch_size {batch_size} is no positive multiple of {multiple} (processes x accumulate): use {fit}")
     if num_images < multiple:
         raise ValueError(f"{num_images} images are too few for batches of at least {multiple} "
                          f"(processes x accumulate): lower accumulate or the number of processes, or add images")
@@ -165,7 +159,7 @@ def effective_batch_size(num_images, batch_size, multiple=1):
 
 
 def normalise(images, device, flip=None, memory_format=torch.contiguous_format):
-    """uint8 (B, H, W, C) -> the network's input on the device: float32 (B, C, H, W) in [-1, 1].
+    """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [-1, 1] on the device.
 
     flip: (B,) bool, the images to mirror left to right. Bytes, not floats, travel to the device.
     """
