@@ -6,29 +6,20 @@ from collections import Counter
 from pathlib import Path
 
 from utils.config import check_values, parse_config, settings
-from utils.data.annotation import (
-    SHIPPED,
-    beside_folders,
-    check_annotation_path,
-    check_images,
-    classes_path,
-    label_by_folder,
-    printable,
-    search,
-    without_shipped,
-    write_annotation,
-)
+from utils.data.annotation import check_annotation_path, classes_path, write_annotation
 from utils.data.formats import EXTENSIONS, UNREAD_EXTENSIONS
+from utils.data.search import SHIPPED, beside_folders, check_images, label_by_folder, search, without_shipped
 from utils.errors import run_script
+from utils.terminal import printable
 
 
 @settings
 class Config:
-    datasets_path: str = "datasets"            # folder of the images, of any depth; folders right below the common root are classes
-    annotation_path: str = "train_lines.txt"   # the list that is written; class names go beside it
-    verify: bool = True                        # decode every image fully and leave out the bad ones (False: read headers only)
-    num_workers: int = 0                       # threads for that; 0 = all cores
-    download: str = ""                         # fetch and list one of: flowers102 cifar10 fashion_mnist mnist celeba oxford_pets stl10
+    datasets_path: str = "datasets"           # folder of the images; folders below their common root are classes
+    annotation_path: str = "train_lines.txt"  # the list to write; the class names go beside it
+    verify: bool = True                       # decode every image and leave out the bad ones (False: read headers only)
+    num_workers: int = 0                      # threads that decode; 0 = all cores
+    download: str = ""                        # fetch flowers102 cifar10 fashion_mnist mnist celeba oxford_pets or stl10
 
 
 def main(arguments=None):
@@ -44,65 +35,61 @@ def main(arguments=None):
     paths, num_shipped = without_shipped(found, config.datasets_path)
     good, bad = check_images(paths, config.verify, config.num_workers) if paths else ([], [])
     for path, reason in bad:
-        print(f"left out {printable(path)}: {printable(reason)}")
+        print(f"left out {printable(path)}: {reason}")  # its name may hold a line break
     if others:
         print(f"files of other endings, which are not read: {describe_endings(others)}")
     if not good:
-        raise ValueError(nothing_found(config.datasets_path, len(bad)))
-
-    paths = [path for path, _ in good]
+        raise ValueError(nothing_found(Path(config.datasets_path).absolute(), len(bad)))
+    paths, sizes = zip(*good)
     labels, classes = label_by_folder(paths)
     write_annotation(config.annotation_path, paths, labels, classes)
-
     if num_shipped:
         print(f"your own images are used; the {num_shipped} shipped ones in {SHIPPED}/ are left out")
-    print(f"{len(paths)} images, {describe_sizes([size for _, size in good])}{f'; {len(bad)} bad files left out' if bad else ''}")
+    print(f"{len(paths)} images, {describe_sizes(sizes)}; {len(bad)} bad files left out")
     print(describe_classes(paths, labels, classes))
-    print(f"list: {printable(Path(config.annotation_path).absolute())}")
+    print(f"list: {Path(config.annotation_path).absolute()}")
     if labels is not None:
-        print(f"class names: {printable(classes_path(config.annotation_path).absolute())}")
+        print(f"class names: {classes_path(config.annotation_path).absolute()}")
 
 
 def nothing_found(folder, num_bad):
-    where = printable(Path(folder).absolute())
-    if num_bad:
-        return f"none of the {num_bad} images in {where} can be read: put whole images there, or set datasets_path to another folder"
-    return f"no image in {where}: put images there ({' '.join(EXTENSIONS)}), or set datasets_path to where they are"
+    problem = f"none of the {num_bad} images in {folder} can be read" if num_bad else f"no image in {folder}"
+    return f"{problem}: put images there ({' '.join(EXTENSIONS)}), or set datasets_path to another folder"
 
 
 def describe_sizes(sizes):
-    """[(width, height), ...] in words: all equal, or the most frequent ones."""
-    counts = Counter(sizes).most_common()
-    shown = ", ".join(f"{width}x{height} ({count})" for (width, height), count in counts[:5])
-    if len(counts) == 1:
-        return f"all {counts[0][0][0]}x{counts[0][0][1]} (width x height)"
-    return f"width x height: {shown}{f' and {len(counts) - 5} other sizes' if len(counts) > 5 else ''}"
+    """[(width, height), ...] in words: the most frequent ones."""
+    if len(set(sizes)) == 1:
+        return "all {}x{} (width x height)".format(*sizes[0])
+    shown = [f"{width}x{height} ({count})" for (width, height), count in Counter(sizes).most_common()]
+    return "width x height: " + first_of(shown, 5, "other sizes")
 
 
 def describe_endings(counts):
     """{".heic": 40, "": 2} in words, the most frequent first, with what would read them."""
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     remarks = {ending: f" ({why})" for ending, why in UNREAD_EXTENSIONS.items()}
-    shown = [f"{count} {printable(ending) or 'without'}{remarks.get(ending, '')}" for ending, count in ordered[:10]]
-    return ", ".join(shown) + (f" and {len(ordered) - 10} other endings" if len(ordered) > 10 else "")
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{count} {ending or 'without'}{remarks.get(ending, '')}" for ending, count in ordered]
+    return first_of(shown, 10, "other endings")
 
 
 def describe_classes(paths, labels, classes):
-    if labels is None:
-        beside, folders = beside_folders(paths)
-        if not folders:
-            return "no class folders: the images are unlabelled"
-        return (f"no classes, as {first_names([Path(path).name for path in beside])} "
-                f"{'lies' if len(beside) == 1 else f'({len(beside)} images) lie'} "
-                f"beside the folder{'s' * (len(folders) > 1)} {first_names(folders)}: the images are unlabelled; "
-                "move every image into a folder for classes")
-    counts = Counter(labels)
-    shown = ", ".join(f"{printable(name)} ({counts[i]})" for i, name in list(enumerate(classes))[:20])
-    return f"{len(classes)} class{'es' if len(classes) > 1 else ''}: {shown}{' ...' if len(classes) > 20 else ''}"
+    if labels is not None:
+        counts = Counter(labels)
+        shown = [f"{name} ({counts[i]})" for i, name in enumerate(classes)]
+        return f"{len(classes)} classes: {first_of(shown, 20)}"
+    beside, folders = beside_folders(paths)
+    if not folders:
+        return "no class folders: the images are unlabelled"
+    names = first_of([Path(path).name for path in beside], 5)
+    return (f"no classes, as {names} {'lies' if len(beside) == 1 else 'lie'} beside "
+            f"the folder{'s' * (len(folders) > 1)} {first_of(folders, 5)}: the images are unlabelled; "
+            "move every image into a folder for classes")
 
 
-def first_names(names):
-    return ", ".join(map(printable, names[:5])) + (" ..." if len(names) > 5 else "")
+def first_of(words, limit, others="more"):
+    """The first `limit` words, and how many others there are."""
+    return ", ".join(words[:limit]) + (f" and {len(words) - limit} {others}" if len(words) > limit else "")
 
 
 if __name__ == "__main__":

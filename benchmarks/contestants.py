@@ -15,8 +15,9 @@ from torch import nn
 
 import train
 from benchmarks.timing import quiet
-from utils.data.annotation import find_images, write_annotation
+from utils.data.annotation import write_annotation
 from utils.data.dataset import EpochBatches, data_loader, normalise
+from utils.data.search import find_images
 from utils.device import autocast, choose_precision, memory_format, round_weights
 from utils.training.optimizer import learning_rate
 

@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.contestants import CONTESTANTS, Job, Ours, installed
 from benchmarks.timing import check_sections, interleave, machine, markdown, quiet, spread, usable_cores, with_rows, write_text
 from utils.config import parse_config, settings
-from utils.data.annotation import find_images, write_annotation
+from utils.data.annotation import write_annotation
 from utils.data.dataset import EpochBatches, data_loader, open_dataset
+from utils.data.search import find_images
 from utils.device import DTYPES, choose_device, choose_precision, peak_memory
 from utils.errors import run_script
 

@@ -374,7 +374,8 @@ def run_kills(_, count, seed, base):
     folder = base / "run_kills"
     shutil.copytree(base / "workplace", folder)
     commands = [
-        ["txt_annotation.py"], ["train.py", *TINY, "--epochs", "2", "--save_minutes", "0"], ["predict.py", *DRAW, "--npz", "True"],
+        ["txt_annotation.py"], ["train.py", *TINY, "--epochs", "2", "--save_minutes", "0", "--resume", "latest"],
+        ["predict.py", *DRAW, "--npz", "True"],
         ["-m", "utils.convert", "weights", str(base / "workplace" / "logs"), "small.pth"],
         ["-m", "utils.evaluate", "--samples", "datasets", "--distances", "False"],
     ]  # fmt: skip

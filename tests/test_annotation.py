@@ -12,22 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.data.annotation import (
-    Annotation,
-    beside_folders,
-    check_annotation_path,
-    check_images,
-    classes_path,
-    find_images,
-    label_by_folder,
-    printable,
-    read_annotation,
-    search,
-    without_shipped,
-    write_annotation,
-)
+from utils.data.annotation import Annotation, check_annotation_path, classes_path, read_annotation, write_annotation
 from utils.data.formats import EXTENSIONS
+from utils.data.search import beside_folders, check_images, find_images, label_by_folder, search, without_shipped
 from utils.data.threads import Budget, map_in_threads
+from utils.terminal import printable
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -152,7 +141,7 @@ def test_a_failure_of_the_system_ends_the_pass(tmp_path, monkeypatch, error, lin
             raise error
         return 1, 1
 
-    monkeypatch.setattr("utils.data.annotation.check_image", fail)
+    monkeypatch.setattr("utils.data.search.check_image", fail)
     with pytest.raises(ValueError) as caught:
         check_images(paths)
     assert str(caught.value) == line.format(path=paths[1])
@@ -163,7 +152,7 @@ def test_a_file_that_may_not_be_read_is_left_out(tmp_path, monkeypatch, number):
     def fail(path, full):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("utils.data.annotation.check_image", fail)
+    monkeypatch.setattr("utils.data.search.check_image", fail)
     assert check_images(["/a.png"]) == ([], [("/a.png", os.strerror(number))])
 
 

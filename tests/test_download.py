@@ -20,8 +20,8 @@ from torchvision import datasets
 from torchvision.datasets import utils as fetching
 
 from utils.data import downloads
-from utils.data.annotation import find_images, label_by_folder
 from utils.data.downloads import DATASETS, download, folder_name
+from utils.data.search import find_images, label_by_folder
 from utils.errors import run_script
 
 PROJECT = Path(__file__).resolve().parents[1]

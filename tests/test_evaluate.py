@@ -281,7 +281,8 @@ def save_npz(path, pictures):
 
 
 def test_folder_list_and_npz_are_the_same_pictures(folder, tmp_path):
-    from utils.data.annotation import find_images, write_annotation
+    from utils.data.annotation import write_annotation
+    from utils.data.search import find_images
 
     pictures = open_images(folder, (8, 8, 1), cache_path=tmp_path / "cache")
     write_annotation(tmp_path / "list.txt", find_images(folder))

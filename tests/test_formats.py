@@ -14,9 +14,9 @@ import pytest
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from utils.data import formats
-from utils.data.annotation import check_images
 from utils.data.decode import DECODE_BYTES, check_image, describe_error, load_image
 from utils.data.formats import open_image
+from utils.data.search import check_images
 
 PROJECT = Path(__file__).resolve().parents[1]
 HAS_AVIF = ".avif" in formats.EXTENSIONS

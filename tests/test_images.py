@@ -440,7 +440,7 @@ def test_a_decoder_that_lacks_memory_is_not_taken_for_damage(tmp_path, monkeypat
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space")
 def test_too_little_memory_is_not_kept_as_damage(tmp_path):
     Image.new("RGB", (9000, 9000)).save(tmp_path / "a.png")
-    code = ("import resource, sys; from utils.data.annotation import check_images\n"
+    code = ("import resource, sys; from utils.data.search import check_images\n"
             "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
             "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))\n"
             "check_images([sys.argv[1]], num_workers=1)")

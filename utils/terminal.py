@@ -1,21 +1,38 @@
-"""Output that no name and no terminal can break. Import it first: it also answers Ctrl-C during the other imports."""
+"""Output that no name and no terminal can break. Scripts import it first.
+
+It also answers Ctrl-C during the other imports.
+"""
 import contextlib
 import os
 import re
 import sys
 
-CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab, newline and carriage return
+# Characters that a terminal acts on or cannot show: controls, line separators, marks of the
+# writing direction, lone surrogates.
+RAW_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def printable(text):
-    """`text` with its control characters escaped: a name must not move the cursor or recolour the terminal."""
-    return CONTROLS.sub(lambda match: repr(match[0])[1:-1], str(text))
+def printable(text, stream=None, keep=""):
+    """`text` in one line that `stream` (None: sys.stdout) can show.
+
+    Raw characters, but those in `keep`, and characters that the stream lacks become escapes.
+    """
+    def escape(match):
+        return match[0] if match[0] in keep else match[0].encode("unicode_escape").decode()
+
+    return encodable(RAW_CHARACTERS.sub(escape, str(text)), stream or sys.stdout)
+
+
+def encodable(text, stream):
+    """`text` with escapes for the characters that the encoding of `stream` lacks."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class SafeStream:
-    """A text stream that shows what it cannot encode as escapes. Once its reader is gone it drops the rest.
+    """A text stream that escapes what it cannot show, and drops all text once its reader is gone.
 
-    clean: also escape control characters. Progress bars need them on stderr.
+    clean: also escape raw characters, except tab and newline. Progress bars need them on stderr.
     """
 
     def __init__(self, stream, clean):
@@ -25,9 +42,7 @@ class SafeStream:
         if self.broken:
             return len(text)
         with self.tolerance():
-            encoding = getattr(self.stream, "encoding", None) or "utf-8"
-            text = printable(text) if self.clean else text
-            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self.stream.write(printable(text, self.stream, keep="\t\n") if self.clean else encodable(text, self.stream))
         return len(text)
 
     def flush(self):
@@ -36,7 +51,7 @@ class SafeStream:
 
     @contextlib.contextmanager
     def tolerance(self):
-        """OSError within is the end of the output, not of the work. The file descriptor then leads nowhere."""
+        """An OSError within ends the output, not the work. The descriptor then leads nowhere."""
         try:
             yield
         except OSError:
@@ -50,7 +65,7 @@ class SafeStream:
 
 @contextlib.contextmanager
 def safe_output():
-    """Within, sys.stdout and sys.stderr are SafeStreams, also where the process was started without them."""
+    """Within, sys.stdout and sys.stderr are SafeStreams, even where the process has neither."""
     for descriptor in range(3):  # a file opened later must not become stderr
         try:
             os.fstat(descriptor)

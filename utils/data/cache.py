@@ -4,14 +4,16 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import time
 from pathlib import Path
 
 import numpy as np
 
-from utils.data.annotation import RUN_AGAIN, passing_failure, printable
+from utils.data.annotation import RUN_AGAIN
 from utils.data.decode import describe_error, file_content, is_damage, load_image
+from utils.data.search import system_failure
 from utils.data.threads import map_in_threads
 from utils.files import PROJECT, atomic_write
 
@@ -20,10 +22,9 @@ CACHES_KEPT = 4     # the most recently used ones in a folder
 
 
 def open_cache(annotation_path, paths, settings, cache_path=None, num_workers=0):
-    """(pixels (N, H, W, C) uint8, memory-mapped; index) of these files, decoded where they are not yet.
+    """(pixels, index) of these files, decoded with the settings of `load_image` or cached.
 
-    settings: the arguments of `utils.data.decode.load_image`. cache_path: the folder, or None.
-    index: a dict of shape, hashes (of each image's content) and bad ([row in paths, reason] pairs).
+    pixels: (N, H, W, C) uint8, memory-mapped. index: a dict of shape, hashes, bad ([row, reason]).
     ValueError for missing files or none that can be decoded, OSError where nothing can be written.
     """
     key = _cache_key(settings, _file_stats(paths))
@@ -44,8 +45,7 @@ def _file_stats(paths):
     for path in paths:
         try:
             stat = os.stat(path)
-            # The mode: a file that was made readable is tried again.
-            stats.append((path, stat.st_size, stat.st_mtime_ns, stat.st_mode))
+            stats.append((path, stat.st_size, stat.st_mtime_ns, stat.st_mode))  # a new mode may allow reading
         except OSError:
             gone.append(path)
     if gone:
@@ -55,8 +55,7 @@ def _file_stats(paths):
 
 def some(names, limit=10):
     """The first few names, and how many more there are."""
-    shown = ", ".join(printable(name) for name in names[:limit])
-    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _cache_key(settings, stats):
@@ -85,9 +84,8 @@ def writable_folder(folders):
             (folder / ".writable").unlink(missing_ok=True)
             return folder
         except OSError as error:
-            reasons.append(f"{printable(folder)} ({error.strerror})")
-    raise OSError(f"the cache of decoded images can be written nowhere: {', '.join(reasons)}; "
-                  "make one of these folders writable")
+            reasons.append(f"{folder} ({error.strerror})")
+    raise OSError(f"no folder for the cache of decoded images: {', '.join(reasons)}; make one of these writable")
 
 
 def _cache_files(folder, key):
@@ -95,17 +93,16 @@ def _cache_files(folder, key):
 
 
 def _read_cache(folder, key, num_listed):
-    """(pixels, index) if there is a whole cache of that key in the folder, else None."""
+    """(pixels, index) of a whole cache with that key in the folder, else None."""
     pixels_path, index_path = _cache_files(folder, key)
     try:
         index = json.loads(index_path.read_text("utf-8"))
         shape = tuple(index["shape"])
-        whole = (shape[0] + len(index["bad"]) == num_listed and len(index["hashes"]) == shape[0]
-                 and pixels_path.stat().st_size == np.prod(shape, dtype=np.int64))
-        pixels = np.memmap(pixels_path, dtype=np.uint8, mode="r", shape=shape) if whole else None
-    except (OSError, ValueError, KeyError, TypeError, IndexError):  # none, or damaged: it is built (again)
-        return None
-    if pixels is None:
+        size = pixels_path.stat().st_size
+        if len(index["hashes"]) != shape[0] or shape[0] + len(index["bad"]) != num_listed or size != math.prod(shape):
+            return None
+        pixels = np.memmap(pixels_path, dtype=np.uint8, mode="r", shape=shape)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):  # none, or damaged: build it (again)
         return None
     with contextlib.suppress(OSError):
         os.utime(index_path)  # the time of its last use, for pruning
@@ -113,10 +110,10 @@ def _read_cache(folder, key, num_listed):
 
 
 def _build_cache(folder, key, paths, settings, num_workers):
-    """Decode all files into the cache: the pixels first, row after row, the index that makes them valid last."""
+    """Decode all files into the cache. The index comes last: it makes the pixels valid."""
     pixels_path, index_path = _cache_files(folder, key)
     shape = (*settings["input_shape"], settings["img_channels"])
-    megabytes, place = np.prod(shape) * len(paths) / 1e6, printable(pixels_path.absolute())
+    megabytes, place = math.prod(shape) * len(paths) / 1e6, pixels_path.absolute()
     print(f"decoding {len(paths)} images to {shape[0]}x{shape[1]} (height x width), {megabytes:.1f} MB: {place}")
     hashes, bad = [], []
     try:
@@ -130,8 +127,7 @@ def _build_cache(folder, key, paths, settings, num_workers):
                     hashes.append(note)
             if not hashes:
                 _report_bad(paths, bad)
-                raise ValueError(f"none of the {len(paths)} listed images can be decoded: "
-                                 f"put whole images into datasets/ and {RUN_AGAIN}")
+                raise ValueError(f"none of the {len(paths)} listed images can be decoded: {RUN_AGAIN}")
         with atomic_write(index_path, "w", encoding="utf-8") as file:
             json.dump({"shape": [len(hashes), *shape], "hashes": hashes, "bad": bad}, file)
     except OSError as error:
@@ -140,25 +136,20 @@ def _build_cache(folder, key, paths, settings, num_workers):
 
 
 def _decode(path, settings):
-    """(pixels, hash of the file's content), or (None, reason) for a bad file.
-
-    Raises ValueError for a failure that may pass: the cache would keep it.
-    """
+    """(pixels, content hash), or (None, reason) for a bad file. ValueError if the system fails."""
     try:
-        with file_content(path) as content:  # once, for both
-            pixels = load_image(io.BytesIO(content), **settings)
-            return pixels, hashlib.blake2b(content, digest_size=16).hexdigest()
+        with file_content(path) as content:  # read once, for both
+            return load_image(io.BytesIO(content), **settings), hashlib.blake2b(content, digest_size=16).hexdigest()
     except Exception as error:  # Pillow's decoders raise all kinds
         if not is_damage(error) and not isinstance(error, PermissionError):  # the key holds the file's mode
-            raise passing_failure(path, error) from error
+            raise system_failure(path, error) from error
         return None, describe_error(error)
 
 
 def _report_bad(paths, bad):
-    if not bad:
-        return
-    print(f"left out {len(bad)} of {len(paths)} listed images, which cannot be decoded: "
-          + some([f"{paths[row]} ({reason})" for row, reason in bad]))
+    if bad:
+        reasons = some([f"{paths[row]} ({reason})" for row, reason in bad])
+        print(f"left out {len(bad)} of {len(paths)} listed images, which cannot be decoded: {reasons}")
 
 
 def _prune(folder, key):
@@ -166,12 +157,9 @@ def _prune(folder, key):
 
     Files of the last hour stay: another process may use them.
     """
-    def last_use(path):
-        return path.stat().st_mtime
-
     with contextlib.suppress(OSError):  # another process prunes too
-        keep = {key, *(path.stem for path in sorted(folder.glob("*.json"), key=last_use)[-CACHES_KEPT:])}
+        keep = {key, *(path.stem for path in sorted(folder.glob("*.json"), key=os.path.getmtime)[-CACHES_KEPT:])}
         for path in [*folder.glob("*.json"), *folder.glob("*.pixels"), *folder.glob(".*.tmp")]:
-            newest_use = max(last_use(part) for part in (path, path.with_suffix(".json")) if part.exists())
+            newest_use = max(os.path.getmtime(part) for part in (path, path.with_suffix(".json")) if part.exists())
             if path.name.split(".")[0] not in keep and time.time() - newest_use > 3600:
                 path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.data.annotation import printable, read_annotation
+from utils.data.annotation import read_annotation
 from utils.data.cache import open_cache
 from utils.data.decode import check_picture_settings
 
@@ -16,58 +16,39 @@ BLOCK_BYTES = 2**23  # pixels in memory at once, where a measure reads a whole d
 
 def open_dataset(annotation_path, input_shape, img_channels=3, resize_mode="crop", background=(255, 255, 255),
                  num_workers=0, cache_path=None, icc=True):
-    """The listed images, decoded once into a cache on disk -> ImageDataset.
+    """The images of a list, decoded once into a cache on disk -> ImageDataset.
 
-    The cache serves again while the files' paths, sizes, times and the settings are the same.
-    Files that cannot be decoded are named and left out.
+    Files that cannot be decoded are printed and left out. Other settings are as in `load_image`.
 
-    Args:
-        annotation_path: the list that txt_annotation.py writes.
-        input_shape, img_channels, resize_mode, background, icc: as in `utils.data.decode.load_image`.
-        num_workers: threads that decode; 0 = all cores.
-        cache_path: folder of the cache. None: `.cache` in the datasets folder beside the list, or
-            else of the project. Where that cannot be written: the user's cache folder.
-    Raises:
-        ValueError: no list, a malformed one, missing files, none that can be decoded, bad settings.
-        OSError: the cache cannot be written.
+    num_workers: threads that decode; 0 = all cores.
+    cache_path: folder of the cache; None: one of `cache_folders`.
+    ValueError for a malformed list, missing files, no file that can be decoded, or bad settings.
+    OSError where the cache cannot be written.
     """
     check_picture_settings(input_shape, img_channels, resize_mode, background)
     annotation = read_annotation(annotation_path)
     settings = {"input_shape": tuple(map(int, input_shape)), "img_channels": img_channels, "resize_mode": resize_mode,
                 "background": tuple(map(int, background)), "icc": bool(icc)}
     pixels, index = open_cache(annotation_path, annotation.paths, settings, cache_path, num_workers)
-    bad = {row for row, _ in index["bad"]}
-    kept = [row for row in range(len(annotation.paths)) if row not in bad]
+    kept = np.delete(np.arange(len(annotation.paths)), [row for row, _ in index["bad"]])
     labels = torch.tensor([annotation.labels[row] if annotation.labels else 0 for row in kept], dtype=torch.int64)
-    return ImageDataset(
-        printable(Path(annotation_path).resolve()), pixels, index["hashes"], labels, list(annotation.classes),
-        [annotation.paths[row] for row in kept], (resize_mode, settings["background"], settings["icc"]),
-    )  # fmt: skip
+    paths, shaped_by = [annotation.paths[row] for row in kept], (resize_mode, settings["background"], settings["icc"])
+    name = str(Path(annotation_path).resolve())
+    return ImageDataset(name, pixels, index["hashes"], labels, list(annotation.classes), paths, shaped_by)
 
 
 @dataclass(eq=False)
 class ImageDataset:
-    """Images as uint8 pixels in a memory-mapped file, gathered a batch or a block at a time.
+    """N images as uint8 pixels in a memory-mapped file, gathered a batch or a block at a time."""
 
-    Attributes:
-        name: for messages.
-        pixels: (M, H, W, C) uint8 array, memory-mapped.
-        hashes: hex digits for each of the N images: a hash of its content.
-        labels: int64 tensor (N,), the class ids; zeros without classes.
-        classes: the class names by id; [] without classes.
-        paths: the file of each image, or its place in an .npz.
-        settings: what shaped the pixels besides the files; a part of the key.
-        rows: (N,) the row of `pixels` that holds each image; all rows in their order unless given.
-    """
-
-    name: str
-    pixels: np.ndarray
-    hashes: list
-    labels: torch.Tensor
-    classes: list
-    paths: list
-    settings: tuple = ()
-    rows: np.ndarray | None = None
+    name: str  # for messages
+    pixels: np.ndarray  # (M, H, W, C) uint8, memory-mapped
+    hashes: list  # hex digits for each image: a hash of its content
+    labels: torch.Tensor  # (N,) int64, the class ids; zeros without classes
+    classes: list  # the class names by id; [] without classes
+    paths: list  # the file of each image, or its place in an .npz
+    settings: tuple = ()  # what shaped the pixels besides the files; a part of the key
+    rows: np.ndarray | None = None  # (N,) the row of `pixels` for each image; None: all rows in order
 
     def __post_init__(self):
         self.rows = np.arange(len(self.pixels)) if self.rows is None else self.rows
@@ -98,11 +79,11 @@ class ImageDataset:
             yield self.images(numbers[start : start + size])
 
     def subset(self, numbers, remark=""):
-        """The ImageDataset of these images, over the same pixels; `remark` is added to its name."""
+        """The ImageDataset of these images, over the same pixels. Its name ends with `remark`."""
         numbers = np.asarray(numbers, dtype=np.int64)
         hashes, paths = ([values[i] for i in numbers] for values in (self.hashes, self.paths))
-        labels, rows = self.labels[torch.from_numpy(numbers)], self.rows[numbers]
-        return replace(self, name=self.name + remark, hashes=hashes, labels=labels, paths=paths, rows=rows)
+        name, labels = self.name + remark, self.labels[torch.from_numpy(numbers)]
+        return replace(self, name=name, hashes=hashes, labels=labels, paths=paths, rows=self.rows[numbers])
 
     def shuffled(self, count, seed):
         """`count` numbers (0: all) in random order. A folder's first images may be of one class."""
@@ -116,32 +97,25 @@ class ImageDataset:
 
 
 def split_validation(dataset, share):
-    """(training ImageDataset, validation ImageDataset); the second is empty for a share of 0.
+    """(training, validation) ImageDatasets: about this share of the images goes to validation.
 
-    The content alone decides the side of an image. So no image changes sides when the list grows
-    or files are renamed, and copies of an image stay together.
-
-    share: of the images that go to validation, 0 <= share < 1.
-    Raises ValueError where the share is above 0 and leaves one side empty.
+    The content alone decides. So no image changes sides when the list grows or files are renamed,
+    and copies of an image stay together. ValueError where a share above 0 leaves one side empty.
     """
     aside = np.array([int(digest[:8], 16) < share * 2**32 for digest in dataset.hashes], dtype=bool)
     if share and (aside.all() or not aside.any()):
-        raise ValueError(f"val_split {share} of {len(dataset)} pictures leaves one side empty: "
-                         "choose another share, or 0")
+        raise ValueError(f"val_split {share} of {len(dataset)} pictures leaves one side empty: choose another, or 0")
     training = dataset.subset(np.flatnonzero(~aside), f", without val_split {share:g}") if share else dataset
     return training, dataset.subset(np.flatnonzero(aside), f", val_split {share:g}")
 
 
 class EpochBatches:
-    """The batches of one epoch: for each an array of the images' numbers in the data set.
+    """The batches of one epoch: arrays of image numbers. A last batch that is not full is left out.
 
-    The order is a function of (seed, epoch) alone. A last batch that is not full is left out.
+    The order is a function of (seed, epoch) alone. Each rank gets a slice of every whole batch.
 
-    Args:
-        num_images: how many images there are.
-        batch_size: images of the whole batch, over all ranks.
-        start: images of this epoch that are consumed already, a multiple of batch_size.
-        rank, world_size: each rank gets its contiguous slice of every whole batch.
+    batch_size: images of the whole batch, over all ranks.
+    start: images of this epoch that earlier steps used, a multiple of batch_size.
     """
 
     def __init__(self, num_images, batch_size, seed, epoch, start=0, rank=0, world_size=1):
@@ -159,25 +133,22 @@ class EpochBatches:
 
 
 def data_loader(dataset, batches, pin_memory=False):
-    """Yields (images, labels) of each batch. A gather here is cheaper than a queue between processes.
-
-    pin_memory: page-locked memory, from which a copy to a CUDA device does not wait.
-    """
+    """Yields (images, labels) of each batch. pin_memory: in page-locked memory, for CUDA devices."""
+    # A gather here costs less than a queue between processes.
     for numbers in batches:
         images, labels = dataset.__getitems__(numbers)
         yield (images.pin_memory(), labels.pin_memory()) if pin_memory else (images, labels)
 
 
 def effective_batch_size(num_images, batch_size, multiple=1):
-    """`batch_size`, or less (and a printed line) where there are fewer images.
+    """`batch_size`, or less and a printed line for fewer images. ValueError where none fits.
 
-    multiple: processes x accumulate, which divides it. ValueError, with what would do, if it cannot.
+    multiple: processes x accumulate. It divides the batch size.
     """
     if batch_size < multiple or batch_size % multiple:
-        lower, upper = batch_size // multiple * multiple, (max(batch_size, 0) // multiple + 1) * multiple
-        nearest = f"{lower} or {upper}" if lower > 0 else f"{upper}"
-        raise ValueError(f"batch_size {batch_size} is no positive multiple of {multiple} (processes x accumulate): "
-                         f"use {nearest}")
+        lower = max(batch_size, 0) // multiple * multiple
+        fit = f"{lower} or {lower + multiple}" if lower else multiple
+        raise ValueError(f"batch_size {batch_size} is no positive multiple of {multiple} (processes x accumulate): use {fit}")
     if num_images < multiple:
         raise ValueError(f"{num_images} images are too few for batches of at least {multiple} "
                          f"(processes x accumulate): lower accumulate or the number of processes, or add images")
@@ -188,15 +159,14 @@ def effective_batch_size(num_images, batch_size, multiple=1):
 
 
 def normalise(images, device, flip=None, memory_format=torch.contiguous_format):
-    """uint8 (B, H, W, C) -> the network's input on the device: float32 (B, C, H, W) in [-1, 1].
+    """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [-1, 1] on the device.
 
-    flip: (B,) bool, the images that are mirrored left to right. Bytes travel to the device, not
-    floats: a quarter of the memory.
+    flip: (B,) bool, the images to mirror left to right. Bytes, not floats, travel to the device.
     """
     pixels = images.to(device, non_blocking=True)
     if flip is not None:
         pixels = torch.where(flip.to(device, non_blocking=True)[:, None, None, None], pixels.flip(2), pixels)
     batch, height, width, channels = pixels.shape
-    # A tensor of its own: .to() and .contiguous() keep odd strides where a side or the channels are 1.
+    # A new tensor: .to() and .contiguous() keep odd strides where a side or the channels are 1.
     x = torch.empty((batch, channels, height, width), device=device, memory_format=memory_format)
     return x.copy_(pixels.permute(0, 3, 1, 2)).div_(127.5).sub_(1)

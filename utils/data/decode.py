@@ -4,12 +4,12 @@ import contextlib
 import errno
 import struct
 import zlib
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
 
 from utils.data.color import to_srgb
 from utils.data.formats import FILE_BYTES, check_regular, open_image
@@ -17,20 +17,15 @@ from utils.data.threads import Budget
 
 # Memory for decoding, shared by all threads. One image that needs more is left out.
 DECODE_BYTES = 1_430_000_000
-# Bytes that decoding takes for each pixel: Pillow's image and the converted one. Some decoders
-# keep copies of their own.
+# Bytes for each pixel: Pillow's image and the converted one. Some decoders keep more copies.
 BYTES_PER_PIXEL, BYTES_PER_PIXEL_OF = 8, {"WEBP": 16, "AVIF": 16, "HEIF": 16}
 PROGRESSIVE_BYTES = 6  # and for each pixel of a progressive JPEG at full size, its coefficients
 DECODING, READING = Budget(DECODE_BYTES), Budget(FILE_BYTES)
 LARGEST_PASS = 2**26  # pixels between the two passes of a resize, where the image itself has fewer
 STRIP_PIXELS = 2**21  # pixels that are converted at once: intermediate values take up to 30 bytes each
 # Errors of the system that are about one file: it is gone, or may not be read.
-ABOUT_THE_FILE = {
-    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
-}  # fmt: skip
-
-TIFF_WIDTH, TIFF_HEIGHT, ORIENTATION_TAG = 256, 257, 274
-UPRIGHT = {  # EXIF orientation -> what brings the picture upright
+ABOUT_THE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+UPRIGHT = {  # EXIF orientation -> what brings the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -39,34 +34,29 @@ UPRIGHT = {  # EXIF orientation -> what brings the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# How much a picture must shrink for a JPEG to be decoded at a DCT scale: 1/2 and 1/4 leave twice the pixels needed, where the
-# result differs by a few levels of 255. 1/8 is a plain mean of 8x8 pixels and shows on thin lines, so it must leave four times.
+# (scale of a JPEG, how much the image must at least shrink for it). 4 and 2 change a few levels of
+# 255. 8 is the mean of 8x8 pixels and shows on thin lines: it leaves four times the pixels needed.
 DRAFT_SCALES = ((8, 32), (4, 8), (2, 4))
 JPEG_FORMATS = ("JPEG", "MPO")
 FULL_RANGES = {"I;12": 4095, "I;16S": 32767, "I;16BS": 32767, "I;16NS": 32767}  # raw modes that fill less than 16 bits
 
 
 def load_image(path, input_shape, img_channels=3, resize_mode="crop", background=(255, 255, 255), icc=True):
-    """One image file as uint8 pixels of the network's size.
+    """One image file -> uint8 array (height, width, img_channels).
 
-    The EXIF orientation is applied, transparency composited on `background` (red, green, blue), 16-bit, integer and float
-    modes scaled from their full range; then resized (bicubic, antialiased). A JPEG that shrinks
-    much is decoded at a reduced scale: nearly the same pixels, two to five times faster.
-    An image that takes much memory waits until other threads have freed it.
+    The image is brought upright (EXIF), composited on `background`, scaled from the full range of
+    its mode to 8 bits, and resized (bicubic, antialiased). A JPEG that shrinks much is decoded at a
+    reduced scale: nearly the same pixels, two to five times faster.
 
     Args:
         path: a path, or a binary file that can seek.
-        input_shape: (height, width) in pixels.
-        img_channels: 3 (RGB) or 1 (grey).
-        resize_mode: "crop" (shorter side to size, then the centre), "stretch" (the shape is not kept) or "pad" (the
-            whole picture, centred on `background`).
-        icc: whether an embedded colour profile is applied: the pixels become sRGB, as viewers show them.
-    Returns:
-        uint8 array (height, width, img_channels).
+        input_shape, img_channels: (height, width) in pixels; 3 (RGB) or 1 (grey).
+        resize_mode: "crop" (shorter side to size, then the centre), "stretch" (each side to size)
+            or "pad" (the whole image, centred on `background`).
+        background, icc: (red, green, blue); whether an embedded profile converts to sRGB.
     Raises:
         ValueError: an unknown setting, or an image that takes more than DECODE_BYTES.
-        Exception: the file cannot be decoded. Pillow's decoders raise all kinds. `is_damage` tells
-            them from failures of the system.
+        Exception: any kind, from Pillow's decoders; see `is_damage`.
     """
     check_picture_settings(input_shape, img_channels, resize_mode, background)
     height, width = input_shape
@@ -76,18 +66,14 @@ def load_image(path, input_shape, img_channels=3, resize_mode="crop", background
         extent = _draft(image, mode, (width, height), resize_mode)
         with _memory_for(image, stored_size):
             picture = _opaque(image, background, icc)
-            turn = _orientation(image)  # after loading: Pillow turns TIFF files by itself
-            extent = extent or image.size
-            if picture.mode != mode:
-                picture = picture.convert(mode)
-            picture = _resize(picture, extent, turn, (width, height), RESIZE_MODES[resize_mode])
-    if picture.size != (width, height):
-        picture = _centre(picture, (width, height), background)
-    return np.array(picture, dtype=np.uint8).reshape(height, width, img_channels)
+            orientation = _orientation(image)  # after loading: Pillow turns TIFF files by itself
+            picture = picture if picture.mode == mode else picture.convert(mode)
+            picture = _resize(picture, extent or image.size, orientation, (width, height), RESIZE_MODES[resize_mode])
+    return np.array(_centre(picture, (width, height), background), dtype=np.uint8).reshape(height, width, img_channels)
 
 
 def check_picture_settings(input_shape, img_channels, resize_mode, background):
-    """Refuse settings that no picture can be loaded with: ValueError saying what is known."""
+    """ValueError, with what is known, for settings that `load_image` does not know."""
     if len(input_shape) != 2 or any(int(side) != side or side < 1 for side in input_shape):
         raise ValueError(f"input_shape {tuple(input_shape)}: give height and width in pixels, such as 32,32")
     if img_channels not in (1, 3):
@@ -99,10 +85,7 @@ def check_picture_settings(input_shape, img_channels, resize_mode, background):
 
 
 def check_image(path, full=True):
-    """(width, height) of an image file, upright. Raises as `load_image` does.
-
-    `full` decodes all of the file and tries the conversion; otherwise only the header is read.
-    """
+    """(width, height) of an image, upright; `full` decodes all of it. Raises as `load_image`."""
     with open_image(path, whole=full) as image:
         size = image.size
         if full:
@@ -113,35 +96,27 @@ def check_image(path, full=True):
             size = size if image.format in JPEG_FORMATS else image.size  # Pillow turns TIFF files by itself
         else:
             _bytes_to_decode(image, size)
-            if image.format == "TIFF":  # Pillow 11 swaps the size of a turned one before it is loaded, 10 does not
-                size = image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT]
+            if image.format == "TIFF":  # Pillow 11 swaps the size of a turned one here, Pillow 10 does not
+                size = image.tag_v2[Base.ImageWidth], image.tag_v2[Base.ImageLength]
         return size[::-1] if _orientation(image) >= 5 else size
 
 
 @contextlib.contextmanager
 def file_content(path):
-    """The bytes of a regular file; those that all threads hold at once are at most FILE_BYTES.
-
-    Raises as `open_image` does.
-    """
-    size = check_regular(path)
-    with READING.take(size):
+    """The bytes of a file; all threads hold at most FILE_BYTES. Raises as `check_regular`."""
+    with READING.take(check_regular(path)):
         yield Path(path).read_bytes()
 
 
 def is_damage(error):
-    """Whether a failure of `load_image` or `check_image` comes from the file's content.
-
-    Then it fails every time. Too little memory and errors of the system (EIO, EMFILE, ESTALE, ...)
-    may pass.
-    """
+    """Whether the file's content is the cause. Too little memory, EIO, EMFILE, ... may pass."""
     if isinstance(error, OSError):  # Pillow's own have no number
         return error.errno in (None, errno.EINVAL)  # EINVAL: the content names a place before the file's start
     return not isinstance(error, MemoryError)
 
 
 def is_about_the_file(error):
-    """Whether a failure is this one file's: it is damaged, or gone, or may not be read."""
+    """Whether a failure concerns this file alone: it is damaged, gone, or may not be read."""
     return is_damage(error) or (isinstance(error, OSError) and error.errno in ABOUT_THE_FILE)
 
 
@@ -163,59 +138,51 @@ def describe_error(error):
 
 @contextlib.contextmanager
 def _memory_for(image, stored_size):
-    """Hold the memory for decoding within the block.
-
-    Decoders report too little memory as damage. Whether the memory is there tells them apart.
-    """
+    """Hold the memory for decoding within the block, once other threads have freed enough."""
     needed = _bytes_to_decode(image, stored_size)
     with DECODING.take(needed):
         try:
             yield
         except Exception as error:
-            if isinstance(error, MemoryError) or _is_free(needed):
+            if isinstance(error, MemoryError) or _is_free(needed):  # decoders call it damage too
                 raise
             raise MemoryError(f"{needed / 1e6:.0f} MB to decode it") from error
 
 
 def _bytes_to_decode(image, stored_size):
-    """The memory that decoding takes. ValueError where it exceeds DECODE_BYTES.
-
-    `stored_size`: (width, height) in the file, before a JPEG is reduced.
-    """
+    """The memory that decoding takes. ValueError where it exceeds DECODE_BYTES."""
+    pixels = stored_size[0] * stored_size[1]  # in the file, before a JPEG is reduced
     needed = image.width * image.height * BYTES_PER_PIXEL_OF.get(image.format, BYTES_PER_PIXEL)
     if image.info.get("progressive"):
-        needed += stored_size[0] * stored_size[1] * PROGRESSIVE_BYTES
+        needed += pixels * PROGRESSIVE_BYTES
     if image.format == "TIFF":
         needed += image.buffer_bytes()
     if needed > DECODE_BYTES:
-        pixels = stored_size[0] * stored_size[1]
         raise ValueError(f"its {pixels / 1e6:.0f} million pixels take {needed / 1e9:.1f} GB to decode, "
-                         f"more than the {DECODE_BYTES / 1e9:.1f} GB that one picture may take: make it smaller")
+                         f"more than the {DECODE_BYTES / 1e9:.1f} GB that one image may take: make it smaller")
     return needed
 
 
 def _is_free(size):
-    """Whether so many bytes can be had now."""
+    """Whether so many bytes are free now."""
     try:
-        np.empty(size, dtype=np.uint8)
+        return np.empty(size, dtype=np.uint8).size == size
     except MemoryError:
         return False
-    return True
 
 
 def _orientation(image):
     """EXIF orientation, 1 (upright) to 8; 1 where there is none or it cannot be read."""
     try:
-        return int(image.getexif().get(ORIENTATION_TAG, 1))
+        return int(image.getexif().get(Base.Orientation, 1))
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error):
         return 1  # broken metadata does not make the pixels worse
 
 
 def _draft(image, mode, size, resize_mode):
-    """Have a JPEG decoded at one of its reduced scales, where the pixels left are plenty.
+    """Choose the reduced scale of a JPEG -> the (width, height) it covers. Other formats: None.
 
-    Returns the (width, height) that the picture then covers, fractions of a pixel included: the last row and column of a
-    reduced JPEG are partly filler. None for other formats, which have no such scales.
+    These are fractions: the last row and column of a reduced JPEG are partly filler.
     """
     if image.format not in JPEG_FORMATS:
         return None
@@ -226,10 +193,8 @@ def _draft(image, mode, size, resize_mode):
     return drafted and drafted[1][2:]
 
 
-class Reading(NamedTuple):
-    """What the values of a file mean: known before it is loaded."""
-
-    raw_mode: str  # how the file stores its pixels ("I;16B", "L;2", ...); "" where that is not known
+class Meaning(NamedTuple):  # of the values of a file
+    raw_mode: str  # how the file stores its pixels ("I;16B", "L;2", ...); "" if unknown
     dtype: str | None  # NumPy's type of the values, where Pillow has another
     negative: bool  # whether 0 is white
     background: tuple
@@ -237,20 +202,18 @@ class Reading(NamedTuple):
 
 
 def _opaque(image, background, icc=True):
-    """The image in mode L or RGB, without transparency.
-
-    It is converted in strips, which bounds the memory.
-    """
-    raw_mode = _raw_mode(image)
+    """The image in mode L or RGB, without transparency. Strips bound the memory."""
+    raw_mode = _raw_mode(image)  # loading forgets it
     image.load()
     profile = image.info.get("icc_profile") if icc else None
     dtype, negative = getattr(image, "dtype", None), getattr(image, "negative", False)
-    reading = Reading(raw_mode, dtype, negative, tuple(background), profile or None)
+    meaning = Meaning(raw_mode, dtype, negative, tuple(background), profile or None)
     if image.mode in ("L", "RGB") and not (image.has_transparency_data or dtype or negative or profile):
         return image
-    convert, picture = _conversion(image, reading), None
+    full_range = _full_range(image, meaning) if image.mode[0] in "IF" or dtype else None
+    picture = None
     for left, top, strip in _strips(image):
-        converted = convert(strip)
+        converted = _opaque_values(strip, meaning, full_range) if full_range else _opaque_levels(strip, meaning)
         if converted.size == image.size:
             return converted
         picture = picture or Image.new(converted.mode, image.size)
@@ -270,58 +233,51 @@ def _strips(image):
             yield left, top, image.crop((left, top, min(left + width, image.width), min(top + height, image.height)))
 
 
-def _conversion(image, reading):
-    """The function that makes a strip opaque."""
-    if image.mode[0] in "IF" or reading.dtype:
-        return partial(_opaque_values, reading=reading, full_range=_full_range(image, reading))
-    return partial(_opaque_levels, reading=reading)
-
-
-def _opaque_values(strip, reading, full_range):
+def _opaque_values(strip, meaning, full_range):
     """Integers or floats in mode L, scaled from their full range; below 0 is black, NaN too."""
-    values = _values(strip, reading)
+    values = _values(strip, meaning)
     levels = np.clip(values / full_range, 0, 1)
-    levels = np.nan_to_num(1 - levels if reading.negative else levels, nan=0.0)
+    levels = np.nan_to_num(1 - levels if meaning.negative else levels, nan=0.0)
     picture = Image.fromarray(np.rint(255 * levels).astype(np.uint8))
-    transparent, alpha = strip.info.get("transparency"), None
-    if isinstance(transparent, int):
-        alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
-    return _shown(picture, alpha, reading)
+    transparent = strip.info.get("transparency")
+    opaque = np.where(values == transparent, 0, 255).astype(np.uint8) if isinstance(transparent, int) else None
+    return _shown(picture, opaque if opaque is None else Image.fromarray(opaque), meaning)
 
 
-def _opaque_levels(strip, reading):
+def _opaque_levels(strip, meaning):
     """8-bit modes in mode L or RGB."""
-    if strip.mode == "La":
-        strip = strip.convert("LA")
-    elif strip.has_transparency_data and strip.mode not in ("LA", "RGBA"):
-        _repair_transparency(strip, reading.raw_mode)
-        strip = strip.convert("LA" if strip.mode == "L" else "RGBA")
+    if strip.has_transparency_data and strip.mode not in ("LA", "RGBA"):
+        _repair_transparency(strip, meaning.raw_mode)
+        strip = strip.convert("LA" if strip.mode in ("L", "La") else "RGBA")
     alpha = strip.getchannel("A") if strip.mode in ("LA", "RGBA") else None
     if strip.mode not in ("L", "RGB", "CMYK"):
         strip = strip.convert("L" if strip.mode in ("1", "LA") else "RGB")
-    if reading.negative:
+    if meaning.negative:
         strip = strip.point(lambda level: 255 - level)
-    return _shown(strip, alpha, reading)
+    return _shown(strip, alpha, meaning)
 
 
-def _shown(picture, alpha, reading):
+def _shown(picture, alpha, meaning):
     """Colours in mode L, RGB or CMYK and their alpha as a viewer shows them: mode L or RGB."""
-    if reading.profile:
-        picture = to_srgb(picture, reading.profile)
+    if meaning.profile:
+        picture = to_srgb(picture, meaning.profile)
     if picture.mode == "CMYK":
         picture = picture.convert("RGB")
-    return picture if alpha is None else _composite(picture, alpha, reading.background)
+    if alpha is None:
+        return picture
+    canvas = Image.new("RGB", picture.size, meaning.background)
+    canvas.paste(picture.convert("RGB"), mask=alpha)
+    return canvas
 
 
 def _raw_mode(image):
-    """How the file stores its pixels ("I;16B", "L;2", ...), known until it is loaded; "" where it is not."""
     arguments = image.tile[0][3] if getattr(image, "tile", None) else ""
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else ""
 
 
 def _repair_transparency(image, raw_mode):
-    """Bring the one transparent value of a PNG to the 8 bits of its pixels: Pillow keeps it as the file has it."""
+    """Scale the one transparent value of a PNG to 8 bits, as Pillow scales the pixels."""
     value = image.info.get("transparency")
     if raw_mode in ("L;2", "L;4") and isinstance(value, int):
         image.info["transparency"] = value * {"L;2": 85, "L;4": 17}[raw_mode]
@@ -329,42 +285,29 @@ def _repair_transparency(image, raw_mode):
         image.info["transparency"] = tuple(level >> 8 for level in value)
 
 
-def _composite(picture, alpha, background):
-    """`picture` over a plain background, mixed by `alpha` (mode L)."""
-    canvas = Image.new("RGB", picture.size, tuple(background))
-    canvas.paste(picture.convert("RGB"), mask=alpha)
-    return canvas
+def _values(image, meaning):
+    """The pixels of mode L, I or F as an array of the file's type."""
+    return np.asarray(image).view(meaning.dtype) if meaning.dtype else np.asarray(image)
 
 
-def _values(image, reading):
-    """The pixels of mode L, I or F as an array, in the type that the file has them in."""
-    values = np.asarray(image)
-    return values.view(reading.dtype) if reading.dtype else values
-
-
-def _full_range(image, reading):
-    """The value that is white: by the format where it says so, else the smallest of 1 (floats), 255, 65535 that holds all."""
-    if reading.raw_mode in FULL_RANGES:
-        return FULL_RANGES[reading.raw_mode]
-    if reading.dtype == "int8":
+def _full_range(image, meaning):
+    """The value of white: by the format, or the least of 1 (floats), 255, 65535 that holds all."""
+    if meaning.raw_mode in FULL_RANGES:
+        return FULL_RANGES[meaning.raw_mode]
+    if meaning.dtype == "int8":
         return 127
     if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
         return 65535
-    largest = max(_largest(_values(strip, reading)) for _, _, strip in _strips(image))
+    parts = (_values(strip, meaning) for _, _, strip in _strips(image))
+    largest = max(float(np.max(part, initial=0, where=np.isfinite(part))) for part in parts)
     for full_range in (1, 255, 65535)[0 if image.mode == "F" else 1:]:
         if largest <= full_range * 1.01:  # resampling overshoots a little
             return full_range
-    return largest if image.mode == "F" else np.iinfo(reading.dtype or np.int32).max
+    return largest if image.mode == "F" else np.iinfo(meaning.dtype or np.int32).max
 
 
-def _largest(values):
-    return float(np.max(values, initial=0, where=np.isfinite(values)))
-
-
-# Each takes the picture's (width, height) and the wanted one, and gives the size of the centred box to be resized and the
-# size that it is resized to.
-
-
+# Each takes the (width, height) of the image and the wanted one. It returns the size of the centred
+# box that is resized, and the size that it is resized to.
 def _crop(extent, size):
     scale = min(extent[0] / size[0], extent[1] / size[1])
     return (scale * size[0], scale * size[1]), size
@@ -383,12 +326,12 @@ RESIZE_MODES = {"crop": _crop, "stretch": _stretch, "pad": _pad}
 
 
 def _resize(picture, extent, orientation, size, resize_mode):
-    """Resize first and turn the small result upright. `size` is the upright one, `extent` what the file's pixels cover."""
+    """Resize, then bring the small result upright. size: upright. extent: what the pixels cover."""
     box, inner = resize_mode(extent, size[::-1] if orientation >= 5 else size)
     margins = [max((whole - part) / 2, 0) for whole, part in zip(extent, box)]
     corners = (*margins, *(min(whole - margin, whole) for whole, margin in zip(extent, margins)))
     if inner[0] * picture.height > max(LARGEST_PASS, picture.width * picture.height):
-        # Pillow resizes the width first: a hair of many rows would take all memory.
+        # Pillow resizes the width first: a thin image of many rows would take all memory.
         rows = (0, corners[1], picture.width, corners[3])
         picture = picture.resize((picture.width, inner[1]), Image.Resampling.BICUBIC, box=rows)
         corners = (corners[0], 0, corners[2], inner[1])

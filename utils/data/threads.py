@@ -10,7 +10,7 @@ from itertools import islice
 
 from tqdm import tqdm
 
-CHUNK = 16  # items a task: a future costs about 40 us, decoding a small picture 150 us
+CHUNK = 16  # items a task: a future costs about 40 us, decoding a small image 150 us
 
 
 class Budget:
@@ -21,7 +21,7 @@ class Budget:
 
     @contextlib.contextmanager
     def take(self, amount):
-        """Hold `amount` bytes within the block. One that exceeds the budget takes all of it."""
+        """Hold `amount` bytes within the block, at most the whole budget."""
         amount = min(amount, self.size)
         with self.changed:
             self.changed.wait_for(lambda: self.taken + amount <= self.size)
@@ -44,17 +44,17 @@ def worker_count(num_workers):
 
 
 def map_in_threads(function, items, num_workers=0, description=None):
-    """Yield `function(item)` for each item of the list, in its order, with a progress bar named `description`.
+    """Yield `function(item)` for each item of the list, in order, with a progress bar.
 
-    Threads serve where the work releases the interpreter (Pillow's decoders, hashing, reading). At most 4 tasks a thread
-    wait to be taken, whatever the number of items. What `function` raises is raised here.
+    Threads help where the work releases the interpreter (Pillow's decoders, hashing, reading). At
+    most 4 tasks a thread wait. What `function` raises is raised here.
     """
     chunks = (items[start:start + CHUNK] for start in range(0, len(items), CHUNK))
     workers = worker_count(num_workers)
     executor = ThreadPoolExecutor(workers)
     try:
         with warnings.catch_warnings(), tqdm(total=len(items), desc=description, unit="img") as progress:
-            warnings.filterwarnings("ignore", module="PIL")  # odd metadata of a picture is no news to the user
+            warnings.filterwarnings("ignore", module="PIL")  # users need no warning of odd metadata
             waiting = deque(executor.submit(_map_chunk, function, chunk) for chunk in islice(chunks, 4 * workers))
             while waiting:
                 results = waiting.popleft().result()

@@ -12,10 +12,12 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from utils.data.annotation import find_images, label_by_folder, printable, read_annotation, write_annotation
+from utils.data.annotation import read_annotation, write_annotation
 from utils.data.dataset import ImageDataset, open_dataset
 from utils.data.decode import check_image
 from utils.data.formats import open_image
+from utils.data.search import find_images, label_by_folder
+from utils.terminal import printable
 
 
 def natural_shape(path):

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.data.annotation import printable
 from utils.data.dataset import normalise
 from utils.device import autocast
 from utils.evaluate.distances import kernel_distance, nearest, precision_and_recall, statistics_distance
 from utils.evaluate.features import with_progress
 from utils.evaluate.likelihood import variational_bound
 from utils.images import make_grid, save_png
+from utils.terminal import printable
 
 NEIGHBOURS = 3  # k of precision and recall, as in the paper
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75)

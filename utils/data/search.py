@@ -1,0 +1,124 @@
+"""Find image files, check that they can be decoded, and take their classes from folders."""
+
+import os
+from collections import Counter
+
+from utils.data.decode import check_image, describe_error, is_about_the_file
+from utils.data.formats import EXTENSIONS
+from utils.data.threads import map_in_threads
+
+SHIPPED = "noto_emoji"  # the folder of datasets/ that comes with the repository
+
+
+def find_images(root):
+    """The absolute paths of all image files below `root`, as `search` finds them."""
+    return search(root)[0]
+
+
+def search(root):
+    """Find the files below `root` -> (paths, others).
+
+    paths: the sorted absolute paths of the images. Their extension, in any case, tells them.
+    others: a Counter of the extensions of all other files.
+
+    Names that start with a dot are left out. Links are followed; each folder is visited once.
+    Folders that cannot be read and images that are no regular files are printed and left out.
+    ValueError where `root` is no folder.
+    """
+    root = os.path.abspath(root)
+    if not os.path.isdir(root):
+        raise ValueError(f"{root} is not a folder: put images into it, or set datasets_path to another folder")
+    paths, others, folders, links, visited = [], Counter(), [root], [], set()
+    while folders or links:
+        # Links come last: a folder below the root keeps its own name.
+        folder = folders.pop() if folders else links.pop(0)
+        if os.path.realpath(folder) in visited:
+            continue
+        visited.add(os.path.realpath(folder))
+        for entry in _visible_entries(folder):
+            if os.path.isdir(entry.path):  # the entry's own is_dir() raises on a link to itself
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif not entry.name.lower().endswith(EXTENSIONS):
+                others[os.path.splitext(entry.name)[1].lower()] += 1
+            elif os.path.isfile(entry.path) or not os.path.exists(entry.path):  # check_images names a broken link
+                paths.append(entry.path)
+            else:
+                print(f"left out {entry.path}: no regular file")
+    return sorted(paths, key=lambda path: path.split(os.sep)), others
+
+
+def _visible_entries(folder):
+    """The entries of a folder whose name does not start with a dot, sorted by name."""
+    try:
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+        return sorted(visible, key=lambda entry: entry.name)
+    except OSError as error:
+        print(f"left out {folder}: {error.strerror}")
+        return []
+
+
+def without_shipped(paths, root):
+    """(paths, number left out): without the shipped emoji, if there are any other images."""
+    shipped = os.path.join(os.path.abspath(root), SHIPPED, "")
+    own = [path for path in paths if not path.startswith(shipped)]
+    return (own, len(paths) - len(own)) if own else (paths, 0)
+
+
+def check_images(paths, full=True, num_workers=0):
+    """Decode all images in threads, with a progress bar -> (good, bad), both in order.
+
+    good: a list of (path, (width, height)). bad: a list of (path, reason).
+    full: False reads the headers only. This is much faster and misses damage behind them.
+    ValueError where the system fails, not the file: too little memory, or a broken disk.
+    """
+    def check(path):
+        if "\n" in path or "\r" in path:
+            return None, "its name holds a line break, which a list of lines cannot keep"
+        try:
+            return check_image(path, full), None
+        except Exception as error:  # Pillow's decoders raise all kinds
+            if not is_about_the_file(error):
+                raise system_failure(path, error) from error
+            return None, describe_error(error)
+
+    results = list(zip(map_in_threads(check, paths, num_workers, "checking images"), paths))
+    good = [(path, size) for (size, _), path in results if size]
+    return good, [(path, reason) for (size, reason), path in results if not size]
+
+
+def system_failure(path, error):
+    """The ValueError that ends a pass over many files. The file itself may be whole."""
+    if isinstance(error, MemoryError):
+        return ValueError(f"out of memory while decoding {path}: lower num_workers, or end other programs; "
+                          "nothing was kept")
+    return ValueError(f"{path} cannot be read now ({describe_error(error)}): "
+                      "see to the disk or the system and run this again; nothing was kept")
+
+
+def label_by_folder(paths):
+    """(labels, class names): the class is the folder right below the common root of all images.
+
+    (None, []) if any image lies in the root itself.
+    """
+    parts = _parts_below_common_root(paths)
+    if any(len(part) == 1 for part in parts):
+        return None, []
+    classes = sorted({part[0] for part in parts})
+    ids = {name: i for i, name in enumerate(classes)}
+    return [ids[part[0]] for part in parts], classes
+
+
+def beside_folders(paths):
+    """(paths, folder names): the images in the common root itself, and the folders there.
+
+    While both exist, `label_by_folder` finds no classes.
+    """
+    parts = _parts_below_common_root(paths)
+    beside = sorted(path for path, part in zip(paths, parts) if len(part) == 1)
+    return beside, sorted({part[0] for part in parts if len(part) > 1})
+
+
+def _parts_below_common_root(paths):
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [os.path.relpath(path, root).split(os.sep) for path in paths]
