@@ -157,7 +157,10 @@ def effective_batch_size(num_images, batch_size, multiple=1):
 
 
 def normalise(images, device, flip=None, memory_format=torch.contiguous_format):
-    """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [-1, 1] on the device. flip: (B,) bool, mirror."""
+    """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [-1, 1] on the device.
+
+    flip: (B,) bool, the images to mirror left to right; None: no image.
+    """
     pixels = images.to(device, non_blocking=True)  # bytes: a quarter of the memory of floats
     if flip is not None:
         pixels = torch.where(flip.to(device, non_blocking=True)[:, None, None, None], pixels.flip(2), pixels)
