@@ -133,7 +133,7 @@ class EpochBatches:
 
 
 def data_loader(dataset, batches, pin_memory=False):
-    """Yields (images, labels) of each batch. pin_memory: in page-locked memory, for CUDA devices."""
+    """Yields (images, labels) of each batch. pin_memory: in page-locked memory, for CUDA."""
     # A gather here costs less than a queue between processes.
     for numbers in batches:
         images, labels = dataset.__getitems__(numbers)
@@ -141,14 +141,12 @@ def data_loader(dataset, batches, pin_memory=False):
 
 
 def effective_batch_size(num_images, batch_size, multiple=1):
-    """`batch_size`, or less and a printed line for fewer images. ValueError where none fits.
-
-    multiple: processes x accumulate. It divides the batch size.
-    """
+    """`batch_size`, or less for fewer images. ValueError where no multiple of `multiple` fits."""
     if batch_size < multiple or batch_size % multiple:
         lower = max(batch_size, 0) // multiple * multiple
         fit = f"{lower} or {lower + multiple}" if lower else multiple
-        raise ValueError(f"batch_size {batch_size} is no positive multiple of {multiple} (processes x accumulate): use {fit}")
+        raise ValueError(f"batch_size {batch_size} is no positive multiple of {multiple} (processes x accumulate): "
+                         f"use {fit}")
     if num_images < multiple:
         raise ValueError(f"{num_images} images are too few for batches of at least {multiple} "
                          f"(processes x accumulate): lower accumulate or the number of processes, or add images")
@@ -161,9 +159,9 @@ def effective_batch_size(num_images, batch_size, multiple=1):
 def normalise(images, device, flip=None, memory_format=torch.contiguous_format):
     """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [-1, 1] on the device.
 
-    flip: (B,) bool, the images to mirror left to right. Bytes, not floats, travel to the device.
+    flip: (B,) bool, the images to mirror left to right; None: no image.
     """
-    pixels = images.to(device, non_blocking=True)
+    pixels = images.to(device, non_blocking=True)  # bytes: a quarter of the memory of floats
     if flip is not None:
         pixels = torch.where(flip.to(device, non_blocking=True)[:, None, None, None], pixels.flip(2), pixels)
     batch, height, width, channels = pixels.shape

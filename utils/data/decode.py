@@ -15,8 +15,7 @@ from utils.data.color import to_srgb
 from utils.data.formats import FILE_BYTES, check_regular, open_image
 from utils.data.threads import Budget
 
-# Memory for decoding, shared by all threads. One image that needs more is left out.
-DECODE_BYTES = 1_430_000_000
+DECODE_BYTES = 1_430_000_000  # memory of all threads for decoding; one image that needs more is left out
 # Bytes for each pixel: Pillow's image and the converted one. Some decoders keep more copies.
 BYTES_PER_PIXEL, BYTES_PER_PIXEL_OF = 8, {"WEBP": 16, "AVIF": 16, "HEIF": 16}
 PROGRESSIVE_BYTES = 6  # and for each pixel of a progressive JPEG at full size, its coefficients
@@ -54,9 +53,7 @@ def load_image(path, input_shape, img_channels=3, resize_mode="crop", background
         resize_mode: "crop" (shorter side to size, then the centre), "stretch" (each side to size)
             or "pad" (the whole image, centred on `background`).
         background, icc: (red, green, blue); whether an embedded profile converts to sRGB.
-    Raises:
-        ValueError: an unknown setting, or an image that takes more than DECODE_BYTES.
-        Exception: any kind, from Pillow's decoders; see `is_damage`.
+    ValueError for an unknown setting or an image above DECODE_BYTES; any Exception for damage.
     """
     check_picture_settings(input_shape, img_channels, resize_mode, background)
     height, width = input_shape
@@ -180,17 +177,14 @@ def _orientation(image):
 
 
 def _draft(image, mode, size, resize_mode):
-    """Choose the reduced scale of a JPEG -> the (width, height) it covers. Other formats: None.
-
-    These are fractions: the last row and column of a reduced JPEG are partly filler.
-    """
+    """Choose the reduced scale of a JPEG -> the (width, height) it covers. Other formats: None."""
     if image.format not in JPEG_FORMATS:
         return None
     box, inner = RESIZE_MODES[resize_mode](image.size, size[::-1] if _orientation(image) >= 5 else size)
     shrinkage = min(outer_side / inner_side for outer_side, inner_side in zip(box, inner))
     scale = next((scale for scale, least in DRAFT_SCALES if shrinkage >= least), 1)
     drafted = image.draft(mode, (image.width // scale, image.height // scale))
-    return drafted and drafted[1][2:]
+    return drafted and drafted[1][2:]  # with fractions: the last row and column are partly filler
 
 
 class Meaning(NamedTuple):  # of the values of a file
