@@ -15,7 +15,7 @@ from nets import build
 from nets.diffusion import check_choice
 from nets.samplers import DEFAULT_SPACING, SAMPLERS, SPACINGS, seeded_noise, slerp
 from utils import distributed
-from utils.checkpoint import find_weights, load_checkpoint
+from utils.checkpoint import load_checkpoint
 from utils.config import block_settings, check_values, settings, typed_options
 from utils.device import (
     DTYPES,
@@ -29,6 +29,7 @@ from utils.device import (
 )
 from utils.errors import explain_out_of_memory, run_script
 from utils.images import to_uint8
+from utils.run_folders import find_weights
 from utils.sampling.batches import advice_for_sampling, sample_batches
 from utils.sampling.predict_files import COLUMNS, SHOWN, PredictFiles, image_texts
 from utils.sampling.starting_images import starting_settings

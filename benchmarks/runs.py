@@ -14,11 +14,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils.checkpoint import newest_last
 from utils.data.annotation import read_annotation, write_annotation
 from utils.data.downloads import ARCHIVES, download
 from utils.data.search import find_images, label_by_folder
 from utils.files import atomic_write
+from utils.run_folders import newest_last
 from utils.training.randomness import mix
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -11,9 +11,11 @@ import torch
 from conftest import PROJECT, TINY, newest_run, run_main, write_pictures
 
 from nets import build
-from utils.checkpoint import find_weights, load_checkpoint, load_tensors, newest_last, save_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net
 from utils.evaluate.features import Extractor, FeatureCache
+from utils.run_folders import find_weights, newest_last
+from utils.torch_files import load_tensors
 
 PREDICT = ["--device", "cpu", "--precision", "fp32", "--num_images", "1", "--batch_size", "1", "--steps", "1", "--seed", "1"]
 

@@ -68,8 +68,8 @@ def check_contents(checkpoint):
             _expect(name, COUNT.allows(checkpoint[name]), checkpoint[name], COUNT)
 
 
-def check_training(checkpoint):
-    """`check_contents` for the training state that a run resumes from."""
+def check_training(checkpoint, parts):
+    """`check_contents` for the training state that a run resumes from; it must fit `parts`, train.py's Parts."""
     missing = [name for name in TRAINING if name not in checkpoint]
     if missing:
         raise ValueError(f"it has a position, but no {', '.join(missing)}")
@@ -84,6 +84,32 @@ def check_training(checkpoint):
         rows = checkpoint.get(name, [])
         _expect(name, isinstance(rows, list) and all(isinstance(row, dict) and COUNT.allows(row.get("epoch")) for row in rows), rows,
                 "a list of rows")
+    check_training_fits(checkpoint, parts)
+
+
+def check_training_fits(checkpoint, parts):
+    """ValueError unless what a checkpoint keeps of its training fits the weights: moments, sums, scaler and position."""
+    parameters = [parameter for group in parts.optimizer.param_groups for parameter in group["params"]]
+    sums, scaler, position = checkpoint["sums"], parts.scaler.state_dict(), checkpoint["position"]
+    fits = {
+        "optimizer": all(
+            number in range(len(parameters)) and are_moments(kept, parameters[number])
+            for number, kept in checkpoint["optimizer"]["state"].items()
+        ),
+        "sums": sums is None or (len(sums) > 0 and sums.shape[1:] == parts.meter.sums.shape),
+        "scaler": not checkpoint["scaler"] or set(scaler) <= set(checkpoint["scaler"]),
+        "position": position["batch_size"] > 0 and position["images"] % position["batch_size"] == 0,
+    }
+    wrong = [name for name, fit in fits.items() if not fit]
+    if wrong:
+        raise ValueError(f"the checkpoint is damaged, or edited: its {' and '.join(wrong)} cannot be those of a training of its weights")
+
+
+def are_moments(kept, parameter):
+    """Whether `kept` is what Adam keeps of a parameter: a step count, and moments of its shape."""
+    if not isinstance(kept, dict) or not all(torch.is_tensor(kept.get(name)) for name in ("step", "exp_avg", "exp_avg_sq")):
+        return False
+    return kept["step"].ndim == 0 and kept["exp_avg"].shape == kept["exp_avg_sq"].shape == parameter.shape
 
 
 def _expect(name, fits, found, expected):

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from nets import build
 from nets.unet import MAX_GROUPS
-from utils.checkpoint import FORMAT, all_finite, find_weights, load_checkpoint, save_checkpoint
+from utils.checkpoint import FORMAT, all_finite, load_checkpoint, save_checkpoint
 from utils.convert.diffusers_folder import export_model, import_model
 from utils.errors import run_script
 from utils.files import refuse_to_overwrite
+from utils.run_folders import find_weights
 
 
 def export_weights(run, file):

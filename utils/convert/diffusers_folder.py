@@ -18,8 +18,9 @@ from torch import nn
 from nets import build
 from nets.unet import UNet
 from nets.weights import clean_keys, find_schedule, read_architecture, some
-from utils.checkpoint import FORMAT, all_finite, find_weights, load_checkpoint, save_checkpoint
+from utils.checkpoint import FORMAT, all_finite, load_checkpoint, save_checkpoint
 from utils.files import atomic_folder, refuse_to_overwrite
+from utils.run_folders import find_weights
 
 WEIGHTS = "diffusion_pytorch_model"  # .safetensors or .bin
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}

@@ -16,7 +16,7 @@ import torch
 
 from nets import GaussianDiffusion, build
 from nets.samplers import SAMPLERS, SPACINGS
-from utils.checkpoint import epoch_files, find_weights, load_checkpoint, weights_digest
+from utils.checkpoint import load_checkpoint, weights_digest
 from utils.config import check_values, parse_config, settings
 from utils.data.dataset import split_validation
 from utils.data.decode import RESIZE_MODES
@@ -27,6 +27,7 @@ from utils.evaluate.image_sets import natural_shape, open_images
 from utils.evaluate.measures import NEIGHBOURS, measure_bits, measure_distances, measure_nearest, print_line
 from utils.files import atomic_write
 from utils.images import to_uint8
+from utils.run_folders import epoch_files, find_weights
 from utils.sampling.batches import last_images, sample_batches
 
 ENOUGH = 10_000  # below so many samples FID's upward bias is larger than the differences of interest

@@ -5,10 +5,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from utils.checkpoint import first_not_finite, load_tensors, weights_digest
+from utils.checkpoint import first_not_finite, weights_digest
 from utils.checkpoint_contents import check_tensors
 from utils.config import shown
 from utils.files import atomic_write
+from utils.torch_files import load_tensors
 
 FORMAT = 1
 WIDTHS = (32, 64, 128)

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from utils.checkpoint import load_tensors
 from utils.data.cache import cache_folders, writable_folder
 from utils.data.dataset import split_validation
 from utils.evaluate.classifier import load_feature_net, save_feature_net, train_feature_net
 from utils.evaluate.distances import FeatureStatistics
 from utils.evaluate.inception import load_inception
 from utils.files import atomic_write
+from utils.torch_files import load_tensors
 
 CACHE_VERSION = 1  # part of the keys: raise it when features or their files change
 KEPT_FILES = 16  # statistics and classifiers in the cache

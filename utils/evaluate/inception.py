@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils.checkpoint import load_tensors, weights_digest
+from utils.checkpoint import weights_digest
 from utils.checkpoint_contents import check_tensors
+from utils.torch_files import load_tensors
 
 INSTALL = "pip install torchmetrics torch-fidelity"
 INSTEAD = "--features classifier needs neither (its distances compare with its own only)"

@@ -55,6 +55,14 @@ def read_table(path, last_epoch):
     return rows
 
 
+def earlier_rows(checkpoint, folder):
+    """(rows of the losses, rows of the speed) up to the checkpoint, from the tables beside it."""
+    if "history" in checkpoint:  # older versions kept the rows in the checkpoint
+        return tuple([{name: "" if value is None else str(value) for name, value in row.items()} for row in checkpoint[key]]
+                     for key in ("history", "speed"))
+    return tuple(read_table(folder / name, checkpoint["position"]["epoch"]) for name in ("epoch_loss.csv", "speed.csv"))
+
+
 class LossHistory:
     """The tables of a run, and their curves.
 

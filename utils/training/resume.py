@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 
 from utils import distributed
-from utils.checkpoint import LAST, load_checkpoint, newest_last, weights_in
+from utils.checkpoint import LAST, load_checkpoint
 from utils.checkpoint_contents import check_training
 from utils.config import fit_saved
 from utils.device import is_available
-from utils.training.loss_history import read_table
+from utils.run_folders import newest_last, weights_in
+from utils.training.loss_history import earlier_rows
 from utils.training.optimizer import restore_optimizer
 
 # What a run is built from. A label_dropout above zero adds the null class: it cannot come or go either.
@@ -126,8 +127,7 @@ def restore(checkpoint, source, parts, config):
         if checkpoint and distributed.is_main():
             print(f"a file of weights alone: a run of its own starts from them at epoch 1; a {LAST} goes on where it was")
         return Start()
-    check_training(checkpoint)
-    check_training_state(checkpoint, parts)
+    check_training(checkpoint, parts)
     restore_optimizer(parts.optimizer, checkpoint["optimizer"])
     if checkpoint["scaler"]:
         parts.scaler.load_state_dict(checkpoint["scaler"])
@@ -143,39 +143,6 @@ def restore(checkpoint, source, parts, config):
         print(f"{'; '.join(changed)}{': going on with the next epoch' if images else ''}")
     tables = earlier_rows(checkpoint, Path(source).parent)
     return Start(epoch + 1, 0, None, tables) if changed and images else Start(epoch, images, _own_sums(checkpoint["sums"]), tables)
-
-
-def earlier_rows(checkpoint, folder):
-    """(rows of the losses, rows of the speed) up to the checkpoint, from the tables beside it."""
-    if "history" in checkpoint:  # older versions kept the rows in the checkpoint
-        return tuple([{name: "" if value is None else str(value) for name, value in row.items()} for row in checkpoint[key]]
-                     for key in ("history", "speed"))
-    return tuple(read_table(folder / name, checkpoint["position"]["epoch"]) for name in ("epoch_loss.csv", "speed.csv"))
-
-
-def check_training_state(checkpoint, parts):
-    """ValueError unless what a checkpoint keeps of its training fits the weights: moments, sums, scaler and position."""
-    parameters = [parameter for group in parts.optimizer.param_groups for parameter in group["params"]]
-    sums, scaler, position = checkpoint["sums"], parts.scaler.state_dict(), checkpoint["position"]
-    fits = {
-        "optimizer": all(
-            number in range(len(parameters)) and _are_moments(kept, parameters[number])
-            for number, kept in checkpoint["optimizer"]["state"].items()
-        ),
-        "sums": sums is None or (len(sums) > 0 and sums.shape[1:] == parts.meter.sums.shape),
-        "scaler": not checkpoint["scaler"] or set(scaler) <= set(checkpoint["scaler"]),
-        "position": position["batch_size"] > 0 and position["images"] % position["batch_size"] == 0,
-    }
-    wrong = [name for name, fit in fits.items() if not fit]
-    if wrong:
-        raise ValueError(f"the checkpoint is damaged, or edited: its {' and '.join(wrong)} cannot be those of a training of its weights")
-
-
-def _are_moments(kept, parameter):
-    """Whether `kept` is what Adam keeps of a parameter: a step count, and moments of its shape."""
-    if not isinstance(kept, dict) or not all(torch.is_tensor(kept.get(name)) for name in ("step", "exp_avg", "exp_avg_sq")):
-        return False
-    return kept["step"].ndim == 0 and kept["exp_avg"].shape == kept["exp_avg_sq"].shape == parameter.shape
 
 
 def _own_sums(per_rank):

@@ -4,7 +4,8 @@ from dataclasses import asdict
 
 from tqdm import tqdm
 
-from utils.checkpoint import FORMAT, LAST, all_finite, rotate, save_checkpoint
+from utils.checkpoint import FORMAT, LAST, all_finite, save_checkpoint
+from utils.run_folders import rotate
 from utils.training.resume import images_fingerprint
 
 CHEAP = 0.05  # share of the time that saves at the ends of epochs may take

@@ -1,0 +1,76 @@
+"""The folders of runs in logs/: the newest run, its weights, its epoch files."""
+import re
+from pathlib import Path
+
+from utils.checkpoint import LAST, load_checkpoint
+
+EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
+
+
+def epoch_files(folder):
+    """The epoch_XXXX.pth of a run, oldest first."""
+    found = [path for path in Path(folder).glob("epoch_*.pth") if EPOCH_FILE.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(EPOCH_FILE.fullmatch(path.name)[1]))
+
+
+def rotate(folder, keep):
+    """Deletes all but the newest `keep` epoch files of a run. 0 keeps all."""
+    for path in epoch_files(folder)[:-keep] if keep else []:
+        path.unlink(missing_ok=True)
+
+
+def newest_weights(save_dir):
+    """The newest weights of each run, newest run first: by time, then by name."""
+    found = [weights for folder in Path(save_dir).glob("*/") if (weights := _newest_in(folder))]
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, str(path)), reverse=True)
+
+
+def newest_last(save_dir):
+    """(path, checkpoint) of the newest last.pth; (None, None) without any.
+
+    ValueError for a damaged one: to resume an older run instead would be a surprise, and write into it.
+    """
+    path = next((path for path in newest_weights(save_dir) if path.name == LAST), None)
+    if path is None:
+        return None, None
+    try:
+        return path, load_checkpoint(path)
+    except ValueError as error:
+        older = epoch_files(path.parent)
+        instead = f"go on from {older[-1]} with --resume, or" if older else "it has no epoch file to go on from:"
+        raise ValueError(f"{error}; this is the newest run: {instead} name another run's folder, or move {path.parent} "
+                         "away") from None
+
+
+def find_weights(path, save_dir="logs"):
+    """(file, remark) of the weights to sample with. path: a run's folder, a file, or "" for the newest run.
+
+    Without any run it takes the weights that come with the project. ValueError where there are
+    none, and for a folder of diffusers.
+    """
+    if path:
+        folder = Path(path)
+        return (weights_in(folder), "") if folder.is_dir() else (folder, "")
+    found = newest_weights(save_dir)
+    if found:
+        return found[0], ", the newest run's"
+    shipped = next(iter(sorted(Path(save_dir).glob("*.pth"))), None)
+    if shipped:
+        return shipped, ", which come with this project: your own run's go first once there is one"
+    raise ValueError(f"{Path(save_dir).resolve()} holds no weights: run `python train.py` first, or name a checkpoint "
+                     "with --model_path")
+
+
+def weights_in(folder):
+    """The newest weights of a run's folder, else its last.pth. ValueError for a folder of diffusers."""
+    found = _newest_in(folder)
+    whole = folder.parent if folder.name == "unet" else folder
+    if found is None and ((whole / "model_index.json").is_file() or (whole / "unet").is_dir()):
+        raise ValueError(f"{whole}: a folder of diffusers; make a checkpoint of it: "
+                         f"python -m utils.convert import {whole} FILE.pth")
+    return found or folder / LAST
+
+
+def _newest_in(folder):
+    last = folder / LAST
+    return last if last.is_file() else next(iter(epoch_files(folder)[::-1]), None)
