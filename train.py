@@ -1,4 +1,4 @@
-"""Train a DDPM on the pictures of train_lines.txt. Every setting below is also an option: --batch_size 32."""
+"""Train a DDPM on the pictures of train_lines.txt. Each setting is an option: --batch_size 32."""
 import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is no traceback)
 
 # isort: split
@@ -16,7 +16,15 @@ from nets.unet import check_input_shape, check_levels, choose_groups, count_para
 from nets.weights import known_settings, unet_arguments
 from utils import distributed
 from utils.config import block_settings, check_values, settings, typed_options
-from utils.data.dataset import EpochBatches, ImageDataset, data_loader, effective_batch_size, normalise, open_dataset, split_validation
+from utils.data.dataset import (
+    EpochBatches,
+    ImageDataset,
+    data_loader,
+    effective_batch_size,
+    normalise,
+    open_dataset,
+    split_validation,
+)
 from utils.data.decode import RESIZE_MODES
 from utils.device import DTYPES, autocast, choose_compile, choose_device, choose_precision, memory_format, peak_memory
 from utils.errors import explain_out_of_memory, run_script
@@ -42,7 +50,7 @@ from utils.training.validation import validation_loss
 
 @settings
 class Config:
-    preset: str = ""                                     # a named set of the settings below: quick or small; "": the article's
+    preset: str = ""                                     # settings by one name: quick or small; "": the article's
 
     # Pictures
     annotation_path: str = "train_lines.txt"             # the list that txt_annotation.py writes
@@ -50,8 +58,8 @@ class Config:
     img_channels: Literal[3, 1] = 3                      # 3 colour, 1 grey
     resize_mode: Literal[tuple(RESIZE_MODES)] = "crop"   # how a picture of another shape is made to fit
     background: tuple[int, int, int] = (255, 255, 255)   # what shows through where a picture is transparent
-    icc: bool = True                                     # convert embedded colour profiles to sRGB; False: leave the pixels
-    horizontal_flip: bool = False                        # mirror half of the pictures: not for text, faces with sides, flags
+    icc: bool = True                                     # convert colour profiles to sRGB; False: ignore them
+    horizontal_flip: bool = False                        # mirror half of the pictures: not for text or flags
     num_workers: int = 0                                 # threads that decode the pictures, once; 0: one a core
 
     # Network
@@ -59,7 +67,7 @@ class Config:
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)        # width of each level, in channels; each level halves the size
     num_res_blocks: int = 2                              # residual blocks a level
     attention_resolutions: tuple[int, ...] = (1,)        # the levels that have attention; 0 is full size
-    num_groups: Literal["auto"] | int = "auto"           # groups of the normalisation; auto: of 4 channels or more, at most 32
+    num_groups: Literal["auto"] | int = "auto"           # of group norm; auto: of 4 channels or more, at most 32
     dropout: float = 0.1                                 # share of features dropped in training
     activation_checkpointing: bool = False               # less memory for more time: activations are computed twice
     class_conditional: bool = False                      # learn the class folders, to draw by class later
@@ -78,19 +86,19 @@ class Config:
     # Optimisation
     epochs: int = 1000                                   # how often every picture is seen
     batch_size: int = 64                                 # pictures a step, over all processes
-    accumulate: int = 1                                  # micro-batches that a batch is computed in: less memory, the same update
-    init_lr: Literal["auto"] | float = "auto"            # highest learning rate; auto: 2e-4 at 128 channels, as 1/width, up to 1e-3
+    accumulate: int = 1                                  # micro-batches of a batch: less memory, the same update
+    init_lr: Literal["auto"] | float = "auto"            # highest learning rate; auto: 2e-4 * 128 / channel, up to 1e-3
     min_lr: float = 2e-6                                 # last learning rate
-    warmup: float = 0.05                                 # share of all steps in which the learning rate rises, at most 1000 steps
+    warmup: float = 0.05                                 # share of all steps with a rising learning rate, at most 1000
     optimizer_type: Literal[tuple(OPTIMIZERS)] = "adam"  # the optimizer
     momentum: float = 0.9                                # beta 1 of the optimizer
     weight_decay: float = 0.0                            # weight decay of the optimizer
     lr_decay_type: Literal[tuple(DECAYS)] = "cos"        # how the learning rate falls
     grad_clip: float = 1.0                               # largest norm of the gradient; 0: no clipping
-    max_bad_steps: int = 50                              # steps in a row with NaN or infinite gradients that end the run
-    ema_decay: float = 0.9999                            # decay of the EMA of the weights, which draws the pictures
-    ema_start: int = 2000                                # step at which the EMA starts; before it the weights are copied
-    ema_warmup: bool = True                              # let the EMA forget faster at first: for short runs
+    max_bad_steps: int = 50                              # steps in a row with NaN gradients that end the run
+    ema_decay: float = 0.9999                            # the EMA of the weights spans the last 1/(1 - ema_decay) steps
+    ema_start: int = 2000                                # step at which the EMA starts; it copies the weights before
+    ema_warmup: bool = True                              # the EMA spans at most a ninth of the steps so far
 
     # Machine
     device: str = "auto"                                 # auto, cuda, mps or cpu
@@ -106,16 +114,19 @@ class Config:
     preview_period: int = 10                             # epochs between preview pictures; 0: none
     preview_sampler: Literal[tuple(SAMPLERS)] = "sde-dpm++"  # solver of the previews
     preview_steps: int = 25                              # its steps
-    val_split: float = 0.0                               # share of the pictures that is not trained on, for a validation loss
+    val_split: float = 0.0                               # share of the pictures for a validation loss, not trained on
     dry_run: bool = False                                # print parameters, steps, memory and what "auto" became; stop
     resume: str = ""                                     # "latest", or a path: resume that run
 
 
-# Sets of settings that belong together. An option goes over the preset, and the preset over the block.
+# Settings by one name. A typed option goes over the preset, the preset over the block.
 PRESETS = {
     "": {},  # the article's settings
     # A first training of a few minutes on a CPU.
-    "quick": {"prediction": "v", "schedule": "cosine", "loss_weighting": "min_snr", "channel": 32, "batch_size": 32, "dropout": 0.0},
+    "quick": {
+        "prediction": "v", "schedule": "cosine", "loss_weighting": "min_snr", "channel": 32,
+        "batch_size": 32, "dropout": 0.0,
+    },
 }
 
 
@@ -151,7 +162,7 @@ def main(arguments=None):
 
 
 def read_settings(arguments=None):
-    """(Config, checkpoint or None, its path): the block and the options, or on resume the run's own settings and the options."""
+    """(Config, checkpoint or None, its path). A resumed run has its own settings."""
     block, typed = block_settings(Config), typed_options(Config, __doc__, arguments)
     distributed.start()
     config = replace(block, **typed)
@@ -167,16 +178,17 @@ def read_settings(arguments=None):
 def check(config):
     """ValueError now for a setting out of range: it would fail later."""
     check_values(
-        config, input_shape=(1, 2**14), background=(0, 255), num_workers=(0, 1024), channel=(1, 2**16), channel_mults=(1, 1024),
-        num_res_blocks=(1, 1024), num_groups=(1, None), dropout=(0, 0.99), label_dropout=(0, 0.99), num_timesteps=(1, 10**6),
-        min_snr_gamma=(0, None),
-        epochs=(1, None), batch_size=(1, None), accumulate=(1, None), init_lr=(0, None), min_lr=(0, None), warmup=(0, 1),
-        momentum=(0, 0.9999), weight_decay=(0, None), grad_clip=(0, None), max_bad_steps=(1, None), ema_decay=(0, 1),
-        ema_start=(0, None), save_period=(1, None), save_minutes=(0, None), keep_last=(0, None), preview_period=(0, None),
-        preview_steps=(1, None), val_split=(0, 0.9),
+        config, input_shape=(1, 2**14), background=(0, 255), num_workers=(0, 1024),
+        channel=(1, 2**16), channel_mults=(1, 1024), num_res_blocks=(1, 1024), num_groups=(1, None), dropout=(0, 0.99),
+        label_dropout=(0, 0.99), num_timesteps=(1, 10**6), min_snr_gamma=(0, None),
+        epochs=(1, None), batch_size=(1, None), accumulate=(1, None), init_lr=(0, None), min_lr=(0, None),
+        warmup=(0, 1), momentum=(0, 0.9999), weight_decay=(0, None), grad_clip=(0, None), max_bad_steps=(1, None),
+        ema_decay=(0, 1), ema_start=(0, None), save_period=(1, None), save_minutes=(0, None), keep_last=(0, None),
+        preview_period=(0, None), preview_steps=(1, None), val_split=(0, 0.9),
     )  # fmt: skip
     if config.lr_decay_type == "step" and not (config.init_lr and config.min_lr):
-        raise ValueError("lr_decay_type step falls by a factor at each stage, so it cannot reach 0: set init_lr and min_lr above 0")
+        raise ValueError("lr_decay_type step falls by a factor and cannot reach 0: "
+                         "set init_lr and min_lr above 0")
     check_levels(config.channel_mults, config.attention_resolutions)
     check_input_shape(config.input_shape, len(config.channel_mults))
 
@@ -187,7 +199,8 @@ def resolve(config):
     config = replace(
         config, device=str(device) if distributed.world_size() == 1 else device.type,
         precision=choose_precision(config.precision, device), compile=choose_compile(config.compile, device),
-        num_groups=choose_groups(config.num_groups, config.channel), init_lr=choose_learning_rate(config.init_lr, config.channel),
+        num_groups=choose_groups(config.num_groups, config.channel),
+        init_lr=choose_learning_rate(config.init_lr, config.channel),
     )  # fmt: skip
     return config, device
 
@@ -218,7 +231,7 @@ def prepare(config, device, checkpoint=None):
 
 
 def train(config, parts, folder, start):
-    """The training loop, from the position in `start` to the last epoch, or to the signal that ends it earlier."""
+    """The training loop, from the position in `start` to the last epoch, or to a signal."""
     rank, world_size, batch_size = distributed.rank(), distributed.world_size(), parts.batch_size
     steps_per_epoch = len(parts.dataset) // batch_size
     learning_rate_at = partial(learning_rate, total_steps=config.epochs * steps_per_epoch, init_lr=config.init_lr,
@@ -237,7 +250,7 @@ def train(config, parts, folder, start):
 
                 loss, bad_in_row = parts.meter.latest()
                 files.show(epoch, batch_size, loss, lr)
-                # Rank 0 keeps the time and any process may get a signal; all hear of it at the same step, two steps later.
+                # Rank 0 keeps the time, any process may get a signal: all act two steps later.
                 number, save_now, bad_in_row = agreement.largest(stop.number, int(files.save_due()), bad_in_row)
                 if bad_in_row >= config.max_bad_steps:
                     raise ValueError(f"{bad_in_row} steps in a row had NaN or infinite gradients. {files.advice()}")
@@ -282,8 +295,8 @@ def make_batch(config, parts, images, labels, epoch, consumed):
     rank, world_size = distributed.rank(), distributed.world_size()
     torch.manual_seed(mix(config.seed, epoch, consumed, "dropout", rank))
     shape = (parts.batch_size, config.img_channels, *config.input_shape)
-    drop = config.label_dropout if config.class_conditional else 0.0
-    draws = draw_step(parts.generator, mix(config.seed, epoch, consumed), shape, config.num_timesteps, config.horizontal_flip / 2, drop)
+    flip, drop = config.horizontal_flip / 2, config.label_dropout if config.class_conditional else 0.0
+    draws = draw_step(parts.generator, mix(config.seed, epoch, consumed), shape, config.num_timesteps, flip, drop)
     draws = draws.of_rank(rank, world_size)
     x = normalise(images, parts.device, draws.flip if config.horizontal_flip else None, parts.layout)
     y = None
@@ -300,14 +313,15 @@ def backward(config, parts, x, y, draws):
         last = world_size == 1 or number == config.accumulate - 1
         with nullcontext() if last else parts.model.no_sync():  # gradients are averaged over the processes once a step
             with autocast(parts.device, config.precision):
-                loss = parts.model(x[rows], None if y is None else y[rows], t=draws.t[rows], noise=draws.noise[rows], reduction="none")
+                labels = None if y is None else y[rows]
+                loss = parts.model(x[rows], labels, t=draws.t[rows], noise=draws.noise[rows], reduction="none")
             parts.scaler.scale(loss.mean() / config.accumulate).backward()
         losses.append(loss.detach())
     return torch.cat(losses)
 
 
 def finish_epoch(config, parts, files, epoch, learning_rate_at):
-    """The row of the epoch in the tables, validation loss included; then curves, checkpoints and preview."""
+    """Writes the epoch's row with its validation loss, then curves, checkpoints and preview."""
     sums = torch.stack(distributed.gather(parts.meter.sums.cpu()))
     seconds = files.seconds()
     step = (epoch + 1) * (len(parts.dataset) // parts.batch_size)

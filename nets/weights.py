@@ -12,9 +12,9 @@ from .unet import MAX_GROUPS, TIME_EMB_DIM, UNet, check_levels, choose_groups
 
 # Settings of train.py -> arguments of the UNet. A missing one leaves the argument's own default.
 NETWORK = {
-    "channel": "base_channels", "channel_mults": "channel_mults", "num_res_blocks": "num_res_blocks", "dropout": "dropout",
+    "channel": "base_channels", "channel_mults": "channel_mults", "num_res_blocks": "num_res_blocks",
     "attention_resolutions": "attention_resolutions", "num_groups": "num_groups", "time_emb_dim": "time_emb_dim",
-    "norm": "norm", "activation_checkpointing": "activation_checkpointing",
+    "norm": "norm", "dropout": "dropout", "activation_checkpointing": "activation_checkpointing",
 }  # fmt: skip
 TABLES = tuple(schedule_tables(np.full(1, 0.5)))  # the buffers' names
 # The weights that an architecture is read off.
@@ -63,10 +63,10 @@ def read_levels(shapes):
 
 
 def check_sizes(checkpoint):
-    """ValueError unless the network that a loaded checkpoint describes is the one that its tensors are of.
+    """ValueError unless the settings of a checkpoint describe the network of its tensors.
 
-    Called before the network is built: a small file may claim one of any size. The shapes are those
-    of a network on the meta device, which has no values.
+    It comes before the network is built: a small file may claim any size. The shapes are those of a
+    network on the meta device, without values.
     """
     weights, config = clean_keys(checkpoint["weights"]), checkpoint["config"]
     if config:
@@ -86,22 +86,23 @@ def check_sizes(checkpoint):
 
 
 def check_claims(config, num_classes, weights):
-    """ValueError for settings that ask for more than the whole file has: even the list of such a network's shapes is too long."""
+    """ValueError for settings that ask for more than the file has."""
     values = sum(value.numel() for value in weights.values())
     mults, blocks = config.get("channel_mults", (1, 2, 2, 2)), config.get("num_res_blocks", 2)
     claims = {
-        "channel": (config.get("channel", 128) * max(mults, default=1), values), "img_channels": (config.get("img_channels", 3), values),
-        "num_timesteps": (config.get("num_timesteps", 1000), values), "num_res_blocks": (blocks * len(mults), len(weights)),
-        "classes": (num_classes, values),
+        "channel": (config.get("channel", 128) * max(mults, default=1), values),
+        "img_channels": (config.get("img_channels", 3), values),
+        "num_timesteps": (config.get("num_timesteps", 1000), values),
+        "num_res_blocks": (blocks * len(mults), len(weights)), "classes": (num_classes, values),
     }  # fmt: skip
     for name, (claimed, most) in claims.items():
         if claimed > most:
-            raise ValueError(f"the weights do not fit this network: {name} is {config.get(name, num_classes)}, and the file holds "
-                             f"{values:,} numbers in {len(weights):,} tensors")
+            raise ValueError(f"the weights do not fit this network: {name} is {config.get(name, num_classes)}, and the "
+                             f"file holds {values:,} numbers in {len(weights):,} tensors")
 
 
 def unet_arguments(config, num_classes):
-    """The UNet's arguments from the settings of train.py. ValueError where they do not fit together."""
+    """The UNet's arguments from train.py's settings. ValueError: they do not fit together."""
     arguments = {name: parameter.default for name, parameter in inspect.signature(UNet).parameters.items()}
     arguments |= {argument: config[name] for name, argument in NETWORK.items() if name in config}
     arguments |= {"img_channels": config.get("img_channels", 3), "num_classes": class_rows(config, num_classes)[0]}
@@ -111,12 +112,12 @@ def unet_arguments(config, num_classes):
 
 
 def check_fit(own, weights):
-    """ValueError that names unknown, missing and mis-shaped keys. own, weights: state dicts, of the network and of a file."""
+    """ValueError: unknown, missing or mis-shaped keys. own, weights: of network and file."""
     problems = {
         "unknown": [key for key in weights if key not in own],
         "missing": [key for key in own if key not in weights],
-        "of another shape": [f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}" for key, value in weights.items()
-                             if key in own and value.shape != own[key].shape],
+        "of another shape": [f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+                             for key, value in weights.items() if key in own and value.shape != own[key].shape],
     }
     if any(problems.values()):
         found = "; ".join(f"{len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys)
@@ -128,7 +129,8 @@ def class_rows(config, num_classes):
     if not config.get("class_conditional", False):
         return None, None
     if num_classes < 1:
-        raise ValueError("class_conditional is on, but the images have no classes: sort them into class folders and list them again")
+        raise ValueError("class_conditional is on, but the images have no classes: sort them into class folders and "
+                         "list them again")
     if config.get("label_dropout", 0.0) > 0:
         return num_classes + 1, num_classes
     return num_classes, None

@@ -9,6 +9,7 @@ import torch
 from conftest import ENVIRONMENT, assert_same_state, command, newest_run, read_history, run_main, torchrun
 from kill_run import RUN, kill_and_compare, result
 
+from utils import device as device_module
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -242,3 +243,21 @@ def test_a_bare_state_dict_of_the_reference_goes_on(workplace, capsys):
     assert ours["ema_step"] == 2000 + 3
     assert 6.99 < float(ours["weights"]["ema_model.init_conv.bias"][0]) < 7
     assert ours["config"]["num_timesteps"] == 50 and ours["config"]["label_dropout"] == 0
+
+
+def test_weights_alone_start_a_run_on_whatever_is_here(workplace, capsys):
+    run_main("train.py", *RUN, "--epochs", "1", "--save_period", "1")
+    weights = newest_run(workplace) / "epoch_0001.pth"
+    state = load_checkpoint(weights)
+    state["config"].update(device="cuda:3", precision="bf16", compile=True)
+    save_checkpoint("weights.pth", state)
+    capsys.readouterr()
+    run_main("train.py", "--resume", "weights.pth", "--dry_run", "True")
+    said = capsys.readouterr().out
+    assert "device     cpu" in said and "compile False" in said and "the run was on" not in said
+
+
+def test_numbers_that_the_processor_emulates_are_said(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(device_module, "cpu_has_bf16", lambda: False)
+    run_main("train.py", *RUN, "--precision", "bf16", "--dry_run", "True")
+    assert "this processor emulates bf16" in capsys.readouterr().out

@@ -7,12 +7,14 @@ import pytest
 import torch
 from conftest import TINY, run_main
 
+import train
 from utils import distributed
 from utils.data.dataset import ImageDataset, split_validation
 from utils.training.meter import Meter, epoch_means
 from utils.training.optimizer import choose_learning_rate, learning_rate
 from utils.training.randomness import draw_step, mix
 from utils.training.resume import _own_sums
+from utils.training.summary import ema_span
 
 
 def test_rate_rises_then_falls_by_half_a_cosine():
@@ -156,3 +158,19 @@ def test_a_loss_is_shown_only_once_there_is_one():
     meter, nan = Meter(torch.device("cpu"), 10), torch.tensor(float("nan"))
     meter.add(torch.tensor([float("nan")]), torch.tensor([3]), nan, torch.ones(()), torch.ones(()))
     assert math.isnan(meter.latest()[0]) and meter.latest()[1] == 1
+
+
+@pytest.mark.parametrize(("decay", "warmup", "steps", "span"), [
+    (0.999, True, 901, 101), (0.999, True, 100_000, 1000), (0.999, False, 5000, 1000), (0.9999, False, 300, 300), (0.0, True, 50, 1),
+])
+def test_the_span_of_the_ema(decay, warmup, steps, span):
+    """Against the weights of an EMA that sees its steps one by one: their mean age, but for a cut-off start."""
+    config = train.Config(ema_decay=decay, ema_warmup=warmup, ema_start=1)
+    found = ema_span(config, steps)
+    assert found == pytest.approx(span, rel=0.02)
+    age = 0.0
+    for n in range(steps):
+        now = min(decay, (1 + n) / (10 + n)) if warmup else decay
+        age = now * (age + 1)
+    if decay and steps > 10 * span or warmup:
+        assert found == pytest.approx(age + 1, rel=0.15)

@@ -1,1 +1,1 @@
-"""What the scripts share: files, images, devices, settings. The sub-packages are rooms by activity."""
+"""What scripts share: files, images, devices, settings. Each sub-package serves one activity."""

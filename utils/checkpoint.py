@@ -1,4 +1,4 @@
-"""Checkpoints: one file of plain types and tensors, whole or not there, read without running code."""
+"""Checkpoints: one file of plain types and tensors, whole or not there. Reading runs no code."""
 import hashlib
 from pathlib import Path
 
@@ -18,15 +18,15 @@ def save_checkpoint(path, checkpoint):
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:
-            # PyTorch's own writer reports a full disk as a RuntimeError, behind the OSError that it caught.
+            # PyTorch's writer reports a full disk as a RuntimeError, behind its OSError.
             raise OSError(f"{path}: could not be written ({first_line(error)})") from error
 
 
 def load_checkpoint(path, lazily=False):
     """A checkpoint of this project, or a bare state dict such as the reference saves, on the CPU.
 
-    Returns a dict with at least `weights` (a state dict), `weights_kind` ("full" or "ema"), `config`
-    (a dict, empty for a bare state dict) and `classes` (names), as `check_contents` asks for.
+    Returns a dict with `weights` (a state dict), `weights_kind` ("full" or "ema"), `config` (a
+    dict, empty for a bare state dict), `classes` (names) and more, as `check_contents` asks for.
     lazily: maps the file, so that what is never used (the optimizer's state) takes no memory.
     ValueError for another file, a damaged one, and weights that hold NaN or infinity.
     """
@@ -73,6 +73,6 @@ def weights_digest(state_dict):
     digest = hashlib.blake2b(digest_size=8)
     for name, value in state_dict.items():
         digest.update(name.encode())
-        bits = value.detach().cpu().flatten().view(torch.uint8).numpy().data if value.ndim else str(value.item()).encode()
-        digest.update(bits)
+        value = value.detach().cpu()
+        digest.update(value.flatten().view(torch.uint8).numpy().data if value.ndim else str(value.item()).encode())
     return digest.hexdigest()

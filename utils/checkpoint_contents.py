@@ -1,4 +1,4 @@
-"""What a checkpoint may hold: the kinds and ranges of its values, checked before anything is built from it."""
+"""What a checkpoint may hold: kinds and ranges of values, checked before anything is built."""
 from typing import NamedTuple
 
 import torch
@@ -7,7 +7,7 @@ from utils.config import shown
 
 
 class Kind(NamedTuple):
-    """What a value may be: of type `kind`, from `lowest` to `highest`; `count` such values in a tuple; or one of `words`."""
+    """A value of type `kind`, `lowest` to `highest`; `count` of them in a tuple; or of `words`."""
 
     kind: type
     lowest: float | None = None
@@ -19,7 +19,8 @@ class Kind(NamedTuple):
         if self.words and isinstance(value, str) and value in self.words:
             return True
         if self.count is not None:
-            return type(value) is tuple and len(value) in self.count and all(self._replace(count=None).allows(item) for item in value)
+            one = self._replace(count=None)
+            return type(value) is tuple and len(value) in self.count and all(map(one.allows, value))
         fits = type(value) is self.kind or (self.kind is float and type(value) is int)
         return fits and (self.lowest is None or self.lowest <= value <= self.highest)
 
@@ -34,21 +35,22 @@ MOST = 2**53  # no count of a run is larger, and a float holds each whole number
 COUNT, FINITE = Kind(int, 0, MOST), Kind(float, -1e300, 1e300)
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 TRAINING = ("optimizer", "scaler", "sums", "bad_in_row")
-# The settings of train.py that networks and pictures are made by; those of the training are checked where it is resumed.
+# The settings of train.py that shape networks and images. Resuming checks the others.
 SETTINGS = {
     "input_shape": Kind(int, 1, 2**14, range(2, 3)), "img_channels": Kind(int, 1, MOST), "channel": Kind(int, 1, MOST),
     "channel_mults": Kind(int, 1, MOST, range(1, 33)), "num_res_blocks": Kind(int, 0, MOST),
     "attention_resolutions": Kind(int, 0, 31, range(33)), "num_groups": Kind(int, 1, MOST, words=("auto",)),
     "dropout": Kind(float, 0, 1), "activation_checkpointing": Kind(bool), "class_conditional": Kind(bool),
     "label_dropout": Kind(float, 0, 1), "schedule": Kind(str), "num_timesteps": Kind(int, 1, MOST),
-    "schedule_low": Kind(float, 0, 1e6), "schedule_high": Kind(float, 0, 1e6), "prediction": Kind(str), "loss_type": Kind(str),
-    "loss_weighting": Kind(str), "min_snr_gamma": Kind(float, 0, 1e6), "ema_decay": Kind(float, 0, 1), "ema_start": COUNT,
-    "ema_warmup": Kind(bool), "resize_mode": Kind(str), "background": Kind(int, 0, 255, range(3, 4)), "val_split": Kind(float, 0, 1),
+    "schedule_low": Kind(float, 0, 1e6), "schedule_high": Kind(float, 0, 1e6), "prediction": Kind(str),
+    "loss_type": Kind(str), "loss_weighting": Kind(str), "min_snr_gamma": Kind(float, 0, 1e6),
+    "ema_decay": Kind(float, 0, 1), "ema_start": COUNT, "ema_warmup": Kind(bool), "resize_mode": Kind(str),
+    "background": Kind(int, 0, 255, range(3, 4)), "val_split": Kind(float, 0, 1),
 }  # fmt: skip
 
 
 def check_contents(checkpoint):
-    """ValueError that names the first value of a wrong kind or out of range, before anything is built from it.
+    """ValueError that names the first value of a wrong kind or out of range.
 
     Lists among the settings become tuples. Settings that are not in SETTINGS stay as they are:
     `train.py` holds its own against their types. Sizes are compared in `nets.weights.check_sizes`.
@@ -56,12 +58,15 @@ def check_contents(checkpoint):
     check_tensors(checkpoint["weights"])
     _expect("weights_kind", checkpoint["weights_kind"] in ("full", "ema"), checkpoint["weights_kind"], "full or ema")
     config, classes = checkpoint["config"], checkpoint["classes"]
-    _expect("config", isinstance(config, dict) and all(type(name) is str for name in config), config, "a dict of settings by name")
-    checkpoint["config"] = config = {name: tuple(value) if type(value) is list else value for name, value in config.items()}
+    named = isinstance(config, dict) and all(type(name) is str for name in config)
+    _expect("config", named, config, "a dict of settings by name")
+    config = {name: tuple(value) if type(value) is list else value for name, value in config.items()}
+    checkpoint["config"] = config
     for name, setting in SETTINGS.items():
         if name in config:
             _expect(name, setting.allows(config[name]), config[name], setting)
-    unique = isinstance(classes, list) and all(type(name) is str for name in classes) and len(set(classes)) == len(classes)
+    texts = isinstance(classes, list) and all(type(name) is str for name in classes)
+    unique = texts and len(set(classes)) == len(classes)
     _expect("classes", unique, classes, "a list of different names")
     for name in ("ema_step", "bad_in_row"):
         if name in checkpoint:
@@ -69,26 +74,32 @@ def check_contents(checkpoint):
 
 
 def check_training(checkpoint, parts):
-    """`check_contents` for the training state that a run resumes from; it must fit `parts`, train.py's Parts."""
+    """`check_contents` for the training state of a resumed run; it must fit train.py's Parts."""
     missing = [name for name in TRAINING if name not in checkpoint]
     if missing:
         raise ValueError(f"it has a position, but no {', '.join(missing)}")
     position, sums, scaler = (checkpoint[name] for name in ("position", "sums", "scaler"))
-    counts = isinstance(position, dict) and all(COUNT.allows(position.get(name)) for name in ("epoch", "images", "batch_size"))
-    _expect("position", counts and type(position.get("pictures")) is str, position, "epoch, images, batch_size and pictures")
-    _expect("sums", sums is None or (torch.is_tensor(sums) and sums.ndim == 2 and sums.is_floating_point()), sums, "a table of numbers")
+    numbers = ("epoch", "images", "batch_size")
+    counts = isinstance(position, dict) and all(COUNT.allows(position.get(name)) for name in numbers)
+    placed = counts and type(position.get("pictures")) is str
+    _expect("position", placed, position, "epoch, images, batch_size and pictures")
+    table = torch.is_tensor(sums) and sums.ndim == 2 and sums.is_floating_point()
+    _expect("sums", sums is None or table, sums, "a table of numbers")
     optimizer = checkpoint["optimizer"]
-    _expect("optimizer", isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict), optimizer, "the state of an optimizer")
-    _expect("scaler", isinstance(scaler, dict) and all(FINITE.allows(value) for value in scaler.values()), scaler, "a dict of numbers")
+    state = isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict)
+    _expect("optimizer", state, optimizer, "the state of an optimizer")
+    finite = isinstance(scaler, dict) and all(map(FINITE.allows, scaler.values()))
+    _expect("scaler", finite, scaler, "a dict of numbers")
     for name in ("history", "speed"):  # older versions kept the tables here
         rows = checkpoint.get(name, [])
-        _expect(name, isinstance(rows, list) and all(isinstance(row, dict) and COUNT.allows(row.get("epoch")) for row in rows), rows,
-                "a list of rows")
+        listed = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+        listed = listed and all(COUNT.allows(row.get("epoch")) for row in rows)
+        _expect(name, listed, rows, "a list of rows")
     check_training_fits(checkpoint, parts)
 
 
 def check_training_fits(checkpoint, parts):
-    """ValueError unless what a checkpoint keeps of its training fits the weights: moments, sums, scaler and position."""
+    """ValueError unless moments, sums, scaler and position fit the weights."""
     parameters = [parameter for group in parts.optimizer.param_groups for parameter in group["params"]]
     sums, scaler, position = checkpoint["sums"], parts.scaler.state_dict(), checkpoint["position"]
     fits = {
@@ -102,12 +113,14 @@ def check_training_fits(checkpoint, parts):
     }
     wrong = [name for name, fit in fits.items() if not fit]
     if wrong:
-        raise ValueError(f"the checkpoint is damaged, or edited: its {' and '.join(wrong)} cannot be those of a training of its weights")
+        raise ValueError(f"the checkpoint is damaged, or edited: its {' and '.join(wrong)} cannot be those of a "
+                         "training of its weights")
 
 
 def are_moments(kept, parameter):
     """Whether `kept` is what Adam keeps of a parameter: a step count, and moments of its shape."""
-    if not isinstance(kept, dict) or not all(torch.is_tensor(kept.get(name)) for name in ("step", "exp_avg", "exp_avg_sq")):
+    names = ("step", "exp_avg", "exp_avg_sq")
+    if not isinstance(kept, dict) or not all(torch.is_tensor(kept.get(name)) for name in names):
         return False
     return kept["step"].ndim == 0 and kept["exp_avg"].shape == kept["exp_avg_sq"].shape == parameter.shape
 
@@ -125,6 +138,7 @@ def check_tensors(state_dict):
     if not isinstance(state_dict, dict):
         raise ValueError(f"its weights are {shown(state_dict)}, no state dict")
     for name, value in state_dict.items():
-        plain = type(name) is str and torch.is_tensor(value) and value.layout == torch.strided and value.device.type == "cpu"
-        if not plain or value.dtype not in NUMBERS or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        plain = torch.is_tensor(value) and value.layout == torch.strided and value.device.type == "cpu"
+        whole = plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+        if type(name) is not str or not whole or value.dtype not in NUMBERS:
             raise ValueError(f"{shown(name)} in its weights is no tensor of plain numbers")

@@ -1,4 +1,4 @@
-"""Settings: a dataclass at the top of a script. Each field is also a command-line option, checked alike in both places."""
+"""Settings: a dataclass at the top of a script. Each field is also a command-line option."""
 import ast
 import difflib
 import inspect
@@ -31,7 +31,7 @@ def parse_config(config_class, description, arguments=None):
 
 
 def block_settings(config_class):
-    """The block itself, each value checked as a typed one is. ValueError that names the first that does not fit."""
+    """The block, each value checked as a typed one. ValueError names the first misfit."""
     file, hints = Path(inspect.getfile(config_class)).name, typing.get_type_hints(config_class)
     for name, value in vars(config_class).items():
         if name not in hints and not name.startswith("_") and not callable(value):
@@ -41,12 +41,13 @@ def block_settings(config_class):
     for field in fields(config_class):
         values[field.name] = _fit_any(field.default, hints[field.name])
         if values[field.name] is _NO_FIT:
-            raise ValueError(f"{field.name} = {field.default!r} in the settings of {file}: expected {describe(hints[field.name])}")
+            expected = describe(hints[field.name])
+            raise ValueError(f"{field.name} = {field.default!r} in the settings of {file}: expected {expected}")
     return config_class(**values)
 
 
 def typed_options(config_class, description, arguments=None):
-    """Only what the command line says: {field name: value}. A mistake there ends in a ValueError of one line."""
+    """The options of the command line: {field name: value}. ValueError for a mistake."""
     hints, typed = typing.get_type_hints(config_class), {}
     words = iter(map(str, sys.argv[1:] if arguments is None else arguments))
     for word in words:
@@ -57,7 +58,8 @@ def typed_options(config_class, description, arguments=None):
         name = option.removeprefix("--")
         if not option.startswith("--") or name not in hints:
             near = difflib.get_close_matches(name, hints, 1) if option.startswith("--") else []
-            raise ValueError(f"unrecognized arguments: {word}{f' (did you mean --{near[0]}?)' if near else ''}; --help lists every setting")
+            nearest = f" (did you mean --{near[0]}?)" if near else ""
+            raise ValueError(f"unrecognized arguments: {word}{nearest}; --help lists every setting")
         text = text if equals else next(words, None)
         if text is None or (not equals and text.startswith("--") and text[2:].partition("=")[0] in hints):
             raise ValueError(f"argument --{name}: expected one argument; --help lists every setting")
@@ -66,20 +68,21 @@ def typed_options(config_class, description, arguments=None):
 
 
 def help_text(config_class, description):
-    """The text for --help: each setting with the comment behind it in the source, its choices and its default."""
-    hints, comments = typing.get_type_hints(config_class), trailing_comments(config_class)
+    """The text for --help: each setting with its comment, its choices and its default."""
+    hints, comments, indent = typing.get_type_hints(config_class), trailing_comments(config_class), " " * 8
     lines = [f"usage: {Path(sys.argv[0]).name} [--NAME VALUE ...]", "", (description or "").strip(), ""]
     for field in fields(config_class):
-        choices = ", ".join(name for name in _choices(hints[field.name]) if name and name not in comments.get(field.name, ""))
-        text = f"{comments.get(field.name, '')}{f' [{choices}]' if choices else ''} (default: {field.default!r})"
-        lines += [f"  --{field.name} VALUE", *textwrap.wrap(text, 96, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+        comment = comments.get(field.name, "")
+        choices = ", ".join(name for name in _choices(hints[field.name]) if name and name not in comment)
+        text = f"{comment}{f' [{choices}]' if choices else ''} (default: {field.default!r})"
+        lines += [f"  --{field.name} VALUE", *textwrap.wrap(text, 96, initial_indent=indent, subsequent_indent=indent)]
     return "\n".join(lines)
 
 
 def _choices(kind):
     """The words that a field of this type may be; [] where it is no choice of words."""
-    kinds = typing.get_args(kind) if _is_union(kind) else (kind,)
-    return [str(value) for kind in kinds if typing.get_origin(kind) is typing.Literal for value in typing.get_args(kind)]
+    literals = [kind for kind in _alternatives(kind) if typing.get_origin(kind) is typing.Literal]
+    return [str(value) for literal in literals for value in typing.get_args(literal)]
 
 
 def parse_value(name, text, expected):
@@ -99,7 +102,7 @@ def parse_value(name, text, expected):
 
 
 def fit_saved(name, value, expected, source):
-    """A value of a file as the type of its setting: lists become tuples. ValueError, naming `source`, where it does not fit."""
+    """A value of a file as its setting's type; lists become tuples. ValueError names `source`."""
     finite = not isinstance(value, (int, float)) or abs(value) < LARGEST  # NaN is no smaller either
     fitted = _fit_any(value, expected) if finite else _NO_FIT
     if fitted is _NO_FIT:
@@ -108,7 +111,7 @@ def fit_saved(name, value, expected, source):
 
 
 def shown(value, length=60):
-    """A value of a file as text for a message of one line. Python refuses to print a number of more than 4300 digits."""
+    """A value of a file as text for a message. Python prints no number of more than 4300 digits."""
     try:
         text = ascii(value)
     except ValueError:
@@ -124,9 +127,14 @@ def _is_union(kind):
     return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
 
+def _alternatives(kind):
+    """The types of a union, else the type itself."""
+    return typing.get_args(kind) if _is_union(kind) else (kind,)
+
+
 def _fit_any(value, expected, text=None):
-    """`value` as the type `expected`, or as one of a union's, or _NO_FIT. text: what was typed, for fields of text."""
-    for kind in typing.get_args(expected) if _is_union(expected) else (expected,):
+    """`value` as one of the types of `expected`, or _NO_FIT. text: what was typed."""
+    for kind in _alternatives(expected):
         fitted = _fit(value, kind, text)
         if fitted is not _NO_FIT:
             return fitted
@@ -173,7 +181,7 @@ def describe(kind):
 
 
 def check_values(config, **minimums):
-    """ValueError for a value of another type or no known choice, or of a named setting out of range.
+    """ValueError for a value of another type, no known choice, or a setting out of range.
 
     minimums: setting=(lowest, highest or None), both allowed; "auto" is always in range.
     """
@@ -190,7 +198,7 @@ def check_values(config, **minimums):
 
 
 def trailing_comments(config_class):
-    """{field name: the comment behind it in the source}: written once, it is the --help text too."""
+    """{field name: the comment behind it in the source}, which is the text of --help."""
     lines = io.StringIO(inspect.getsource(config_class)).readline
     names, comments = {}, {}
     for token in tokenize.generate_tokens(lines):

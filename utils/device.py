@@ -11,12 +11,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name, local_rank=0, processes=1):
-    """torch.device for "auto" (CUDA, else Apple's MPS, else the CPU) or a name. Raises ValueError if it is not there.
+    """torch.device for a name, or for "auto": CUDA, else Apple's MPS, else the CPU.
 
-    Of several processes each has the GPU of its local rank; MPS has no reductions over processes.
+    Each of several processes takes the GPU of its local rank. MPS has no reductions over processes.
+    ValueError for a device that is not here.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and processes == 1 else "cpu"
+        mps = torch.backends.mps.is_available() and processes == 1
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if processes > 1 and (name.startswith("mps") or ":" in name):
         raise ValueError(f"device {name!r} is for one process: with torchrun choose cuda (a GPU each) or cpu")
     try:
@@ -40,12 +42,14 @@ def choose_device(name, local_rank=0, processes=1):
 
 
 def choose_precision(name, device):
-    """"fp32", "bf16" or "fp16" for "auto": bf16 where the processor multiplies in it, fp16 on older CUDA GPUs."""
+    """A name from DTYPES. "auto": bf16 where the processor multiplies in it, fp16 on old GPUs."""
     if name != "auto":
         if name not in DTYPES:
             raise ValueError(f"precision {name!r} is unknown: choose one of auto, {', '.join(DTYPES)}")
         if name == "fp16" and device.type == "cpu":
             raise ValueError("precision 'fp16' is for GPUs: on the CPU choose 'fp32' or 'bf16'")
+        if name == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+            print("this processor emulates bf16, several times slower than fp32: --precision fp32")
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
@@ -53,7 +57,7 @@ def choose_precision(name, device):
 
 
 def cpu_has_bf16():
-    """Whether this processor has instructions for bf16 products; elsewhere they are emulated, slower than fp32."""
+    """Whether this processor multiplies in bf16. Others emulate it, slower than fp32."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -70,7 +74,7 @@ def autocast(device, precision):
 
 
 def round_weights(network, precision):
-    """For a network that only draws: the weights as autocast would round them anew at every call. The same pictures, fewer copies."""
+    """Rounds the weights once, as autocast does at every call. For a network that only samples."""
     if precision != "fp32":
         for module in network.modules():
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
@@ -78,13 +82,16 @@ def round_weights(network, precision):
 
 
 def memory_format(device, precision):
-    """channels_last where the convolutions want it: tensor cores (half precision on CUDA) and oneDNN (CPUs); else PyTorch's own."""
-    wanted = precision != "fp32" if device.type == "cuda" else device.type == "cpu" and torch.backends.mkldnn.is_available()
+    """channels_last where convolutions are faster in it: half precision on CUDA, oneDNN on CPUs."""
+    if device.type == "cuda":
+        wanted = precision != "fp32"
+    else:
+        wanted = device.type == "cpu" and torch.backends.mkldnn.is_available()
     return torch.channels_last if wanted else torch.contiguous_format
 
 
 def peak_memory(device):
-    """The most memory that this process has held so far, in MiB: the GPU's on CUDA, else the process's own."""
+    """The peak memory of this process so far in MiB: the GPU's on CUDA, else its own."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(OSError):  # Linux: getrusage would count what the parent held when it started this process
@@ -109,12 +116,16 @@ def describe_device(device):
 def is_available(name):
     """Whether a device of this name ("cuda", "mps", "cpu") is here."""
     kind = name.split(":")[0]
-    return kind == "cpu" or (torch.cuda.is_available() if kind == "cuda" else kind == "mps" and torch.backends.mps.is_available())
+    if kind == "cuda":
+        return torch.cuda.is_available()
+    return kind == "cpu" or (kind == "mps" and torch.backends.mps.is_available())
 
 
 def choose_compile(setting, device):
-    """Whether to compile the network: "auto" does on CUDA, where it pays within an epoch. Without a working compiler
-    it says so in a line, and the run goes on uncompiled."""
+    """Whether to compile the network. "auto" does on CUDA, where it pays within an epoch.
+
+    Without a working compiler it says so in a line and returns False.
+    """
     if setting == "auto":
         setting = device.type == "cuda"
     if setting:

@@ -1,4 +1,4 @@
-"""The same code with and without torchrun: every function here works where there is one process only."""
+"""The same code with and without torchrun: every function here works with a single process."""
 
 import ctypes
 import os
@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-# Rank 0 may draw previews and save while the others wait. A rank that dies is noticed by torchrun at once, not by this.
+# The others wait while rank 0 samples previews and saves. torchrun notices a dead rank at once.
 PATIENCE = timedelta(hours=6)
 
 
 def start():
-    """Join the process group that torchrun announces in the environment. NCCL carries CUDA tensors, gloo all others."""
+    """Joins the process group of torchrun. NCCL carries CUDA tensors, gloo all others."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         _end_with_torchrun()
         if int(os.environ["RANK"]):
@@ -26,7 +26,7 @@ def start():
 
 
 def _end_with_torchrun():
-    """Get SIGTERM when torchrun itself is killed: else its processes would go on unseen, beside the run that replaces them."""
+    """Asks for SIGTERM when torchrun is killed: else processes would go on beside the next run."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
@@ -62,7 +62,7 @@ def barrier():
 
 @contextmanager
 def one_per_machine_first():
-    """The block runs in one process of each machine, then in the others: what the first leaves on disk, they find."""
+    """Runs the block in one process of each machine, then in the others: they find its files."""
     if local_rank() != 0:
         barrier()
     yield
@@ -71,14 +71,14 @@ def one_per_machine_first():
 
 
 def sum_over_ranks(tensor):
-    """The sum over all processes, on every one of them. tensor: any shape; it is changed in place and returned."""
+    """The sum over all processes, on each of them. tensor: any shape, changed in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def gather(value):
-    """A list of each process's value in the order of their ranks, on every one of them. value: anything picklable."""
+    """The values of all processes in the order of ranks, on each of them. value: picklable."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
@@ -96,20 +96,20 @@ def from_main(value=None):
 
 
 def wrap(module):
-    """The module with its gradients averaged over all processes; as it is in a single one. Buffers are not sent: they never differ."""
+    """The module with gradients averaged over all processes. Buffers never differ: none is sent."""
     if not dist.is_initialized():
         return module
-    # 1x1 kernels have two equal layouts, and a gradient may come in the other one: one small copy, not worth a warning.
+    # 1x1 kernels have two equal layouts: a gradient in the other one is a small copy, no warning.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(module, broadcast_buffers=False)
 
 
 class Agreement:
-    """Small whole numbers on which all processes agree, step by step, without waiting for anything that takes time.
+    """Whole numbers on which all processes agree at each step, without waiting.
 
-    Each step every process hands in its numbers and gets the largest that any handed in `LAG` steps ago: that reduction
-    runs in the background over the CPU, so neither host nor GPU stands still, and all act at the same step. One process
-    alone gets its own numbers back at once.
+    Every process hands in its numbers and gets the largest of `LAG` steps ago. That reduction runs
+    in the background over the CPU: no GPU waits, and all processes act at the same step. A single
+    process gets its own numbers at once.
     """
 
     LAG = 2

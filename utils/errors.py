@@ -1,4 +1,4 @@
-"""How a script ends: the user's mistake in one line, a mistake of ours as a traceback, and memory that runs out."""
+"""How a script ends: the user's mistake in one line, ours as a traceback; memory that runs out."""
 
 import contextlib
 import dis
@@ -13,7 +13,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # P
 
 
 def run_script(main):
-    """Run a script. The user's mistake is one line on stderr and exit code 1, a mistake of ours a traceback.
+    """Runs a script. The user's mistake is one line on stderr and exit code 1, ours a traceback.
 
     The user's mistakes are the ValueErrors that this project raises itself, the system's refusals
     (OSError), and too little memory.
@@ -44,7 +44,7 @@ def user_message(error):
 
 
 def is_raised_here(error):
-    """Whether a `raise` of this project raised it, rather than a library, or an operation such as int("x") in our code."""
+    """Whether a `raise` of this project raised it, no library and no operation such as int("x")."""
     last = error.__traceback__
     while last.tb_next:
         last = last.tb_next
@@ -56,12 +56,17 @@ def is_raised_here(error):
 
 def is_out_of_memory(error):
     """Whether this is Python's or PyTorch's word for it, on any device."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY))
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 @contextlib.contextmanager
 def explain_out_of_memory(advice):
-    """Turns memory that runs out in the block into a ValueError for the user. advice() says what to lower, once memory is free again."""
+    """Turns memory that runs out in the block into a ValueError for the user.
+
+    advice() says what to lower, once memory is free again.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -76,7 +81,7 @@ def explain_out_of_memory(advice):
 
 
 def try_optional(package, work, load):
-    """load(), or None where it fails, whatever a missing or broken package raises. Says so in one line.
+    """load(), or None and one line where a missing or broken package raises anything.
 
     work: what goes missing, for that line.
     """

@@ -48,7 +48,7 @@ def atomic_write(path, mode="wb", **open_arguments):
 
 @contextlib.contextmanager
 def atomic_folder(path):
-    """Yield an empty folder to fill, which takes the name `path` only when the block has ended well.
+    """Yields an empty folder to fill. It takes the name `path` only when the block ends well.
 
     As atomic_write, for many files at once: a folder of that name is whole. An empty one of before
     is replaced, a link to one stays. OSError where something else is in the way.
@@ -79,7 +79,7 @@ def refuse_to_overwrite(path):
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} is there already: choose another name, or move it away")
 def _is_stream(path):
-    """Whether `path` is there and takes bytes one after another: a device, a FIFO, a socket, or this process's own output."""
+    """Whether `path` is a device, a FIFO, a socket, or this process's own output."""
     try:
         found = path.stat()
     except OSError:
@@ -94,7 +94,7 @@ def _is_stream(path):
 
 
 def _open_stream(path):
-    """A descriptor to write to a device or a FIFO. OSError at once, not a wait, where nobody reads from it."""
+    """A descriptor to write to a device or a FIFO. OSError at once where nobody reads from it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
     with contextlib.suppress(OSError, AttributeError):
         os.set_blocking(descriptor, True)
@@ -102,7 +102,7 @@ def _open_stream(path):
 
 
 def _behind_links(path):
-    """The path that a link, or a chain of links, leads to, whether or not anything is there. OSError for a circle."""
+    """The path that a chain of links leads to, even to nothing. OSError for a circle."""
     if not path.is_symlink():
         return path
     target = Path(os.path.realpath(path))
@@ -112,7 +112,7 @@ def _behind_links(path):
 
 
 def _flush_folder(folder):
-    """Make the rename itself survive a power cut, where the system can flush a folder (Windows cannot)."""
+    """Makes a rename survive a power cut, where the system flushes folders (Windows does not)."""
     with contextlib.suppress(OSError, AttributeError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -122,7 +122,7 @@ def _flush_folder(folder):
 
 
 def remove_leftovers(folder):
-    """Delete the temporary files that killed processes left in `folder`. Only for folders with one writer."""
+    """Deletes temporary files of killed processes in `folder`, which must have one writer."""
     for temporary in Path(folder).glob(".*.tmp"):
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -130,9 +130,9 @@ def remove_leftovers(folder):
 
 @contextlib.contextmanager
 def locked(folder, refusal):
-    """Holds the folder for this process; its end frees it, however it ends. ValueError(refusal) where another process holds it.
+    """Locks the folder for this process; its end unlocks it, however it ends.
 
-    File systems that know no locks hold nobody off.
+    ValueError(refusal) where another process has the lock. Some file systems have no locks.
     """
     try:
         import fcntl

@@ -28,7 +28,7 @@ def newest_weights(save_dir):
 def newest_last(save_dir):
     """(path, checkpoint) of the newest last.pth; (None, None) without any.
 
-    ValueError for a damaged one: to resume an older run instead would be a surprise, and write into it.
+    ValueError for a damaged one: resuming an older run instead would write into it.
     """
     path = next((path for path in newest_weights(save_dir) if path.name == LAST), None)
     if path is None:
@@ -43,10 +43,10 @@ def newest_last(save_dir):
 
 
 def find_weights(path, save_dir="logs"):
-    """(file, remark) of the weights to sample with. path: a run's folder, a file, or "" for the newest run.
+    """(file, remark) of the weights to sample with.
 
-    Without any run it takes the weights that come with the project. ValueError where there are
-    none, and for a folder of diffusers.
+    path: a run's folder, a file, or "" for the newest run, or without any run for the weights that
+    come with the project. ValueError where there are none, and for a folder of diffusers.
     """
     if path:
         folder = Path(path)
@@ -62,7 +62,7 @@ def find_weights(path, save_dir="logs"):
 
 
 def weights_in(folder):
-    """The newest weights of a run's folder, else its last.pth. ValueError for a folder of diffusers."""
+    """The newest weights of a run, else its last.pth. ValueError: a folder of diffusers."""
     found = _newest_in(folder)
     whole = folder.parent if folder.name == "unet" else folder
     if found is None and ((whole / "model_index.json").is_file() or (whole / "unet").is_dir()):

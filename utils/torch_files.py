@@ -1,4 +1,4 @@
-"""Reads files that torch.save wrote, without running any code in them. Every such file goes through here."""
+"""Reads every file that torch.save wrote. No code in it runs."""
 import codecs
 import pickle
 import warnings

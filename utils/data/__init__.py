@@ -1,1 +1,4 @@
-"""Images in: the list, decoding, the cache on disk, batches, and data sets to download. Imports only the plain modules of utils."""
+"""Images in: finding and listing, decoding, the cache on disk, batches, downloads of data sets.
+
+All rooms and scripts may import from it.
+"""

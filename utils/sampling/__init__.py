@@ -1,1 +1,4 @@
-"""New images: equal batches with a seed an image, images to start from, and the files that predict.py writes."""
+"""New images: equal batches with a seed for each image, starting images, the files of predict.py.
+
+predict.py, training and evaluate may import from it.
+"""

@@ -1,1 +1,4 @@
-"""Everything train.py needs beside its loop: resuming, files of a run, optimizer, randomness, validation, memory. No networks."""
+"""Training beside the loop: resuming, files of a run, optimizer, randomness, validation, memory.
+
+train.py imports from it; it imports no networks.
+"""

@@ -10,7 +10,7 @@ SECONDS_BETWEEN_PLOTS = 30
 
 
 class Table:
-    """A CSV file that grows by a row an epoch. Its cells are text: what is read is written back unchanged."""
+    """A CSV file that grows by a row an epoch. Cells are text: reading and writing changes none."""
 
     def __init__(self, path, rows):
         """rows: [{column: text}], with "epoch" first. The file is written anew with these rows."""
@@ -25,8 +25,8 @@ class Table:
             writer.writerows(self.rows)
 
     def append(self, row):
-        """Adds a row {column: number or None}, and those that an earlier OSError kept out of the file."""
-        self.pending.append({column: "" if value is None else str(value) for column, value in row.items()})
+        """Adds a row {column: number or None}, and earlier rows that an OSError kept out."""
+        self.pending.append(as_text(row))
         if any(column not in self.columns for column in row):
             self.rewrite()
         size = self.path.stat().st_size
@@ -55,11 +55,15 @@ def read_table(path, last_epoch):
     return rows
 
 
+def as_text(row):
+    """A row of numbers as the cells of a table."""
+    return {column: "" if value is None else str(value) for column, value in row.items()}
+
+
 def earlier_rows(checkpoint, folder):
     """(rows of the losses, rows of the speed) up to the checkpoint, from the tables beside it."""
     if "history" in checkpoint:  # older versions kept the rows in the checkpoint
-        return tuple([{name: "" if value is None else str(value) for name, value in row.items()} for row in checkpoint[key]]
-                     for key in ("history", "speed"))
+        return tuple([as_text(row) for row in checkpoint[key]] for key in ("history", "speed"))
     return tuple(read_table(folder / name, checkpoint["position"]["epoch"]) for name in ("epoch_loss.csv", "speed.csv"))
 
 
@@ -70,8 +74,9 @@ class LossHistory:
     """
 
     def __init__(self, folder, earlier=(), earlier_speed=()):
-        """earlier, earlier_speed: rows before the position that the run starts from. Later rows in the files go."""
-        self.losses, self.speed = Table(folder / "epoch_loss.csv", list(earlier)), Table(folder / "speed.csv", list(earlier_speed))
+        """earlier, earlier_speed: rows before the run's position. Later ones in the files go."""
+        self.losses = Table(folder / "epoch_loss.csv", list(earlier))
+        self.speed = Table(folder / "speed.csv", list(earlier_speed))
         self.folder, self.plotted, self.plotting = folder, 0.0, True
         self.board = try_optional("tensorboard", "no TensorBoard curves are written", self._tensorboard)
 
@@ -96,7 +101,7 @@ class LossHistory:
             self.board.add_image("preview", image, step, dataformats="HWC")
 
     def plot(self, final=False):
-        """Draws epoch_loss.png, at most every half minute: drawing takes longer than a small epoch."""
+        """Draws epoch_loss.png, at most every half minute: it takes longer than a small epoch."""
         due = final or time.monotonic() - self.plotted >= SECONDS_BETWEEN_PLOTS
         if self.plotting and self.losses.rows and due:
             figure = try_optional("matplotlib", "no loss curve is drawn (epoch_loss.csv has the numbers)", self._figure)
@@ -114,7 +119,8 @@ class LossHistory:
         figure = Figure(figsize=(9, 9), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
         quarters = [name for name in self.losses.columns if name.startswith("loss_t")]
-        panels = [("loss", "val_loss"), quarters, ("grad_norm",), ("learning_rate",), ("images_per_second",), ("memory_mib",)]
+        panels = [("loss", "val_loss"), quarters]
+        panels += [(name,) for name in ("grad_norm", "learning_rate", "images_per_second", "memory_mib")]
         for panel, names in zip(figure.subplots(3, 2).flatten(), panels):
             for name in names:
                 rows = [row for row in (*self.losses.rows, *self.speed.rows) if row.get(name)]

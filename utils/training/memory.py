@@ -17,30 +17,34 @@ def print_memory(config, parts):
     mib = {name: copies * fixed / sum(COPIES.values()) / 2**20 for name, copies in COPIES.items()}
     mib["activations"] = per_image * size / 2**20
     print("memory     " + ", ".join(f"{value:,.0f} MiB {name}" for name, value in mib.items()))
-    print(f"           {sum(mib.values()):,.0f} MiB in all for {size} pictures at a time; --accumulate N divides the activations by N")
+    print(f"           {sum(mib.values()):,.0f} MiB in all for {size} pictures at a time; --accumulate N divides the "
+          "activations by N")
 
 
 def advice_for_training(config, parts):
     """What to lower after memory ran out, and how far where that can be estimated."""
     size = micro_batch_size(config, parts)
-    settings = "raise --accumulate (the same update in smaller parts), set --activation_checkpointing True (slower), or lower " \
-               "--batch_size, --channel or --input_shape"
+    settings = ("raise --accumulate (the same update in smaller parts), set --activation_checkpointing True (slower), "
+                "or lower --batch_size, --channel or --input_shape")
     try:
         fixed, per_image = memory_needs(config, parts)
     except (RuntimeError, MemoryError):  # no room is left to try it in
         return f"{size} pictures at a time are too many; {settings}"
     there = device_memory(parts.device)
-    need = f"{size} pictures at a time need about {mebibytes(fixed + size * per_image)}, {parts.device} has {mebibytes(there)} in all"
-    fitting = accumulate_that_fits((there * USABLE - fixed) / per_image, parts.batch_size, distributed.world_size(), config.accumulate)
-    return f"{need}; {f'--accumulate {fitting} would fit. Else ' if fitting else ''}{settings}"
+    fitting = (there * USABLE - fixed) / per_image  # images of a micro-batch
+    accumulate = accumulate_that_fits(fitting, parts.batch_size, distributed.world_size(), config.accumulate)
+    need = f"{size} pictures at a time need about {mebibytes(fixed + size * per_image)}"
+    instead = f"--accumulate {accumulate} would fit. Else " if accumulate else ""
+    return f"{need}, {parts.device} has {mebibytes(there)} in all; {instead}{settings}"
 
 
 def check_network_fits(num_parameters, device):
-    """ValueError where the weights of training alone pass the memory of the device, before the network is built."""
+    """ValueError where training needs more than the device's memory. No network is built."""
     needed, there = sum(COPIES.values()) * 4 * num_parameters, device_memory(device)
     if there and needed > there:
-        raise ValueError(f"a network of {num_parameters / 1e9:.2f} billion parameters needs {mebibytes(needed)} for weights, gradients and "
-                         f"moments; {device} has {mebibytes(there)}: lower --channel, --channel_mults or --num_res_blocks")
+        raise ValueError(f"a network of {num_parameters / 1e9:.2f} billion parameters needs {mebibytes(needed)} for "
+                         f"weights, gradients and moments; {device} has {mebibytes(there)}: lower --channel, "
+                         "--channel_mults or --num_res_blocks")
 
 
 def micro_batch_size(config, parts):
@@ -49,7 +53,7 @@ def micro_batch_size(config, parts):
 
 
 def accumulate_that_fits(images, batch_size, world_size, now):
-    """The least `accumulate` above `now` with micro-batches of at most so many images; None where there is none."""
+    """The least `accumulate` above `now` with micro-batches of at most so many images, or None."""
     for accumulate in range(now + 1, batch_size // world_size + 1):
         if batch_size % (world_size * accumulate) == 0 and batch_size // (world_size * accumulate) <= images:
             return accumulate
@@ -94,5 +98,5 @@ def activation_bytes(config, parts):
             loss = diffusion(x, y, t=t, noise=torch.zeros_like(x))
         totals.append(sum(kept.values()))
         del loss
-    # Weights are among what is kept, once for any number of images: the difference of two sizes leaves them out.
+    # The weights are kept once for any number of images: the difference leaves them out.
     return totals[1] - totals[0]

@@ -9,9 +9,10 @@ SIZE = 2 * QUARTERS + 3
 
 
 class Meter:
-    """Losses by quarter of the timesteps, gradient norms, and counts of good and skipped steps, of the epoch so far.
+    """Losses by quarter of the timesteps, gradient norms, and counts of good and skipped steps.
 
-    A step is skipped where its gradient is not finite. It counts as skipped and adds nothing else.
+    All are of the epoch so far. A step with a gradient that is not finite counts as skipped and
+    adds nothing else.
     """
 
     def __init__(self, device, num_timesteps):
@@ -25,10 +26,11 @@ class Meter:
 
     def reset(self, sums=None):
         """Starts an epoch, or goes on from the sums (11,) of a checkpoint."""
-        self.sums = torch.zeros(SIZE, dtype=self.dtype, device=self.device) if sums is None else sums.to(self.device, self.dtype)
+        sums = torch.zeros(SIZE) if sums is None else sums
+        self.sums = sums.to(self.device, self.dtype)
 
     def add(self, losses, t, norm, bad, counted):
-        """losses, t: (b,), this process's images. norm, bad: 0-dim. counted: 0-dim, `bad` as `counts_as_bad` has it."""
+        """losses, t: (b,), of this process. norm, bad, counted (see `counts_as_bad`): 0-dim."""
         inside = ((t * QUARTERS // self.num_timesteps) == self.quarters).to(self.dtype)
         good = 1 - bad
         losses = torch.where(bad > 0, 0, losses.detach()).to(self.dtype)
@@ -38,7 +40,7 @@ class Meter:
         self.late.push(torch.cat([self.sums, self.bad_in_row[None].to(self.dtype)]))
 
     def latest(self):
-        """(mean loss of the epoch, bad steps in a row), this process's, as the host last heard of them. NaN: no loss yet."""
+        """(mean loss of the epoch, bad steps in a row), newest on the host. NaN: no loss yet."""
         if self.late.value is None:
             return float("nan"), 0
         values = self.late.value.tolist()
@@ -47,7 +49,7 @@ class Meter:
 
 
 def epoch_means(per_rank):
-    """The columns of an epoch from the sums of all processes, (processes, 11). A column that saw no image is None."""
+    """The columns of an epoch from the sums of all processes (processes, 11). None: no image."""
     per_rank = per_rank.to(torch.float64)
     total = per_rank.sum(0).tolist()
     losses, images = total[LOSSES], total[IMAGES]
@@ -61,7 +63,7 @@ def epoch_means(per_rank):
 
 
 class LateCopy:
-    """The newest value of a device tensor that has reached the host, without ever waiting for it."""
+    """The newest value of a device tensor on the host. It never waits for the device."""
 
     def __init__(self, device):
         self.value, self.device, self.arrived = None, device, None

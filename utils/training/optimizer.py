@@ -18,17 +18,17 @@ def make_optimizer(name, parameters, device, momentum=0.9, weight_decay=0.0):
 
 
 def restore_optimizer(optimizer, saved):
-    """Loads the moments of a saved state. This run's own settings hold, such as a new weight decay."""
+    """Loads the moments of a saved state; this run's settings hold, such as a new weight decay."""
     optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if value.shape == parameter.shape:
-                # In the memory layout of the weights, as the fused step goes by addresses. The file may have another.
+                # In the memory layout of the weights: the fused step goes by addresses.
                 state[name] = torch.empty_like(parameter).copy_(value)
 
 
 def step_unless_bad(optimizer, scaler, bad):
-    """One update. It leaves weights, moments and step counts alone where `bad` (0-dim tensor, 0. or 1.) is 1.
+    """One update; none of weights, moments and step counts where `bad` (0-dim, 0. or 1.) is 1.
 
     The fused optimizers read `bad` on the device: the host does not wait. On MPS it must look.
     """
@@ -42,7 +42,7 @@ def step_unless_bad(optimizer, scaler, bad):
 
 
 def counts_as_bad(bad, scaler):
-    """`bad`, but 0 while a GradScaler still halves its factor: an overflow is its way to find the largest that fits."""
+    """`bad`, but 0 while a GradScaler still halves its factor: overflows are its search."""
     if not scaler.is_enabled():
         return bad
     # The scale as a tensor on the device; scaler.get_scale() would make the host wait.
@@ -79,10 +79,9 @@ DECAYS = {"cos": cosine_decay, "step": step_decay}
 
 
 def learning_rate(step, total_steps, init_lr, min_lr, warmup=0.05, decay="cos"):
-    """The learning rate of step `step` (0 ... total_steps - 1): a linear warm-up to init_lr, then a decay to min_lr.
+    """The learning rate of step 0 ... total_steps - 1: linear warm-up to init_lr, decay to min_lr.
 
-    warmup: its share of all steps; it is never longer than 1,000. decay: a name from DECAYS.
-    ValueError for an unknown one.
+    warmup: its share of all steps, at most 1,000. decay: a name from DECAYS, else ValueError.
     """
     if decay not in DECAYS:
         raise ValueError(f"lr_decay_type {decay!r} is unknown: choose one of {', '.join(DECAYS)}")

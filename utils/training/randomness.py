@@ -1,4 +1,4 @@
-"""The randomness of training as a function of where the run is: nothing to save, nothing to restore."""
+"""The randomness of training, a function of seed and position: nothing to save or restore."""
 import hashlib
 from typing import NamedTuple
 
@@ -6,12 +6,12 @@ import torch
 
 
 def mix(*parts):
-    """A seed of 63 bits from numbers and words. The same parts give the same seed on every machine."""
+    """A seed of 63 bits from numbers and words, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 class Draws(NamedTuple):
-    """The random numbers of one step. A row is an image of the whole batch, or of one process's part."""
+    """The random numbers of one step, a row for each image of a batch or of a process's part."""
 
     t: torch.Tensor  # (B,) int64 timesteps
     noise: torch.Tensor  # (B, C, H, W)

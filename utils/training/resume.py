@@ -17,7 +17,7 @@ from utils.run_folders import newest_last, weights_in
 from utils.training.loss_history import earlier_rows
 from utils.training.optimizer import restore_optimizer
 
-# What a run is built from. A label_dropout above zero adds the null class: it cannot come or go either.
+# What a run is built from. label_dropout > 0 adds the null class: it cannot come or go either.
 FIXED = (
     "input_shape", "img_channels", "channel", "channel_mults", "num_res_blocks", "attention_resolutions", "num_groups",
     "class_conditional", "schedule", "num_timesteps", "schedule_low", "schedule_high", "prediction",
@@ -25,9 +25,9 @@ FIXED = (
 
 
 def find_checkpoint(resume, save_dir):
-    """(path, checkpoint) that `resume` asks for, (None, None) if none. "": none; "latest": the newest run's; else a path.
+    """(path, checkpoint) of `resume`: "" (None, None), "latest" the newest run's, else a path's.
 
-    Rank 0 looks, so that all processes resume the same one. Each reads it for itself.
+    Rank 0 searches, so that all processes resume the same one. Each reads it for itself.
     """
     path, checkpoint = _find_on_main(resume, save_dir) if distributed.is_main() else (None, None)
     path = distributed.from_main(path)
@@ -50,18 +50,18 @@ def _find_on_main(resume, save_dir):
 
 
 def merge_config(block, typed, checkpoint, source):
-    """The settings to resume with: the checkpoint's, and over them only what was typed on the command line.
+    """The settings to resume with: the checkpoint's, and over them only the typed options.
 
-    block: the Config of the script. typed: {name: value}. source: the checkpoint's path, for messages.
-    Prints the values of the block that are not used. ValueError for a typed setting that the run
+    block: the script's Config. typed: {name: value}. source: the checkpoint's path, for messages.
+    It prints which values of the block are not used. ValueError for a typed setting that the run
     was built with.
     """
     known = {field.name for field in fields(block)}
-    typed = {name: value for name, value in typed.items() if name not in FIXED or value != "auto"}  # it became what the run has
-    kinds = typing.get_type_hints(type(block))
-    base = type(block)(**{
-        name: fit_saved(name, value, kinds[name], source) for name, value in checkpoint["config"].items() if name in known
-    })  # fmt: skip
+    # "auto" is what the run has already.
+    typed = {name: value for name, value in typed.items() if name not in FIXED or value != "auto"}
+    kinds, saved = typing.get_type_hints(type(block)), checkpoint["config"]
+    fitted = {name: fit_saved(name, saved[name], kinds[name], source) for name in known & set(saved)}
+    base = replace(type(block)(), **fitted)
     for name, value in typed.items():
         same = getattr(base, name) == value if name != "label_dropout" else (base.label_dropout > 0) == (value > 0)
         if name in checkpoint["config"] and name in (*FIXED, "label_dropout") and not same:
@@ -69,17 +69,20 @@ def merge_config(block, typed, checkpoint, source):
                 f"--{name} {value}: {source} was built with {name} = {getattr(base, name)}, which cannot change; "
                 "leave it out, or start a fresh run"
             )
-    unused = [name for name in sorted(known - set(typed) - {"resume"}) if getattr(block, name) not in ("auto", getattr(base, name))]
+    left = sorted(known - set(typed) - {"resume"})
+    unused = [name for name in left if getattr(block, name) not in ("auto", getattr(base, name))]
     if unused:
         print(f"not used, as the run goes on with its own (type them as options to change them): {', '.join(unused)}")
-    if "device" not in typed and not is_available(base.device):
+    if "position" not in checkpoint:  # a run of its own, on whatever is here
+        base = replace(base, device="auto", precision="auto", compile="auto")
+    elif "device" not in typed and not is_available(base.device):
         print(f"the run was on {base.device}, which is not here: device, precision and compile are chosen anew")
         base = replace(base, device="auto", precision="auto", compile="auto")
     return replace(base, **typed)
 
 
 def run_folder(checkpoint, source, save_dir):
-    """The folder to write to: that of the run whose `last.pth` is resumed, else a new one, the same on all processes."""
+    """The folder to write to, on all processes: that of the resumed last.pth, else a new one."""
     folder = Path(source).parent if source else None
     if checkpoint and "position" in checkpoint and Path(source).name == LAST and (folder / "config.json").exists():
         return folder  # a copy elsewhere, or under another name, starts a folder of its own
@@ -106,7 +109,8 @@ def check_classes(config, classes, checkpoint):
         return
     known = checkpoint["classes"]
     if known and known != classes:
-        raise ValueError(f"the run's classes are {', '.join(known)}, and the list's are {', '.join(classes) or 'none'}: they cannot change")
+        raise ValueError(f"the run's classes are {', '.join(known)}, and the list's are "
+                         f"{', '.join(classes) or 'none'}: they cannot change")
 
 
 class Start(NamedTuple):
@@ -119,13 +123,14 @@ class Start(NamedTuple):
 
 
 def restore(checkpoint, source, parts, config):
-    """Puts optimizer and scaler back as they were and returns the Start. The weights are in place already.
+    """Restores optimizer and scaler, and returns the Start. The weights are in place already.
 
-    A checkpoint without a training state (a file of weights only) starts a run of its own.
+    A checkpoint without a training state (weights only) starts a run of its own.
     """
     if not checkpoint or "position" not in checkpoint:
         if checkpoint and distributed.is_main():
-            print(f"a file of weights alone: a run of its own starts from them at epoch 1; a {LAST} goes on where it was")
+            print(f"a file of weights alone: a run of its own starts from them at epoch 1; a {LAST} goes on where it "
+                  "was")
         return Start()
     check_training(checkpoint, parts)
     restore_optimizer(parts.optimizer, checkpoint["optimizer"])
@@ -133,20 +138,23 @@ def restore(checkpoint, source, parts, config):
         parts.scaler.load_state_dict(checkpoint["scaler"])
     if all(checkpoint["config"].get(name) == getattr(config, name) for name in ("init_lr", "grad_clip", "precision")):
         parts.meter.bad_in_row.fill_(checkpoint["bad_in_row"])  # else it has a new chance
-    epoch, images, batch_size, fingerprint = (checkpoint["position"][name] for name in ("epoch", "images", "batch_size", "pictures"))
+    position = checkpoint["position"]
+    epoch, images, batch_size = (position[name] for name in ("epoch", "images", "batch_size"))
     changed = []
-    if fingerprint != images_fingerprint(parts.dataset):
+    if position["pictures"] != images_fingerprint(parts.dataset):
         changed.append("the pictures are not those of before")
     if batch_size != parts.batch_size:
         changed.append(f"the batch size was {batch_size} and is {parts.batch_size}")
     if changed and distributed.is_main():
         print(f"{'; '.join(changed)}{': going on with the next epoch' if images else ''}")
     tables = earlier_rows(checkpoint, Path(source).parent)
-    return Start(epoch + 1, 0, None, tables) if changed and images else Start(epoch, images, _own_sums(checkpoint["sums"]), tables)
+    if changed and images:
+        return Start(epoch + 1, 0, None, tables)
+    return Start(epoch, images, _own_sums(checkpoint["sums"]), tables)
 
 
 def _own_sums(per_rank):
-    """This process's row of the saved sums. With another number of processes rank 0 takes them all."""
+    """This process's row of the saved sums. After a change of their number rank 0 takes all."""
     if per_rank is None:
         return None
     if len(per_rank) == distributed.world_size():

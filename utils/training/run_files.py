@@ -1,4 +1,4 @@
-"""What a run shows and writes: progress bar, tables, curves, previews; the checkpoints through `saving`."""
+"""What a run shows and writes: progress bar, tables, curves, previews, checkpoints."""
 import contextlib
 import json
 import signal
@@ -20,7 +20,7 @@ from utils.training.saving import Attempts, Checkpoints
 
 
 class RunFiles:
-    """The files and the progress bar of a run. Only rank 0 writes and prints; all processes call `save` and `stop`."""
+    """Files and progress bar of a run. Rank 0 writes; all processes call `save` and `stop`."""
 
     def __init__(self, folder, config, parts, start):
         self.folder, self.config, self.parts, self.start = Path(folder), config, parts, start
@@ -40,10 +40,10 @@ class RunFiles:
                 print(f"its {self.config.epochs} epochs are done already: --epochs with a higher number resumes it")
             self.history = LossHistory(self.folder, *self.start.tables)
             self.checkpoints = Checkpoints(self.folder, self.config, self.parts, self.attempt)
-        self.bar = tqdm(
-            total=self.config.epochs * self.images_per_epoch, initial=self.start.epoch * self.images_per_epoch + self.start.images,
-            unit="img", unit_scale=True, disable=not self.main, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10,
-        )  # fmt: skip
+        done = self.start.epoch * self.images_per_epoch + self.start.images
+        pause = 0.2 if sys.stderr.isatty() else 10  # seconds
+        self.bar = tqdm(total=self.config.epochs * self.images_per_epoch, initial=done, unit="img", unit_scale=True,
+                        disable=not self.main, dynamic_ncols=True, mininterval=pause)
         self.epoch_began, self.epoch_images = time.monotonic(), 0
         return self
 
@@ -54,7 +54,7 @@ class RunFiles:
         self.lock.close()
 
     def show(self, epoch, images, loss, lr):
-        """Moves the progress bar by a batch of `images`. loss: the mean of the epoch, NaN where none is known yet."""
+        """Moves the progress bar by a batch of `images`. loss: the mean of the epoch, or NaN."""
         self.epoch_images += images
         self.bar.set_description(f"epoch {epoch + 1}/{self.config.epochs}", refresh=False)
         known = f"loss {loss:.4f}, " if loss == loss else ""
@@ -78,21 +78,23 @@ class RunFiles:
         return self.main and self.checkpoints.save_last(epoch, images, sums)
 
     def stop(self, number, saved):
-        """Says how to resume, and ends all processes with the exit code that shells give to signal `number`."""
+        """Says how to resume, and ends all processes with the exit code of signal `number`."""
         self.bar.close()
         if self.main:
             where = "from here" if saved else f"from the older state that {LAST} has, as this one could not be saved"
-            print(f"stopped by {signal.Signals(number).name}; `python train.py --resume {self.folder}` goes on {where}", flush=True)
+            name, command = signal.Signals(number).name, f"python train.py --resume {self.folder}"
+            print(f"stopped by {name}; `{command}` goes on {where}", flush=True)
             self.attempt("the curves", self.history.close)
         distributed.barrier()  # a process that leaves makes torchrun end the others, and rank 0 may still be writing
         distributed.stop()
         raise SystemExit(128 + number)
 
     def end_epoch(self, row, seconds, memory):
-        """Tables, checkpoints, preview and curves at the end of an epoch. row: see LossHistory. memory: MiB."""
+        """Tables, checkpoints, preview, curves of an epoch. row: see LossHistory. memory: MiB."""
         epoch, final = row["epoch"], row["epoch"] == self.config.epochs
         per_second = self.epoch_images / max(seconds, 1e-6)
-        speed = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(per_second, 2), "memory_mib": round(memory)}
+        speed = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(per_second, 2)}
+        speed["memory_mib"] = round(memory)
         self.attempt("the tables", lambda: self.history.add(row, speed))
         due = final or self.checkpoints.is_cheap()
         if epoch % self.config.save_period == 0 or final:  # before last.pth: a resumed run does not write it again
@@ -107,19 +109,20 @@ class RunFiles:
             self.finish(row["loss"])
 
     def finish(self, loss):
-        """Says that the last epoch is over, and how to sample. ValueError where something could not be written."""
+        """Says that the run is over, and how to sample. ValueError: something is not written."""
         self.bar.close()
         shown = "" if loss is None else f", loss {loss:.4f}"
         if not self.attempt.failed:
             print(f"done{shown}: weights in {(self.folder / LAST).resolve()}; `python predict.py` draws with them")
             return
-        there = f"an older {LAST} is" if (self.folder / LAST).is_file() and LAST in self.attempt.failed else f"no {LAST} is"
-        there = f"{LAST} is" if LAST not in self.attempt.failed else there
-        raise ValueError(f"the epochs are done{shown}, but {', '.join(sorted(self.attempt.failed))} could not be written; "
-                         f"{there} in {self.folder.resolve()}: free some space and resume it")
+        older = "an older" if (self.folder / LAST).is_file() else "no"
+        there = f"{older} {LAST} is" if LAST in self.attempt.failed else f"{LAST} is"
+        missing = ", ".join(sorted(self.attempt.failed))
+        raise ValueError(f"the epochs are done{shown}, but {missing} could not be written; {there} in "
+                         f"{self.folder.resolve()}: free some space and resume it")
 
     def preview(self, epoch, step):
-        """Samples the preview into a file and TensorBoard. Too little memory for it does not end the run."""
+        """Samples the preview into a file and TensorBoard. Too little memory ends no run."""
         try:
             image = sample_preview(self.config, self.parts)
         except Exception as error:

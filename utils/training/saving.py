@@ -21,14 +21,14 @@ class Checkpoints:
         self.saved, self.seconds = time.monotonic(), 0.0  # when the last save ended, and how long it took
 
     def is_due(self):
-        """Whether `save_minutes` are over since the last save. True once: the others hear of it a few steps later."""
+        """Whether `save_minutes` are over. True once: other processes hear of it later."""
         due = time.monotonic() - self.saved >= self.config.save_minutes * 60
         if due:
             self.saved = time.monotonic()
         return due
 
     def is_cheap(self):
-        """Whether a save takes under 5 % of the time since the last one. An epoch may be shorter than a save."""
+        """Whether a save takes under 5 % of the time since the last: epochs may be short."""
         return time.monotonic() - self.saved >= self.seconds / CHEAP
 
     def save_last(self, epoch, images, sums):
@@ -40,7 +40,7 @@ class Checkpoints:
         return self.write(LAST, {**self.weights(), **self.training_state(epoch, images, sums)})
 
     def save_epoch(self, epoch):
-        """Writes epoch_XXXX.pth, the weights alone, and deletes old ones. Returns whether it is there."""
+        """Writes epoch_XXXX.pth, weights alone, deletes old ones. Returns whether it is there."""
         written = self.write(f"epoch_{epoch:04d}.pth", self.weights())
         self.attempt("deleting old epoch files", lambda: rotate(self.folder, self.config.keep_last))
         return written
@@ -54,12 +54,12 @@ class Checkpoints:
         }  # fmt: skip
 
     def training_state(self, epoch, images, sums):
-        """What resuming needs besides. No random state: the randomness is a function of seed and position."""
+        """What resuming needs besides. The randomness is a function of seed and position."""
         parts = self.parts
         position = {"epoch": epoch, "images": images, "batch_size": parts.batch_size, "pictures": self.fingerprint}
         return {
-            "position": position, "sums": sums, "optimizer": parts.optimizer.state_dict(), "scaler": parts.scaler.state_dict(),
-            "bad_in_row": int(parts.meter.bad_in_row),
+            "position": position, "sums": sums, "optimizer": parts.optimizer.state_dict(),
+            "scaler": parts.scaler.state_dict(), "bad_in_row": int(parts.meter.bad_in_row),
         }  # fmt: skip
 
     def write(self, name, state):
@@ -75,7 +75,7 @@ class Checkpoints:
 
 
 class Attempts:
-    """Writes that the system may refuse. The training goes on and tries again; the end of the run knows what is missing."""
+    """Writes that the system may refuse. Training goes on; its end returns what is missing."""
 
     def __init__(self):
         self.failed = set()  # names whose last attempt failed
@@ -86,7 +86,8 @@ class Attempts:
             write()
         except OSError as error:
             self.failed.add(name)
-            tqdm.write(f"NOT SAVED: {error if error.filename else f'{name}: {error}'}; the training goes on, and the next save tries again")
+            reason = error if error.filename else f"{name}: {error}"
+            tqdm.write(f"NOT SAVED: {reason}; the training goes on, and the next save tries again")
             return False
         self.failed.discard(name)
         return True

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-# SIGUSR1: batch schedulers send it ahead of the end. SIGHUP: the terminal is gone, as with an ssh connection.
+# SIGUSR1: batch schedulers send it before the end. SIGHUP: the terminal or ssh connection is gone.
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 
@@ -37,4 +37,5 @@ class StopSignal:
         if not self.number:
             self.number, self.seen = number, time.monotonic()
             with contextlib.suppress(OSError):  # os.write, as print is not safe inside a handler
-                os.write(2, f"\n{signal.Signals(number).name}: finishing the step and saving (once more: out at once)\n".encode())
+                name = signal.Signals(number).name
+                os.write(2, f"\n{name}: finishing the step and saving (once more: out at once)\n".encode())

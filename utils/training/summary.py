@@ -11,12 +11,27 @@ def print_summary(config, parts):
     aside = f", {len(parts.validation):,} kept aside for validation" if len(parts.validation) else ""
     classes = f", {len(dataset.classes)} classes" if dataset.classes else ""
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-    used = "" if config.class_conditional or not dataset.classes else " (not used: --class_conditional True learns them)"
+    unused = dataset.classes and not config.class_conditional
+    used = " (not used: --class_conditional True learns them)" if unused else ""
     count = sum(parameter.numel() for parameter in parts.diffusion.model.parameters())
     height, width = config.input_shape
-    print(f"device     {describe_device(parts.device)}, precision {config.precision}, compile {config.compile}{processes}")
+    numbers = f"precision {config.precision}, compile {config.compile}"
+    print(f"device     {describe_device(parts.device)}, {numbers}{processes}")
     print(f"pictures   {len(dataset):,} of {height}x{width}, {config.img_channels} channels{aside}{classes}{used}")
     parameters = f"{count / 1e6:.2f} million parameters, {config.num_groups} groups"
     print(f"network    {parameters}; {config.prediction}, {config.schedule} schedule, T = {config.num_timesteps}")
     of_steps = f"{config.epochs} epochs of {steps} steps of {parts.batch_size}"
     print(f"training   {of_steps}, {config.epochs * steps:,} steps in all, learning rate up to {config.init_lr:g}")
+    span, total = ema_span(config, config.epochs * steps), config.epochs * steps
+    print(f"EMA        over about the last {span:,} of {total:,} steps at the end")
+
+
+def ema_span(config, steps):
+    """Steps that the EMA spans after `steps`: 1 / (1 - decay), with a warm-up at most a ninth."""
+    counted = max(0, steps - config.ema_start)
+    if not counted or config.ema_decay <= 0:
+        return 1
+    most = 1 / max(1 - config.ema_decay, 1e-9)
+    if config.ema_warmup:
+        most = min(most, (10 + counted) / 9)  # the decay is (1 + n) / (10 + n)
+    return max(1, round(min(most, counted)))

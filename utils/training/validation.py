@@ -10,10 +10,10 @@ from utils.training.randomness import draw_step, mix
 
 @torch.no_grad()
 def validation_loss(config, parts):
-    """The mean loss of the EMA over `parts.validation`, with the same timesteps and noise every time.
+    """The mean loss of the EMA over `parts.validation`, always at the same timesteps and noise.
 
-    The timesteps of a batch spread evenly over 0 ... T - 1. Each process takes every n-th image, and
-    all get the same answer.
+    The timesteps of a batch spread evenly over 0 ... T - 1. Each process takes every n-th image,
+    and all get the same answer.
     """
     device, images = parts.device, parts.validation
     generator = torch.Generator(device)
@@ -21,7 +21,8 @@ def validation_loss(config, parts):
     mine = slice(distributed.rank(), None, distributed.world_size())
     for number, first in enumerate(range(0, len(images), parts.batch_size)):
         size = min(parts.batch_size, len(images) - first)
-        noise = draw_step(generator, mix(config.seed, "validation", number), (size, config.img_channels, *config.input_shape), 1).noise
+        shape = (size, config.img_channels, *config.input_shape)
+        noise = draw_step(generator, mix(config.seed, "validation", number), shape, 1).noise
         t = ((torch.arange(size) + 0.5) / size * config.num_timesteps).long()
         pixels, labels = images.__getitems__(np.arange(first, first + size)[mine])
         if len(pixels):
