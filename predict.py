@@ -1,4 +1,7 @@
-"""Draw new pictures with a trained model. Every setting below is also an option: --num_images 100."""
+"""Draw new pictures with a trained model.
+
+Every setting below is also an option: --num_images 100.
+"""
 import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is no traceback)
 
 # isort: split
@@ -120,7 +123,8 @@ def main(arguments=None):
 def check(config, typed):
     """ValueError for a setting out of range, and for settings that exclude or need each other."""
     check_values(
-        config, num_images=(1, None), batch_size=(1, None), seed=(-1, SEEDS - 1), seed_to=(-1, SEEDS - 1), steps=(0, None),
+        config, num_images=(1, None), batch_size=(1, None), seed=(-1, SEEDS - 1), seed_to=(-1, SEEDS - 1),
+        steps=(0, None),
         eta=(0, 1), guidance_scale=(0, 1000), resamplings=(1, 10**6), interpolate=(0, 10**4),
     )  # fmt: skip
     if config.batch_size > 2**16:
@@ -164,7 +168,10 @@ def check_model(config, diffusion, classes):
 
 
 def resolve(config, typed, diffusion, classes):
-    """The settings with a value for each one that the user left open. ValueError for too many steps."""
+    """The settings with a value for each one that the user left open.
+
+    ValueError for too many steps.
+    """
     seed = distributed.from_main(random.randrange(2**31) if config.seed < 0 else config.seed)
     sampler = "ddpm" if config.mask else config.sampler
     spacing = config.spacing or DEFAULT_SPACING[sampler]
@@ -176,7 +183,8 @@ def resolve(config, typed, diffusion, classes):
     if grid_rows(config, classes) and "num_images" not in typed and num_images == SHOWN:
         num_images = COLUMNS * grid_rows(config, classes)
     if not config.interpolate and seed + num_images > SEEDS:
-        raise ValueError(f"seed {seed}: the last of {num_images} pictures would have the seed {seed + num_images - 1}, and they end at "
+        raise ValueError(f"seed {seed}: the last of {num_images} pictures would have the seed "
+                         f"{seed + num_images - 1}, and they end at "
                          f"{SEEDS - 1}: lower --seed or --num_images")
     return replace(
         config, seed=seed, seed_to=config.seed_to if config.seed_to >= 0 else seed + 1, sampler=sampler,
@@ -190,7 +198,10 @@ def grid_rows(config, classes):
 
 
 def class_ids(config, classes):
-    """Class ids (n,) that the images take in turn: a row of the grid for each class. None: no classes."""
+    """Class ids (n,) that the images take in turn: a row of the grid for each class.
+
+    None: no classes.
+    """
     if not classes:
         return None
     chosen = [classes.index(config.class_name)] if config.class_name else range(len(classes))
@@ -217,13 +228,16 @@ def network_calls(config):
 
 
 def sample(config, diffusion, labels, options, files):
-    """Sample the batches that have no files yet, each process its part of them, and hand them to `files`."""
+    """Sample the batches that have no files yet, each process its part of them, and hand them to
+    `files`.
+    """
     size, rank, processes = config.batch_size, distributed.rank(), distributed.world_size()
     batches = range(0, config.num_images, size)[rank::processes]
     noise = (lambda numbers: noise_between_seeds(config, diffusion, numbers)) if config.interpolate else None
     done, began = 0, time.monotonic()
     pause = 0.1 if sys.stderr.isatty() else 10  # seconds between two states of the progress bar
-    with tqdm(total=len(batches) * config.steps, unit="step", disable=rank > 0, dynamic_ncols=True, mininterval=pause) as bar:
+    with tqdm(total=len(batches) * config.steps, unit="step", disable=rank > 0, dynamic_ncols=True,
+              mininterval=pause) as bar:
         firsts = unfinished(batches, config, files, bar)
         for first, steps in sample_batches(diffusion, firsts, size, config.seed, labels, noise, **options):
             for step, (x, x_0) in enumerate(steps):
@@ -244,7 +258,9 @@ def unfinished(batches, config, files, bar):
 
 
 def noise_between_seeds(config, diffusion, numbers):
-    """Endless noise of the images with these numbers (n,), spread evenly from `seed` to `seed_to`."""
+    """Endless noise of the images with these numbers (n,), spread evenly from `seed` to
+    `seed_to`.
+    """
     shape, device = (diffusion.img_channels, *diffusion.img_size), diffusion.betas.device
     weight = (numbers / (config.interpolate - 1)).clamp(max=1).to(device).reshape(-1, 1, 1, 1)
     return (slerp(a, b, weight) for a, b in seeded_noise((config.seed, config.seed_to), shape, device))

@@ -1,4 +1,7 @@
-"""The candidates of NOTES.md, each beside the path that it would replace: python -m benchmarks.ablations --sections step"""
+"""The candidates of NOTES.md, each beside the path that it would replace.
+
+    python -m benchmarks.ablations --sections step
+"""
 import copy
 import functools
 from dataclasses import replace
@@ -22,12 +25,14 @@ CHANNELS_LAST = torch.channels_last
 
 @settings
 class Config:
-    sections: str = "step,parts,norm,dropout,attention,upsample,drawing,checkpointing"  # what is compared, with commas between
+    # what is compared, with commas between
+    sections: str = "step,parts,norm,dropout,attention,upsample,drawing,checkpointing"
     channel: int = 64                       # width of the network
     batch_size: int = 16                    # pictures a step, 32x32
     rounds: int = 7                         # interleaved rounds
     threads: int = 1                        # of PyTorch; 0: one a core
-    clock: Literal["wall", "cpu"] = "cpu"   # cpu: this process's own time, with one thread undisturbed by other programs
+    # cpu: this process's own time, with one thread undisturbed by other programs
+    clock: Literal["wall", "cpu"] = "cpu"
     device: str = "auto"                    # auto, cuda or cpu
     precision: str = "auto"                 # auto, fp32 or bf16, of whole networks
     profile: bool = False                   # print where the network's time goes instead
@@ -69,7 +74,9 @@ def plain(norm, activation, x, conv, dropout=None):
 
 
 def backward(config, network, batch, norm_act_conv=DISPATCH):
-    """A function: forward and backward pass, with the path of norm, activation, dropout and convolution that is given."""
+    """A function: forward and backward pass, with the path of norm, activation, dropout and
+    convolution that is given.
+    """
     def step():
         unet.norm_act_conv = norm_act_conv
         with autocast(batch[0].device, config.precision):
@@ -96,7 +103,8 @@ def parts_section(config, device):
     optimizer = make_optimizer("adam", trained, device)
     step()
     diffusion.ema_step = diffusion.ema_start
-    return {"network, forward and backward": step, "clipping": lambda: clip_grad_norm_(trained, 1.0), "fused Adam": optimizer.step,
+    return {"network, forward and backward": step, "clipping": lambda: clip_grad_norm_(trained, 1.0),
+            "fused Adam": optimizer.step,
             "moving average": diffusion.update_ema}
 
 
@@ -110,7 +118,8 @@ def print_profile(config, device):
             step()
     events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
-    print(markdown(("operation", "share of the time"), [(event.key, f"{event.self_cpu_time_total / total:.1%}") for event in events[:16]]))
+    print(markdown(("operation", "share of the time"),
+                   [(event.key, f"{event.self_cpu_time_total / total:.1%}") for event in events[:16]]))
 
 
 def gradients(function, *tensors):
@@ -175,7 +184,9 @@ def attention_section(config, device):
 
 
 def upsample_section(config, device):
-    """Nearest neighbour and a 3x3 convolution are a transposed convolution of 4x4 on a quarter of the pixels."""
+    """Nearest neighbour and a 3x3 convolution are a transposed convolution of 4x4 on a quarter of
+    the pixels.
+    """
     functions = {}
     for dtype in (torch.float32, torch.bfloat16):
         layer = unet.Upsample(2 * config.channel).to(device, dtype, memory_format=CHANNELS_LAST)
@@ -199,7 +210,8 @@ def drawing_section(config, device):
     network = network_of(config, device, CHANNELS_LAST).eval().requires_grad_(False)
     own, rounded = network_of(config, device).eval().requires_grad_(False), copy.deepcopy(network)
     round_weights(rounded, "bf16")
-    batch, one = batch_of(config, device, CHANNELS_LAST), [tensor[:1] for tensor in batch_of(config, device, CHANNELS_LAST)]
+    batch, one = batch_of(config, device, CHANNELS_LAST), [tensor[:1]
+                                                           for tensor in batch_of(config, device, CHANNELS_LAST)]
 
     def half(network, batch, norm_act_conv=DISPATCH):
         def call():
@@ -222,12 +234,14 @@ def checkpointing_section(config, device):
     network, batch = network_of(config, device, CHANNELS_LAST), batch_of(config, device, CHANNELS_LAST)
     saving = copy.deepcopy(network)
     saving.activation_checkpointing = True
-    return {"all activations kept": backward(config, network, batch), "activation checkpointing": backward(config, saving, batch)}
+    return {"all activations kept": backward(config, network, batch),
+            "activation checkpointing": backward(config, saving, batch)}
 
 
 SECTIONS = {
     "step": step_section, "parts": parts_section, "norm": norm_section, "dropout": dropout_section,
-    "attention": attention_section, "upsample": upsample_section, "drawing": drawing_section, "checkpointing": checkpointing_section,
+    "attention": attention_section, "upsample": upsample_section, "drawing": drawing_section,
+    "checkpointing": checkpointing_section,
 }  # fmt: skip
 
 

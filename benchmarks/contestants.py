@@ -1,8 +1,10 @@
-"""The implementations that are compared: each trains one step, takes one denoising step and draws pictures, on the same images.
+"""The implementations that are compared: each trains one step, takes one denoising step and draws
+pictures, on the same images.
 
-All have the same widths, blocks, dropout and batch. Ours takes what train.py would choose for the device. diffusers runs the loop of
-its unconditional training example (AdamW, its EMA, files decoded and augmented every epoch, the loss read every step; bf16 as its
-option on a GPU, float32 on a CPU, and bf16 there too as a contestant of its own); denoising-diffusion-pytorch runs its own Trainer, in
+All have the same widths, blocks, dropout and batch. Ours takes what train.py would choose for the
+device. diffusers runs the loop of its unconditional training example (AdamW, its EMA, files decoded
+and augmented every epoch, the loss read every step; bf16 as its option on a GPU, float32 on a CPU,
+and bf16 there too as a contestant of its own); denoising-diffusion-pytorch runs its own Trainer, in
 float32 on a CPU. A package that is missing is a ModuleNotFoundError here.
 """
 import copy
@@ -60,7 +62,8 @@ class Ours:
         with quiet():
             self.config, _ = train.resolve(self.config)
             self.parts = train.prepare(self.config, job.device)
-        self.precision, self.diffusion, self.network = self.config.precision, self.parts.diffusion, self.parts.diffusion.model
+        self.precision, self.diffusion = self.config.precision, self.parts.diffusion
+        self.network = self.diffusion.model
         train.compile_network(self.config, self.diffusion)
         self.batches, self.step = forever(self.epoch), 0
 
@@ -71,7 +74,8 @@ class Ours:
     def train_step(self):
         """A batch and the step of train.py's loop."""
         images, labels = next(self.batches)
-        lr = learning_rate(self.step, 10_000, self.config.init_lr, self.config.min_lr, self.config.warmup, self.config.lr_decay_type)
+        lr = learning_rate(self.step, 10_000, self.config.init_lr, self.config.min_lr, self.config.warmup,
+                           self.config.lr_decay_type)
         train.train_step(self.config, self.parts, images, labels, 0, self.step * self.parts.batch_size, lr)
         self.parts.meter.latest()
         self.step += 1
@@ -88,12 +92,16 @@ class Ours:
     def denoise_step(self):
         """One step of ddpm, as `sample` takes it."""
         if not hasattr(self, "steps"):
-            self.steps = forever(lambda: self.drawing.sample_steps(self.job.batch_size, self.job.device, sampler="ddpm"))
+            self.steps = forever(lambda: self.drawing.sample_steps(self.job.batch_size, self.job.device,
+                                                                   sampler="ddpm"))
         with autocast(self.job.device, self.precision):
             next(self.steps)
 
     def draw(self, count):
-        """`count` pictures as predict.py draws them: the whole job. Returns the share of it that was done."""
+        """`count` pictures as predict.py draws them: the whole job.
+
+        Returns the share of it that was done.
+        """
         with autocast(self.job.device, self.precision):
             self.drawing.sample(count, self.job.device, sampler="sde-dpm++", steps=25, seeds=range(count))
         return 1.0
@@ -104,7 +112,9 @@ class Ours:
 
 
 class Files(torch.utils.data.Dataset):
-    """The data set of diffusers' example: each picture opened, augmented and normalised whenever it is asked for."""
+    """The data set of diffusers' example: each picture opened, augmented and normalised whenever
+    it is asked for.
+    """
 
     def __init__(self, folder, size, img_channels):
         from torchvision import transforms
@@ -126,7 +136,9 @@ class Files(torch.utils.data.Dataset):
 
 
 class Diffusers:
-    """diffusers: UNet2DModel in the loop of examples/unconditional_image_generation, with its defaults."""
+    """diffusers: UNet2DModel in the loop of examples/unconditional_image_generation, with its
+    defaults.
+    """
 
     name = "diffusers"
     cpu_precision = "fp32"
@@ -192,7 +204,10 @@ class Diffusers:
         self.scheduler.step(predicted, 500, self.x, generator=self.generator)
 
     def draw(self, count, steps=5):
-        """`count` pictures by DDPMPipeline with `steps` of its 1000 steps, which are all alike. Returns the share of the job."""
+        """`count` pictures by DDPMPipeline with `steps` of its 1000 steps, which are all alike.
+
+        Returns the share of the job.
+        """
         from diffusers import DDPMPipeline, DDPMScheduler
 
         pipeline = DDPMPipeline(unet=self.network, scheduler=DDPMScheduler(num_train_timesteps=1000))
@@ -213,7 +228,9 @@ class DiffusersHalf(Diffusers):
 
 
 class Lucidrains:
-    """denoising-diffusion-pytorch: its Unet, GaussianDiffusion and Trainer, as its README builds them."""
+    """denoising-diffusion-pytorch: its Unet, GaussianDiffusion and Trainer, as its README builds
+    them.
+    """
 
     name = "denoising-diffusion-pytorch"
 
@@ -221,12 +238,14 @@ class Lucidrains:
         from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
 
         self.job = job
-        self.network = Unet(dim=job.channel, dim_mults=MULTS, dropout=job.dropout, channels=job.img_channels, flash_attn=True)
+        self.network = Unet(dim=job.channel, dim_mults=MULTS, dropout=job.dropout, channels=job.img_channels,
+                            flash_attn=True)
         diffusion = GaussianDiffusion(self.network, image_size=job.size, timesteps=1000).to(job.device)
         gpu = job.device.type == "cuda"
         self.precision = "bf16" if gpu else "fp32"
         self.trainer = Trainer(
-            diffusion, str(job.images), train_batch_size=job.batch_size, train_lr=8e-5, train_num_steps=0, calculate_fid=False, amp=gpu,
+            diffusion, str(job.images), train_batch_size=job.batch_size, train_lr=8e-5, train_num_steps=0,
+            calculate_fid=False, amp=gpu,
             mixed_precision_type="bf16", save_and_sample_every=10**9, results_folder=str(job.scratch / "results"),
         )  # fmt: skip
         self.diffusion = diffusion

@@ -1,6 +1,8 @@
-"""Pictures to learn, and runs of train.py for a stated time, in a folder of their own: the user's datasets/ and logs/ stay as they are.
+"""Pictures to learn, and runs of train.py for a stated time, in a folder of their own: the user's
+datasets/ and logs/ stay as they are.
 
-All of it goes on where it was stopped: what is unpacked, listed, measured or trained is not done again.
+All of it goes on where it was stopped: what is unpacked, listed, measured or trained is not done
+again.
 """
 import csv
 import gzip
@@ -35,7 +37,9 @@ OVERHEAD = 1.05  # an epoch's validation, previews and saves, on top of its step
 
 
 def network_options(device, size=0, channel=0):
-    """train.py's options for the network on a device, at another size or width where they are not 0."""
+    """train.py's options for the network on a device, at another size or width where they are not
+    0.
+    """
     options = dict(NETWORKS["cuda" if device.type == "cuda" else "cpu"])
     return options | ({"input_shape": (size, size)} if size else {}) | ({"channel": channel} if channel else {})
 
@@ -43,7 +47,8 @@ def network_options(device, size=0, channel=0):
 def list_pictures(data, work=WORK, data_root=""):
     """The train_lines.txt of "fashion_mnist" or "emoji", made below `work` unless it is there.
 
-    data_root: a torchvision root that has FashionMNIST/raw; "": fetched. ValueError for another name, or a root without it.
+    data_root: a torchvision root that has FashionMNIST/raw; "": fetched. ValueError for another
+    name, or a root without it.
     """
     if data not in DATA:
         raise ValueError(f"unknown data {data!r}; known: {', '.join(DATA)}")
@@ -64,16 +69,19 @@ def list_pictures(data, work=WORK, data_root=""):
 
 
 def copy_unpacked(data_root, target):
-    """Fashion-MNIST's files from a torchvision root to the one that is read from: the user's own stays as it is.
+    """Fashion-MNIST's files from a torchvision root to the one that is read from: the user's own
+    stays as it is.
 
-    Archives are unpacked here: torchvision refuses those that were compressed anew, as Debian's package of the same data has them.
+    Archives are unpacked here: torchvision refuses those that were compressed anew, as Debian's
+    package of the same data has them.
     """
     raw, to = Path(data_root) / "FashionMNIST" / "raw", target / "FashionMNIST" / "raw"
     found = [path for path in raw.glob("*-ubyte*") if path.is_file()]
     if not found:
         raise ValueError(f"--data_root {data_root}: it has no files in FashionMNIST/raw, where torchvision keeps them")
     for path in found:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as source, atomic_write(to / path.name.removesuffix(".gz")) as file:
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rb") as source, atomic_write(to / path.name.removesuffix(".gz")) as file:
             shutil.copyfileobj(source, file)
 
 
@@ -81,17 +89,20 @@ def copy_unpacked(data_root, target):
 
 
 def trained(folder, annotation, options, minutes, epochs=0):
-    """(last.pth, record) of a run of train.py with `options`, {name: value}: `epochs`, or as many as fit into `minutes`.
+    """(last.pth, record) of a run of train.py with `options`, {name: value}: `epochs`, or as many
+    as fit into `minutes`.
 
-    It is below `folder`, under a name that the settings decide: the same ones go on with it, or find it finished. The number of
-    epochs is settled once, by a measurement of speed. record: {epochs, steps, minutes, images_per_second, command, history}.
+    It is below `folder`, under a name that the settings decide: the same ones go on with it, or
+    find it finished. The number of epochs is settled once, by a measurement of speed. record:
+    {epochs, steps, minutes, images_per_second, command, history}.
     """
     settings = {**options, "annotation_path": str(annotation)}
     folder = Path(folder) / f"run_{mix(sorted(settings.items()), minutes, epochs):016x}"
     folder.mkdir(parents=True, exist_ok=True)
     plan = folder / "epochs.json"
     if not plan.is_file():
-        epochs = epochs or epochs_within(minutes, images_a_second(folder / "speed", annotation, options), annotation, options)
+        epochs = epochs or epochs_within(minutes, images_a_second(folder / "speed", annotation, options), annotation,
+                                         options)
         write_json(plan, {"epochs": epochs})
     epochs = json.loads(plan.read_text("utf-8"))["epochs"]
     settings |= {"epochs": epochs, "preview_period": max(1, epochs // 4), "save_period": epochs}
@@ -100,7 +111,8 @@ def trained(folder, annotation, options, minutes, epochs=0):
         run_project("train.py", {**settings, "resume": "latest"}, folder)
     path, _ = newest_last(folder / "logs")
     shown = {name: value for name, value in settings.items() if name != "annotation_path"}
-    return path, {"command": " ".join(["python train.py", *as_options(shown)]), "epochs": epochs, **record_of(path.parent)}
+    return path, {"command": " ".join(["python train.py", *as_options(shown)]), "epochs": epochs,
+                  **record_of(path.parent)}
 
 
 def record_of(folder):
@@ -119,7 +131,10 @@ def epochs_within(minutes, rate, annotation, options):
 
 
 def images_a_second(folder, annotation, options):
-    """The speed of training, from a few hundred steps at most on the first pictures. What is compiled counts for nothing."""
+    """The speed of training, from a few hundred steps at most on the first pictures.
+
+    What is compiled counts for nothing.
+    """
     listed = read_annotation(annotation)
     steps, batch = SPEED_STEPS.get(options.get("device", ""), SPEED_STEPS["cpu"]), options.get("batch_size", 64)
     few = listed.paths[: steps * batch]
@@ -128,7 +143,8 @@ def images_a_second(folder, annotation, options):
     write_annotation(folder / "train_lines.txt", few)
     epochs = 3 * max(1, steps * batch // len(few))
     kept = {name: value for name, value in options.items() if name not in ("class_conditional", "val_split")}
-    kept |= {"annotation_path": str(folder / "train_lines.txt"), "epochs": epochs, "preview_period": 0, "save_period": epochs}
+    kept |= {"annotation_path": str(folder / "train_lines.txt"), "epochs": epochs, "preview_period": 0,
+             "save_period": epochs}
     run_project("train.py", kept, folder)
     rates = [row["images_per_second"] for row in read_table(newest_last(folder / "logs")[0].parent / "speed.csv")]
     shutil.rmtree(folder)
@@ -143,7 +159,8 @@ def run_project(script, options, folder):
 
     Whatever ends this process ends that one too, by a signal on which train.py saves its state.
     """
-    command = [sys.executable, *([str(PROJECT / script)] if script.endswith(".py") else ["-m", script]), *as_options(options)]
+    command = [sys.executable, *([str(PROJECT / script)] if script.endswith(".py") else ["-m", script]),
+               *as_options(options)]
     with subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(PROJECT)}) as process:
         try:
             code = process.wait()

@@ -1,6 +1,8 @@
-"""How cost grows: with the pictures in the data set, their size, the network's width, the processes. python -m benchmarks.scale
+"""How cost grows: with the pictures in the data set, their size, the network's width, the
+processes. python -m benchmarks.scale
 
-Writes a table, JSON and a plot (with matplotlib) into benchmarks/results/. The data set is synthetic: its cache is written directly.
+Writes a table, JSON and a plot (with matplotlib) into benchmarks/results/. The data set is
+synthetic: its cache is written directly.
 """
 import json
 import subprocess
@@ -14,7 +16,17 @@ from typing import Literal
 import numpy as np
 import torch
 
-from benchmarks.timing import check_sections, interleave, machine, markdown, quiet, spread, usable_cores, with_rows, write_text
+from benchmarks.timing import (
+    check_sections,
+    interleave,
+    machine,
+    markdown,
+    quiet,
+    spread,
+    usable_cores,
+    with_rows,
+    write_text,
+)
 from nets import GaussianDiffusion, UNet
 from utils import distributed
 from utils.config import parse_config, settings
@@ -40,10 +52,12 @@ class Config:
     batch_size: int = 4                                        # pictures a step; 64 or more for a GPU
     rounds: int = 3                                            # measurements of each point
     threads: int = 0                                           # of PyTorch; 0: one a core
-    clock: Literal["wall", "cpu"] = "wall"                     # cpu: this process's own time, with threads 1; not for processes
+    # cpu: this process's own time, with threads 1; not for processes
+    clock: Literal["wall", "cpu"] = "wall"
     device: str = "auto"                                       # auto, cuda or cpu
     name: str = ""                                             # of the files in benchmarks/results; "": the device's
-    worker: bool = False                                       # used by the script itself: measure one process of several
+    # used by the script itself: measure one process of several
+    worker: bool = False
 
 
 def main():
@@ -68,7 +82,9 @@ def main():
 
 
 def pictures_section(config, device):
-    """Start-up (the list read, every file asked for its time, the cache mapped) and an epoch's batches, for each picture."""
+    """Start-up (the list read, every file asked for its time, the cache mapped) and an epoch's
+    batches, for each picture.
+    """
     rows = []
     with TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -84,13 +100,17 @@ def pictures_section(config, device):
                 for _ in data_loader(data, EpochBatches(len(data), 64, seed=0, epoch=next(epochs))):
                     pass
 
-            seconds = interleave({"start-up": start, "epoch of batches": epoch}, config.rounds, warm_up=1, clock=config.clock)
-            rows += [row("pictures in the data set", count, what, "us a picture", values, count / 1e6) for what, values in seconds.items()]
+            seconds = interleave({"start-up": start, "epoch of batches": epoch}, config.rounds, warm_up=1,
+                                 clock=config.clock)
+            rows += [row("pictures in the data set", count, what, "us a picture", values, count / 1e6)
+                     for what, values in seconds.items()]
     return rows
 
 
 def synthetic_dataset(folder, count):
-    """A list of `count` files that exist (empty ones under many names, by hard links) and a cache of random pixels for them."""
+    """A list of `count` files that exist (empty ones under many names, by hard links) and a cache
+    of random pixels for them.
+    """
     images = folder / f"pictures_{count}"
     images.mkdir()
     paths = [str(images / f"{number}.png") for number in range(count)]
@@ -124,7 +144,8 @@ def channels_section(config, device):
 def training_step(channel, size, config, device):
     """A function that trains one step: network, loss, gradients, fused Adam, average."""
     layout, precision = memory_format(device, choose_precision("auto", device)), choose_precision("auto", device)
-    diffusion = GaussianDiffusion(UNet(3, base_channels=channel), (size, size), 3).to(device, memory_format=layout).train()
+    diffusion = GaussianDiffusion(UNet(3, base_channels=channel), (size, size), 3).to(device,
+        memory_format=layout).train()
     optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=1e-4, fused=device.type in ("cpu", "cuda"))
     x = torch.randn(config.batch_size, 3, size, size, device=device).to(memory_format=layout)
 
@@ -140,15 +161,20 @@ def training_step(channel, size, config, device):
 
 def step_rows(axis, steps, config, device):
     seconds = interleave(steps, config.rounds, device, warm_up=1, clock=config.clock)
-    return [row(axis, value, "training step", "ms a picture", values, config.batch_size / 1e3) for value, values in seconds.items()]
+    return [row(axis, value, "training step", "ms a picture", values, config.batch_size / 1e3)
+            for value, values in seconds.items()]
 
 
 def processes_section(config, device):
-    """Each process trains on its share of a batch that stays the same, and all average their gradients: torchrun on one machine."""
+    """Each process trains on its share of a batch that stays the same, and all average their
+    gradients: torchrun on one machine.
+    """
     rows = []
     for count in config.processes:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "-m", "benchmarks.scale",
-                   "--worker", "True", "--channel", str(config.channel), "--batch_size", str(config.batch_size), "--device", device.type,
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "-m",
+                   "benchmarks.scale",
+                   "--worker", "True", "--channel", str(config.channel), "--batch_size", str(config.batch_size),
+                   "--device", device.type,
                    "--rounds", str(config.rounds), "--threads", str(config.threads)]
         done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
         if done.returncode:
@@ -163,8 +189,10 @@ def measure_worker(config, device):
     """One of several processes; the first prints the seconds of each step."""
     share = Config(**{**asdict(config), "batch_size": config.batch_size // distributed.world_size()})
     layout = memory_format(device, "fp32")
-    diffusion = GaussianDiffusion(UNet(3, base_channels=config.channel), (32, 32), 3).to(device, memory_format=layout).train()
-    model = torch.nn.parallel.DistributedDataParallel(diffusion, broadcast_buffers=False) if distributed.world_size() > 1 else diffusion
+    diffusion = GaussianDiffusion(UNet(3, base_channels=config.channel), (32, 32), 3).train()
+    model = diffusion = diffusion.to(device, memory_format=layout)
+    if distributed.world_size() > 1:
+        model = torch.nn.parallel.DistributedDataParallel(diffusion, broadcast_buffers=False)
     optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=1e-4)
     x = torch.randn(share.batch_size, 3, 32, 32, device=device)
 
@@ -181,10 +209,12 @@ def measure_worker(config, device):
 
 def row(axis, value, what, unit, seconds, divisor):
     """A point of a curve: seconds of each round, divided into the unit's."""
-    return {"axis": axis, "value": value, "what": what, "unit": unit, **{name: time / divisor for name, time in spread(seconds).items()}}
+    return {"axis": axis, "value": value, "what": what, "unit": unit,
+            **{name: time / divisor for name, time in spread(seconds).items()}}
 
 
-SECTIONS = {"pictures": pictures_section, "resolution": resolution_section, "channels": channels_section, "processes": processes_section}
+SECTIONS = {"pictures": pictures_section, "resolution": resolution_section, "channels": channels_section,
+            "processes": processes_section}
 
 
 def as_text(report):
@@ -192,7 +222,8 @@ def as_text(report):
     about, settings = report["machine"], report["settings"]
     head = (f"{about['cpu']}, {about['threads']} of {about['cores']} cores, load {about['load']:.1f}; "
             f"{about['gpu'] or 'no CUDA GPU here: the same command measures one where there is one'}.\n"
-            f"{settings['channel']} channels, batch {settings['batch_size']}, 32x32 where the row does not say otherwise; PyTorch "
+            f"{settings['channel']} channels, batch {settings['batch_size']}, 32x32 where the row does not say "
+            "otherwise; PyTorch "
             f"{about['versions']['torch']}; medians of {settings['rounds']} rounds, "
             f"{'wall time' if about['clock'] == 'wall' else 'CPU time of one process, but wall time for several'}.\n")
     cells = [(point["axis"], f"{point['value']:,}", point["what"], f"{point['median']:,.4g} {point['unit']}",
@@ -201,7 +232,10 @@ def as_text(report):
 
 
 def plot(rows, path):
-    """A panel for each axis, both scales logarithmic. Without matplotlib it says so and draws none."""
+    """A panel for each axis, both scales logarithmic.
+
+    Without matplotlib it says so and draws none.
+    """
     try:
         import matplotlib
     except ImportError:

@@ -1,8 +1,11 @@
-"""Which solver, with which timesteps and how many network calls? One trained model, tabled: python -m benchmarks.solvers
+"""Which solver, with which timesteps and how many network calls? One trained model, tabled.
 
-Every number is a Frechet distance in float64 between features of drawn and of real pictures, from a classifier that is trained on the
-same data first. Table, JSON and plot go to benchmarks/results/. A cell is stored as soon as it is measured; the same command goes on.
-The first seed of all cells comes first, the cheap ones before the costly: a table that was broken off is of use.
+    python -m benchmarks.solvers
+
+Every number is a Frechet distance in float64 between features of drawn and of real pictures, from a
+classifier that is trained on the same data first. Table, JSON and plot go to benchmarks/results/. A
+cell is stored as soon as it is measured; the same command goes on. The first seed of all cells
+comes first, the cheap ones before the costly: a table that was broken off is of use.
 """
 import json
 import statistics
@@ -14,7 +17,17 @@ from typing import Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
-from benchmarks.runs import DATA, RESULTS, VAL_SPLIT, WORK, list_pictures, network_options, stop_with_children, trained, write_json
+from benchmarks.runs import (
+    DATA,
+    RESULTS,
+    VAL_SPLIT,
+    WORK,
+    list_pictures,
+    network_options,
+    stop_with_children,
+    trained,
+    write_json,
+)
 from benchmarks.timing import machine, markdown
 from nets.samplers import SPACINGS
 from utils.config import check_values, parse_config, settings
@@ -36,7 +49,8 @@ SOLVERS = {  # name in the tables -> sampler and its options
     "heun": {"sampler": "heun"},
 }
 EVERY = "every"  # the spacing of as many steps as there are timesteps: all spacings are the same then
-CHEAP, TOLERANCE = 25, 1.05  # a default takes at most so many calls, and may be so much worse than ddpm with all of its steps
+# a default takes at most so many calls, and may be so much worse than ddpm with all of its steps
+CHEAP, TOLERANCE = 25, 1.05
 PLACES = ("model_path", "reference", "data_root")  # settings that mean nothing on another machine
 SEED_STRIDE = 10_000_000  # between the seeds of the first pictures of two rounds
 
@@ -44,11 +58,14 @@ SEED_STRIDE = 10_000_000  # between the seeds of the first pictures of two round
 @settings
 class Config:
     # What is measured
-    model_path: str = ""                  # a checkpoint, or a run's folder; "": a network trained on Fashion-MNIST first
-    reference: str = ""                   # its pictures, a list or folder of class folders; "": the list that it was trained on
+    # a checkpoint, or a run's folder; "": a network trained on Fashion-MNIST first
+    model_path: str = ""
+    # its pictures, a list or folder of class folders; "": the list that it was trained on
+    reference: str = ""
     solvers: str = ",".join(SOLVERS)      # rows, with commas between
     spacings: str = ",".join(SPACINGS)    # rows, with commas between
-    calls: tuple[int, ...] = (5, 10, 15, 20, 25, 50, 100, 250, 1000)  # columns: network calls a picture; ddpm's full walk is always there
+    # columns: network calls a picture; ddpm's full walk is always there
+    calls: tuple[int, ...] = (5, 10, 15, 20, 25, 50, 100, 250, 1000)
     samples: int = 10_000                 # pictures a cell
     seeds: int = 3                        # cells of each kind, each from other noise
     features: str = "classifier"          # classifier, inception, or the file of a feature net
@@ -62,7 +79,8 @@ class Config:
 
     # Machine and output
     batch_size: int = 0                   # pictures drawn at once; 0: 500 on a GPU, 100 elsewhere
-    clock: Literal["wall", "cpu"] = "wall"  # cpu: this process's own time, for a machine that others use too; with one thread
+    # cpu: this process's own time, for a machine that others use too; with one thread
+    clock: Literal["wall", "cpu"] = "wall"
     device: str = "auto"                  # auto, cuda, mps or cpu
     precision: Literal[("auto", *DTYPES)] = "auto"  # of the diffusion network
     compile: Literal["auto"] | bool = "auto"  # compile the diffusion network
@@ -89,7 +107,8 @@ def main():
     check(config)
     stop_with_children()
     device = choose_device(config.device)
-    config = replace(config, batch_size=config.batch_size or (500 if device.type == "cuda" else 100), name=config.name or device.type)
+    config = replace(config, batch_size=config.batch_size or (500 if device.type == "cuda" else 100),
+                     name=config.name or device.type)
     if not config.model_path:
         config = replace(config, model_path=str(train_one(config, device)))
     bench = Bench(config, device)
@@ -107,7 +126,8 @@ def main():
 
 def check(config):
     """ValueError for a setting out of range or unknown."""
-    check_values(config, calls=(1, None), samples=(2, SEED_STRIDE), seeds=(1, None), minutes=(0, None), epochs=(0, None), size=(0, None),
+    check_values(config, calls=(1, None), samples=(2, SEED_STRIDE), seeds=(1, None), minutes=(0, None),
+                 epochs=(0, None), size=(0, None),
                  channel=(0, None), batch_size=(0, None))  # fmt: skip
     for given, known in ((config.solvers, SOLVERS), (config.spacings, SPACINGS)):
         unknown = [name for name in given.split(",") if name not in known]
@@ -118,7 +138,8 @@ def check(config):
 def train_one(config, device):
     """The checkpoint of a network trained on Fashion-MNIST for the stated time."""
     annotation = list_pictures("fashion_mnist", WORK, config.data_root)
-    options = {**network_options(device, config.size, config.channel), "img_channels": DATA["fashion_mnist"], "val_split": VAL_SPLIT,
+    options = {**network_options(device, config.size, config.channel), "img_channels": DATA["fashion_mnist"],
+               "val_split": VAL_SPLIT,
                "device": device.type}
     return trained(WORK / "fashion_mnist" / "eps", annotation, options, config.minutes, config.epochs)[0]
 
@@ -127,7 +148,9 @@ def train_one(config, device):
 
 
 def steps_for(solver, calls):
-    """The steps that take `calls` network calls: heun's N take 2N - 1, so an even number becomes one less, never one more."""
+    """The steps that take `calls` network calls: heun's N take 2N - 1, so an even number becomes
+    one less, never one more.
+    """
     return (calls + 1) // 2 if solver == "heun" else calls
 
 
@@ -136,7 +159,10 @@ def calls_of(solver, steps):
 
 
 def wanted_cells(config, T):
-    """The cells in the order of their measurement: by seed, then by cost; ddpm's T steps, which all are held against, after the cheap."""
+    """The cells in the order of their measurement: by seed, then by cost.
+
+    ddpm's T steps, which all are held against, after the cheap.
+    """
     kinds = {("ddpm", EVERY, T, T): None}
     for solver in config.solvers.split(","):
         for spacing in config.spacings.split(","):
@@ -145,7 +171,8 @@ def wanted_cells(config, T):
                 if steps <= T:
                     kinds[solver, EVERY if steps == T else spacing, calls, steps] = None
     cells = [Cell(*kind, seed) for seed in range(config.seeds) for kind in kinds]
-    return sorted(cells, key=lambda cell: (cell.seed, cell.made if not is_yardstick(cell._asdict(), T) else CHEAP + 0.5))
+    return sorted(cells, key=lambda cell: (cell.seed,
+                                           cell.made if not is_yardstick(cell._asdict(), T) else CHEAP + 0.5))
 
 
 def is_yardstick(cell, T):
@@ -157,7 +184,10 @@ def is_yardstick(cell, T):
 
 
 class NetworkClock(torch.nn.Module):
-    """A network that counts its calls and their seconds; on a GPU between events, which nothing waits for until they are read."""
+    """A network that counts its calls and their seconds.
+
+    On a GPU between events, which nothing waits for until they are read.
+    """
 
     def __init__(self, network, device, read):
         super().__init__()
@@ -191,7 +221,8 @@ class Bench:
         self.model = evaluate.load_model(wanted, device, self.precision)
         wanted.reference = config.reference or self.model.config.get("annotation_path", "")
         if not wanted.reference:
-            raise ValueError(f"{config.model_path} does not say what it was trained on: name its pictures with --reference")
+            raise ValueError(f"{config.model_path} does not say what it was trained on: name its pictures with "
+                             "--reference")
         reference, held_out = evaluate.open_references(wanted, self.model)
         cache = FeatureCache(annotation_path=wanted.reference)
         self.extractor = load_extractor(config.features, reference, cache, device, config.batch_size)
@@ -204,25 +235,30 @@ class Bench:
             diffusion.ema_model.compile()
         self.read = time.process_time if config.clock == "cpu" else time.perf_counter
         self.clock = diffusion.ema_model = NetworkClock(diffusion.ema_model, device, self.read)
-        self.last_images(next(self.batches(Cell("dpm++", "trailing", 2, 2, 0)))[1])  # compiles, and finds the fastest convolutions
+        # compiles, and finds the fastest convolutions
+        self.last_images(next(self.batches(Cell("dpm++", "trailing", 2, 2, 0)))[1])
 
     def about(self):
         """What the cells of one table have in common."""
         real = statistics_distance(self.held_out, self.known) if self.held_out else None
         trained_with = {name: self.model.config.get(name) for name in
-                        ("input_shape", "img_channels", "channel", "channel_mults", "num_res_blocks", "prediction", "schedule", "epochs")}
+                        ("input_shape", "img_channels", "channel", "channel_mults", "num_res_blocks", "prediction",
+                         "schedule", "epochs")}
         return {
             "weights": self.digest, "features_digest": self.extractor.key, "reference_digest": self.reference.key(),
             "samples": self.config.samples, "precision": self.precision, "T": self.model.diffusion.num_timesteps,
-            "features": self.extractor.name.rsplit(", /", 1)[0], "num_reference": len(self.reference), "trained_with": trained_with,
+            "features": self.extractor.name.rsplit(", /", 1)[0], "num_reference": len(self.reference),
+            "trained_with": trained_with,
             "parameters": sum(p.numel() for p in self.model.diffusion.model.parameters()),
             "held_out_distance": real, "num_held_out": self.held_out.count if self.held_out else 0,
         }  # fmt: skip
 
     def batches(self, cell):
         """Yields (first, steps) for the cell's batches, as `sample_batches` does."""
-        firsts, spacing = range(0, self.config.samples, self.config.batch_size), None if cell.spacing == EVERY else cell.spacing
-        return sample_batches(self.model.diffusion, firsts, self.config.batch_size, cell.seed * SEED_STRIDE, self.labels,
+        firsts, spacing = range(0, self.config.samples,
+                                self.config.batch_size), None if cell.spacing == EVERY else cell.spacing
+        return sample_batches(self.model.diffusion, firsts, self.config.batch_size, cell.seed * SEED_STRIDE,
+                              self.labels,
                               steps=cell.steps, spacing=spacing, **SOLVERS[cell.solver])
 
     def last_images(self, steps):
@@ -245,14 +281,18 @@ class Bench:
         calls, network = self.clock.take()
         assert calls == cell.made * batches, (calls, cell)
         a_picture = seconds / (batches * self.config.batch_size)
-        return {"distance": statistics_distance(found, self.known), "seconds_a_picture": a_picture, "network_share": network / seconds}
+        return {"distance": statistics_distance(found, self.known), "seconds_a_picture": a_picture,
+                "network_share": network / seconds}
 
 
 # The report
 
 
 def opened(path, about):
-    """The report at `path` to go on with, or a new one. ValueError where it is about something else."""
+    """The report at `path` to go on with, or a new one.
+
+    ValueError where it is about something else.
+    """
     try:
         report = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -260,12 +300,16 @@ def opened(path, about):
     keys = ("weights", "features_digest", "reference_digest", "samples", "precision")
     differing = [key for key in keys if report["about"][key] != about[key]]
     if differing:
-        raise ValueError(f"{path} is there already and differs in {', '.join(differing)}: choose another --name, or delete it")
+        raise ValueError(f"{path} is there already and differs in {', '.join(differing)}: choose another --name, or "
+                         "delete it")
     return report
 
 
 def fill(report, path, wanted, measure):
-    """Measure the cells that the report has not got yet; each is stored, and the table with it, before the next one begins."""
+    """Measure the cells that the report has not got yet.
+
+    Each is stored, and the table with it, before the next one begins.
+    """
     done = {tuple(cell[name] for name in Cell._fields) for cell in report["cells"]}
     todo = [cell for cell in wanted if tuple(cell) not in done]
     report["wanted"] = len(report["cells"]) + len(todo)
@@ -280,11 +324,14 @@ def fill(report, path, wanted, measure):
 
 
 def summaries(report):
-    """{(solver, spacing, steps): {the cell's names, calls: [columns], distances: {seed: distance}, times, shares}}, of all seeds."""
+    """{(solver, spacing, steps): {the cell's names, calls: [columns], distances: {seed: distance},
+    times, shares}}, of all seeds.
+    """
     found = {}
     for cell in report["cells"]:
         key = cell["solver"], cell["spacing"], cell["steps"]
-        row = found.setdefault(key, {**dict(zip(("solver", "spacing", "steps"), key)), "made": cell["made"], "columns": set(),
+        row = found.setdefault(key, {**dict(zip(("solver", "spacing", "steps"), key)), "made": cell["made"],
+                                     "columns": set(),
                                      "distances": {}, "seconds": [], "shares": []})  # fmt: skip
         row["columns"].add(cell["calls"])
         row["distances"][cell["seed"]] = cell["distance"]
@@ -294,7 +341,10 @@ def summaries(report):
 
 
 def ratio(row, yardstick):
-    """How many times the yardstick's distance a row has, over the seeds that both have; None without any."""
+    """How many times the yardstick's distance a row has, over the seeds that both have.
+
+    None without any.
+    """
     common = row["distances"].keys() & yardstick["distances"].keys()
     if not common:
         return None
@@ -302,7 +352,9 @@ def ratio(row, yardstick):
 
 
 def choose_default(rows, T):
-    """(row, ratio) of the fewest network calls within TOLERANCE of ddpm's T steps, the better of equals; None before those are known."""
+    """(row, ratio) of the fewest network calls within TOLERANCE of ddpm's T steps, the better of
+    equals; None before those are known.
+    """
     yardstick = next((row for row in rows if is_yardstick(row, T)), None)
     if yardstick is None:
         return None
@@ -317,7 +369,8 @@ def verdict(rows, T):
     if chosen is None:
         return f"What is as good as ddpm with all {T} steps is not known yet: that has not been measured."
     row, value = chosen
-    what = (f"{row['solver']}, {row['spacing']} spacing, {row['made']} network calls ({row['steps']} steps), {value:.3f} times "
+    what = (f"{row['solver']}, {row['spacing']} spacing, {row['made']} network calls ({row['steps']} steps), "
+            f"{value:.3f} times "
             "its distance")
     fewest = f"The fewest calls within {TOLERANCE - 1:.0%} of ddpm with all {T} steps: {what}."
     return fewest if row["made"] <= CHEAP else f"{fewest} Nothing with {CHEAP} calls or fewer comes so close."
@@ -344,10 +397,13 @@ def heading(report):
     real = about["num_held_out"]
     real = f" {real:,} real pictures that were held out have {about['held_out_distance']:.3f}." if real else ""
     return ("" if done == wanted else f"UNFINISHED: {done} of {wanted} cells; the same command goes on.\n\n") + (
-        f"Frechet distance of {about['samples']:,} pictures to {about['num_reference']:,} real ones, mean and standard deviation of up to "
-        f"{seeds} seeds. Lower is better.{real}\nFeatures: {about['features']}. Network: {about['parameters']:,} parameters; {network}; "
+        f"Frechet distance of {about['samples']:,} pictures to {about['num_reference']:,} real ones, mean and "
+        "standard deviation of up to "
+        f"{seeds} seeds. Lower is better.{real}\nFeatures: {about['features']}. Network: {about['parameters']:,} "
+        f"parameters; {network}; "
         f"T = {about['T']}, averaged weights, x_0 clipped.\n"
-        f"{on['gpu'] or on['cpu']}, {on['threads']} of {on['cores']} cores, load {on['load']:.1f}, {on['precision']}, {clock}; "
+        f"{on['gpu'] or on['cpu']}, {on['threads']} of {on['cores']} cores, load {on['load']:.1f}, {on['precision']}, "
+        f"{clock}; "
         f"torch {on['versions'].get('torch')}."
     )
 
@@ -381,7 +437,8 @@ def distance_table(rows, columns):
     for solver in SOLVERS:
         mine = [row for row in rows if row["solver"] == solver]
         for spacing in dict.fromkeys(row["spacing"] for row in sorted(mine, key=lambda row: row["spacing"] == EVERY)):
-            cells = [next((row for row in mine if row["spacing"] == spacing and column in row["columns"]), None) for column in columns]
+            cells = [next((row for row in mine if row["spacing"] == spacing and column in row["columns"]), None)
+                     for column in columns]
             lines.append((solver, spacing, *(mean_and_spread(row) if row else "" for row in cells)))
     note = "heun makes 2N - 1 calls in N steps, so in an even column one fewer."
     return "By network calls; " + note + "\n\n" + markdown(("solver", "spacing", *map(str, columns)), lines)
@@ -393,7 +450,8 @@ def time_table(rows, columns):
     for solver in SOLVERS:
         mine = [row for row in rows if row["solver"] == solver]
         if mine:
-            times = [[second for row in mine if column in row["columns"] for second in row["seconds"]] for column in columns]
+            times = [[second for row in mine if column in row["columns"] for second in row["seconds"]]
+                     for column in columns]
             shares = [share for row in mine for share in row["shares"]]
             cells = [f"{1000 * statistics.median(values):.3g}" if values else "" for values in times]
             lines.append((solver, *cells, f"{statistics.median(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})"))
@@ -414,11 +472,13 @@ def plot(report, path):
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
     for place, label, x_of in ((axes[0], "network calls a picture", lambda row: row["made"]),
-                               (axes[1], "milliseconds a picture", lambda row: 1000 * statistics.median(row["seconds"]))):
+                               (axes[1], "milliseconds a picture",
+                                lambda row: 1000 * statistics.median(row["seconds"]))):
         draw_lines(place, rows, x_of)
         for row in rows:
             if is_yardstick(row, T):
-                place.axhspan(0, mean(row) * TOLERANCE, color="black", alpha=0.07, label=f"within {TOLERANCE - 1:.0%} of ddpm, {T} steps")
+                place.axhspan(0, mean(row) * TOLERANCE, color="black", alpha=0.07,
+                              label=f"within {TOLERANCE - 1:.0%} of ddpm, {T} steps")
         place.set(xlabel=label, xscale="log", yscale="log")
         place.grid(True, which="both", alpha=0.2)
     columns = sorted({cell["calls"] for cell in report["cells"]})
@@ -431,15 +491,20 @@ def plot(report, path):
 
 
 def draw_lines(place, rows, x_of):
-    """One colour a solver, one dash a spacing; each line ends in the solver's walk through every timestep, where there is one."""
+    """One colour a solver, one dash a spacing.
+
+    Each line ends in the solver's walk through every timestep, where there is one.
+    """
     for number, solver in enumerate(SOLVERS):
         mine = [row for row in rows if row["solver"] == solver]
         last = [row for row in mine if row["spacing"] == EVERY]
         for dash, spacing in zip(("-", "--", ":"), SPACINGS):
             line = sorted([row for row in mine if row["spacing"] == spacing] + last, key=lambda row: row["made"])
             if len(line) > len(last):
-                place.errorbar([x_of(row) for row in line], [mean(row) for row in line], yerr=[spread_of(row) for row in line],
-                               color=f"C{number}", linestyle=dash, marker=".", linewidth=1, capsize=2, label=f"{solver}, {spacing}")
+                place.errorbar([x_of(row) for row in line], [mean(row) for row in line],
+                               yerr=[spread_of(row) for row in line],
+                               color=f"C{number}", linestyle=dash, marker=".", linewidth=1, capsize=2,
+                               label=f"{solver}, {spacing}")
 
 
 if __name__ == "__main__":

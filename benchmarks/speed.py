@@ -1,6 +1,9 @@
-"""Speed and memory beside other implementations, interleaved in one process: python -m benchmarks.speed
+"""Speed and memory beside other implementations, interleaved in one process.
 
-Writes a table and JSON into benchmarks/results/. Every row says what a line of it costs; ratios are of medians.
+    python -m benchmarks.speed
+
+Writes a table and JSON into benchmarks/results/. Every row says what a line of it costs; ratios are
+of medians.
 """
 import json
 import subprocess
@@ -17,7 +20,17 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.contestants import CONTESTANTS, Job, Ours, installed
-from benchmarks.timing import check_sections, interleave, machine, markdown, quiet, spread, usable_cores, with_rows, write_text
+from benchmarks.timing import (
+    check_sections,
+    interleave,
+    machine,
+    markdown,
+    quiet,
+    spread,
+    usable_cores,
+    with_rows,
+    write_text,
+)
 from utils.config import parse_config, settings
 from utils.data.annotation import write_annotation
 from utils.data.dataset import EpochBatches, data_loader, open_dataset
@@ -41,7 +54,8 @@ class Config:
     num_images: int = 512                 # pictures that are trained on
     num_jpegs: int = 200                  # 640x480 photographs that the cache is built from
     threads: int = 0                      # of PyTorch; 0: one a core
-    clock: Literal["wall", "cpu"] = "wall"  # cpu: this process's own time, for a machine that others use too; with threads 1
+    # cpu: this process's own time, for a machine that others use too; with threads 1
+    clock: Literal["wall", "cpu"] = "wall"
     device: str = "auto"                  # auto, cuda or cpu
     name: str = ""                        # of the files in benchmarks/results; "": the device's
     memory_of: str = ""                   # used by the script itself: print the peak memory of this contestant
@@ -52,7 +66,8 @@ def main():
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or usable_cores())
     gpu = device.type == "cuda"
-    config = replace(config, channel=config.channel or (128 if gpu else 64), batch_size=config.batch_size or (128 if gpu else 16))
+    config = replace(config, channel=config.channel or (128 if gpu else 64),
+                     batch_size=config.batch_size or (128 if gpu else 16))
     chosen = config.sections.split(",")
     check_sections(chosen, SECTIONS)
     if config.memory_of:
@@ -62,7 +77,8 @@ def main():
     with TemporaryDirectory() as scratch:
         job = make_job(config, device, Path(scratch))
         contestants = installed(job)
-        report = {"machine": machine(device, choose_precision("auto", device), config.clock), "settings": asdict(config)}
+        report = {"machine": machine(device, choose_precision("auto", device), config.clock),
+                  "settings": asdict(config)}
         for name in chosen:
             started = time.perf_counter()
             rows = [{"section": name, **row} for row in SECTIONS[name](config, job, contestants)]
@@ -88,12 +104,15 @@ def timed(config, job, functions, **options):
 
 
 def rows_of(what, unit, seconds, per_call, flops=None):
-    """A row for each contestant: per_call things done in a call, as things a second, beside this project's."""
+    """A row for each contestant: per_call things done in a call, as things a second, beside this
+    project's.
+    """
     rows = []
     ours = spread(seconds[Ours.name])["median"] / per_call[Ours.name] if Ours.name in seconds else None
     for name, values in seconds.items():
         time_of = spread(values)
-        row = {"what": what, "who": name, "unit": unit, "rate": per_call[name] / time_of["median"], "seconds_a_call": time_of,
+        row = {"what": what, "who": name, "unit": unit, "rate": per_call[name] / time_of["median"],
+               "seconds_a_call": time_of,
                "ours_is_faster": time_of["median"] / per_call[name] / ours if ours else None}
         if flops:
             row["flops_a_second"] = flops[name] / time_of["median"]
@@ -102,7 +121,10 @@ def rows_of(what, unit, seconds, per_call, flops=None):
 
 
 def train_section(config, job, contestants):
-    """Images a second of a whole training step: data, network, optimizer, average. And FLOP/s beside the machine's peaks."""
+    """Images a second of a whole training step: data, network, optimizer, average.
+
+    And FLOP/s beside the machine's peaks.
+    """
     seconds = timed(config, job, {name: one.train_step for name, one in contestants.items()})
     flops = {name: count_flops(one.train_step) for name, one in contestants.items()}
     rows = rows_of("training step", "images/s", seconds, dict.fromkeys(seconds, config.batch_size), flops)
@@ -115,7 +137,9 @@ def train_section(config, job, contestants):
 
 
 def count_flops(step):
-    """Of one call, counted on the uncompiled network: a compiled one hides its operations from the counter."""
+    """Of one call, counted on the uncompiled network: a compiled one hides its operations from the
+    counter.
+    """
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
         step()
     return counter.get_total_flops()
@@ -133,8 +157,10 @@ def measure_peaks(config, job, precision):
     with torch.no_grad():
         functions = {"matrix product": lambda: a @ a, "3x3 convolution": lambda: torch.conv2d(x, weight, padding=1)}
         seconds = timed(config, job, functions, warm_up=3)
-    return [{"what": f"peak, {precision}", "who": name, "precision": precision, "unit": "FLOP/s", "seconds_a_call": spread(values),
-             "rate": flops[name] / min(values), "flops_a_second": flops[name] / min(values)} for name, values in seconds.items()]
+    return [{"what": f"peak, {precision}", "who": name, "precision": precision, "unit": "FLOP/s",
+             "seconds_a_call": spread(values),
+             "rate": flops[name] / min(values), "flops_a_second": flops[name] / min(values)}
+            for name, values in seconds.items()]
 
 
 def denoise_section(config, job, contestants):
@@ -144,7 +170,9 @@ def denoise_section(config, job, contestants):
 
 
 def sample_section(config, job, contestants):
-    """25 pictures: ours whole (25 network calls each), the others a stated share of their 1000 calls, scaled up."""
+    """25 pictures: ours whole (25 network calls each), the others a stated share of their 1000
+    calls, scaled up.
+    """
     shares = {}
 
     def drawing(name):
@@ -156,12 +184,15 @@ def sample_section(config, job, contestants):
     seconds = timed(rounds, job, {name: drawing(name) for name in contestants}, warm_up=1)
     rows = rows_of("25 pictures", "pictures/s", seconds, {name: 25 * share for name, share in shares.items()})
     for row in rows:
-        row["note"] = "whole" if shares[row["who"]] == 1 else f"measured {shares[row['who']]:.1%} of its 1000 steps, scaled up"
+        share = shares[row["who"]]
+        row["note"] = "whole" if share == 1 else f"measured {share:.1%} of its 1000 steps, scaled up"
     return rows
 
 
 def data_section(config, job, contestants):
-    """Batches on the device, ready for the network: ours from its cache, the others from the files as their loops read them."""
+    """Batches on the device, ready for the network: ours from its cache, the others from the files
+    as their loops read them.
+    """
     count = 20
 
     def loading(one):
@@ -184,7 +215,9 @@ def data_section(config, job, contestants):
 
 
 def cache_section(config, job, contestants):
-    """The uint8 cache built from 640x480 JPEGs on all cores, and a plain Pillow loop on one over the same files."""
+    """The uint8 cache built from 640x480 JPEGs on all cores, and a plain Pillow loop on one over
+    the same files.
+    """
     folder = job.scratch / "jpegs"
     folder.mkdir()
     coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
@@ -204,7 +237,8 @@ def cache_section(config, job, contestants):
             picture = Image.open(path).convert("RGB").crop((80, 0, 560, 480))
             np.asarray(picture.resize((config.size, config.size), Image.Resampling.BICUBIC))
 
-    seconds = interleave({Ours.name: ours, "a plain Pillow loop": pillow}, max(3, config.rounds // 2), warm_up=1, clock=config.clock)
+    seconds = interleave({Ours.name: ours, "a plain Pillow loop": pillow}, max(3, config.rounds // 2), warm_up=1,
+                         clock=config.clock)
     rows = rows_of("cache build from 640x480 JPEGs", "images/s", seconds, dict.fromkeys(seconds, len(paths)))
     cores = usable_cores() if config.clock == "wall" else 1  # CPU time is the sum over the cores
     rows[0]["note"] = f"{usable_cores()} cores, Pillow's loop has one" if config.clock == "wall" else "a core"
@@ -222,10 +256,13 @@ runpy.run_path("predict.py", run_name="__main__")
 
 
 def start_section(config, job, contestants):
-    """From the command `python predict.py` to its first network call, and what importing PyTorch alone takes. Always wall time."""
+    """From the command `python predict.py` to its first network call, and what importing PyTorch
+    alone takes. Always wall time.
+    """
     weights, out = job.scratch / "weights.pth", str(job.scratch / "pictures")
     torch.save(contestants[Ours.name].diffusion.state_dict(), weights)
-    options = ["--model_path", str(weights), "--save_dir", out, "--device", job.device.type, "--input_shape", f"{job.size},{job.size}"]
+    options = ["--model_path", str(weights), "--save_dir", out, "--device", job.device.type, "--input_shape",
+               f"{job.size},{job.size}"]
     commands = {
         "python predict.py": [sys.executable, "-c", START, *options],
         "import torch, torchvision": [sys.executable, "-c", "import torch, torchvision"],
@@ -234,7 +271,8 @@ def start_section(config, job, contestants):
     functions = {name: lambda command=command: run_alone(command) for name, command in commands.items()}
     seconds = {name: spread(values) for name, values in interleave(functions, config.rounds, warm_up=1).items()}
     ours = seconds["python predict.py"]["median"]
-    return [{"what": "start, to the first network call", "who": name, "unit": "s", "rate": values["median"], "seconds_a_call": values,
+    return [{"what": "start, to the first network call", "who": name, "unit": "s", "rate": values["median"],
+             "seconds_a_call": values,
              "predict_takes_of_it": ours / values["median"]} for name, values in seconds.items()]
 
 
@@ -247,11 +285,15 @@ def run_alone(command):
 
 
 def memory_section(config, job, contestants):
-    """Peak memory of training, each contestant in a process of its own: the GPU's, or on a CPU the process's own, libraries included."""
+    """Peak memory of training, each contestant in a process of its own: the GPU's, or on a CPU the
+    process's own, libraries included.
+    """
     rows = []
     for name in contestants:
-        command = [sys.executable, "-m", "benchmarks.speed", "--memory_of", name, "--device", job.device.type, "--size", str(config.size),
-                   "--channel", str(config.channel), "--batch_size", str(config.memory_batch), "--dropout", str(config.dropout),
+        command = [sys.executable, "-m", "benchmarks.speed", "--memory_of", name, "--device", job.device.type, "--size",
+                   str(config.size),
+                   "--channel", str(config.channel), "--batch_size", str(config.memory_batch), "--dropout",
+                   str(config.dropout),
                    "--threads", str(torch.get_num_threads())]
         output = run_alone(command)
         rows.append({"what": f"peak memory, training, batch {config.memory_batch}", "who": name, "unit": "MiB",
@@ -271,7 +313,8 @@ def measure_memory(config, device):
 
 
 SECTIONS = {
-    "train": train_section, "denoise": denoise_section, "sample": sample_section, "data": data_section, "cache": cache_section,
+    "train": train_section, "denoise": denoise_section, "sample": sample_section, "data": data_section,
+    "cache": cache_section,
     "start": start_section, "memory": memory_section,
 }  # fmt: skip
 
@@ -286,11 +329,13 @@ def as_text(report):
     lines = [
         f"{about['cpu']}, {about['threads']} of {about['cores']} cores, load {about['load']:.1f}; {gpu}.",
         f"{settings['channel']} channels, {settings['size']}x{settings['size']}, batch {settings['batch_size']}, "
-        f"dropout {settings['dropout']}; this project in {about['precision']}, the others as their documentation has it{theirs}; "
+        f"dropout {settings['dropout']}; this project in {about['precision']}, the others as their documentation has "
+        f"it{theirs}; "
         f"medians of {settings['rounds']} interleaved rounds, {clock}.",
         f"Python {about['python']}, {versions}.", "",
     ]  # fmt: skip
-    return "\n".join(lines) + "\n" + markdown(("what", "who", "rate", "a call (quartiles)", "ratio", "notes"), map(cells, report["rows"]))
+    return "\n".join(lines) + "\n" + markdown(("what", "who", "rate", "a call (quartiles)", "ratio", "notes"),
+                                              map(cells, report["rows"]))
 
 
 def cells(row):

@@ -16,9 +16,10 @@ from utils.files import atomic_write
 def interleave(functions, rounds, device=None, warm_up=2, clock="wall"):
     """{name: function without arguments} -> {name: [seconds of each round]}.
 
-    Every round calls each function once, in turn, so that whatever slows the machine for a while slows all of them. The calls of
-    the warm-up are not counted. clock "cpu" counts the processor time of this process instead: on a machine that others use too, with
-    one thread (waiting threads of several spin, which would count).
+    Every round calls each function once, in turn, so that whatever slows the machine for a while
+    slows all of them. The calls of the warm-up are not counted. clock "cpu" counts the processor
+    time of this process instead: on a machine that others use too, with one thread (waiting threads
+    of several spin, which would count).
     """
     read = time.process_time if clock == "cpu" else time.perf_counter
     seconds = {name: [] for name in functions}
@@ -47,7 +48,8 @@ def quiet():
 
 def spread(values):
     """{median, low, high}: the quartiles, or with fewer than four values the extremes."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) >= 4 else (min(values), None, max(values))
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) >= 4 else (min(values), None,
+        max(values))
     return {"median": statistics.median(values), "low": low, "high": high}
 
 
@@ -57,7 +59,8 @@ def machine(device, precision, clock):
     return {
         "cpu": cpu_name(), "cores": usable_cores(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "device": device.type, "precision": precision, "clock": clock, "python": platform.python_version(), "system": platform.platform(),
+        "device": device.type, "precision": precision, "clock": clock, "python": platform.python_version(),
+        "system": platform.platform(),
         "cuda": torch.version.cuda, "versions": {name: version for name in packages if (version := version_of(name))},
     }  # fmt: skip
 
@@ -67,7 +70,8 @@ def cpu_name():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+                platform.processor())
 
 
 def usable_cores():
@@ -96,8 +100,8 @@ def check_sections(chosen, known):
 def with_rows(report, rows, sections, path):
     """The report with these rows, each of which names its section, written as JSON.
 
-    Rows of other sections stay, of this run and of what is in the file from a run with the same settings, hardware and versions: a
-    long measurement can be made in parts.
+    Rows of other sections stay, of this run and of what is in the file from a run with the same
+    settings, hardware and versions: a long measurement can be made in parts.
     """
     measured = {row["section"] for row in rows}
     before = report.get("rows") or rows_of_before(report, path)
@@ -108,12 +112,16 @@ def with_rows(report, rows, sections, path):
 
 
 def rows_of_before(report, path):
-    """The rows in a file, if it is there and its settings, hardware and versions are this report's."""
+    """The rows in a file, if it is there and its settings, hardware and versions are this
+    report's.
+    """
     if not path.exists():
         return []
     before = json.loads(path.read_text(encoding="utf-8"))
-    same = all(before["settings"].get(key) == json_like(value) for key, value in report["settings"].items() if key != "sections")
-    same = same and all(before["machine"].get(key) == value for key, value in report["machine"].items() if key != "load")
+    same = all(before["settings"].get(key) == json_like(value) for key, value in report["settings"].items()
+               if key != "sections")
+    same = same and all(before["machine"].get(key) == value for key, value in report["machine"].items()
+                        if key != "load")
     return before["rows"] if same else []
 
 

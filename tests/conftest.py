@@ -11,13 +11,15 @@ import torch
 from PIL import Image
 
 PROJECT = Path(__file__).resolve().parent.parent
-# One thread: several would wait for each other wherever the machine does something else beside the tests.
+# One thread: several would wait for each other wherever the machine does something else beside the
+# tests.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 torch.set_num_threads(1)
 
 # The smallest network that has all kinds of blocks.
 TINY = (
-    *("--input_shape", "8,8", "--channel", "32", "--channel_mults", "1,", "--num_res_blocks", "1", "--attention_resolutions", "()"),
+    *("--input_shape", "8,8", "--channel", "32", "--channel_mults", "1,", "--num_res_blocks", "1",
+      "--attention_resolutions", "()"),
     *("--num_timesteps", "20", "--batch_size", "8", "--preview_period", "0", "--ema_start", "3", "--device", "cpu"),
 )
 
@@ -46,20 +48,27 @@ def command(script, *arguments):
 
 def torchrun(processes, script, *arguments):
     return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(PROJECT / script),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+        str(PROJECT / script),
         *map(str, arguments),
     ]  # fmt: skip
 
 
 def run(arguments, cwd, expect=0, timeout=240):
-    """Run a command to its end and return what it printed; fails with its output if it ends with another code."""
+    """Run a command to its end and return what it printed.
+
+    Fails with its output if it ends with another code.
+    """
     done = subprocess.run(arguments, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == expect, f"exit code {done.returncode}, not {expect}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
 
 def run_main(script, *arguments):
-    """Run a script's main() in this process, in the current folder; much quicker than a process of its own."""
+    """Run a script's main() in this process, in the current folder.
+
+    Much quicker than a process of its own.
+    """
     import importlib
 
     from utils.errors import run_script

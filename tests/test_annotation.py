@@ -130,8 +130,10 @@ def test_a_name_with_a_line_break_is_left_out(tmp_path):
 
 @pytest.mark.parametrize("error, line", [
     (MemoryError(), "out of memory while decoding {path}: lower num_workers, or end other programs; nothing was kept"),
-    *[(OSError(number, os.strerror(number)), f"{{path}} cannot be read now ({os.strerror(number)}): see to the disk or the system and run "
-       "this again; nothing was kept") for number in (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)]])
+    *[(OSError(number, os.strerror(number)),
+       f"{{path}} cannot be read now ({os.strerror(number)}): see to the disk or the system and run "
+       "this again; nothing was kept") for number in (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+                                                      errno.ESTALE)]])
 def test_a_failure_of_the_system_ends_the_pass(tmp_path, monkeypatch, error, line):
     """The image may be whole: it must not be left out."""
     paths = [make_image(tmp_path / f"{i}.png") for i in range(3)]
@@ -160,7 +162,8 @@ def test_a_file_that_may_not_be_read_is_left_out(tmp_path, monkeypatch, number):
 
 @pytest.mark.parametrize("text, shown", [
     ("plain name.png", "plain name.png"), ("gâteau 蛋糕 👩\u200d🚀.png", "gâteau 蛋糕 👩\u200d🚀.png"),
-    ("\x1b]0;owned\x07\x1b[31mred", r"\x1b]0;owned\x07\x1b[31mred"), ("a\nb\rc\td\0", r"a\nb\rc\td\x00"), ("\x9b31m\x7f", r"\x9b31m\x7f"),
+    ("\x1b]0;owned\x07\x1b[31mred", r"\x1b]0;owned\x07\x1b[31mred"), ("a\nb\rc\td\0", r"a\nb\rc\td\x00"),
+    ("\x9b31m\x7f", r"\x9b31m\x7f"),
     (Path("/d/\x1bc"), r"/d/\x1bc"), ("bytes\udcff", r"bytes\udcff"),
     ("\u202egnp.exe\u2066", r"\u202egnp.exe\u2066"), ("a\u2028b", r"a\u2028b")])
 def test_what_a_terminal_would_act_on_is_escaped(monkeypatch, text, shown):
@@ -211,7 +214,9 @@ def test_the_shipped_emoji_make_way_for_other_images():
 
 # The list
 
-ODD_NAMES = ["with space.png", " b, c.png", "ü/日本/é.png", "1;b.png", "12;/x.png", "a;b;c.png", "x\u2028y\x85z\x0b.png", "\ufeff.png",
+ODD_NAMES = ["with space.png", " b, c.png", "ü/日本/é.png", "1;b.png", "12;/x.png", "a;b;c.png",
+             "x\u2028y\x85z\x0b.png",
+             "\ufeff.png",
              "tab\t'\"#%\\n.png", "car\rriage.png", "bytes\udcff.png", "end .png "]
 
 
@@ -245,7 +250,9 @@ def test_class_names_lie_beside_the_list():
 
 @pytest.mark.parametrize("fails_at", [0, 1, 2])
 def test_a_write_that_fails_never_leaves_wrong_names(tmp_path, monkeypatch, fails_at):
-    """Killed before the list, between list and names, and after both: the old pair, the new pair, or a clear refusal."""
+    """Killed before the list, between list and names, and after both: the old pair, the new pair,
+    or a clear refusal.
+    """
     path = tmp_path / "train_lines.txt"
     write_annotation(path, ["/d/old.png"], [0], ["old"])
     replace, calls = os.replace, []
@@ -286,7 +293,8 @@ def test_a_full_disk_leaves_list_and_names_untouched(tmp_path):
 def test_a_list_saved_by_a_windows_editor_is_read(tmp_path):
     (tmp_path / "train_lines.txt").write_bytes("\ufeff1;/d/ü.png\r\n0;/d/b.png\r\n\r\n".encode())
     (tmp_path / "train_classes.txt").write_bytes("\ufeffcats\r\ndogs\r\n".encode())
-    assert read_annotation(tmp_path / "train_lines.txt") == Annotation(["/d/ü.png", "/d/b.png"], [1, 0], ["cats", "dogs"])
+    assert read_annotation(tmp_path / "train_lines.txt") == Annotation(["/d/ü.png", "/d/b.png"], [1, 0],
+                                                                       ["cats", "dogs"])
 
 
 @pytest.mark.parametrize("text, classes, message", [
@@ -312,10 +320,12 @@ def test_a_list_that_cannot_be_used_is_one_clear_line(tmp_path, text, classes, m
 
 @pytest.mark.parametrize("text, fault", [
     ("images/a.png", r"line 1: expected .* not a relative path or another text \(images/a.png\)"),
-    ('"/d/a.png"', "line 1: expected .* not a path in quotes"), ("0;'/d/a.png'", "line 1: expected .* not a path in quotes"),
+    ('"/d/a.png"', "line 1: expected .* not a path in quotes"),
+    ("0;'/d/a.png'", "line 1: expected .* not a path in quotes"),
     ("/d/a.png\n0;b.png", r"line 2: expected .* not a relative path or another text \(b.png\)"),
     ("evil\x1b[31m.png", r"another text \(evil\\x1b\[31m.png\)"),
-    pytest.param(r"C:\d\a.png", "line 1: expected .* not a path of Windows", marks=pytest.mark.skipif(os.name == "nt", reason="it is one")),
+    pytest.param(r"C:\d\a.png", "line 1: expected .* not a path of Windows",
+                 marks=pytest.mark.skipif(os.name == "nt", reason="it is one")),
 ])
 def test_what_is_wrong_with_a_path_is_said(tmp_path, text, fault):
     (tmp_path / "train_lines.txt").write_text(text + "\n", encoding="utf-8")
@@ -356,7 +366,8 @@ def test_a_list_never_replaces_an_image(tmp_path, monkeypatch):
 def run_script(folder, *options):
     command = [sys.executable, str(PROJECT / "txt_annotation.py"), *options]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8",
+                          timeout=120)
 
 
 def test_the_script_lists_what_is_good_and_says_what_it_did(tmp_path):
@@ -366,7 +377,8 @@ def test_the_script_lists_what_is_good_and_says_what_it_did(tmp_path):
     done = run_script(tmp_path)
     assert done.returncode == 0, done.stderr
     listed = read_annotation(tmp_path / "train_lines.txt")
-    assert relative(listed.paths, tmp_path / "datasets") == ["my set/cats/1.PNG", "my set/dögs/1.jpg", "my set/dögs/2.png"]
+    assert relative(listed.paths, tmp_path / "datasets") == ["my set/cats/1.PNG", "my set/dögs/1.jpg",
+                                                             "my set/dögs/2.png"]
     assert (listed.labels, listed.classes) == ([0, 1, 1], ["cats", "dögs"])
     for said in ("3 images, all 8x6", "2 classes: cats (1), dögs (2)", "bad.png: not a picture", "the 1 shipped ones",
                  str(tmp_path / "train_lines.txt")):
@@ -397,7 +409,8 @@ def test_the_script_says_what_it_does_not_read_and_why_there_are_no_classes(tmp_
     assert done.returncode == 0, done.stderr
     assert "not read: " in done.stdout and "1 .xyz" in done.stdout
     assert "2 .heic" in done.stdout or ".heic" in EXTENSIONS
-    assert r"no classes, as stray.png lies beside the folders \x1b]0;x\x07, cats, dogs: the images are unlabelled" in done.stdout
+    assert (r"no classes, as stray.png lies beside the folders \x1b]0;x\x07, cats, dogs: the images are unlabelled"
+            in done.stdout)
     assert r"bad\x1b[31m.png: not a picture" in done.stdout and "pipe.png: no regular file" in done.stdout
     assert "\x1b" not in done.stdout
 
@@ -426,7 +439,8 @@ def test_a_list_at_a_wrong_place_is_one_line(tmp_path, name):
     path = Path(make_image(tmp_path / "datasets" / "cats" / "1.png"))
     content = path.read_bytes()
     done = run_script(tmp_path, f"--annotation_path={name}")
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: annotation_path ") and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: annotation_path ")
     assert path.read_bytes() == content
 
 

@@ -1,4 +1,6 @@
-"""Files are whole or not there: every system call of `atomic_write` is made to fail, and to be the last one before a kill."""
+"""Files are whole or not there: every system call of `atomic_write` is made to fail, and to be the
+last one before a kill.
+"""
 import errno
 import os
 import resource
@@ -20,7 +22,9 @@ CALLS = ("open", "write", "fsync", "replace", "close")
 
 
 class Faulty:
-    """Counts the system calls below `atomic_write` and lets `fault` happen before or after the one that is wanted."""
+    """Counts the system calls below `atomic_write` and lets `fault` happen before or after the one
+    that is wanted.
+    """
 
     def __init__(self, wanted, when, fault):
         self.left, self.when, self.fault = wanted, when, fault
@@ -39,7 +43,9 @@ class Faulty:
 
 
 def use_raw_calls(patch, faulty):
-    """Have `atomic_write` write through os.open, os.write and os.fsync, unbuffered, so that each call can be hit."""
+    """Have `atomic_write` write through os.open, os.write and os.fsync, unbuffered, so that each
+    call can be hit.
+    """
 
     class File:
         def __init__(self, path, mode):
@@ -277,7 +283,9 @@ def test_a_folder_behind_a_link(tmp_path):
 
 
 def test_a_checkpoint_that_does_not_fit_the_disk_is_an_oserror(tmp_path):
-    """The limit on a file's size stands for a full disk: the write fails in the middle of PyTorch's own writer."""
+    """The limit on a file's size stands for a full disk: the write fails in the middle of
+    PyTorch's own writer.
+    """
     path = tmp_path / "last.pth"
     save_checkpoint(path, {"weights": {"x": torch.zeros(3)}})
     child = os.fork()

@@ -26,7 +26,9 @@ def poison(patch, values):
 
 
 def leave_out(patch, bad_steps):
-    """Tell the run to leave out these steps, by other means than its own: plain optimizer steps, and no flags at all."""
+    """Tell the run to leave out these steps, by other means than its own: plain optimizer steps,
+    and no flags at all.
+    """
     steps, update_ema = iter(range(10**6)), GaussianDiffusion.update_ema
     now = []
 
@@ -37,7 +39,8 @@ def leave_out(patch, bad_steps):
         optimizer.zero_grad()
 
     patch.setattr(train, "step_unless_bad", step)
-    patch.setattr(GaussianDiffusion, "update_ema", lambda self, skip=None: None if now[0] in bad_steps else update_ema(self))
+    patch.setattr(GaussianDiffusion, "update_ema", lambda self,
+                  skip=None: None if now[0] in bad_steps else update_ema(self))
 
 
 @pytest.fixture(autouse=True)

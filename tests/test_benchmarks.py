@@ -1,4 +1,6 @@
-"""What the benchmarks decide by themselves: which cells, which default, what is measured again, and how runs are started."""
+"""What the benchmarks decide by themselves: which cells, which default, what is measured again,
+and how runs are started.
+"""
 import gzip
 import math
 import subprocess
@@ -20,11 +22,14 @@ def a_report(distances, T=T):
         for (solver, spacing, steps), values in distances.items() for seed, distance in enumerate(values)
     ]  # fmt: skip
     about = {
-        "weights": "w", "features_digest": "f", "reference_digest": "r", "samples": 100, "precision": "fp32", "T": T, "features": "some",
-        "num_reference": 5, "trained_with": {"channel": 32}, "parameters": 7, "held_out_distance": 0.5, "num_held_out": 3,
+        "weights": "w", "features_digest": "f", "reference_digest": "r", "samples": 100, "precision": "fp32", "T": T,
+        "features": "some",
+        "num_reference": 5, "trained_with": {"channel": 32}, "parameters": 7, "held_out_distance": 0.5,
+        "num_held_out": 3,
     }  # fmt: skip
     machine = {
-        "clock": "wall", "gpu": None, "cpu": "a processor", "threads": 1, "cores": 2, "load": 0.0, "precision": "fp32", "versions": {},
+        "clock": "wall", "gpu": None, "cpu": "a processor", "threads": 1, "cores": 2, "load": 0.0, "precision": "fp32",
+        "versions": {},
     }  # fmt: skip
     return {"about": about, "machine": machine, "cells": cells, "wanted": len(cells)}
 
@@ -62,12 +67,15 @@ def test_the_yardstick_is_always_there_and_steps_beyond_T_never():
 
 def test_the_default_is_the_fewest_calls_within_five_per_cent():
     yardstick = {("ddpm", "every", T): [10.0, 10.0]}
-    rows = {("ddim", "uniform", 10): [10.6, 10.6], ("dpm++", "logsnr", 20): [10.4, 10.4], ("heun", "logsnr", 13): [9, 9]}
+    rows = {("ddim", "uniform", 10): [10.6, 10.6], ("dpm++", "logsnr", 20): [10.4, 10.4],
+            ("heun", "logsnr", 13): [9, 9]}
     assert choose(yardstick | rows)[:2] == ("dpm++", 20)
     # Of equal cost the better one.
-    assert choose(yardstick | {("ddim", "uniform", 20): [10.3, 10.3], ("dpm++", "logsnr", 20): [10.1, 10.1]})[:2] == ("dpm++", 20)
+    assert choose(yardstick | {("ddim", "uniform", 20): [10.3, 10.3],
+                               ("dpm++", "logsnr", 20): [10.1, 10.1]})[:2] == ("dpm++", 20)
     # None that is cheap: the one that it takes, in the end the yardstick itself.
-    assert choose(yardstick | {("ddim", "uniform", 20): [12, 12], ("ddim", "uniform", 250): [10, 10.2]})[:2] == ("ddim", 250)
+    assert choose(yardstick | {("ddim", "uniform", 20): [12, 12], ("ddim", "uniform", 250): [10, 10.2]})[:2] == ("ddim",
+        250)
     assert choose(yardstick) == ("ddpm", T, 1.0)
     assert solvers.choose_default(solvers.summaries(a_report({("ddim", "uniform", 20): [12]})), T) is None
 
@@ -78,8 +86,10 @@ def test_ratios_are_taken_over_the_seeds_that_both_have():
 
 
 def test_the_verdict_says_where_nothing_cheap_is_good_enough():
-    rows = solvers.summaries(a_report({("ddpm", "every", T): [10.0], ("ddim", "trailing", 50): [10.2], ("ddim", "trailing", 25): [11.0]}))
-    assert "50 network calls" in solvers.verdict(rows, T) and "Nothing with 25 calls or fewer comes so close" in solvers.verdict(rows, T)
+    rows = solvers.summaries(a_report({("ddpm", "every", T): [10.0], ("ddim", "trailing", 50): [10.2],
+                                       ("ddim", "trailing", 25): [11.0]}))
+    verdict = solvers.verdict(rows, T)
+    assert "50 network calls" in verdict and "Nothing with 25 calls or fewer comes so close" in verdict
     assert "not known yet" in solvers.verdict(rows[1:], T)
 
 
@@ -128,14 +138,17 @@ def test_options_are_written_as_the_scripts_read_them():
 
 
 def test_what_a_benchmark_started_ends_with_it(tmp_path, monkeypatch):
-    """A signal to the parent alone, as a batch scheduler sends it, reaches the child, which has time to save."""
+    """A signal to the parent alone, as a batch scheduler sends it, reaches the child, which has
+    time to save.
+    """
     (tmp_path / "child.py").write_text(
         "import os, pathlib, signal, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path('saved').touch(), os._exit(3)))\n"
         "time.sleep(0.5)\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n", "utf-8")  # fmt: skip
     (tmp_path / "parent.py").write_text(
         f"import sys, pathlib\nsys.path.insert(0, {str(runs.PROJECT)!r})\nfrom benchmarks import runs\n"
-        "runs.PROJECT = pathlib.Path.cwd()\nruns.stop_with_children()\nruns.run_project('child.py', {}, '.')\n", "utf-8")  # fmt: skip
+        "runs.PROJECT = pathlib.Path.cwd()\nruns.stop_with_children()\nruns.run_project('child.py', {}, '.')\n",
+        "utf-8")  # fmt: skip
     assert subprocess.run([sys.executable, "parent.py"], cwd=tmp_path, timeout=60).returncode == 128 + 15
     assert (tmp_path / "saved").exists()
 
@@ -145,7 +158,8 @@ def test_quality_replaces_a_report_of_other_settings_and_adds_to_one_of_the_same
     report = quality.opened(path, config)
     report["runs"]["emoji/eps"] = {"found": 1}
     runs.write_json(path, report)
-    assert quality.opened(path, quality.Config(samples=100, variants="v", data="fashion_mnist"))["runs"] == {"emoji/eps": {"found": 1}}
+    assert quality.opened(path, quality.Config(samples=100, variants="v",
+                                               data="fashion_mnist"))["runs"] == {"emoji/eps": {"found": 1}}
     assert quality.opened(path, quality.Config(samples=200))["runs"] == {}
 
 

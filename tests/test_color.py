@@ -142,7 +142,9 @@ def test_grey_is_converted(tmp_path, dtype, alpha):
 
 
 def cmyk_profile():
-    """Inks of a press that is nothing like Pillow's formula: a table of 2 x 2 x 2 x 2 Lab colours."""
+    """Inks of a press that is nothing like Pillow's formula: a table of 2 x 2 x 2 x 2 Lab
+    colours.
+    """
     corners = np.indices((2,) * 4).reshape(4, -1).T
     lightness = [255 * (1 - 0.2 * c - 0.3 * m - 0.1 * y) * (1 - 0.8 * k) for c, m, y, k in corners]
     ab = [(128 + 40 * m - 30 * c, 128 + 50 * y - 20 * c) for c, m, y, _ in corners]

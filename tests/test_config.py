@@ -1,4 +1,6 @@
-"""Settings: what may be typed for each kind of field, what --help says, and which errors are one line."""
+"""Settings: what may be typed for each kind of field, what --help says, and which errors are one
+line.
+"""
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -11,7 +13,15 @@ import predict
 import train
 import txt_annotation
 from utils import errors
-from utils.config import block_settings, check_values, parse_config, parse_value, settings, trailing_comments, typed_options
+from utils.config import (
+    block_settings,
+    check_values,
+    parse_config,
+    parse_value,
+    settings,
+    trailing_comments,
+    typed_options,
+)
 from utils.errors import run_script
 
 
@@ -44,7 +54,8 @@ def test_a_text_may_start_with_a_dash(text):
     ("loss_type", "l1", "l1"), ("loss_type", "'l1'", "l1"), ("loss_type", "3", "3"), ("loss_type", "True", "True"),
     ("loss_type", "None", "None"), ("loss_type", "", ""), ("loss_type", "a b, c.png", "a b, c.png"),
     ("compile", "auto", "auto"), ("compile", "True", True), ("compile", "false", False),
-    ("shape", "64,48", (64, 48)), ("shape", "(64, 48)", (64, 48)), ("shape", "[64, 48]", (64, 48)), ("shape", "-1,2", (-1, 2)),
+    ("shape", "64,48", (64, 48)), ("shape", "(64, 48)", (64, 48)), ("shape", "[64, 48]", (64, 48)),
+    ("shape", "-1,2", (-1, 2)),
     ("mults", "1,", (1,)), ("mults", "1", (1,)), ("mults", "1,2,2,2", (1, 2, 2, 2)), ("mults", "()", ()),
     ("limit", "5", 5), ("limit", "None", None), ("limit", "none", None),
 ])  # fmt: skip
@@ -55,15 +66,18 @@ def test_values_are_written_as_in_python(name, text, value):
 
 
 @pytest.mark.parametrize(("name", "text", "words"), [
-    ("batch_size", "2.5", "expected a whole number"), ("batch_size", "True", "a whole number"), ("batch_size", "many", "a whole number"),
+    ("batch_size", "2.5", "expected a whole number"), ("batch_size", "True", "a whole number"),
+    ("batch_size", "many", "a whole number"),
     ("batch_size", "__import__('os').getcwd()", "a whole number"), ("batch_size", "{[]: 1}", "a whole number"),
-    ("batch_size", "(" * 300, "a whole number"), ("batch_size", "1+1", "a whole number"), ("batch_size", "None", "a whole number"),
+    ("batch_size", "(" * 300, "a whole number"), ("batch_size", "1+1", "a whole number"),
+    ("batch_size", "None", "a whole number"),
     ("init_lr", "fast", "expected a number"), ("init_lr", "True", "a number"), ("init_lr", "nan", "a number"),
     ("compile", "maybe", "one of 'auto' or True or False"), ("compile", "1", "one of 'auto' or True or False"),
     ("shape", "64", "2 int values with commas between them, as '64,64'"), ("shape", "1,2,3", "2 int values"),
     ("shape", "a,b", "2 int values"), ("shape", "1.5,2", "2 int values"), ("shape", "", "2 int values"),
     ("mults", "1,x", "one alone as '1,'"), ("mults", "1,2.0", "int values"), ("mults", "1 2", "int values"),
-    ("limit", "x", "a whole number or None"), ("limit", "9" * 400, "a whole number or None"), ("batch_size", str(2**63), "a whole number"),
+    ("limit", "x", "a whole number or None"), ("limit", "9" * 400, "a whole number or None"),
+    ("batch_size", str(2**63), "a whole number"),
     ("init_lr", "9" * 400, "a number"),
 ])  # fmt: skip
 def test_other_values_are_refused_with_what_was_expected(name, text, words):
@@ -75,7 +89,8 @@ def test_other_values_are_refused_with_what_was_expected(name, text, words):
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--batchsize", "3"], "did you mean --batch_size?"), (["--batch-size=3"], "did you mean --batch_size?"),
     (["--zzz", "3"], "unrecognized arguments: --zzz"), (["train"], "unrecognized arguments: train"),
-    (["--batch", "3"], "unrecognized"), (["--batch_size"], "expected one argument"), (["--batch_size", "--shape", "1,2"], "expected one"),
+    (["--batch", "3"], "unrecognized"), (["--batch_size"], "expected one argument"),
+    (["--batch_size", "--shape", "1,2"], "expected one"),
 ])  # fmt: skip
 def test_unknown_options_are_refused_with_the_nearest_one(arguments, words):
     with pytest.raises(ValueError, match="--help lists every setting") as raised:
@@ -94,7 +109,8 @@ def test_help_is_the_comment_and_the_default(capsys):
         parse("--help")
     assert raised.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for words in ("--batch_size VALUE pictures a step; 100 % of them (default: 64)", '"#" in a comment, too', "(default: (1, 2))"):
+    for words in ("--batch_size VALUE pictures a step; 100 % of them (default: 64)", '"#" in a comment, too',
+                  "(default: (1, 2))"):
         assert words in printed
     assert "A group" not in printed and "VALUE l1 or l2 (default: 'l2 # no comment')" in printed
 
@@ -117,7 +133,8 @@ def test_each_default_of_the_scripts_can_be_typed(script):
 
 def test_values_out_of_range():
     check_values(Settings(), batch_size=(1, None), shape=(1, 64), init_lr=(0, 1))
-    for values, name in (({"batch_size": 0}, "batch_size"), ({"shape": (8, 65)}, "shape"), ({"init_lr": float("nan")}, "init_lr")):
+    for values, name in (({"batch_size": 0}, "batch_size"), ({"shape": (8, 65)}, "shape"),
+                         ({"init_lr": float("nan")}, "init_lr")):
         with pytest.raises(ValueError, match=f"{name} is .*: it must be "):
             check_values(Settings(**values), batch_size=(1, None), shape=(1, 64), init_lr=(0, 1))
     with pytest.raises(ValueError, match="between 1 and 64"):
@@ -125,7 +142,8 @@ def test_values_out_of_range():
 
 
 @pytest.mark.parametrize(("values", "words"), [
-    ({"compile": "maybe"}, "compile is 'maybe': expected one of 'auto' or True or False"), ({"batch_size": "64"}, "a whole number"),
+    ({"compile": "maybe"}, "compile is 'maybe': expected one of 'auto' or True or False"),
+    ({"batch_size": "64"}, "a whole number"),
     ({"shape": (8, 8, 8)}, "2 int values"), ({"limit": 1.5}, "a whole number or None"), ({"loss_type": 2}, "text"),
 ])
 def test_an_edited_block_is_checked_like_typed_options(values, words):
@@ -148,7 +166,8 @@ def block(text):
 
 
 @pytest.mark.parametrize(("text", "value"), [
-    ("shape: tuple[int, int] = [64, 48]", (64, 48)), ("mults: tuple[int, ...] = [1, 2]", (1, 2)), ("mults: tuple[int, ...] = 1", (1,)),
+    ("shape: tuple[int, int] = [64, 48]", (64, 48)), ("mults: tuple[int, ...] = [1, 2]", (1, 2)),
+    ("mults: tuple[int, ...] = 1", (1,)),
     ("rate: float = 1", 1.0), ("rate: Literal['auto'] | float = 3", 3.0), ("name: str = ''", ""),
 ])
 def test_an_edited_block_is_applied_whole(text, value):
@@ -158,10 +177,14 @@ def test_an_edited_block_is_applied_whole(text, value):
 
 @pytest.mark.parametrize(("text", "words"), [
     ("size: int = 3\nchannel = 64", "channel = 64 in the settings of .* has no type, .*: write channel: int = 64"),
-    ("size: int = 3\nCuda = True", "Cuda = True .* has no type"), ("size: int = 3\nprediction = 'v'", "write prediction: str = 'v'"),
-    ("size: int = 64.0", "size = 64.0 in the settings of .*: expected a whole number"), ("size: int = 1e3", "expected a whole number"),
-    ("size: int = '32'", "size = '32' .*: expected a whole number"), ("shape: tuple[int, int] = [64, 64, 64]", "expected 2 int values"),
-    ("name: str = 5", "expected text"), ("flag: bool = 1", "expected True or False"), ("kind: Literal['a', 'b'] = 'c'", "one of 'a', 'b'"),
+    ("size: int = 3\nCuda = True", "Cuda = True .* has no type"),
+    ("size: int = 3\nprediction = 'v'", "write prediction: str = 'v'"),
+    ("size: int = 64.0", "size = 64.0 in the settings of .*: expected a whole number"),
+    ("size: int = 1e3", "expected a whole number"),
+    ("size: int = '32'", "size = '32' .*: expected a whole number"),
+    ("shape: tuple[int, int] = [64, 64, 64]", "expected 2 int values"),
+    ("name: str = 5", "expected text"), ("flag: bool = 1", "expected True or False"),
+    ("kind: Literal['a', 'b'] = 'c'", "one of 'a', 'b'"),
     ("size: int = {3}", "expected a whole number"), ("size: int", "size = None .*: expected a whole number"),
 ])
 def test_an_edited_block_is_refused_by_name(text, words):
@@ -184,9 +207,11 @@ def ours(message):
 @pytest.mark.parametrize(("main", "code", "line"), [
     (ours("x"), 1, "error: --limit x: expected a whole number"),
     (ours("two\nlines"), 1, "error: --limit two lines: expected a whole number"),
-    (lambda: Path("nowhere/at/all").read_text(), 1, "error: nowhere/at/all: No such file or directory; check this path, or name another"),
+    (lambda: Path("nowhere/at/all").read_text(), 1,
+     "error: nowhere/at/all: No such file or directory; check this path, or name another"),
     (raising(OSError("the disk is full")), 1, "error: the disk is full"),
-    (raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), 1, "error: out of memory: lower --batch_size"),
+    (raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), 1,
+     "error: out of memory: lower --batch_size"),
     (lambda: torch.empty(2**60), 1, "error: out of memory: lower --batch_size"),
     (raising(KeyboardInterrupt()), 130, "stopped"),
 ])  # fmt: skip
@@ -204,7 +229,8 @@ def unpacking():
 
 
 @pytest.mark.parametrize("main", [
-    lambda: torch.zeros(2).reshape(3), lambda: torch.distributions.Normal(0.0, -1.0), raising(KeyError("x")), lambda: 1 / 0,
+    lambda: torch.zeros(2).reshape(3), lambda: torch.distributions.Normal(0.0, -1.0), raising(KeyError("x")),
+    lambda: 1 / 0,
     lambda: np.zeros(6).reshape(4), lambda: int("x"), lambda: [].index(3), unpacking, lambda: len(slice(1)),
 ])  # fmt: skip
 def test_mistakes_of_ours_keep_their_traceback(main, capsys):
@@ -214,6 +240,7 @@ def test_mistakes_of_ours_keep_their_traceback(main, capsys):
 
 
 def test_libraries_in_an_environment_within_the_project_are_not_ours(monkeypatch):
-    monkeypatch.setattr(errors, "PROJECT", Path(torch.__file__).resolve().parents[2])  # the folder that holds site-packages
+    # the folder that holds site-packages
+    monkeypatch.setattr(errors, "PROJECT", Path(torch.__file__).resolve().parents[2])
     with pytest.raises(ValueError, match="scale"):
         run_script(lambda: torch.distributions.Normal(0.0, -1.0))

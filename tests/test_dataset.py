@@ -1,4 +1,6 @@
-"""The cache and the batches: what is decoded, when it is decoded again, and the order of the data."""
+"""The cache and the batches: what is decoded, when it is decoded again, and the order of the
+data.
+"""
 import errno
 import hashlib
 import json
@@ -54,7 +56,8 @@ def open_listed(listed, **settings):
 # What is in the cache
 
 @pytest.mark.parametrize("settings", [
-    {}, {"img_channels": 1}, {"resize_mode": "pad", "background": (9, 0, 200)}, {"input_shape": (16, 4)}, {"num_workers": 3}])
+    {}, {"img_channels": 1}, {"resize_mode": "pad", "background": (9, 0, 200)}, {"input_shape": (16, 4)},
+    {"num_workers": 3}])
 def test_the_cache_holds_what_load_image_gives(listed, settings):
     data = open_listed(listed, **settings)
     shape = settings.get("input_shape", (8, 16))
@@ -92,7 +95,8 @@ def test_unlabelled_images_have_label_zero(listed):
 def test_an_unchanged_list_is_decoded_once(listed, decoded):
     first, second = open_listed(listed), open_listed(listed)
     assert len(decoded) == 40
-    assert torch.equal(first.__getitems__(range(40))[0], second.__getitems__(range(40))[0]) and first.hashes == second.hashes
+    assert torch.equal(first.__getitems__(range(40))[0],
+                       second.__getitems__(range(40))[0]) and first.hashes == second.hashes
 
 
 def test_other_labels_need_no_decoding(listed, decoded):
@@ -108,7 +112,8 @@ def test_another_setting_is_another_cache(listed, decoded, settings):
     open_listed(listed)
     data = open_listed(listed, **settings)
     assert len(decoded) == 80
-    assert torch.equal(data.images([0])[0], torch.from_numpy(load_image(listed[1][0], **{"input_shape": (8, 16), **settings})))
+    assert torch.equal(data.images([0])[0], torch.from_numpy(load_image(listed[1][0],
+        **{"input_shape": (8, 16), **settings})))
     open_listed(listed)
     assert len(decoded) == 80  # the first one is still there
 
@@ -171,7 +176,8 @@ def remove_pixels(pixels, index):
 
 
 @pytest.mark.parametrize("damage", [
-    damage_index, empty_index, remove_index, forget_an_image, forget_a_hash, cut_pixels, lengthen_pixels, remove_pixels])
+    damage_index, empty_index, remove_index, forget_an_image, forget_a_hash, cut_pixels, lengthen_pixels,
+    remove_pixels])
 def test_a_damaged_cache_is_built_again(listed, decoded, damage):
     whole = open_listed(listed).__getitems__(range(40))[0]
     (pixels,), (index,) = listed[2].glob("*.pixels"), listed[2].glob("*.json")
@@ -273,7 +279,8 @@ def test_files_that_are_gone_are_an_error_that_names_them(listed, cached):
         open_listed(listed)
     for path in listed[1][8:21]:
         os.unlink(path)
-    with pytest.raises(ValueError, match=r"13 of 40 listed images are gone: .* and 3 more; run `python txt_annotation\.py`") as caught:
+    message = r"13 of 40 listed images are gone: .* and 3 more; run `python txt_annotation\.py`"
+    with pytest.raises(ValueError, match=message) as caught:
         open_listed(listed)
     assert listed[1][8] in str(caught.value) and "\n" not in str(caught.value)
 
@@ -367,14 +374,17 @@ def test_the_batches_of_a_subset_hold_its_images_only(listed):
     data, numbers = open_listed(listed), [3, 5, 8, 13, 21, 34]
     subset = data.subset(numbers)
     batches = list(data_loader(subset, EpochBatches(len(subset), 3, 0, 0)))
-    found = sorted((image.numpy().tobytes(), label) for images, labels in batches for image, label in zip(images, labels.tolist()))
+    found = sorted((image.numpy().tobytes(), label) for images, labels in batches
+                   for image, label in zip(images, labels.tolist()))
     assert found == sorted((data.images([number])[0].numpy().tobytes(), number % 2) for number in numbers)
     order = np.concatenate(list(EpochBatches(len(subset), 3, 0, 0)))
     assert [numbers[i] for i in order] == [13, 8, 34, 21, 3, 5]  # pinned: exact resume depends on it
     assert torch.equal(batches[0][0], data.images([13, 8, 34]))
 
 
-@pytest.mark.parametrize("pin_memory", [False, pytest.param(True, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA"))])
+@pytest.mark.parametrize("pin_memory", [False,
+                                        pytest.param(True, marks=pytest.mark.skipif(not torch.cuda.is_available(),
+                                            reason="CUDA"))])
 def test_the_loader_gives_whole_batches_of_its_order(listed, pin_memory):
     data, batches = open_listed(listed), EpochBatches(40, 16, 0, 0)
     for indices, (images, labels) in zip(batches, data_loader(data, batches, pin_memory), strict=True):

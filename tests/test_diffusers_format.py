@@ -26,17 +26,21 @@ diffusers.utils.logging.disable_progress_bar()
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMALL = {
-    "input_shape": (8, 8), "channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "num_timesteps": 40, "num_groups": 8,
+    "input_shape": (8, 8), "channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "num_timesteps": 40,
+    "num_groups": 8,
 }  # fmt: skip
 CLASSES = ["cats", "dogs", "old trees"]
 
 
 def scramble(network):
-    """Weights far from what a fresh network has: zeros would hide a layer in the wrong place, ones a swapped norm."""
+    """Weights far from what a fresh network has: zeros would hide a layer in the wrong place, ones
+    a swapped norm.
+    """
     generator = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data = noise * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3 * noise + ("norm" in name and "weight" in name)
+        parameter.data = noise * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3 * noise + ("norm" in name
+            and "weight" in name)
 
 
 def write_checkpoint(path, classes=(), **settings):
@@ -66,7 +70,8 @@ def assert_equal_networks(ours, theirs, label=None, **shape):
 
 ARCHITECTURES = [
     {}, {"channel_mults": (1, 2, 1, 3), "num_res_blocks": 2, "attention_resolutions": (0, 2)},
-    {"img_channels": 1, "attention_resolutions": ()}, {"channel_mults": (1,), "attention_resolutions": (0,), "channel": 64},
+    {"img_channels": 1, "attention_resolutions": ()},
+    {"channel_mults": (1,), "attention_resolutions": (0,), "channel": 64},
     {"input_shape": (8, 12)},
 ]  # fmt: skip
 
@@ -88,7 +93,8 @@ def test_a_class_is_folded_in_and_the_null_class_unless_named(tmp_path, name, la
     assert_equal_networks(ours.ema_model, theirs, label)
 
 
-@pytest.mark.parametrize("settings", [{}, {"schedule": "cosine"}, {"prediction": "x0", "schedule": "sigmoid"}, {"prediction": "v"},
+@pytest.mark.parametrize("settings", [{}, {"schedule": "cosine"}, {"prediction": "x0", "schedule": "sigmoid"},
+                                      {"prediction": "v"},
                                       {"input_shape": (8, 12), "img_channels": 1}], ids=str)
 def test_the_pipeline_draws_what_our_ddpm_draws(tmp_path, settings):
     ours = write_checkpoint(tmp_path / "a.pth", **settings)
@@ -136,21 +142,25 @@ def test_pytorchs_format_is_read_and_nothing_in_it_runs(tmp_path):
     ours = write_checkpoint(tmp_path / "a.pth")
     export_model(tmp_path / "a.pth", tmp_path / "out")
     diffusers.DDPMPipeline.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "bin", safe_serialization=False)
-    assert [path.name for path in sorted((tmp_path / "bin" / "unet").iterdir())] == ["config.json", "diffusion_pytorch_model.bin"]
+    assert [path.name for path in sorted((tmp_path / "bin" / "unet").iterdir())] == ["config.json",
+        "diffusion_pytorch_model.bin"]
     import_model(tmp_path / "bin", tmp_path / "back.pth")
     torch.save({"conv_in.bias": Trap(tmp_path / "ran")}, tmp_path / "bin" / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match="could run code"):
         import_model(tmp_path / "bin", tmp_path / "other.pth")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "other.pth").exists()
-    torch.testing.assert_close(loaded(tmp_path / "back.pth").ema_model.state_dict(), ours.ema_model.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(loaded(tmp_path / "back.pth").ema_model.state_dict(), ours.ema_model.state_dict(),
+                               rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("arguments, part", [
     ({"norm": "in"}, "norm InstanceNorm2d"), ({"norm": "bn"}, "norm BatchNorm2d"), ({"norm": None}, "norm None"),
-    ({"initial_pad": 2}, "initial_pad 2"), ({"time_emb_scale": 2.0}, "time_emb_scale"), ({"time_emb_dim": None}, "time_emb_dim None"),
+    ({"initial_pad": 2}, "initial_pad 2"), ({"time_emb_scale": 2.0}, "time_emb_scale"),
+    ({"time_emb_dim": None}, "time_emb_dim None"),
     ({"activation": F.relu}, "activation relu"), ({"channel_mults": (2, 2)}, r"channel_mults \(2, 2\)")])
 def test_what_diffusers_cannot_express_is_named(arguments, part):
-    network = UNet(**{"img_channels": 3, "base_channels": 32, "channel_mults": (1, 2), "num_res_blocks": 1, **arguments})
+    network = UNet(**{"img_channels": 3, "base_channels": 32, "channel_mults": (1, 2), "num_res_blocks": 1,
+                      **arguments})
     with pytest.raises(ValueError, match=f"cannot express this network: {part}"):
         to_unet2d(network, (8, 8))
 
@@ -168,7 +178,8 @@ def test_classes_that_do_not_fit_are_refused(tmp_path):
     write_checkpoint(tmp_path / "null.pth", CLASSES)
     write_checkpoint(tmp_path / "classes.pth", CLASSES, label_dropout=0.0)
     write_checkpoint(tmp_path / "plain.pth")
-    for file, name, message in [("null", "birds", "known: cats, dogs, old trees"), ("classes", "", "no null class.* cats, dogs, old trees"),
+    for file, name, message in [("null", "birds", "known: cats, dogs, old trees"),
+                                ("classes", "", "no null class.* cats, dogs, old trees"),
                                 ("plain", "cats", "without classes")]:
         with pytest.raises(ValueError, match=message):
             export_model(tmp_path / f"{file}.pth", tmp_path / "out", name)
@@ -203,7 +214,8 @@ def loaded(path):
 SETTINGS = [
     {}, {"schedule": "cosine", "prediction": "v"}, {"schedule": "sigmoid", "prediction": "x0", "num_timesteps": 1000},
     {"num_timesteps": 1000, "schedule_low": 2e-4, "schedule_high": 0.015, "dropout": 0.25},
-    {"input_shape": (8, 12), "img_channels": 1, "channel_mults": (1, 3), "num_res_blocks": 2, "attention_resolutions": (0, 1)},
+    {"input_shape": (8, 12), "img_channels": 1, "channel_mults": (1, 3), "num_res_blocks": 2,
+     "attention_resolutions": (0, 1)},
 ]  # fmt: skip
 
 
@@ -223,7 +235,8 @@ def test_there_and_back_is_the_same_model(tmp_path, settings):
 
 def foreign(folder, unet=(), scheduler=()):
     """A pipeline that is ours but for these settings, as diffusers writes it."""
-    settings = {"sample_size": 8, "block_out_channels": (32, 64), "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    settings = {"sample_size": 8, "block_out_channels": (32, 64),
+                "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
                 "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1, "attention_head_dim": None,
                 "flip_sin_to_cos": False, "time_embedding_dim": 512}
     network = diffusers.UNet2DModel(**settings | dict(unet))
@@ -247,10 +260,12 @@ def test_a_model_made_with_diffusers_comes_in(tmp_path, settings, schedule):
     ({"attention_head_dim": 8}, "attention_head_dim is 8"), ({"time_embedding_dim": None}, "time_embedding_dim is 128"),
     ({"downsample_padding": 0}, "downsample_padding is 0"), ({"num_class_embeds": 4}, "num_class_embeds is 4"),
     ({"act_fn": "relu"}, "act_fn is 'relu'"),
-    ({"block_out_channels": (64, 96)}, "block_out_channels is"), ({"up_block_types": ("UpBlock2D", "UpBlock2D")}, "up_block_types is"),
+    ({"block_out_channels": (64, 96)}, "block_out_channels is"),
+    ({"up_block_types": ("UpBlock2D", "UpBlock2D")}, "up_block_types is"),
     ({"down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D")},
      r"down_block_types is \('ResnetDownsampleBlock2D', 'AttnDownBlock2D'\) \(ours: \('DownBlock2D', "),
-    ({"add_attention": False}, "add_attention is False"), ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift is")])
+    ({"add_attention": False}, "add_attention is False"),
+    ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift is")])
 def test_the_part_that_is_not_ours_is_named(tmp_path, unet, part):
     foreign(tmp_path / "in", unet)
     with pytest.raises(ValueError, match=f"not one of our networks: {part}[^;]*$"):
@@ -280,7 +295,8 @@ def test_settings_that_a_file_leaves_out_are_diffusers_own(tmp_path):
     foreign(tmp_path / "in")
     path = tmp_path / "in" / "unet" / "config.json"
     settings = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in settings.items() if name not in ("attention_head_dim", "flip_sin_to_cos")}))
+    path.write_text(json.dumps({name: value for name, value in settings.items()
+                                if name not in ("attention_head_dim", "flip_sin_to_cos")}))
     with pytest.raises(ValueError, match="flip_sin_to_cos is True .*; attention_head_dim is 8"):
         import_model(tmp_path / "in", tmp_path / "back.pth")
 
@@ -289,7 +305,8 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     network = foreign(tmp_path / "in")
     for change, message in [(lambda w: w.pop("conv_in.bias"), "lack conv_in.bias"),
                             (lambda w: w.update(extra=torch.zeros(1)), "hold extra"),
-                            (lambda w: w.update({"conv_in.bias": torch.zeros(7)}), r"conv_in.bias have the shape \(7,\), ours \(32,\)")]:
+                            (lambda w: w.update({"conv_in.bias": torch.zeros(7)}),
+                             r"conv_in.bias have the shape \(7,\), ours \(32,\)")]:
         weights = dict(network.state_dict())
         change(weights)
         (tmp_path / "in" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(safetensors.torch.save(weights))
@@ -299,7 +316,8 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 
 def test_damaged_and_missing_files_are_named(tmp_path):
     foreign(tmp_path / "in")
-    for name, message in [("unet/diffusion_pytorch_model.safetensors", "damaged"), ("scheduler/scheduler_config.json", "damaged: no JSON")]:
+    for name, message in [("unet/diffusion_pytorch_model.safetensors", "damaged"),
+                          ("scheduler/scheduler_config.json", "damaged: no JSON")]:
         (tmp_path / "in" / name).write_bytes(b"\x07")
         with pytest.raises(ValueError, match=message):
             import_model(tmp_path / "in", tmp_path / "back.pth")
@@ -309,8 +327,10 @@ def test_damaged_and_missing_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("unet", [
     {"block_out_channels": 32}, {"block_out_channels": []}, {"block_out_channels": [32, -64]}, {"in_channels": "three"},
-    {"layers_per_block": 10**12}, {"layers_per_block": 1.5}, {"sample_size": [8, 8, 8]}, {"sample_size": "small"}, {"dropout": None},
-    {"norm_num_groups": 0}, {"down_block_types": [1, 2]}, {"down_block_types": ["DownBlock2D"]}, {"block_out_channels": [10**9, 10**9]},
+    {"layers_per_block": 10**12}, {"layers_per_block": 1.5}, {"sample_size": [8, 8, 8]}, {"sample_size": "small"},
+    {"dropout": None},
+    {"norm_num_groups": 0}, {"down_block_types": [1, 2]}, {"down_block_types": ["DownBlock2D"]},
+    {"block_out_channels": [10**9, 10**9]},
     {"_class_name": "UNet2DConditionModel"}, {"_class_name": None}], ids=str)
 def test_an_odd_network_is_refused_in_one_line(tmp_path, unet):
     foreign(tmp_path / "in")
@@ -321,7 +341,8 @@ def test_an_odd_network_is_refused_in_one_line(tmp_path, unet):
 
 
 @pytest.mark.parametrize("scheduler", [
-    {"num_train_timesteps": -1}, {"num_train_timesteps": "many"}, {"beta_start": None}, {"trained_betas": "none"}, {"trained_betas": []},
+    {"num_train_timesteps": -1}, {"num_train_timesteps": "many"}, {"beta_start": None}, {"trained_betas": "none"},
+    {"trained_betas": []},
     {"trained_betas": [[0.1, 0.2]]}, {"_class_name": 3}], ids=str)
 def test_an_odd_scheduler_is_refused_in_one_line(tmp_path, scheduler):
     foreign(tmp_path / "in")
@@ -368,7 +389,8 @@ def test_the_network_is_never_asked(tmp_path, monkeypatch):
 def test_without_diffusers_one_line_says_so(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "a.pth")
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    for call in (lambda: export_model(tmp_path / "a.pth", tmp_path / "out"), lambda: import_model(tmp_path, tmp_path / "back.pth")):
+    for call in (lambda: export_model(tmp_path / "a.pth", tmp_path / "out"),
+                 lambda: import_model(tmp_path, tmp_path / "back.pth")):
         with pytest.raises(ValueError, match="need the package diffusers: pip install diffusers"):
             call()
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
@@ -379,7 +401,8 @@ def test_without_diffusers_one_line_says_so(tmp_path, monkeypatch):
 
 def test_the_command_exports_and_imports(tmp_path, monkeypatch, capsys):
     ours = write_checkpoint(tmp_path / "run" / "last.pth", CLASSES)
-    command = [sys.executable, "-m", "utils.convert", "diffusers", tmp_path / "run", tmp_path / "out", "--class_name", "old trees"]
+    command = [sys.executable, "-m", "utils.convert", "diffusers", tmp_path / "run", tmp_path / "out", "--class_name",
+               "old trees"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0 and "num_inference_steps=40" in done.stdout, done.stderr
     monkeypatch.setattr(sys, "argv", ["convert", "import", str(tmp_path / "out"), str(tmp_path / "back.pth")])
@@ -388,4 +411,5 @@ def test_the_command_exports_and_imports(tmp_path, monkeypatch, capsys):
     torch.testing.assert_close(outputs(loaded(tmp_path / "back.pth").ema_model), expected, rtol=0, atol=1e-4)
     with pytest.raises(SystemExit):
         run_script(convert.main)
-    assert capsys.readouterr().err == f"error: {tmp_path / 'back.pth'} is there already: choose another name, or move it away\n"
+    error = f"error: {tmp_path / 'back.pth'} is there already: choose another name, or move it away\n"
+    assert capsys.readouterr().err == error

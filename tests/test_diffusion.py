@@ -15,7 +15,10 @@ BETAS = generate_linear_schedule(T, 1e-3, 0.2)
 
 
 class Scale(nn.Module):
-    """The smallest network: x_t times one number, plus the class's number. It remembers how it was called."""
+    """The smallest network: x_t times one number, plus the class's number.
+
+    It remembers how it was called.
+    """
 
     def __init__(self, classes=1):
         super().__init__()
@@ -88,7 +91,8 @@ def test_solvers_tables_are_float64_and_follow_loaded_betas():
     assert diffusion.alpha_bars == source.alpha_bars
     torch.testing.assert_close(diffusion.loss_weight, source.loss_weight, rtol=0, atol=0)
     np.testing.assert_allclose(diffusion.alpha_bars[:-1], np.cumprod(1 - other)[:-1], rtol=1e-4)
-    np.testing.assert_allclose(diffusion.alpha_bars, np.cumprod(1 - other.astype(np.float32).astype(np.float64)), rtol=1e-12)
+    np.testing.assert_allclose(diffusion.alpha_bars, np.cumprod(1 - other.astype(np.float32).astype(np.float64)),
+                               rtol=1e-12)
 
 
 @pytest.mark.parametrize("betas", [[0.1, 1.0], [0.0, 0.1], [[0.1]], [0.1, math.nan]])
@@ -124,7 +128,10 @@ def test_an_oracle_has_no_loss_and_finds_the_image(prediction, name, batch):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_remove_noise_is_the_posteriors_mean_for_each_prediction(prediction, batch):
-    """Ho et al. 2020, equation 7, in x_0 and x_t; the code under test goes through the noise (equation 11)."""
+    """Ho et al. 2020, equation 7, in x_0 and x_t.
+
+    The code under test goes through the noise (equation 11).
+    """
     x, t, noise = batch
     diffusion = small(Oracle(x.double(), BETAS, prediction), prediction=prediction)
     x_t = diffusion.perturb_x(x, t, noise)
@@ -144,17 +151,22 @@ def test_remove_noise_never_clips(batch):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_min_snr_weights_against_their_formulas(prediction, batch):
     x, t, noise = batch
-    plain, weighted = (small(prediction=prediction, loss_weighting=name, min_snr_gamma=5.0).eval() for name in ("none", "min_snr"))
+    plain, weighted = (small(prediction=prediction, loss_weighting=name, min_snr_gamma=5.0).eval()
+                       for name in ("none", "min_snr"))
     alpha_bar = np.cumprod(1 - BETAS)[t.numpy()]
     snr = alpha_bar / (1 - alpha_bar)
     assert snr[0] > 5 > snr[-1]
-    expected = {"eps": np.minimum(snr, 5) / snr, "x0": np.minimum(snr, 5), "v": np.minimum(snr, 5) / (snr + 1)}[prediction]
-    ratio = (weighted.get_losses(x, t, None, noise=noise, reduction="none") / plain.get_losses(x, t, None, noise=noise, reduction="none"))
+    expected = {"eps": np.minimum(snr, 5) / snr, "x0": np.minimum(snr, 5),
+                "v": np.minimum(snr, 5) / (snr + 1)}[prediction]
+    ratio = (weighted.get_losses(x, t, None, noise=noise, reduction="none") / plain.get_losses(x, t, None, noise=noise,
+        reduction="none"))
     np.testing.assert_allclose(ratio.detach().numpy(), expected, rtol=1e-5)
 
 
 def test_min_snr_weighs_the_same_error_of_x_0_alike():
-    """The three weightings are one objective: an error of 0.1 in x_0 costs the same, in whatever way it is predicted."""
+    """The three weightings are one objective: an error of 0.1 in x_0 costs the same, in whatever
+    way it is predicted.
+    """
     x = torch.zeros(T, 3, 4, 6)
     t, noise = torch.arange(T), torch.randn(x.shape)
     costs = []
@@ -166,7 +178,10 @@ def test_min_snr_weighs_the_same_error_of_x_0_alike():
 
 
 def test_the_loss_is_float32_under_autocast(batch):
-    """The output is rounded to bf16, as autocast has it; the noise it is compared with and the mean are not."""
+    """The output is rounded to bf16, as autocast has it.
+
+    The noise it is compared with and the mean are not.
+    """
     x, t, noise = batch
 
     class Low(Scale):
@@ -207,7 +222,8 @@ def test_images_of_another_size_are_refused():
 
 @pytest.mark.parametrize("setting, message", [({"loss_type": "l3"}, "loss_type 'l3'; known: l1, l2, huber"),
                                               ({"prediction": "x"}, "prediction 'x'; known: eps, x0, v"),
-                                              ({"loss_weighting": "snr"}, "loss_weighting 'snr'; known: none, min_snr")])
+                                              ({"loss_weighting": "snr"},
+                                               "loss_weighting 'snr'; known: none, min_snr")])
 def test_unknown_names_list_the_known_ones(setting, message):
     with pytest.raises(ValueError, match=message):
         small(**setting)
@@ -217,7 +233,10 @@ def test_unknown_names_list_the_known_ones(setting, message):
 
 
 def averaged(updates, skips=None, **settings):
-    """The network's weight takes the values `updates`, one a step; returns the average's after each step, and the diffusion."""
+    """The network's weight takes the values `updates`, one a step.
+
+    Returns the average's after each step, and the diffusion.
+    """
     diffusion, seen = small(**settings), []
     for i, value in enumerate(updates):
         diffusion.model.weight.data.fill_(value)
@@ -257,7 +276,10 @@ def test_a_skipped_step_leaves_average_and_counter_alone():
 
 
 def test_ema_step_can_be_set_and_is_not_stored():
-    """A resumed run whose counter starts at 0 overwrites its average; a file with the counter is not the reference's."""
+    """A resumed run whose counter starts at 0 overwrites its average.
+
+    A file with the counter is not the reference's.
+    """
     diffusion = small(ema_start=10, ema_decay=0.9)
     diffusion.ema_step = 10
     diffusion.model.weight.data.fill_(1.5)

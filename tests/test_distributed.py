@@ -6,7 +6,8 @@ from conftest import PROJECT, TINY, command, newest_run, read_history, run, run_
 from utils.checkpoint import load_checkpoint
 
 # In float32 on every machine: in bf16 sums of another order are other sums.
-RUN = [*TINY, "--epochs", "5", "--dropout", "0", "--horizontal_flip", "True", "--class_conditional", "True", "--val_split", "0.2",
+RUN = [*TINY, "--epochs", "5", "--dropout", "0", "--horizontal_flip", "True", "--class_conditional", "True",
+       "--val_split", "0.2",
        "--precision", "fp32"]  # fmt: skip
 
 
@@ -18,8 +19,9 @@ def train_in(folder, build, *settings):
 
 
 def assert_close(one, other):
-    """All parameters together to 1e-5 relative, each kernel and matrix to 1e-3: Adam's first steps are the gradient's sign, and
-    where that is all but zero, rounding chooses it."""
+    """All parameters together to 1e-5 relative, each kernel and matrix to 1e-3: Adam's first steps
+    are the gradient's sign, and where that is all but zero, rounding chooses it.
+    """
     names = [name for name in one["weights"] if name.startswith("model.")]
     both = [torch.cat([state["weights"][name].double().flatten() for name in names]) for state in (one, other)]
     assert (both[0] - both[1]).norm() < 1e-5 * both[0].norm()

@@ -1,4 +1,6 @@
-"""What a user gets wrong is one line that says what to do, exit code 1, no traceback, and nothing is lost."""
+"""What a user gets wrong is one line that says what to do, exit code 1, no traceback, and nothing
+is lost.
+"""
 import os
 import pickle
 import zipfile
@@ -11,7 +13,8 @@ from conftest import TINY, command, newest_run, run, run_main, write_pictures
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
 TRAIN = [*TINY, "--epochs", "1", "--precision", "fp32"]
-PREDICT = ["--device", "cpu", "--precision", "fp32", "--num_images", "1", "--batch_size", "1", "--steps", "1", "--seed", "1"]
+PREDICT = ["--device", "cpu", "--precision", "fp32", "--num_images", "1", "--batch_size", "1", "--steps", "1", "--seed",
+           "1"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,10 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def place(trained, workplace):
-    """A folder with pictures, their list and that run's last.pth; everything in it must survive every mistake."""
+    """A folder with pictures, their list and that run's last.pth.
+
+    Everything in it must survive every mistake.
+    """
     folder = workplace / "logs" / "run"
     folder.mkdir(parents=True)
     (folder / "last.pth").write_bytes(trained)
@@ -41,13 +47,17 @@ def snapshot(folder):
 
 
 def refused(capsys, *arguments):
-    """Run a script that must refuse; returns its one line of stderr. Nothing may have changed on the disk."""
+    """Run a script that must refuse; returns its one line of stderr.
+
+    Nothing may have changed on the disk.
+    """
     before = snapshot(Path.cwd())
     capsys.readouterr()
     with pytest.raises(SystemExit) as raised:
         run_main(*arguments)
     assert raised.value.code == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if line and "img/s" not in line]  # without progress bars
+    # without progress bars
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "img/s" not in line]
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     assert snapshot(Path.cwd()) == before
     return lines[0]
@@ -101,7 +111,8 @@ def foreign_checkpoints(good):
         "empty.pth": (b"", "damaged, or no PyTorch checkpoint"),
         "cut.pth": (good[: len(good) // 2], "damaged, or no PyTorch checkpoint"),
         "cut_at_the_end.pth": (good[:-1], "damaged, or no PyTorch checkpoint"),
-        "foreign.pth": (saved({"model": weights}), "neither a checkpoint of this project nor a state dict (it holds: model)"),
+        "foreign.pth": (saved({"model": weights}),
+                        "neither a checkpoint of this project nor a state dict (it holds: model)"),
         "list.pth": (saved([1, 2]), "neither a checkpoint of this project nor a state dict (it holds: list)"),
         "tensor.pth": (saved(torch.zeros(3)), "neither a checkpoint"),
         "other_net.pth": (saved(weights), "not a state dict of a GaussianDiffusion"),
@@ -139,7 +150,8 @@ def test_damaged_newest_run_is_not_drawn_silently(place, trained, capsys):
 def test_archive_of_something_else(place, capsys):
     with zipfile.ZipFile(place / "photos.pth", "w") as archive:
         archive.writestr("holiday.txt", "sun")
-    assert "photos.pth: damaged, or no PyTorch checkpoint" in refused(capsys, "predict.py", "--model_path", "photos.pth", *PREDICT)
+    assert "photos.pth: damaged, or no PyTorch checkpoint" in refused(capsys, "predict.py", "--model_path",
+                                                                      "photos.pth", *PREDICT)
 
 
 def test_no_weights_at_all(tmp_path, monkeypatch, capsys):
@@ -152,12 +164,14 @@ def test_no_weights_at_all(tmp_path, monkeypatch, capsys):
 
 def test_checkpoint_of_another_architecture(place, capsys):
     checkpoint = load_checkpoint(place / "logs/run/last.pth")
-    cases = (({"channel": 64}, "of another shape"), ({"channel_mults": (1, 2)}, "missing"), ({"num_res_blocks": 0}, "unknown"))
+    cases = (({"channel": 64}, "of another shape"), ({"channel_mults": (1, 2)}, "missing"),
+             ({"num_res_blocks": 0}, "unknown"))
     for changed, words in cases:
         save_checkpoint("other.pth", {**checkpoint, "config": {**checkpoint["config"], **changed}})
         line = refused(capsys, "predict.py", "--model_path", "other.pth", *PREDICT)
         assert "the weights do not fit this network" in line and words in line
-    for option, value in (("--channel", "64"), ("--channel_mults", "1,2"), ("--num_timesteps", "30"), ("--input_shape", "16,16")):
+    for option, value in (("--channel", "64"), ("--channel_mults", "1,2"), ("--num_timesteps", "30"),
+                          ("--input_shape", "16,16")):
         arguments = [*TRAIN[TRAIN.index("--batch_size") :], "--resume", "logs/run", option, value]
         assert f"{option[2:]} = " in refused(capsys, "train.py", *arguments)
 
@@ -174,14 +188,16 @@ def test_checkpoint_of_another_architecture(place, capsys):
     ("--variance posterior", "--variance is an option of ddpm: add --sampler ddpm"),
     ("--variance large", "expected one of 'beta', 'posterior'"),
     ("--samples 3", "--help lists every setting"),
-    ("--seed 4294967296", "seed is 4294967296: it must be between -1 and 4294967295"), ("--seed_to 1099511627776", "seed_to is"),
+    ("--seed 4294967296", "seed is 4294967296: it must be between -1 and 4294967295"),
+    ("--seed_to 1099511627776", "seed_to is"),
     ("--seed 4294967294 --num_images 3", "they end at 4294967295: lower --seed or --num_images"),
     ("--num_images 1000000000000", "they end at"), ("--batch_size 1000000000", "fit nowhere"),
     ("--num_image 3", "did you mean --num_images?"),
     ("--input_shape 8", "--input_shape 8: expected 2 int values"),
     ("--input_shape 0,8", "must be multiples of 1"),
     ("--class_name fruit", "unknown class_name 'fruit'; known: even, odd"),
-    ("--guidance_scale 3", "needs a model with a null class: train with --class_conditional True and label_dropout above 0"),
+    ("--guidance_scale 3",
+     "needs a model with a null class: train with --class_conditional True and label_dropout above 0"),
     ("--guidance_scale -1", "guidance_scale is -1.0"),
     ("--interpolate 4", "--interpolate is the number of pictures: leave out --num_images"),
     ("--seed_to 4", "--seed_to does nothing without --interpolate"),
@@ -197,18 +213,21 @@ def test_checkpoint_of_another_architecture(place, capsys):
     ("--init_image p.png --mask black.png", "the mask is all black: paint white"),
     ("--init_image p.png --mask white.png", "the mask is all white: paint white"),
     ("--init_image p.png --mask wide.png", "the mask is 16x8 and p.png 8x8"),
-    ("--init_image p.png --mask m.png --sampler ddim", "--mask is drawn with ddpm's steps: --sampler ddim cannot do it"),
+    ("--init_image p.png --mask m.png --sampler ddim",
+     "--mask is drawn with ddpm's steps: --sampler ddim cannot do it"),
     ("--device gpu", "device 'gpu' is unknown"),
     ("--device cuda:99", "cuda:99"),
     ("--precision fp8", "--precision fp8: expected one of 'auto', 'fp32', 'bf16', 'fp16'"),
     ("--precision fp16", "precision 'fp16' is for GPUs"),
     ("--save_dir train_lines.txt", "train_lines.txt cannot be written to"),
-    ("--save_dir train_lines.txt/inside", "train_lines.txt/inside cannot be written to (Not a directory): choose another --save_dir"),
+    ("--save_dir train_lines.txt/inside",
+     "train_lines.txt/inside cannot be written to (Not a directory): choose another --save_dir"),
 ])  # fmt: skip
 def test_settings_of_predict(place, capsys, options, words):
     from PIL import Image
 
-    for name, size, colour in (("p", (8, 8), 90), ("black", (8, 8), 0), ("white", (8, 8), 255), ("wide", (16, 8), 0), ("m", (8, 8), 0)):
+    for name, size, colour in (("p", (8, 8), 90), ("black", (8, 8), 0), ("white", (8, 8), 255), ("wide", (16, 8), 0),
+                               ("m", (8, 8), 0)):
         picture = Image.new("L", size, colour)
         if name in ("wide", "m"):
             picture.paste(255, (0, 0, 4, 4))
@@ -228,8 +247,10 @@ def test_strips_that_cannot_be(place, capsys, options, words):
 def test_class_of_a_model_without_classes(place, capsys):
     checkpoint = load_checkpoint("logs/run/last.pth")
     weights = {name: value for name, value in checkpoint["weights"].items() if "class_bias" not in name}
-    save_checkpoint("plain.pth", {**checkpoint, "weights": weights, "config": {**checkpoint["config"], "class_conditional": False}})
-    for options, words in (("--class_name even", "was trained without classes"), ("--guidance_scale 2", "needs a model with a null class")):
+    save_checkpoint("plain.pth", {**checkpoint, "weights": weights,
+                                  "config": {**checkpoint["config"], "class_conditional": False}})
+    for options, words in (("--class_name even", "was trained without classes"),
+                           ("--guidance_scale 2", "needs a model with a null class")):
         assert words in refused(capsys, "predict.py", "--model_path", "plain.pth", *PREDICT, *options.split())
 
 

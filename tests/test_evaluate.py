@@ -1,4 +1,6 @@
-"""Distances between sets of pictures: closed forms, torchmetrics on the same features, and sets whose answer is known."""
+"""Distances between sets of pictures: closed forms, torchmetrics on the same features, and sets
+whose answer is known.
+"""
 
 import json
 import math
@@ -46,7 +48,9 @@ KINDS = 4
 
 
 def shapes(count, size=12, seed=0):
-    """(count, size, size, 1) uint8 and labels: stripes across, stripes down, discs and squares, in random places and greys."""
+    """(count, size, size, 1) uint8 and labels: stripes across, stripes down, discs and squares, in
+    random places and greys.
+    """
     draw = np.random.default_rng(seed)
     rows, columns = np.mgrid[:size, :size]
     pictures, labels = [], np.arange(count) % KINDS
@@ -86,7 +90,8 @@ def test_frechet_distance_of_covariances_that_commute():
     first, second = torch.tensor([3.0, 2, 1, 1e-3, 1e-9, 0]).double(), torch.tensor([1.0, 2, 5, 0, 1e-9, 0.5]).double()
     covariances = [basis @ torch.diag(values) @ basis.T for values in (first, second)]
     expected = 6 * 0.5**2 + (first.sqrt() - second.sqrt()).square().sum().item()
-    assert frechet_distance(torch.zeros(6), covariances[0], torch.full((6,), 0.5), covariances[1]) == pytest.approx(expected, rel=1e-7)
+    assert frechet_distance(torch.zeros(6), covariances[0], torch.full((6,), 0.5),
+                            covariances[1]) == pytest.approx(expected, rel=1e-7)
 
 
 def test_frechet_distance_of_covariances_that_do_not():
@@ -99,7 +104,10 @@ def test_frechet_distance_of_covariances_that_do_not():
 
 
 def test_frechet_distance_of_singular_covariances():
-    """Fewer pictures than features, as in small data sets; nothing may turn negative, complex or NaN."""
+    """Fewer pictures than features, as in small data sets.
+
+    Nothing may turn negative, complex or NaN.
+    """
     few, others = randn(10, 200), randn(10, 200, seed=1)
     first, second = FeatureStatistics().add(few), FeatureStatistics().add(others)
     assert statistics_distance(first, first) < 1e-9
@@ -141,7 +149,10 @@ def test_frechet_distance_is_torchmetrics(net):
 
 
 def test_frechet_distance_orders_pictures(net):
-    """Nothing to itself, little to others of the same kind; more with more noise; more with more classes missing."""
+    """Nothing to itself, little to others of the same kind; more with more noise.
+
+    More with more classes missing.
+    """
     real, labels = shapes(600)
     draw = np.random.default_rng(3)
 
@@ -149,7 +160,8 @@ def test_frechet_distance_orders_pictures(net):
         return np.clip(real + deviation * draw.standard_normal(real.shape), 0, 255).astype(np.uint8)
 
     assert frechet(net, real, real) < 1e-3
-    with_noise = [frechet(net, real, pictures) for pictures in (shapes(600, seed=7)[0], noisy(20), noisy(60), noisy(120))]
+    with_noise = [frechet(net, real, pictures)
+                  for pictures in (shapes(600, seed=7)[0], noisy(20), noisy(60), noisy(120))]
     assert with_noise == sorted(with_noise) and with_noise[1] > 2 * with_noise[0]
     with_fewer = [frechet(net, real, real[labels < kinds]) for kinds in (4, 3, 2, 1)]
     assert with_fewer == sorted(with_fewer) and with_fewer[1] > 2 * with_noise[0]
@@ -161,7 +173,8 @@ def test_frechet_distance_orders_pictures(net):
 def test_kernel_distance_is_torchmetrics(net):
     """One subset of all pictures: nothing is drawn at random."""
     with pytest.warns(UserWarning, match="buffer"):
-        kid = pytest.importorskip("torchmetrics.image.kid").KernelInceptionDistance(feature=net, subsets=1, subset_size=200)
+        kid = pytest.importorskip("torchmetrics.image.kid").KernelInceptionDistance(feature=net, subsets=1,
+            subset_size=200)
     first, second = shapes(200)[0], shapes(200, seed=5)[0] // 2 + 40
     for pictures, real in ((first, True), (second, False)):
         kid.update(torch.from_numpy(pictures).permute(0, 3, 1, 2), real=real)
@@ -171,7 +184,9 @@ def test_kernel_distance_is_torchmetrics(net):
 
 
 def test_kernel_distance_is_unbiased():
-    """Two sets of one distribution: 0 on average, of either sign, while the biased estimate would be far above."""
+    """Two sets of one distribution: 0 on average, of either sign, while the biased estimate would
+    be far above.
+    """
     values = [kernel_distance(randn(50, 8, seed=seed), randn(60, 8, seed=1000 + seed))[0] for seed in range(60)]
     assert min(values) < 0 < max(values)
     assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(len(values))
@@ -201,7 +216,9 @@ def test_precision_and_recall_of_known_sets():
 
 
 def test_balls_reach_to_the_third_neighbour():
-    """Points on a line at 0, 1, 3, 6, 10: the ball around 0 has the radius 6, that around 10 the radius 9."""
+    """Points on a line at 0, 1, 3, 6, 10: the ball around 0 has the radius 6, that around 10 the
+    radius 9.
+    """
     line = torch.tensor([0.0, 1, 3, 6, 10])[:, None]
     queries = torch.tensor([-5.9, -6.1, 18.9, 19.1, 16.5])[:, None]
     assert precision_and_recall(queries, line)[0] == pytest.approx(3 / 5)
@@ -310,7 +327,8 @@ def test_wrong_sets_are_named(tmp_path):
     (tmp_path / "text.npz").write_text("text")
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 4, 4, 3)))
     np.savez(tmp_path / "name.npz", other=np.zeros((2, 4, 4, 3), np.uint8))
-    for name, message in (("empty", "no pictures"), ("text.npz", "no .npz"), ("floats.npz", "float64"), ("name.npz", "arr_0"),
+    for name, message in (("empty", "no pictures"), ("text.npz", "no .npz"), ("floats.npz", "float64"),
+                          ("name.npz", "arr_0"),
                           ("none.npz", "no such"), ("none.txt", "not there")):
         with pytest.raises(ValueError, match=message):
             natural_shape(tmp_path / name)
@@ -321,7 +339,8 @@ def test_wrong_sets_are_named(tmp_path):
 
 def test_an_npz_in_columns_first_order_is_read(tmp_path):
     pictures = shapes(20, size=8)[0]
-    rows, columns = save_npz(tmp_path / "rows.npz", pictures), save_npz(tmp_path / "columns.npz", np.asfortranarray(pictures))
+    rows, columns = save_npz(tmp_path / "rows.npz", pictures), save_npz(tmp_path / "columns.npz",
+        np.asfortranarray(pictures))
     assert natural_shape(columns) == (8, 8, 1)
     first, second = (open_images(path, (8, 8, 1)) for path in (rows, columns))
     assert_close(torch.cat(list(second.blocks())), torch.from_numpy(pictures))
@@ -372,13 +391,15 @@ def test_reference_statistics_are_kept_by_data_and_network(net, tmp_path, monkey
     assert count == 50 and len(first.features) == 20
     again, count = counted(pictures, extractor, 20)
     assert count == 0
-    assert torch.equal(again.features, first.features) and statistics_distance(again.statistics, first.statistics) < 1e-9
+    assert torch.equal(again.features, first.features) and statistics_distance(again.statistics,
+        first.statistics) < 1e-9
     assert counted(others, extractor, 20)[1] == 50
     assert counted(pictures, extractor, 30)[1] == 50
     random_net = Extractor(FeatureNet(1, KINDS).eval(), "other", "cpu")
     assert counted(pictures, random_net, 20)[1] == 50
     next(iter((tmp_path / "cache").glob("*.features.pth"))).write_bytes(b"damaged")
-    assert sorted(counted(p, e, n)[1] for p, e, n in ((pictures, extractor, 20), (others, extractor, 20), (pictures, extractor, 30),
+    assert sorted(counted(p, e, n)[1] for p, e, n in ((pictures, extractor, 20), (others, extractor, 20),
+                                                      (pictures, extractor, 30),
                                                      (pictures, random_net, 20))) == [0, 0, 0, 50]
 
 
@@ -387,7 +408,8 @@ def test_reference_statistics_are_kept_by_data_and_network(net, tmp_path, monkey
 
 def run(monkeypatch, tmp_path, *arguments):
     """The JSON that the command writes."""
-    common = ["--save_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--device", "cpu", "--precision", "fp32"]
+    common = ["--save_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--device", "cpu",
+              "--precision", "fp32"]
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments), *common])
     evaluate.main()
     return json.loads((tmp_path / "out" / "evaluate_results.json").read_text())
@@ -400,7 +422,9 @@ def net_file(net, tmp_path):
 
 
 def test_a_set_against_itself_and_a_copy_of_it(folder, net_file, tmp_path, monkeypatch, capsys):
-    """The distance is 0, precision and recall are 1, and every sample is found to be a copy, of the right file."""
+    """The distance is 0, precision and recall are 1, and every sample is found to be a copy, of
+    the right file.
+    """
     samples = save_npz(tmp_path / "samples.npz", open_images(folder, (8, 8, 1), cache_path=tmp_path / "cache").pixels)
     found = run(monkeypatch, tmp_path, "--samples", samples, "--reference", folder, "--features", net_file)
     assert found["distances"]["frechet_distance"] < 1e-3
@@ -426,7 +450,8 @@ def test_nearest_beside_held_out_pictures(folder, net_file, tmp_path, monkeypatc
     held_out = save_npz(tmp_path / "held_out.npz", shapes(12, size=8, seed=9)[0])
     samples = save_npz(tmp_path / "samples.npz", shapes(10, size=8, seed=8)[0])
     common = ("--samples", samples, "--reference", folder, "--distances", "False")
-    found = run(monkeypatch, tmp_path, *common, "--held_out", held_out, "--nearest_by", "features", "--features", net_file)
+    found = run(monkeypatch, tmp_path, *common, "--held_out", held_out, "--nearest_by", "features", "--features",
+                net_file)
     assert "distances" not in found and found["nearest"]["num_others"] == 12 and found["nearest"]["num_samples"] == 10
     assert found["nearest"]["samples"][2] > 0 and found["nearest"]["held-out"][2] > 0
     assert "warning" not in capsys.readouterr().out
@@ -434,7 +459,8 @@ def test_nearest_beside_held_out_pictures(folder, net_file, tmp_path, monkeypatc
     assert max(by_pixels["nearest"]["held-out"]) < 1e-3
     assert "40 of the held-out pictures are among the reference's" in capsys.readouterr().out
     bank = torch.from_numpy(shapes(40, size=8)[0]).double()  # one picture by hand, in root mean square levels
-    apart = (torch.from_numpy(shapes(10, size=8, seed=8)[0]).double()[:, None] - bank).square().mean((2, 3, 4)).sqrt().min(1).values
+    apart = (torch.from_numpy(shapes(10, size=8, seed=8)[0]).double()[:, None]
+             - bank).square().mean((2, 3, 4)).sqrt().min(1).values
     assert_close(torch.quantile(apart, 0.5).item(), by_pixels["nearest"]["samples"][3], rtol=1e-6, atol=1e-6)
 
 
@@ -443,27 +469,34 @@ def checkpoint(folder, tmp_path):
     """An untrained model of the folder's classes, which kept a fifth of them aside."""
     shutil.copytree(folder, tmp_path / "more" / "pictures")
     config = {
-        "input_shape": (8, 8), "img_channels": 1, "channel": 32, "channel_mults": (1,), "num_res_blocks": 1, "attention_resolutions": (),
+        "input_shape": (8, 8), "img_channels": 1, "channel": 32, "channel_mults": (1,), "num_res_blocks": 1,
+        "attention_resolutions": (),
         "class_conditional": True, "label_dropout": 0.1, "schedule": "cosine", "num_timesteps": 6, "val_split": 0.2,
         "annotation_path": str(folder),
     }  # fmt: skip
     torch.manual_seed(0)
     diffusion = build.from_config(config, KINDS)
     path = tmp_path / "run" / "last.pth"
-    save_checkpoint(path, {"config": config, "classes": [f"kind_{kind}" for kind in range(KINDS)], "weights": diffusion.state_dict(),
+    save_checkpoint(path, {"config": config, "classes": [f"kind_{kind}" for kind in range(KINDS)],
+                           "weights": diffusion.state_dict(),
                            "weights_kind": "full"})
     return path
 
 
 def test_a_checkpoint_is_drawn_from_and_its_bits_are_measured(checkpoint, folder, net_file, tmp_path, monkeypatch):
-    """The reference is what was trained on, the held-out pictures the rest. A sample depends on its seed, not on the batch."""
-    common = ("--reference", folder, "--features", net_file, "--num_images", 12, "--steps", 3, "--bits", "True", "--guidance_scale", 2)
+    """The reference is what was trained on, the held-out pictures the rest.
+
+    A sample depends on its seed, not on the batch.
+    """
+    common = ("--reference", folder, "--features", net_file, "--num_images", 12, "--steps", 3, "--bits", "True",
+              "--guidance_scale", 2)
     found = run(monkeypatch, tmp_path, "--samples", checkpoint.parent, "--batch_size", 8, *common)
     aside = found["bits"]["num_images"]
     assert 0 < aside < 40 and found["num_reference"] == 40 - aside and found["num_samples"] == 12
     assert len(found["bits"]["terms"]) == 7
     assert sum(found["bits"]["terms"]) == pytest.approx(found["bits"]["bits_per_dimension"])
-    assert found["bits"]["L_0"] + found["bits"]["L_between"] + found["bits"]["L_T"] == pytest.approx(sum(found["bits"]["terms"]))
+    bits = found["bits"]
+    assert bits["L_0"] + bits["L_between"] + bits["L_T"] == pytest.approx(sum(bits["terms"]))
     again = run(monkeypatch, tmp_path, "--samples", checkpoint, "--batch_size", 12, *common)
     assert again["distances"]["frechet_distance"] == pytest.approx(found["distances"]["frechet_distance"], rel=1e-3)
     assert again["weights"] == found["weights"]
@@ -526,7 +559,9 @@ def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
 
 
 def test_inception_from_a_file_of_weights(monkeypatch, tmp_path):
-    """Random weights in the real network: grey pictures become colour, and the features are torchmetrics' own."""
+    """Random weights in the real network: grey pictures become colour, and the features are
+    torchmetrics' own.
+    """
     extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="pip install torch-fidelity")
     kind = extractor.FeatureExtractorInceptionV3
     with monkeypatch.context() as patch:
@@ -559,7 +594,8 @@ def test_no_code_of_an_inception_file_runs(monkeypatch, tmp_path, kind):
     if kind == "pickle":
         kept.write_bytes(pickle.dumps(Attack()))
     else:
-        torch.save({"fc.weight": Attack()} if kind == "value" else Attack(), kept, _use_new_zipfile_serialization=kind != "old")
+        torch.save({"fc.weight": Attack()} if kind == "value" else Attack(), kept,
+                   _use_new_zipfile_serialization=kind != "old")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(ValueError, match="not the Inception weights.*could run code") as error:
         load_inception(str(kept))
@@ -597,7 +633,8 @@ def test_inception_with_its_own_weights():
     try:
         network = load_inception(kept)
     except ValueError:
-        pytest.skip(f"not run: the Inception weights are not in {kept} (python -m utils.evaluate downloads them, with a network)")
+        pytest.skip(f"not run: the Inception weights are not in {kept} (python -m utils.evaluate downloads them, with "
+                    "a network)")
     pictures = torch.from_numpy(shapes(24)[0])
     noisy = (pictures.double() + 60 * randn(*pictures.shape)).clamp(0, 255).byte()
     metric = fid.FrechetInceptionDistance(feature_extractor_weights_path=kept)

@@ -15,14 +15,17 @@ from utils.convert.__main__ import export_reference, export_weights
 from utils.errors import run_script
 
 PROJECT = Path(__file__).resolve().parents[1]
-SMALL = {"input_shape": (8, 8), "channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "num_timesteps": 50, "schedule": "cosine"}
+SMALL = {"input_shape": (8, 8), "channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "num_timesteps": 50,
+         "schedule": "cosine"}
 CLASSES = ["cats", "dogs"]
 TABLES = ["alphas", "alphas_cumprod", "betas", "reciprocal_sqrt_alphas", "remove_noise_coeff", "sigma",
           "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"]  # fmt: skip
 
 
 def write_run(folder, classes=CLASSES, **settings):
-    """A run's last.pth, whose average is not its network, with a training state as large as the weights."""
+    """A run's last.pth, whose average is not its network, with a training state as large as the
+    weights.
+    """
     config = asdict(Config(**{**SMALL, "class_conditional": bool(classes), **settings}))
     diffusion = build.from_config(config, len(classes)).eval()
     generator = torch.Generator().manual_seed(0)
@@ -32,7 +35,8 @@ def write_run(folder, classes=CLASSES, **settings):
             parameter.data = noise * scale * (parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3)
     weights = diffusion.state_dict()
     optimizer = {name: torch.zeros_like(value) for name, value in diffusion.model.state_dict().items()}
-    save_checkpoint(folder / "last.pth", {"config": config, "classes": list(classes), "weights": weights, "weights_kind": "full",
+    save_checkpoint(folder / "last.pth", {"config": config, "classes": list(classes), "weights": weights,
+                                          "weights_kind": "full",
                                           "ema_step": 7, "optimizer": optimizer, "position": {"epoch": 3}})
     return diffusion
 
@@ -49,7 +53,8 @@ def test_the_export_draws_what_the_runs_average_draws(tmp_path):
     source = write_run(tmp_path / "run")
     export_weights(tmp_path / "run", tmp_path / "small.pth")
     expected, pictures = draw(source), draw(loaded(tmp_path / "small.pth"))
-    assert expected.std() > 0.2 and (expected - source.sample(3, "cpu", torch.tensor((0, 1, 2)), use_ema=False, sampler="ddim",
+    assert expected.std() > 0.2 and (expected
+                                     - source.sample(3, "cpu", torch.tensor((0, 1, 2)), use_ema=False, sampler="ddim",
                                                               steps=10, seeds=[1, 2, 3])).abs().max() > 0.5
     torch.testing.assert_close(pictures, expected, rtol=0, atol=0.05)
     assert not torch.equal(pictures, expected)  # half precision was rounded to
@@ -58,9 +63,11 @@ def test_the_export_draws_what_the_runs_average_draws(tmp_path):
 def test_the_export_holds_the_average_in_half_precision_and_nothing_of_the_training(tmp_path):
     source = write_run(tmp_path / "run")
     export_weights(tmp_path / "run" / "last.pth", tmp_path / "small.pth")
-    exported, original = torch.load(tmp_path / "small.pth", weights_only=True), load_checkpoint(tmp_path / "run" / "last.pth")
+    exported, original = torch.load(tmp_path / "small.pth",
+                                    weights_only=True), load_checkpoint(tmp_path / "run" / "last.pth")
     assert sorted(exported) == ["classes", "config", "format", "weights", "weights_kind"]
-    assert exported["weights_kind"] == "ema" and exported["classes"] == CLASSES and exported["config"] == original["config"]
+    assert exported["weights_kind"] == "ema" and exported["classes"] == CLASSES
+    assert exported["config"] == original["config"]
     expected = [*TABLES, *(f"ema_model.{name}" for name in source.ema_model.state_dict())]
     assert sorted(exported["weights"]) == sorted(expected)
     for name, value in exported["weights"].items():
@@ -123,11 +130,13 @@ def test_the_references_own_file_is_exported_too(tmp_path):
     back = loaded(tmp_path / "small.pth")
     for name, value in source.ema_model.state_dict().items():
         torch.testing.assert_close(back.ema_model.state_dict()[name], value.half().float(), rtol=0, atol=0)
-    torch.testing.assert_close(torch.load(tmp_path / "bare.pth", weights_only=True), dict(source.state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(torch.load(tmp_path / "bare.pth", weights_only=True), dict(source.state_dict()), rtol=0,
+                               atol=0)
 
 
-@pytest.mark.parametrize("settings, message", [({"prediction": "x0"}, "predicts x0"), ({"prediction": "v"}, "predicts v"),
-                                               ({"num_groups": 8}, "this network has 8: train one with --num_groups 32")])
+@pytest.mark.parametrize("settings, message", [
+    ({"prediction": "x0"}, "predicts x0"), ({"prediction": "v"}, "predicts v"),
+    ({"num_groups": 8}, "this network has 8: train one with --num_groups 32")])
 def test_what_the_reference_would_misread_is_refused(tmp_path, settings, message):
     source = write_run(tmp_path / "run", **{"num_groups": 32, **settings})
     with pytest.raises(ValueError, match=message):
@@ -152,7 +161,8 @@ def test_nothing_is_overwritten_not_even_the_run_itself(tmp_path):
 def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path):
     source = write_run(tmp_path / "run", num_groups=32)
     source.ema_model.out_conv.bias.data[0] = 1e5
-    save_checkpoint(tmp_path / "run" / "last.pth", {**load_checkpoint(tmp_path / "run" / "last.pth"), "weights": source.state_dict()})
+    save_checkpoint(tmp_path / "run" / "last.pth",
+                    {**load_checkpoint(tmp_path / "run" / "last.pth"), "weights": source.state_dict()})
     with pytest.raises(ValueError, match="65504"):
         export_weights(tmp_path / "run", tmp_path / "small.pth")
     export_reference(tmp_path / "run", tmp_path / "bare.pth")
@@ -163,7 +173,8 @@ def test_weights_that_are_not_those_of_their_settings_are_refused(tmp_path):
     source = write_run(tmp_path / "run")
     weights = source.state_dict()
     del weights["ema_model.init_conv.bias"]
-    save_checkpoint(tmp_path / "run" / "last.pth", {**load_checkpoint(tmp_path / "run" / "last.pth"), "weights": weights})
+    save_checkpoint(tmp_path / "run" / "last.pth",
+                    {**load_checkpoint(tmp_path / "run" / "last.pth"), "weights": weights})
     with pytest.raises(ValueError, match="missing: ema_model.init_conv.bias"):
         export_weights(tmp_path / "run", tmp_path / "small.pth")
 

@@ -1,6 +1,7 @@
-"""What a GPU would run, on fake CUDA tensors: real devices and shapes, no values. Mixing devices raises, as on a GPU.
+"""What a GPU would run, on fake CUDA tensors: real devices and shapes, no values.
 
-The backward pass needs a driver, so it only fills in gradients. Fake tensors know no generators, so draws do without.
+Mixing devices raises, as on a GPU. The backward pass needs a driver, so it only fills in gradients.
+Fake tensors know no generators, so draws do without.
 """
 import numpy as np
 import pytest
@@ -20,8 +21,10 @@ from utils.training.optimizer import make_optimizer
 
 CUDA = torch.device("cuda", 0)
 SMALL = {
-    "input_shape": (8, 8), "channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "batch_size": 8, "num_timesteps": 20,
-    "preview_steps": 3, "ema_start": 0, "device": "cpu", "compile": False, "val_split": 0.3, "num_groups": 8, "init_lr": 1e-3,
+    "input_shape": (8, 8), "channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "batch_size": 8,
+    "num_timesteps": 20,
+    "preview_steps": 3, "ema_start": 0, "device": "cpu", "compile": False, "val_split": 0.3, "num_groups": 8,
+    "init_lr": 1e-3,
 }  # fmt: skip
 
 
@@ -41,7 +44,9 @@ def to_fake(mode, tensor):
 
 
 def to_fake_module(mode, module, keep=()):
-    """The module with all its tensors on the fake GPU, but the buffers named in `keep`, which stay on the host."""
+    """The module with all its tensors on the fake GPU, but the buffers named in `keep`, which stay
+    on the host.
+    """
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
@@ -60,8 +65,10 @@ def gpu(monkeypatch):
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *args, _real=real, generator=None, **options: _real(*args, **options))
     monkeypatch.setattr(torch, "Generator", NoGenerator)
-    monkeypatch.setattr(LateCopy, "push", lambda self, tensor: setattr(self, "pushed", tensor))  # pinned memory needs a driver
-    monkeypatch.setattr(autocast_mode.torch.amp.autocast_mode, "is_autocast_available", lambda device: True, raising=False)
+    # pinned memory needs a driver
+    monkeypatch.setattr(LateCopy, "push", lambda self, tensor: setattr(self, "pushed", tensor))
+    monkeypatch.setattr(autocast_mode.torch.amp.autocast_mode, "is_autocast_available", lambda device: True,
+                        raising=False)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -80,7 +87,8 @@ def parts(workplace, gpu, monkeypatch):
         fills = {"grad": lambda: [setattr(p, "grad", torch.zeros_like(p)) for p in trained]}
         monkeypatch.setattr(torch.Tensor, "backward", lambda self: fills["grad"]())
         return config, built._replace(
-            device=CUDA, diffusion=diffusion, model=diffusion, optimizer=optimizer, meter=meter, generator=NoGenerator(CUDA),
+            device=CUDA, diffusion=diffusion, model=diffusion, optimizer=optimizer, meter=meter,
+            generator=NoGenerator(CUDA),
             layout=torch.channels_last if config.precision != "fp32" else torch.contiguous_format,
         )  # fmt: skip
     return make
@@ -93,7 +101,8 @@ def one_step(config, parts):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("settings", [
-    {}, {"class_conditional": True}, {"accumulate": 2, "horizontal_flip": True}, {"prediction": "v", "loss_weighting": "min_snr"},
+    {}, {"class_conditional": True}, {"accumulate": 2, "horizontal_flip": True},
+    {"prediction": "v", "loss_weighting": "min_snr"},
     {"activation_checkpointing": True},
 ])  # fmt: skip
 def test_a_training_step_stays_on_the_gpu(parts, gpu, monkeypatch, precision, settings):
@@ -115,7 +124,9 @@ def test_a_table_left_on_the_host_is_seen(parts, gpu):
 
 
 def test_validation_and_preview_stay_on_the_gpu(parts, gpu, monkeypatch):
-    """What leaves the GPU at their ends are values, which fake tensors do not have: both are looked at just before."""
+    """What leaves the GPU at their ends are values, which fake tensors do not have: both are
+    looked at just before.
+    """
     config, built = parts(class_conditional=True)
     sums, images = [], []
 
@@ -138,7 +149,8 @@ def test_each_solver_stays_on_the_gpu(parts, gpu, sampler, guidance):
     _, built = parts(class_conditional=True)
     with gpu:
         y = torch.zeros(4, dtype=torch.long, device=CUDA)
-        for x, x_0 in built.diffusion.eval().sample_steps(4, CUDA, y, sampler=sampler, steps=4, guidance_scale=guidance, seeds=range(4)):
+        for x, x_0 in built.diffusion.eval().sample_steps(4, CUDA, y, sampler=sampler, steps=4, guidance_scale=guidance,
+                                                          seeds=range(4)):
             assert x.device == x_0.device == CUDA and x.shape == (4, 3, 8, 8)
 
 
@@ -161,5 +173,6 @@ def test_features_stay_on_the_gpu_until_they_are_kept(gpu, monkeypatch):
 
 def test_pixels_are_normalised_on_the_gpu(gpu):
     with gpu:
-        x = normalise(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), CUDA, torch.ones(2, dtype=torch.bool), torch.channels_last)
+        x = normalise(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), CUDA, torch.ones(2, dtype=torch.bool),
+                      torch.channels_last)
         assert x.device == CUDA and x.shape == (2, 3, 8, 8)

@@ -31,7 +31,10 @@ def load_same_size(path, channels=1, **settings):
 
 
 def write_tiff(path, values, order, photometric, sample_format=1, deflate=False, extra_samples=None, tags=()):
-    """A TIFF of one strip by the specification, TIFF 6.0. values: (H, W) or (H, W, C); order: "<" or ">"."""
+    """A TIFF of one strip by the specification, TIFF 6.0. values: (H, W) or (H, W, C).
+
+    order: "<" or ">".
+    """
     height, width, *channels = values.shape
     samples, bits = (channels or [1])[0], values.dtype.itemsize * 8
     data = values.astype(values.dtype.newbyteorder(order)).tobytes()
@@ -225,9 +228,11 @@ def test_the_orientation_in_a_png_is_kept(tmp_path, kind):
 
 def test_pillows_limits_stay_as_they_are():
     code = (
-        "from PIL import Image, ImageFile, PngImagePlugin as p; a = Image.MAX_IMAGE_PIXELS, p.MAX_TEXT_CHUNK, p.MAX_TEXT_MEMORY\n"
+        "from PIL import Image, ImageFile, PngImagePlugin as p; a = Image.MAX_IMAGE_PIXELS, p.MAX_TEXT_CHUNK, "
+        "p.MAX_TEXT_MEMORY\n"
         "import utils.data.decode\n"
-        "assert a == (Image.MAX_IMAGE_PIXELS, p.MAX_TEXT_CHUNK, p.MAX_TEXT_MEMORY) and not ImageFile.LOAD_TRUNCATED_IMAGES"
+        "assert a == (Image.MAX_IMAGE_PIXELS, p.MAX_TEXT_CHUNK, p.MAX_TEXT_MEMORY) and not "
+        "ImageFile.LOAD_TRUNCATED_IMAGES"
     )
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True)
     assert PngImagePlugin.MAX_TEXT_CHUNK == 2**20

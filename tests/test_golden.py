@@ -1,4 +1,6 @@
-"""The reference's numbers: state-dict layout, UNet output, forward process, reverse mean and schedules, from files."""
+"""The reference's numbers: state-dict layout, UNet output, forward process, reverse mean and
+schedules, from files.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Pictures in and out: every mode and orientation against arithmetic or an independent implementation."""
+"""Pictures in and out: every mode and orientation against arithmetic or an independent
+implementation.
+"""
 import errno
 import os
 import struct
@@ -44,7 +46,10 @@ def over(rgba, background):
 
 
 def write_png(path, rows, bit_depth, color_type, transparent=None):
-    """A PNG by hand, for forms that Pillow reads but does not write. `rows`: integer array (H, W) or (H, W, C)."""
+    """A PNG by hand, for forms that Pillow reads but does not write.
+
+    `rows`: integer array (H, W) or (H, W, C).
+    """
     height, width = rows.shape[:2]
     if bit_depth == 16:
         lines = [row.astype(">u2").tobytes() for row in rows]
@@ -55,7 +60,8 @@ def write_png(path, rows, bit_depth, color_type, transparent=None):
     if transparent is not None:
         chunks.append((b"tRNS", np.array(transparent, dtype=">u2").tobytes()))
     chunks += [(b"IDAT", zlib.compress(b"".join(b"\0" + line for line in lines))), (b"IEND", b"")]
-    body = b"".join(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    body = b"".join(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+                    for kind, data in chunks)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
@@ -68,10 +74,12 @@ def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     path = tmp_path / f"a.{suffix}"
-    stored.save(path, exif=exif, **{"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {}))
+    stored.save(path, exif=exif, **{"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix,
+        {}))
     stored.getexif()[ORIENTATION] = orientation
     upright = ImageOps.exif_transpose(stored)
-    assert check_image(path) == check_image(path, full=False) == upright.size == ((32, 48) if orientation >= 5 else (48, 32))
+    assert check_image(path) == check_image(path,
+                                            full=False) == upright.size == ((32, 48) if orientation >= 5 else (48, 32))
     error = np.abs(load_same_size(path) - np.asarray(upright, dtype=int))
     assert error.max() <= (4 if suffix == "jpg" else 0)
 
@@ -251,7 +259,8 @@ def test_cmyk_by_its_definition(tmp_path):
 
 def test_lab_comes_back_as_the_colours_it_was_made_of(tmp_path):
     colours = smooth(8, 8).point(lambda level: 60 + level // 2)
-    lab = ImageCms.profileToProfile(colours, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+    lab = ImageCms.profileToProfile(colours, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"),
+                                    outputMode="LAB")
     lab.save(tmp_path / "a.tif")
     assert np.abs(load_same_size(tmp_path / "a.tif") - np.asarray(colours, dtype=int)).max() <= 6
 
@@ -295,7 +304,8 @@ def test_crop_is_torchvisions_resize_and_centre_crop(tmp_path, size, shape):
 def test_stretch_is_torchvisions_resize(tmp_path):
     picture = smooth(90, 50)
     picture.save(tmp_path / "a.png")
-    expected = F.resize(F.pil_to_tensor(picture).float(), [24, 40], v2.InterpolationMode.BICUBIC, antialias=True).clamp(0, 255)
+    expected = F.resize(F.pil_to_tensor(picture).float(), [24, 40], v2.InterpolationMode.BICUBIC,
+                        antialias=True).clamp(0, 255)
     found = load_image(tmp_path / "a.png", (24, 40), 3, "stretch")
     assert np.abs(found - expected.permute(1, 2, 0).numpy()).max() <= 1.5
 
@@ -330,9 +340,11 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path, monkeypatch, 
     smooth(*size).save(tmp_path / "a.jpg", quality=95)
     Image.open(tmp_path / "a.jpg").convert("RGB").save(tmp_path / "a.png")
     sizes, resize = [], Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda self, *args, **kwargs: sizes.append(self.size) or resize(self, *args, **kwargs))
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *args,
+                        **kwargs: sizes.append(self.size) or resize(self, *args, **kwargs))
     for mode in images.RESIZE_MODES:
-        from_jpeg, from_png = (load_image(tmp_path / name, (32, 32), 3, mode).astype(int) for name in ("a.jpg", "a.png"))
+        from_jpeg, from_png = (load_image(tmp_path / name, (32, 32), 3, mode).astype(int)
+                               for name in ("a.jpg", "a.png"))
         assert np.abs(from_jpeg - from_png).max() <= 3
         assert sizes[0] == reduced or mode == "pad"
         sizes.clear()
@@ -343,13 +355,16 @@ def test_the_reduced_scale_of_a_turned_jpeg_is_for_its_upright_shape(tmp_path, m
     exif[ORIENTATION] = 6
     smooth(100, 800).save(tmp_path / "a.jpg", exif=exif)
     sizes, resize = [], Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda self, *args, **kwargs: sizes.append(self.size) or resize(self, *args, **kwargs))
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *args,
+                        **kwargs: sizes.append(self.size) or resize(self, *args, **kwargs))
     load_image(tmp_path / "a.jpg", (50, 10), 3, "stretch")  # 100 -> 50 and 800 -> 10: no room for less
     assert sizes == [(100, 800)]
 
 
 def test_reduced_jpegs_keep_their_place(tmp_path):
-    """The last column of a reduced JPEG is partly filler: stretched as if it were whole, all pixels move."""
+    """The last column of a reduced JPEG is partly filler: stretched as if it were whole, all
+    pixels move.
+    """
     ramp = np.tile(np.linspace(0, 255, 321), (321, 1))  # 321 = 5 * 64 + 1
     Image.fromarray(np.rint(ramp).astype(np.uint8)).save(tmp_path / "a.jpg", quality=100)
     found = load_image(tmp_path / "a.jpg", (10, 10), 1)[0, :, 0]
@@ -359,8 +374,10 @@ def test_reduced_jpegs_keep_their_place(tmp_path):
 # What is refused
 
 @pytest.mark.parametrize("settings, word", [
-    ({"resize_mode": "fit"}, "crop, stretch, pad"), ({"img_channels": 4}, "img_channels"), ({"input_shape": (32,)}, "height and width"),
-    ({"input_shape": (0, 32)}, "height and width"), ({"background": (0, 0, 300)}, "background"), ({"background": (255,)}, "background")])
+    ({"resize_mode": "fit"}, "crop, stretch, pad"), ({"img_channels": 4}, "img_channels"),
+    ({"input_shape": (32,)}, "height and width"),
+    ({"input_shape": (0, 32)}, "height and width"), ({"background": (0, 0, 300)}, "background"),
+    ({"background": (255,)}, "background")])
 def test_unknown_settings_are_refused(tmp_path, settings, word):
     smooth(8, 8).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=word):
@@ -402,7 +419,8 @@ def test_other_formats_are_not_even_tried(tmp_path):
 # Failures: of the content, or of the system
 
 @pytest.mark.parametrize("error", [
-    ValueError("x"), SyntaxError("x"), struct.error("x"), zlib.error("x"), KeyError(273), EOFError(), OverflowError(), TypeError(),
+    ValueError("x"), SyntaxError("x"), struct.error("x"), zlib.error("x"), KeyError(273), EOFError(), OverflowError(),
+    TypeError(),
     OSError("image file is truncated"), UnidentifiedImageError("x"), Image.DecompressionBombError("x"),
     OSError(errno.EINVAL, "seek")])
 def test_damage_of_the_content_is_told(error):
@@ -410,11 +428,13 @@ def test_damage_of_the_content_is_told(error):
     assert describe_error(error) and "attack" not in describe_error(error)
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOSPC, errno.ETIMEDOUT])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOSPC,
+                                    errno.ETIMEDOUT])
 def test_a_failure_of_the_system_is_no_damage(number):
     error = OSError(number, os.strerror(number))
     assert not is_damage(error) and not is_about_the_file(error) and describe_error(error) == os.strerror(number)
-    assert not is_damage(MemoryError()) and not is_about_the_file(MemoryError()) and describe_error(MemoryError()) == "out of memory"
+    error = MemoryError()
+    assert not is_damage(error) and not is_about_the_file(error) and describe_error(error) == "out of memory"
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES])
@@ -444,7 +464,8 @@ def test_too_little_memory_is_not_kept_as_damage(tmp_path):
             "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
             "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))\n"
             "check_images([sys.argv[1]], num_workers=1)")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], cwd=PROJECT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], cwd=PROJECT, capture_output=True,
+                          text=True)
     assert done.returncode == 1 and "ValueError: out of memory while decoding" in done.stderr
 
 

@@ -1,4 +1,6 @@
-"""The floor plan: who may import whom, what the top level holds, and that importing a script does nothing. Nothing is imported here."""
+"""The floor plan: who may import whom, what the top level holds, and that importing a script does
+nothing. Nothing is imported here.
+"""
 import ast
 import re
 import subprocess
@@ -9,11 +11,13 @@ from conftest import PROJECT
 
 SCRIPTS = {"txt_annotation", "train", "predict"}
 FILES = {
-    ".gitignore", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "predict.py", "train.py", "txt_annotation.py",
+    ".gitignore", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "predict.py", "train.py",
+    "txt_annotation.py",
 }  # fmt: skip
 FOLDERS = {".ci", "benchmarks", "datasets", "docs", "logs", "nets", "results", "tests", "utils"}
 STANDARD = set(sys.stdlib_module_names)
-# The sub-packages of utils, and which of the others each may import. All may import the plain modules above them.
+# The sub-packages of utils, and which of the others each may import. All may import the plain
+# modules above them.
 ROOMS = {
     "utils.data": set(),
     "utils.sampling": {"utils.data"},
@@ -28,7 +32,10 @@ def tree(path):
 
 
 def module_name(path, root):
-    """utils/data/cache.py -> utils.data.cache; a package's __init__.py has the name of the package."""
+    """utils/data/cache.py -> utils.data.cache.
+
+    A package's __init__.py has the name of the package.
+    """
     return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -59,20 +66,26 @@ def top(name):
 
 
 def room(name):
-    """The sub-package of utils that a module is in, "utils" for the plain modules, and the top-level name for all others."""
+    """The sub-package of utils that a module is in, "utils" for the plain modules, and the
+    top-level name for all others.
+    """
     parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "utils" and f"utils.{parts[1] if len(parts) > 1 else ''}" in ROOMS else parts[0]
+    return ".".join(parts[:2]) if parts[0] == "utils" and ".".join(parts[:2]) in ROOMS else parts[0]
 
 
 def is_command(name, modules):
     """Whether a module belongs to a command: `python -m` runs it, or the package that it is in."""
-    flat = any(isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" for node in tree(modules[name]).body)
-    return flat or any(f"{'.'.join(name.split('.')[:depth])}.__main__" in modules for depth in range(1, name.count(".") + 2))
+    flat = any(isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+               for node in tree(modules[name]).body)
+    return flat or any(f"{'.'.join(name.split('.')[:depth])}.__main__" in modules
+                       for depth in range(1, name.count(".") + 2))
 
 
 def opens_nets(name, modules):
     """Whether importing a module of utils imports nets."""
-    return top(name) == "utils" and name in modules and "nets" in map(top, imports(modules[name], name, modules, inside=False))
+    return top(name) == "utils" and name in modules and "nets" in map(top,
+                                                                      imports(modules[name], name, modules,
+                                                                          inside=False))
 
 
 def faults(root):
@@ -90,13 +103,18 @@ def faults(root):
                 found.append(f"{name} imports {target}: only commands import nets")
             if top(name) == "utils" and opens_nets(target, modules) and not is_command(name, modules):
                 found.append(f"{name} imports {target}: nets would come in through a command")
-            if top(name) == "utils" and room(target) in ROOMS and room(target) not in ROOMS.get(room(name), set()) | {room(name)}:
+            if top(name) == "utils" and room(target) in ROOMS and room(target) not in ROOMS.get(room(name),
+                set()) | {room(name)}:
                 found.append(f"{name} imports {target}: {room(name)} may not know {room(target)}")
-    return found + circles({name: [target for target in targets if target in modules] for name, targets in graph.items()})
+    return found + circles({name: [target for target in targets if target in modules]
+                            for name, targets in graph.items()})
 
 
 def circles(graph):
-    """A line for each module that reaches itself. A package's own __init__ is the door, not a stop on the way."""
+    """A line for each module that reaches itself.
+
+    A package's own __init__ is the door, not a stop on the way.
+    """
     found = []
     for start in graph:
         seen, stack = set(), [target for target in graph[start] if target != start]
@@ -132,7 +150,8 @@ def test_each_broken_wall_is_seen(tmp_path, file, line, fault):
     sound = {
         "nets/unet.py": "import torch", "utils/files.py": "import os", "utils/data/decode.py": "from . import cache",
         "utils/data/cache.py": "import utils.files", "utils/training/resume.py": "from utils.data import cache",
-        "utils/evaluate/__main__.py": "from nets import unet", "utils/evaluate/features.py": "from utils.data.cache import x",
+        "utils/evaluate/__main__.py": "from nets import unet",
+        "utils/evaluate/features.py": "from utils.data.cache import x",
     }  # fmt: skip
     for name, text in {**sound, "utils/__init__.py": "", "utils/data/__init__.py": ""}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +163,8 @@ def test_each_broken_wall_is_seen(tmp_path, file, line, fault):
 
 
 def test_a_package_of_utils_is_a_room_of_the_plan():
-    packages = {f"utils.{path.name}" for path in (PROJECT / "utils").iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    packages = {f"utils.{path.name}" for path in (PROJECT / "utils").iterdir() if path.is_dir()
+                and any(path.glob("*.py"))}
     assert packages <= set(ROOMS)
 
 
@@ -163,13 +183,15 @@ def test_scripts_do_nothing_when_imported(name):
     assert isinstance(body[0], ast.Expr) and ast.get_docstring(tree(PROJECT / f"{name}.py"))
     assert [ast.unparse(node)[:60] for node in body[1:-1] if not isinstance(node, allowed)] == []
     assert ast.unparse(body[-1]).split("\n") == ["if __name__ == '__main__':", "    run_script(main)"]
-    calls = [node for assign in body if isinstance(assign, ast.Assign) for node in ast.walk(assign) if isinstance(node, ast.Call)]
+    calls = [node for assign in body if isinstance(assign, ast.Assign) for node in ast.walk(assign)
+             if isinstance(node, ast.Call)]
     assert calls == []
 
 
 def test_scripts_do_not_import_each_other():
     for name in SCRIPTS:
-        assert not {top(target) for target in imports(PROJECT / f"{name}.py", name, {})} & (SCRIPTS | {"tests", "benchmarks"})
+        assert not {top(target) for target in imports(PROJECT / f"{name}.py", name, {})} & (SCRIPTS
+            | {"tests", "benchmarks"})
 
 
 def test_top_level_holds_what_the_layout_names():

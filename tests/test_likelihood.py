@@ -1,4 +1,6 @@
-"""The variational bound: terms of known value, and the bits of a Gaussian whose chain can be worked out by hand."""
+"""The variational bound: terms of known value, and the bits of a Gaussian whose chain can be
+worked out by hand.
+"""
 
 import math
 
@@ -8,7 +10,13 @@ import torch
 from torch.testing import assert_close
 
 from nets import GaussianDiffusion, generate_linear_schedule
-from utils.evaluate.likelihood import decoder_log_likelihood, log_normal_probability, prior_divergence, step_divergence, variational_bound
+from utils.evaluate.likelihood import (
+    decoder_log_likelihood,
+    log_normal_probability,
+    prior_divergence,
+    step_divergence,
+    variational_bound,
+)
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 
@@ -36,13 +44,17 @@ def chain_bits(betas, variance, gain):
 
     Ho et al. 2020, equation 3, before it is rearranged into the L_t that the code computes:
         E_q[-log p(x_T) - sum_t log p(x_{t-1} | x_t) + sum_t log q(x_t | x_{t-1})].
-    Here all is Gaussian. The forward chain has Var x_t = alpha_t Var x_{t-1} + beta_t and Cov(x_{t-1}, x_t) = sqrt(alpha_t) Var x_{t-1}.
+    Here all is Gaussian. The forward chain has Var x_t = alpha_t Var x_{t-1} + beta_t and
+    Cov(x_{t-1}, x_t) = sqrt(alpha_t) Var x_{t-1}.
     The model's step is N(m_t x_t, beta_t); with x_0 predicted as gain_t x_t its factor is
-        m_t = (sqrt(abar_{t-1}) beta_t gain_t + sqrt(alpha_t) (1 - abar_{t-1})) / (1 - abar_t),     abar_0 = 1.
-    So E[-log p(x_{t-1} | x_t)] = log(2 pi beta_t) / 2 + E[(x_{t-1} - m_t x_t)^2] / (2 beta_t), where the square's expectation is
-    Var x_{t-1} - 2 m_t Cov + m_t^2 Var x_t, and E[log q(x_t | x_{t-1})] = -log(2 pi e beta_t) / 2. That is a density; the
-    probability of a level of width 2/255 is the density times the width as long as the decoder is wider than a level, which
-    subtracts log2(2/255). The levels' rounding adds (2/255)^2 / 12 to the variance of x_0.
+        m_t = (sqrt(abar_{t-1}) beta_t gain_t + sqrt(alpha_t) (1 - abar_{t-1})) / (1 - abar_t)
+    with abar_0 = 1. So
+        E[-log p(x_{t-1} | x_t)] = log(2 pi beta_t) / 2 + E[(x_{t-1} - m_t x_t)^2] / (2 beta_t),
+    where the square's expectation is Var x_{t-1} - 2 m_t Cov + m_t^2 Var x_t, and
+    E[log q(x_t | x_{t-1})] = -log(2 pi e beta_t) / 2. That is a density; the probability of a
+    level of width 2/255 is the density times the width as long as the decoder is wider than a
+    level, which subtracts log2(2/255). The levels' rounding adds (2/255)^2 / 12 to the variance
+    of x_0.
     """
     variances, abar = [variance + (2 / 255) ** 2 / 12], 1.0
     nats = 0.0
@@ -83,23 +95,29 @@ def test_bits_of_a_gaussian(T, std, mistake):
 
 
 def test_a_perfect_network_leaves_what_the_variances_cost():
-    """With x_0 known the steps differ by their variances alone: E log(beta / beta~) and the decoder's rounding remain."""
+    """With x_0 known the steps differ by their variances alone: E log(beta / beta~) and the
+    decoder's rounding remain.
+    """
     betas = generate_linear_schedule(50, 0.002, 0.4)
     alpha_bars = np.cumprod(1 - betas)
     x = gaussian_images(0.5, count=2, size=4)
     terms = variational_bound(lambda x_t, t: x, alpha_bars.tolist(), x)
     assert terms.shape == (2, 51)
     posterior = betas[1:] * (1 - alpha_bars[:-1]) / (1 - alpha_bars[1:])
-    cost = [torch.distributions.kl_divergence(torch.distributions.Normal(0.0, p**0.5), torch.distributions.Normal(0.0, b**0.5))
+    cost = [torch.distributions.kl_divergence(torch.distributions.Normal(0.0, p**0.5),
+                                              torch.distributions.Normal(0.0, b**0.5))
             for p, b in zip(posterior, betas[1:])]
     assert_close(terms[:, 1:-1], (torch.tensor(cost).double() / math.log(2)).expand(2, -1), atol=1e-6, rtol=1e-5)
     middle = -math.log2(math.erf(1 / 255 / math.sqrt(2 * betas[0])))  # of a level that is neither black nor white
     inner = x[0, 0, 0, :1]
-    assert -decoder_log_likelihood(inner, inner, math.sqrt(betas[0])).item() / math.log(2) == pytest.approx(middle, rel=1e-4)
+    assert -decoder_log_likelihood(inner, inner, math.sqrt(betas[0])).item() / math.log(2) == pytest.approx(middle,
+        rel=1e-4)
 
 
 def test_step_is_the_divergence_of_two_gaussians():
-    """The posterior by Bayes's rule from its two factors, in torch.distributions, at every pair of neighbouring timesteps."""
+    """The posterior by Bayes's rule from its two factors, in torch.distributions, at every pair of
+    neighbouring timesteps.
+    """
     alphas = 1 - generate_linear_schedule(20, 0.01, 0.5)
     alpha_bars = np.cumprod(alphas)
     x, x_0, x_t = torch.tensor(0.3, dtype=torch.float64), torch.tensor(-0.2, dtype=torch.float64), 0.7
@@ -119,7 +137,9 @@ def test_prior_is_the_divergence_of_two_gaussians():
     x = torch.tensor([-1.0, 0.0, 0.4], dtype=torch.float64)
     for alpha_bar in (1e-9, 4e-5, 0.3):
         q = torch.distributions.Normal(math.sqrt(alpha_bar) * x, math.sqrt(1 - alpha_bar))
-        expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(torch.zeros(3, dtype=torch.float64), 1.0))
+        expected = torch.distributions.kl_divergence(q,
+                                                     torch.distributions.Normal(torch.zeros(3, dtype=torch.float64),
+                                                         1.0))
         assert_close(prior_divergence(x, alpha_bar), expected, atol=1e-15, rtol=1e-6)
 
 
@@ -131,11 +151,15 @@ def test_decoder_gives_all_levels_a_probability_of_one_together(mean, sigma):
 
 
 def test_decoder_keeps_its_digits_far_out():
-    """A pixel missed by 40 to 190 deviations, where differences of probabilities are 0 and their logarithm is not."""
+    """A pixel missed by 40 to 190 deviations, where differences of probabilities are 0 and their
+    logarithm is not.
+    """
     for low, high in ((40.0, 41.0), (-41.0, -40.0), (190.0, 190.8)):
-        got = log_normal_probability(torch.tensor([low], dtype=torch.float64), torch.tensor([high], dtype=torch.float64)).item()
+        got = log_normal_probability(torch.tensor([low], dtype=torch.float64),
+                                     torch.tensor([high], dtype=torch.float64)).item()
         z = min(abs(low), abs(high))
-        expected = -z * z / 2 - 0.5 * math.log(2 * math.pi) - math.log(z) + math.log1p(-1 / z**2 + 3 / z**4)  # Mills's ratio
+        # Mills's ratio
+        expected = -z * z / 2 - 0.5 * math.log(2 * math.pi) - math.log(z) + math.log1p(-1 / z**2 + 3 / z**4)
         assert got == pytest.approx(expected, rel=1e-9)
     assert log_normal_probability(torch.tensor([-math.inf]), torch.tensor([math.inf])).item() == 0.0
 
@@ -155,8 +179,11 @@ class Constant(torch.nn.Module):
 
 
 def test_diffusion_by_its_denoiser():
-    """A picture of its class's grey costs less than one of another's, and the same seed gives the same bits."""
-    diffusion = GaussianDiffusion(Constant(), (4, 4), 1, 3, betas=generate_linear_schedule(30, 0.005, 0.5), prediction="x0")
+    """A picture of its class's grey costs less than one of another's, and the same seed gives the
+    same bits.
+    """
+    diffusion = GaussianDiffusion(Constant(), (4, 4), 1, 3, betas=generate_linear_schedule(30, 0.005, 0.5),
+                                  prediction="x0")
     x = levels(torch.tensor([-0.5, 0.5])[:, None, None, None].expand(2, 1, 4, 4))
 
     def bits(y):

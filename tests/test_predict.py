@@ -25,7 +25,9 @@ SIZE, PADDING = 8, 2
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """(a run without classes, one with the classes `even` and `odd` and a null class), each a folder."""
+    """(a run without classes, one with the classes `even` and `odd` and a null class), each a
+    folder.
+    """
     folder = tmp_path_factory.mktemp("trained")
     write_pictures(folder / "datasets")
     found = []
@@ -63,7 +65,8 @@ def classy(runs, tmp_path, monkeypatch):
 
 def draw(model, *options, out="out"):
     """Run predict.py and return its folder."""
-    run_main("predict.py", "--model_path", model, "--device", "cpu", "--precision", "fp32", "--save_dir", out, "--steps", "3", *options)
+    run_main("predict.py", "--model_path", model, "--device", "cpu", "--precision", "fp32", "--save_dir", out,
+             "--steps", "3", *options)
     return Path(out)
 
 
@@ -77,7 +80,10 @@ def pixels(path):
 
 
 def tiles(path, size=SIZE):
-    """A grid's pictures, {(row, column): pixels}; fails unless the lines between them are plain white."""
+    """A grid's pictures, {(row, column): pixels}.
+
+    Fails unless the lines between them are plain white.
+    """
     grid, step = pixels(path), size + PADDING
     assert (grid.shape[0] - PADDING) % step == 0 and (grid.shape[1] - PADDING) % step == 0
     found = {}
@@ -116,16 +122,19 @@ def test_newest_run_is_drawn_as_one_picture_and_a_clean_grid(plain, capsys):
 
 @pytest.mark.parametrize(("options", "settings"), [
     ("--sampler ddpm --steps 0", {"sampler": "ddpm", "steps": 20}),
-    ("--sampler ddpm --steps 7 --variance posterior --spacing uniform", {"sampler": "ddpm", "steps": 7, "variance": "posterior",
+    ("--sampler ddpm --steps 7 --variance posterior --spacing uniform",
+     {"sampler": "ddpm", "steps": 7, "variance": "posterior",
                                                                           "spacing": "uniform"}),
     ("--sampler ddim --steps 6", {"sampler": "ddim", "steps": 6}),
-    ("--sampler ddim --steps 6 --eta 0.7 --spacing logsnr", {"sampler": "ddim", "steps": 6, "eta": 0.7, "spacing": "logsnr"}),
+    ("--sampler ddim --steps 6 --eta 0.7 --spacing logsnr",
+     {"sampler": "ddim", "steps": 6, "eta": 0.7, "spacing": "logsnr"}),
     ("--sampler dpm++ --steps 6", {"sampler": "dpm++", "steps": 6}),
     ("--sampler heun --steps 6", {"sampler": "heun", "steps": 6}),
     ("--use_ema False", {"sampler": "sde-dpm++", "steps": 3, "use_ema": False}),
 ])  # fmt: skip
 def test_options_of_the_solver_reach_it(plain, options, settings):
-    out = draw(plain, "--seed", "5", "--num_images", "4", "--batch_size", "4", "--individual_files", "True", *options.split())
+    out = draw(plain, "--seed", "5", "--num_images", "4", "--batch_size", "4", "--individual_files", "True",
+               *options.split())
     wanted = expected(plain, [5, 6, 7, 8], **settings)
     assert all(np.array_equal(singles(out)[5 + i], wanted[i]) for i in range(4))
     if "sampler" in options or "False" in options:  # the setting shows: it is not the default's picture
@@ -145,7 +154,8 @@ def test_class_grid_has_a_row_a_class(classy, capsys):
 
 
 def test_one_class_and_guidance(classy):
-    options = ["--seed", "4", "--num_images", "3", "--batch_size", "3", "--class_name", "odd", "--individual_files", "True"]
+    options = ["--seed", "4", "--num_images", "3", "--batch_size", "3", "--class_name", "odd", "--individual_files",
+               "True"]
     odd = torch.ones(3, dtype=torch.long)
     pictures = {}
     for scale in (1, 3):
@@ -170,12 +180,14 @@ def test_many_classes_take_turns(plain, capsys):
 
 
 def test_a_picture_depends_on_its_seed_alone(plain):
-    many = singles(draw(plain, "--seed", "5", "--num_images", "7", "--batch_size", "3", "--individual_files", "True", out="many"))
+    many = singles(draw(plain, "--seed", "5", "--num_images", "7", "--batch_size", "3", "--individual_files", "True",
+                        out="many"))
     assert sorted(many) == list(range(5, 12))
     alone = draw(plain, "--seed", "9", "--num_images", "1", "--batch_size", "3", out="alone")
     assert np.array_equal(pixels(alone / "predict_1x1_results.png"), many[9])
     assert list(tiles(alone / "predict_5x5_results.png")) == [(0, 0)]
-    other = singles(draw(plain, "--seed", "5", "--num_images", "7", "--batch_size", "7", "--individual_files", "True", out="other"))
+    other = singles(draw(plain, "--seed", "5", "--num_images", "7", "--batch_size", "7", "--individual_files", "True",
+                         out="other"))
     assert max(np.abs(other[seed].astype(int) - many[seed]).max() for seed in many) <= 1
     assert not np.array_equal(many[5], many[6])
 
@@ -198,7 +210,8 @@ def test_two_processes_and_other_outputs_draw_the_same(plain, tmp_path):
     fixed = ["--model_path", plain, "--device", "cpu", "--precision", "fp32", "--save_dir", "two", "--steps", "3"]
     run(torchrun(2, "predict.py", *fixed, *options, "--trajectory", "True"), tmp_path)
     names = {path.name for path in one.iterdir()}
-    assert {path.name for path in Path("two").iterdir()} == names | {"predict_trajectory_results.png", "predict_trajectory_results.gif"}
+    assert {path.name for path in Path("two").iterdir()} == names | {"predict_trajectory_results.png",
+                                                                     "predict_trajectory_results.gif"}
     for name in names:
         assert (one / name).read_bytes() == Path("two", name).read_bytes(), name
     assert len(tiles("two/predict_trajectory_results.png")) == 4 * 2 * 3  # pictures drawn by both processes
@@ -211,7 +224,8 @@ def test_picture_to_start_from_is_converted_as_in_training(classy):
     padded[:, :, 2:6] = torch.tensor([0, 0, 255.0]).reshape(3, 1, 1)
     init = (padded / 127.5 - 1).expand(2, -1, -1, -1)
     even = torch.zeros(2, dtype=torch.long)
-    options = ["--init_image", "wide.png", "--seed", "2", "--num_images", "2", "--batch_size", "2", "--class_name", "even"]
+    options = ["--init_image", "wide.png", "--seed", "2", "--num_images", "2", "--batch_size", "2", "--class_name",
+               "even"]
     for given, strength in (([], 0.6), (["--strength", "0.25"], 0.25)):
         out = draw(classy, *options, *given, "--individual_files", "True", out=f"out{strength}")
         wanted = expected(classy, [2, 3], even, sampler="sde-dpm++", steps=3, init=init, strength=strength)
@@ -224,7 +238,8 @@ def test_mask_keeps_what_is_black_in_it(plain, capsys):
     mask = np.zeros((16, 16, 1), np.uint8)
     mask[:, 8:] = 255
     save_png("mask.png", mask)
-    options = ["--init_image", "even/000.png", "--mask", "mask.png", "--num_images", "2", "--batch_size", "2", "--seed", "1"]
+    options = ["--init_image", "even/000.png", "--mask", "mask.png", "--num_images", "2", "--batch_size", "2", "--seed",
+               "1"]
     out = draw(plain, *options, "--resamplings", "2", "--individual_files", "True")
     assert "; ddpm, 3 steps" in capsys.readouterr().out
     for drawn in singles(out).values():
@@ -234,22 +249,28 @@ def test_mask_keeps_what_is_black_in_it(plain, capsys):
     known, new = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1, torch.zeros(1, 1, SIZE, SIZE)
     new[..., 4:] = 1
     both = known.expand(2, -1, -1, -1)
-    wanted = expected(plain, [1, 2], sampler="ddpm", steps=3, known=both, mask=new, resamplings=1, init=both, strength=0.5)
+    wanted = expected(plain, [1, 2], sampler="ddpm", steps=3, known=both, mask=new, resamplings=1, init=both,
+                      strength=0.5)
     assert np.array_equal(pixels(once / "predict_1x1_results.png"), wanted[0])
 
 
 def test_strip_between_two_seeds(plain, capsys):
-    ends = singles(draw(plain, "--seed", "3", "--num_images", "10", "--batch_size", "5", "--individual_files", "True", out="ends"))
-    options = ["--seed", "3", "--seed_to", "12", "--interpolate", "6", "--batch_size", "5", "--individual_files", "True"]
+    ends = singles(draw(plain, "--seed", "3", "--num_images", "10", "--batch_size", "5", "--individual_files", "True",
+                        out="ends"))
+    options = ["--seed", "3", "--seed_to", "12", "--interpolate", "6", "--batch_size", "5", "--individual_files",
+               "True"]
     out = draw(plain, *options, "--npz", "True")
     strip = tiles(out / "predict_interpolation_results.png")
     assert list(strip) == [(0, column) for column in range(6)]
-    assert np.abs(strip[0, 0].astype(int) - ends[3]).max() <= 1 and np.abs(strip[0, 5].astype(int) - ends[12]).max() <= 1
+    assert np.abs(strip[0, 0].astype(int) - ends[3]).max() <= 1 and np.abs(strip[0, 5].astype(int)
+        - ends[12]).max() <= 1
     away = [np.abs(strip[0, column].astype(int) - ends[3]).mean() for column in range(6)]
     assert away == sorted(away) and away[1] > 0
-    assert [np.array_equal(pixels(path), strip[0, i]) for i, path in enumerate(sorted(out.glob("between_*.png")))] == [True] * 6
+    assert [np.array_equal(pixels(path), strip[0, i])
+            for i, path in enumerate(sorted(out.glob("between_*.png")))] == [True] * 6
     assert np.array_equal(np.load(out / "predict_results.npz")["arr_0"], np.stack(list(strip.values())))
-    draw(plain, "--seed", "3", "--interpolate", "2", "--batch_size", "5", out="next")  # to the next seed, if none is given
+    # to the next seed, if none is given
+    draw(plain, "--seed", "3", "--interpolate", "2", "--batch_size", "5", out="next")
     neighbours = tiles("next/predict_interpolation_results.png")
     assert np.abs(neighbours[0, 1].astype(int) - ends[4]).max() <= 1
 
@@ -258,7 +279,8 @@ def test_strip_within_a_class_ends_at_both_seeds_pictures_with_a_noisy_solver_to
     options = ["--interpolate", "3", "--seed", "3", "--batch_size", "3", "--class_name", "odd", "--sampler", "ddpm"]
     strip = tiles(draw(classy, *options) / "predict_interpolation_results.png")
     odd = torch.ones(3, dtype=torch.long)
-    halfway = (slerp(a, b, 0.5).expand(3, -1, -1, -1) for a, b in seeded_noise((3, 4), (3, SIZE, SIZE), torch.device("cpu")))
+    halfway = (slerp(a, b, 0.5).expand(3, -1, -1, -1)
+               for a, b in seeded_noise((3, 4), (3, SIZE, SIZE), torch.device("cpu")))
     middle = expected(classy, [0, 0, 0], odd, sampler="ddpm", steps=3, noise=halfway)[0]
     ends = expected(classy, [3, 4, 5], odd, sampler="ddpm", steps=3)
     for column, wanted in enumerate((ends[0], middle, ends[1])):
@@ -274,7 +296,8 @@ def test_trajectory_shows_the_way_to_the_same_pictures(plain):
     assert len(strip) == 4 * 2 * 10
     for number in range(4):
         assert np.array_equal(strip[2 * number, 9], grid[0, number])  # x_t ends as the picture,
-        assert np.array_equal(strip[2 * number + 1, 9], grid[0, number])  # and so does the predicted x_0, without noise to come
+        # and so does the predicted x_0, without noise to come
+        assert np.array_equal(strip[2 * number + 1, 9], grid[0, number])
         assert not np.array_equal(strip[2 * number, 0], strip[2 * number + 1, 0])
     with Image.open(out / "predict_trajectory_results.gif") as animation:
         assert animation.n_frames == 14
@@ -285,8 +308,10 @@ def test_trajectory_shows_the_way_to_the_same_pictures(plain):
 
 def test_npz_holds_all_pictures_in_order(plain, monkeypatch):
     names = []  # in the folder while it is drawn: nothing is left there by whatever kills the process
-    monkeypatch.setattr(predict, "to_uint8", lambda x: (names.extend(path.name for path in Path("out").iterdir()), to_uint8(x))[1])
-    out = draw(plain, "--seed", "5", "--num_images", "30", "--batch_size", "4", "--individual_files", "True", "--npz", "True")
+    monkeypatch.setattr(predict, "to_uint8", lambda x: (names.extend(path.name for path in Path("out").iterdir()),
+                                                        to_uint8(x))[1])
+    out = draw(plain, "--seed", "5", "--num_images", "30", "--batch_size", "4", "--individual_files", "True", "--npz",
+               "True")
     with np.load(out / "predict_results.npz") as archive:
         assert archive.files == ["arr_0"]
         found = archive["arr_0"]
@@ -330,7 +355,8 @@ def test_single_files_go_on_where_they_stopped(plain, monkeypatch):
         with pytest.raises(RuntimeError, match="no electricity"):
             draw(plain, *options)
     out = Path("out")
-    assert sorted(path.name for path in out.iterdir()) == [f"seed_{seed:010d}.png" for seed in range(5, 11)]  # no part of a file
+    # no part of a file
+    assert sorted(path.name for path in out.iterdir()) == [f"seed_{seed:010d}.png" for seed in range(5, 11)]
     (out / "seed_0000000006.png").unlink()
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     batches = count_batches(monkeypatch)
@@ -352,7 +378,8 @@ def test_other_first_seed_shares_the_files(plain, monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "differs"), [
-    ("--steps 4", "steps"), ("--sampler ddim", "sampler"), ("--use_ema False", "use_ema, weights"), ("--spacing uniform", "spacing"),
+    ("--steps 4", "steps"), ("--sampler ddim", "sampler"), ("--use_ema False", "use_ema, weights"),
+    ("--spacing uniform", "spacing"),
     ("--class_name even", "class"), ("--guidance_scale 2", "guidance_scale"), ("--input_shape 16,16", "size"),
     ("--init_image a.png", "init"),
 ])  # fmt: skip
@@ -392,10 +419,12 @@ def test_older_results_stay_if_drawing_fails(plain, monkeypatch):
 @pytest.mark.parametrize("number", [0, 1])
 def test_bare_state_dict(runs, tmp_path, monkeypatch, capsys, number):
     monkeypatch.chdir(tmp_path)
-    torch.save({f"module.{name}": value for name, value in load_checkpoint(runs[number] / "last.pth")["weights"].items()}, "bare.pth")
+    torch.save({f"module.{name}": value
+                for name, value in load_checkpoint(runs[number] / "last.pth")["weights"].items()}, "bare.pth")
     out = draw("bare.pth", "--seed", "5", "--num_images", "1", "--batch_size", "1", "--steps", "1")
     printed = capsys.readouterr().out
-    assert "drawing 32,32; --input_shape sets another" in printed and ("a row of each class, from the top: 0, 1, 2" in printed) == number
+    assert "drawing 32,32; --input_shape sets another" in printed
+    assert ("a row of each class, from the top: 0, 1, 2" in printed) == number
     assert pixels(out / "predict_1x1_results.png").shape == (32, 32, 3)
     label = ["--class_name", "1"] if number else []
     out = draw("bare.pth", "--seed", "5", "--num_images", "1", "--batch_size", "1", "--input_shape", "8,8", *label)
@@ -422,16 +451,19 @@ def test_grey_pictures(plain):
     first = out.joinpath("predict_5x5_results.png").read_bytes()
     draw("grey.pth", *options)  # and back from the single files
     assert out.joinpath("predict_5x5_results.png").read_bytes() == first
-    assert np.array_equal(pixels(out / "predict_5x5_results.png"), make_grid(np.load(out / "predict_results.npz")["arr_0"], 5)[..., 0])
+    assert np.array_equal(pixels(out / "predict_5x5_results.png"),
+                          make_grid(np.load(out / "predict_results.npz")["arr_0"], 5)[..., 0])
 
 
 def test_precision_and_compile(plain, monkeypatch):
     options = ["--seed", "5", "--num_images", "2", "--batch_size", "2"]
     exact = pixels(draw(plain, *options, out="exact") / "predict_1x1_results.png").astype(int)
     compiled = []
-    monkeypatch.setattr(predict, "choose_compile", lambda setting, device: setting)  # trying the compiler takes a minute
+    # trying the compiler takes a minute
+    monkeypatch.setattr(predict, "choose_compile", lambda setting, device: setting)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
-    rough = pixels(draw(plain, *options, "--precision", "bf16", "--compile", "True", out="rough") / "predict_1x1_results.png")
+    rough = pixels(draw(plain, *options, "--precision", "bf16", "--compile", "True",
+                        out="rough") / "predict_1x1_results.png")
     assert 0 < np.abs(rough - exact).max() <= 16
     assert len(compiled) == 1
     draw(plain, *options, out="again")

@@ -1,4 +1,6 @@
-"""A run that is stopped and resumed ends as one that never was: bit for bit, wherever and however it was stopped."""
+"""A run that is stopped and resumed ends as one that never was: bit for bit, wherever and however
+it was stopped.
+"""
 import os
 import signal
 import subprocess
@@ -58,12 +60,15 @@ def test_signal_saves_within_the_epoch_and_resume_goes_on(twin, monkeypatch, cap
 
 
 def test_second_signal_ends_at_once(tmp_path):
-    """A second signal, once the first has been noticed for a second, does not wait for a step that hangs."""
+    """A second signal, once the first has been noticed for a second, does not wait for a step that
+    hangs.
+    """
     script = (
         "import time; from utils.training.stopping import StopSignal\nwith StopSignal():\n"
         "    print('ready', flush=True)\n    time.sleep(60)"
     )
-    process = subprocess.Popen([*command("")[:1], "-c", script], stdout=subprocess.PIPE, cwd=os.path.dirname(os.path.dirname(__file__)))
+    process = subprocess.Popen([*command("")[:1], "-c", script], stdout=subprocess.PIPE,
+                               cwd=os.path.dirname(os.path.dirname(__file__)))
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     time.sleep(1.3)
@@ -76,7 +81,8 @@ def test_torchrun_stops_all_processes_at_one_step(twin):
     whole, broken, pictures = twin
     settings = [*RUN, *pictures, "--epochs", "200", "--save_minutes", "0"]
     process = subprocess.Popen(
-        torchrun(2, "train.py", *settings), cwd=broken, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        torchrun(2, "train.py", *settings), cwd=broken, env=ENVIRONMENT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT
     )
     while process.poll() is None and not list(broken.glob("logs/*/last.pth")):
         time.sleep(0.02)
@@ -139,7 +145,8 @@ def test_a_file_that_knows_no_groups_has_the_references(workplace, capsys):
     with pytest.raises(SystemExit):
         run_main("train.py", "--resume", old, "--epochs", "2", "--num_groups", "8")
     assert "built with num_groups = 32, which cannot change" in capsys.readouterr().err
-    run_main("train.py", "--resume", old, "--epochs", "2", "--num_groups", "auto")  # what the first command may have said
+    # what the first command may have said
+    run_main("train.py", "--resume", old, "--epochs", "2", "--num_groups", "auto")
     assert load_checkpoint(newest_run(workplace) / "last.pth")["config"]["num_groups"] == 32
 
 
@@ -153,7 +160,8 @@ def test_a_file_of_weights_alone_starts_a_run_that_keeps_their_average(workplace
     assert "a file of weights alone" in capsys.readouterr().out
     assert newest_run(workplace) != first
     after = load_checkpoint(newest_run(workplace) / "last.pth")["weights"]
-    moved = {kind: (after[f"{kind}.init_conv.weight"] - average[f"{kind}.init_conv.weight"]).norm() for kind in ("model", "ema_model")}
+    moved = {kind: (after[f"{kind}.init_conv.weight"] - average[f"{kind}.init_conv.weight"]).norm()
+             for kind in ("model", "ema_model")}
     assert 0 < moved["ema_model"] < 0.01 * moved["model"]
 
 
@@ -169,7 +177,8 @@ def test_only_typed_settings_override_the_runs_own(workplace, capsys):
     assert (config["epochs"], config["init_lr"], config["channel"], config["batch_size"]) == (2, 1e-3, 32, 8)
 
 
-@pytest.mark.parametrize("option", [("--channel", "64"), ("--schedule", "cosine"), ("--input_shape", "16,16"), ("--label_dropout", "0")])
+@pytest.mark.parametrize("option", [("--channel", "64"), ("--schedule", "cosine"), ("--input_shape", "16,16"),
+                                    ("--label_dropout", "0")])
 def test_what_a_run_is_built_from_cannot_change(workplace, capsys, option):
     run_main("train.py", *RUN, "--epochs", "1")
     before = (newest_run(workplace) / "last.pth").read_bytes()
@@ -187,13 +196,17 @@ def test_resume_latest_without_a_run_is_a_fresh_one(workplace, capsys):
 
 
 def test_resume_latest_stops_at_a_damaged_newest_run(workplace, capsys):
-    """It names the file and the ways on; the older run is not touched, and a path to it goes on with it."""
+    """It names the file and the ways on.
+
+    The older run is not touched, and a path to it goes on with it.
+    """
     run_main("train.py", *RUN, "--epochs", "1")
     first = newest_run(workplace)
     whole = (first / "last.pth").read_bytes()
     (workplace / "logs/later").mkdir()
     (workplace / "logs/later/last.pth").write_bytes(whole[:5000])
-    for kept, words in ((None, "name another run's folder"), ("epoch_0003.pth", "go on from logs/later/epoch_0003.pth with --resume")):
+    for kept, words in ((None, "name another run's folder"),
+                        ("epoch_0003.pth", "go on from logs/later/epoch_0003.pth with --resume")):
         if kept:
             (workplace / "logs/later" / kept).write_bytes(whole)
         with pytest.raises(SystemExit) as end:
@@ -222,12 +235,15 @@ def test_average_and_its_counter_survive(workplace):
     run_main("train.py", *RUN, "--epochs", "2")
     checkpoint = load_checkpoint(newest_run(workplace) / "last.pth")
     assert checkpoint["ema_step"] == 4
-    pairs = [(value, checkpoint["weights"]["ema_" + name]) for name, value in checkpoint["weights"].items() if name.startswith("model.")]
+    pairs = [(value, checkpoint["weights"]["ema_" + name]) for name, value in checkpoint["weights"].items()
+             if name.startswith("model.")]
     assert any(not torch.equal(*pair) for pair in pairs)
 
 
 def test_a_bare_state_dict_of_the_reference_goes_on(workplace, capsys):
-    """Its architecture is read off its shapes, its schedule off its buffers, and its average counts as begun."""
+    """Its architecture is read off its shapes, its schedule off its buffers, and its average
+    counts as begun.
+    """
     import numpy as np
 
     from nets import GaussianDiffusion, UNet
@@ -237,7 +253,8 @@ def test_a_bare_state_dict_of_the_reference_goes_on(workplace, capsys):
     bare = GaussianDiffusion(network, (8, 8), 3, 2, betas).state_dict()
     bare["ema_model.init_conv.bias"] = torch.full((32,), 7.0)
     torch.save({f"module.{name}": value for name, value in bare.items()}, workplace / "reference.pth")
-    run_main("train.py", "--resume", "reference.pth", "--input_shape", "8,8", "--epochs", "1", "--batch_size", "8", "--preview_period", "0")
+    run_main("train.py", "--resume", "reference.pth", "--input_shape", "8,8", "--epochs", "1", "--batch_size", "8",
+             "--preview_period", "0")
     ours = load_checkpoint(newest_run(workplace) / "last.pth")
     torch.testing.assert_close(ours["weights"]["betas"], torch.tensor(betas, dtype=torch.float32))
     assert ours["ema_step"] == 2000 + 3

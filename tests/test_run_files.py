@@ -1,4 +1,6 @@
-"""What a run writes and survives: tables that only grow, packages that are broken, saves that fail, signals, a second run."""
+"""What a run writes and survives: tables that only grow, packages that are broken, saves that
+fail, signals, a second run.
+"""
 import os
 import signal
 import subprocess
@@ -67,7 +69,8 @@ def test_a_broken_package_ends_no_training(tmp_path, package):
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise TypeError('built for another numpy')\n")
     environment = {**ENVIRONMENT, "PYTHONPATH": str(broken.parent)}
-    done = subprocess.run(command("train.py", *RUN), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command("train.py", *RUN), cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"{package} is here, but fails (TypeError: built for another numpy)") == 1
     assert len(read_history(newest_run(tmp_path))) == 2
@@ -77,7 +80,8 @@ def test_the_backend_of_a_notebook_draws_the_curve_all_the_same(tmp_path):
     write_pictures(tmp_path / "datasets")
     run(command("txt_annotation.py"), tmp_path)
     environment = {**ENVIRONMENT, "MPLBACKEND": "module://matplotlib_inline_nowhere.backend_inline"}
-    done = subprocess.run(command("train.py", *RUN), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command("train.py", *RUN), cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          timeout=240)
     assert done.returncode == 0, done.stderr
     assert (newest_run(tmp_path) / "epoch_loss.png").is_file()
 
@@ -94,7 +98,8 @@ def test_a_run_that_saved_nothing_ends_with_exit_code_1(workplace, monkeypatch, 
         run_main("train.py", *RUN)
     error = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 1
-    assert "epoch_0002.pth, last.pth could not be written; no last.pth is in" in error and "the epochs are done" in error
+    assert "epoch_0002.pth, last.pth could not be written; no last.pth is in" in error
+    assert "the epochs are done" in error
 
 
 def test_a_save_that_comes_good_is_no_failure(workplace, monkeypatch):
@@ -118,7 +123,8 @@ def test_a_save_that_comes_good_is_no_failure(workplace, monkeypatch):
 def start_training(folder, *settings, **options):
     """A training process of many epochs that has written its first last.pth."""
     arguments = command("train.py", *TINY, "--epochs", "100000", "--save_minutes", "0", *settings)
-    process = subprocess.Popen(arguments, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    process = subprocess.Popen(arguments, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               **options)
     deadline = time.monotonic() + 120
     while not list(folder.glob("logs/*/last.pth")):
         assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()

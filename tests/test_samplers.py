@@ -1,4 +1,6 @@
-"""The solvers: against diffusers, against distributions with a known answer, and against each other."""
+"""The solvers: against diffusers, against distributions with a known answer, and against each
+other.
+"""
 
 import itertools
 import math
@@ -8,7 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from nets import SAMPLERS, SPACINGS, GaussianDiffusion, generate_cosine_schedule, generate_linear_schedule, seeded_noise, slerp
+from nets import (
+    SAMPLERS,
+    SPACINGS,
+    GaussianDiffusion,
+    generate_cosine_schedule,
+    generate_linear_schedule,
+    seeded_noise,
+    slerp,
+)
 from nets.samplers import NOISE_BLOCK, Step, half_log_snr, repaint, solver_steps, timesteps
 
 LINEAR = generate_linear_schedule(1000, 1e-4, 0.02)
@@ -62,7 +72,8 @@ def test_a_ddpm_step_against_diffusers(t):
 def test_ddim_against_diffusers(clip, eta, count):
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(1000, beta_schedule="linear", clip_sample=clip, set_alpha_to_one=True, timestep_spacing="trailing")
+    scheduler = DDIMScheduler(1000, beta_schedule="linear", clip_sample=clip, set_alpha_to_one=True,
+                              timestep_spacing="trailing")
     scheduler.set_timesteps(count)
     chosen = timesteps(ALPHA_BARS, count, "trailing")
     assert chosen == scheduler.timesteps.tolist()
@@ -80,7 +91,8 @@ def test_dpm_solver_against_diffusers(order, count):
     """From 15 steps on: below, diffusers also takes the last but one step with order 1."""
     from diffusers import DPMSolverMultistepScheduler
 
-    scheduler = DPMSolverMultistepScheduler(1000, beta_schedule="linear", algorithm_type="dpmsolver++", solver_order=order,
+    scheduler = DPMSolverMultistepScheduler(1000, beta_schedule="linear", algorithm_type="dpmsolver++",
+                                            solver_order=order,
                                             solver_type="midpoint", final_sigmas_type="zero")
     scheduler.set_timesteps(count)
     x = expected = draws(1)[0]
@@ -94,7 +106,8 @@ def test_dpm_solver_against_diffusers(order, count):
 def test_sde_dpm_solver_against_diffusers(count):
     from diffusers import DPMSolverMultistepScheduler
 
-    scheduler = DPMSolverMultistepScheduler(1000, beta_schedule="linear", algorithm_type="sde-dpmsolver++", solver_order=2,
+    scheduler = DPMSolverMultistepScheduler(1000, beta_schedule="linear", algorithm_type="sde-dpmsolver++",
+                                            solver_order=2,
                                             solver_type="midpoint", final_sigmas_type="zero")
     scheduler.set_timesteps(count)
     x, *noise = draws(count + 1)
@@ -155,9 +168,11 @@ def gaussian_denoiser(alpha_bars, variance=VARIANCE):
 
 
 def propagate(solver, steps, start, denoise, **options):
-    """Mean and variance after a solver that starts from N(*start), exactly: it is linear in x_T and in each noise.
+    """Mean and variance after a solver that starts from N(*start), exactly: it is linear in x_T
+    and in each noise.
 
-    Entry 0 of the batch starts from the mean without noise, entry 1 from one unit more, entry 2 + k gets one unit of the k-th noise.
+    Entry 0 of the batch starts from the mean without noise, entry 1 from one unit more, entry 2 + k
+    gets one unit of the k-th noise.
     """
     x = torch.full((2 + len(steps),), start[0], dtype=torch.float64)
     x[1] += 1
@@ -167,7 +182,8 @@ def propagate(solver, steps, start, denoise, **options):
     return out[0].item(), (start[1] * gains[0].square() + gains[1:].square().sum()).item()
 
 
-RUNS = [("ddpm", {"variance": "beta"}), ("ddpm", {"variance": "posterior"}), ("ddim", {"eta": 0.0}), ("ddim", {"eta": 0.5}),
+RUNS = [("ddpm", {"variance": "beta"}), ("ddpm", {"variance": "posterior"}), ("ddim", {"eta": 0.0}),
+        ("ddim", {"eta": 0.5}),
         ("dpm++", {"order": 1}), ("dpm++", {"order": 2}), ("sde-dpm++", {}), ("heun", {})]
 
 
@@ -183,7 +199,9 @@ def test_a_thousand_steps_give_the_datas_mean_and_variance(solver, options, beta
 
 @pytest.mark.parametrize("solver, options", RUNS)
 def test_the_error_falls_at_the_solvers_order(solver, options):
-    """Equal steps in lambda between two finite ends, from the true distribution at the one to that at the other."""
+    """Equal steps in lambda between two finite ends, from the true distribution at the one to that
+    at the other.
+    """
     order = 2 if solver in ("heun", "sde-dpm++") or options.get("order") == 2 else 1
     errors = []
     for count in (40, 80, 160):
@@ -253,7 +271,8 @@ def test_calls_of_the_network(solver):
 
 
 @pytest.mark.parametrize("solver, options, message", [
-    ("ddpm", {"variance": "learned"}, "variance 'learned'; known: beta, posterior"), ("ddim", {"eta": 1.5}, "eta must lie"),
+    ("ddpm", {"variance": "learned"}, "variance 'learned'; known: beta, posterior"),
+    ("ddim", {"eta": 1.5}, "eta must lie"),
     ("dpm++", {"eta": 1.5}, "eta must lie"), ("dpm++", {"order": 3}, "order must be 1 or 2")])
 def test_options_out_of_range_are_refused(solver, options, message):
     with pytest.raises(ValueError, match=message):
@@ -314,13 +333,18 @@ def test_an_images_noise_depends_on_its_seed_alone():
 
 
 def test_the_first_noise_is_a_plain_draw_from_the_seed():
-    """So an image's start can be had without its other noise, and does not change with the length of a block."""
+    """So an image's start can be had without its other noise, and does not change with the length
+    of a block.
+    """
     expected = torch.randn(3, 5, 5, generator=torch.Generator().manual_seed(7))
     assert torch.equal(next(seeded_noise([7], (3, 5, 5), "cpu"))[0], expected)
 
 
 class Wave(nn.Module):
-    """A network without weights that remembers its timesteps and inputs; dropout would show in what it answers."""
+    """A network without weights that remembers its timesteps and inputs.
+
+    Dropout would show in what it answers.
+    """
 
     def __init__(self):
         super().__init__()
@@ -342,7 +366,8 @@ def diffusion(T=100, size=(4, 6)):
 def test_the_same_seed_gives_the_same_image_in_any_batch(sampler):
     seeds = [11, 12, 13, 14, 15]
     together = diffusion().sample(5, "cpu", sampler=sampler, seeds=seeds, steps=20)
-    apart = torch.cat([diffusion().sample(len(part), "cpu", sampler=sampler, seeds=part, steps=20) for part in (seeds[:2], seeds[2:])])
+    apart = torch.cat([diffusion().sample(len(part), "cpu", sampler=sampler, seeds=part, steps=20)
+                       for part in (seeds[:2], seeds[2:])])
     torch.testing.assert_close(together, apart, rtol=0, atol=1 / 255)
     assert (together[0] - together[1]).abs().max() > 0.1
 
@@ -360,7 +385,8 @@ def test_without_seeds_the_global_generator_decides():
 # sample
 
 
-@pytest.mark.parametrize("sampler, count", [("ddpm", 100), ("ddim", 25), ("dpm++", 25), ("sde-dpm++", 25), ("heun", 25)])
+@pytest.mark.parametrize("sampler, count", [("ddpm", 100), ("ddim", 25), ("dpm++", 25), ("sde-dpm++", 25),
+                                            ("heun", 25)])
 def test_sampling_starts_at_the_last_timestep_and_has_default_steps(sampler, count):
     model = diffusion()
     frames = list(model.sample_steps(2, "cpu", sampler=sampler, seeds=[0, 1]))
@@ -378,7 +404,10 @@ def test_fewer_timesteps_than_the_default_steps_are_all_walked():
 
 
 def test_clipping_is_of_x_0_not_of_x_t():
-    """Without it the first cosine step amplifies an error 31 times; of x_t it would grey the picture."""
+    """Without it the first cosine step amplifies an error 31 times.
+
+    Of x_t it would grey the picture.
+    """
     model = GaussianDiffusion(Wave(), (4, 6), 3, betas=generate_cosine_schedule(50))
     clipped = list(model.sample_steps(4, "cpu", seeds=[1, 2, 3, 4]))
     assert max(x_0.abs().max() for _, x_0 in clipped) <= 1
@@ -453,7 +482,9 @@ def test_inpainting_keeps_the_known_pixels_and_draws_the_others():
 
 @pytest.mark.parametrize("resamplings", [1, 4])
 def test_repaint_keeps_the_distribution_at_every_timestep(resamplings):
-    """Pixels of variance 1, half of them drawn: ddpm's step with variance beta is then exact, and resampling must not change that."""
+    """Pixels of variance 1, half of them drawn: ddpm's step with variance beta is then exact, and
+    resampling must not change that.
+    """
     torch.manual_seed(0)
     alpha_bars = np.cumprod(1 - generate_linear_schedule(30, 1e-3, 0.5)).tolist()
     known = MEAN + torch.randn(20_000, dtype=torch.float64)

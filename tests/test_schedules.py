@@ -102,4 +102,5 @@ def test_a_schedule_is_found_by_its_betas(name, T):
 def test_a_single_beta_is_a_schedule_too():
     for beta in (0.5, 0.999):
         limit = pytest.approx(beta / 1000)
-        assert find_schedule([beta]) == {"schedule": "linear", "num_timesteps": 1, "schedule_low": limit, "schedule_high": limit}
+        assert find_schedule([beta]) == {"schedule": "linear", "num_timesteps": 1, "schedule_low": limit,
+                                         "schedule_high": limit}

@@ -50,13 +50,16 @@ def start(arguments, cwd, **options):
 
 
 def test_names_that_the_terminal_lacks(tmp_path):
-    """A folder, classes and files whose names cp1252 and ASCII cannot show, in a project of such a name."""
+    """A folder, classes and files whose names cp1252 and ASCII cannot show, in a project of such a
+    name.
+    """
     project = tmp_path / "猫proj"
     project.mkdir()
     write_pictures(project / "datasets", count=4)
     (project / "datasets" / "even").rename(project / "datasets" / "猫\x1b[31m")
     os.rename(os.fsencode(project / "datasets" / "odd"), os.fsencode(project / "datasets") + b"/\xe9\xff")
-    for variables in ({"PYTHONIOENCODING": "cp1252"}, {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+    for variables in ({"PYTHONIOENCODING": "cp1252"},
+                      {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
         done = start(command("txt_annotation.py"), project, env=variables)
         assert done.returncode == 0, done.stderr
         assert b"2 classes" in done.stdout and b"\x1b" not in done.stdout and b"Traceback" not in done.stderr
@@ -66,7 +69,8 @@ def test_a_missing_stderr_and_a_closed_pipe(tmp_path):
     write_pictures(tmp_path / "datasets")
     run(command("txt_annotation.py"), tmp_path)
     training = " ".join(command("train.py", *TINY, "--epochs", "2")).replace("()", "'()'")
-    done = subprocess.run(["bash", "-c", f"{training} 2>&- | head -n 1"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, timeout=240)
+    done = subprocess.run(["bash", "-c", f"{training} 2>&- | head -n 1"], cwd=tmp_path, env=ENVIRONMENT,
+                          capture_output=True, timeout=240)
     assert done.returncode == 0 and b"Traceback" not in done.stderr
     assert load_checkpoint(newest_run(tmp_path) / "last.pth")["position"]["epoch"] == 2
 

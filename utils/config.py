@@ -198,12 +198,12 @@ def check_values(config, **minimums):
 
 
 def trailing_comments(config_class):
-    """{field name: the comment behind it in the source}, which is the text of --help."""
-    lines = io.StringIO(inspect.getsource(config_class)).readline
+    """{field name: the comment behind it in the source, or above it}: the text of --help."""
     names, comments = {}, {}
-    for token in tokenize.generate_tokens(lines):
+    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(config_class)).readline):
         if token.type == tokenize.NAME:
             names.setdefault(token.start[0], token.string)
-        elif token.type == tokenize.COMMENT and token.start[0] in names:
-            comments[names[token.start[0]]] = token.string.lstrip("# ")
-    return comments
+        elif token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip("# ")
+    return {name: comments.get(line, comments.get(line - 1)) for line, name in names.items()
+            if line in comments or (line - 1 in comments and line - 1 not in names)}

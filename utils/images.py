@@ -8,9 +8,11 @@ from utils.files import atomic_write
 
 
 def to_uint8(x):
-    """Images in [-1, 1] as pixels: (B, C, H, W) float tensor on any device -> (B, H, W, C) uint8 array.
+    """Images in [-1, 1] as pixels: (B, C, H, W) float tensor on any device -> (B, H, W, C) uint8
+    array.
 
-    Clamped before and rounded, not cut off: a uint8 cast alone wraps 256 to 0. NaN becomes mid-grey.
+    Clamped before and rounded, not cut off: a uint8 cast alone wraps 256 to 0. NaN becomes
+    mid-grey.
     """
     pixels = x.detach().float().nan_to_num(nan=0.0, posinf=1.0, neginf=-1.0).clamp(-1, 1).add(1).mul(127.5).round()
     return pixels.byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
@@ -42,7 +44,10 @@ def _to_picture(image):
 
 
 def save_png(path, image, text=None):
-    """Write uint8 pixels (H, W, C) as a PNG, whole or not at all; `text` (a dict) goes in as its text chunks."""
+    """Write uint8 pixels (H, W, C) as a PNG, whole or not at all.
+
+    `text` (a dict) goes in as its text chunks.
+    """
     chunks = PngInfo()
     for key, value in (text or {}).items():
         chunks.add_text(key, str(value))
@@ -54,7 +59,8 @@ def save_png(path, image, text=None):
 def save_animation(path, frames, milliseconds):
     """Write uint8 frames (N, H, W, C) as an endless GIF, whole or not at all.
 
-    `milliseconds` is the time of each frame: one number, or one for each frame. GIF has 256 colours a frame.
+    `milliseconds` is the time of each frame: one number, or one for each frame. GIF has 256 colours
+    a frame.
     """
     pictures = [_to_picture(frame) for frame in frames]
     duration = list(milliseconds) if np.ndim(milliseconds) else milliseconds

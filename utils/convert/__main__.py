@@ -1,9 +1,10 @@
-"""Checkpoints for others: small files to give away, files for the reference's code, folders of diffusers, and back.
+"""Checkpoints for others: small files to give away, files for the reference's code, folders of
+diffusers, and back.
 
-python -m utils.convert weights RUN FILE                          EMA weights in half precision
-python -m utils.convert reference RUN FILE                        a bare state dict for the reference's code
-python -m utils.convert diffusers RUN FOLDER [--class_name X]     for diffusers' DDPMPipeline.from_pretrained
-python -m utils.convert import FOLDER FILE                        a folder of diffusers as a checkpoint
+python -m utils.convert weights RUN FILE                       EMA weights in half precision
+python -m utils.convert reference RUN FILE                     a state dict for the reference
+python -m utils.convert diffusers RUN FOLDER [--class_name X]  for diffusers' DDPMPipeline
+python -m utils.convert import FOLDER FILE                     diffusers' folder as a checkpoint
 """
 
 import argparse
@@ -19,7 +20,8 @@ from utils.run_folders import find_weights
 
 
 def export_weights(run, file):
-    """Write a run's EMA weights in half precision: enough to sample, at most a quarter of the checkpoint.
+    """Write a run's EMA weights in half precision: enough to sample, at most a quarter of the
+    checkpoint.
 
     ValueError where `file` is there already, or where half precision cannot hold the weights.
     """
@@ -40,17 +42,20 @@ def export_weights(run, file):
 def export_reference(run, file):
     """Write a run's weights as a bare state dict in float32, with the keys of the reference's code.
 
-    ValueError where `file` is there already, or where the reference's code would misread the network.
+    ValueError where `file` is there already, or where the reference's code would misread the
+    network.
     """
     path, _, diffusion = open_run(run, file)
     if diffusion.prediction != "eps":
         raise ValueError(
-            f"the reference's code takes what a network predicts for the noise; this one predicts {diffusion.prediction}"
+            "the reference's code takes what a network predicts for the noise; this one predicts "
+            f"{diffusion.prediction}"
         )
     groups = getattr(diffusion.model.out_norm, "num_groups", MAX_GROUPS)
     if groups != MAX_GROUPS:
         raise ValueError(
-            f"the reference's code builds group norms of {MAX_GROUPS} groups; this network has {groups}: train one with "
+            f"the reference's code builds group norms of {MAX_GROUPS} groups; this network has {groups}: train one "
+            "with "
             f"--num_groups {MAX_GROUPS}"
         )
     if not all_finite(diffusion.state_dict()):
@@ -59,7 +64,10 @@ def export_reference(run, file):
 
 
 def open_run(run, file):
-    """(path, checkpoint, GaussianDiffusion) of a run's folder or file. ValueError where `file` is there."""
+    """(path, checkpoint, GaussianDiffusion) of a run's folder or file.
+
+    ValueError where `file` is there.
+    """
     refuse_to_overwrite(file)
     path = find_weights(run)[0]
     checkpoint = load_checkpoint(path, lazily=True)

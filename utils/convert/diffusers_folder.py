@@ -1,9 +1,9 @@
 """Models as folders of the library diffusers (DDPMPipeline), and back.
 
-diffusers' own classes check the settings and write the folders. Our UNet is a UNet2DModel with other
-names, so its weights are only renamed. Classes differ: we add a class after the activation, diffusers
-adds it before, and DDPMPipeline passes none. One class, by default the null class, is therefore added
-to the biases of the time embedding.
+diffusers' own classes check the settings and write the folders. Our UNet is a UNet2DModel with
+other names, so its weights are only renamed. Classes differ: we add a class after the activation,
+diffusers adds it before, and DDPMPipeline passes none. One class, by default the null class, is
+therefore added to the biases of the time embedding.
 """
 
 import contextlib
@@ -36,17 +36,21 @@ def explain(text, kind=ValueError):
 
 
 def import_diffusers():
-    """UNet2DModel, DDPMScheduler and DDPMPipeline of diffusers. ValueError where it is not installed."""
+    """UNet2DModel, DDPMScheduler and DDPMPipeline of diffusers.
+
+    ValueError where it is not installed.
+    """
     with explain("folders of diffusers need the package diffusers: pip install diffusers"):
         from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
     return UNet2DModel, DDPMScheduler, DDPMPipeline
 
 
 def export_model(run, folder, class_name=""):
-    """Write the EMA network of a run's folder or checkpoint as a folder for DDPMPipeline.from_pretrained.
+    """Write the EMA network of a run's folder or checkpoint as a folder for
+    DDPMPipeline.from_pretrained.
 
-    class_name: the class that it samples; "" is the null class, for a network that has one. ValueError
-    where `folder` is there already, or where a UNet2DModel cannot express the network.
+    class_name: the class that it samples; "" is the null class, for a network that has one.
+    ValueError where `folder` is there already, or where a UNet2DModel cannot express the network.
     """
     UNet2DModel, DDPMScheduler, DDPMPipeline = import_diffusers()
     refuse_to_overwrite(folder)
@@ -63,7 +67,10 @@ def export_model(run, folder, class_name=""):
 
 
 def choose_label(diffusion, classes, class_name):
-    """The row of the class embeddings to add; None without classes. ValueError that lists the known ones."""
+    """The row of the class embeddings to add; None without classes.
+
+    ValueError that lists the known ones.
+    """
     if diffusion.num_classes is None:
         if class_name:
             raise ValueError(f"--class_name {class_name}: this model was trained without classes")
@@ -74,15 +81,18 @@ def choose_label(diffusion, classes, class_name):
         return classes.index(class_name)
     if diffusion.null_class is None:
         raise ValueError(
-            f"this model has no null class, and the pipeline passes none: choose a --class_name among {', '.join(classes)}"
+            "this model has no null class, and the pipeline passes none: choose a --class_name among "
+            f"{', '.join(classes)}"
         )
     return diffusion.null_class
 
 
 def to_unet2d(network, input_shape, label=None):
-    """(settings, weights) of the UNet2DModel that computes what `network`, a UNet, does for class `label`.
+    """(settings, weights) of the UNet2DModel that computes what `network`, a UNet, does for class
+    `label`.
 
-    label: None for a network without classes. ValueError that names what a UNet2DModel cannot express.
+    label: None for a network without classes. ValueError that names what a UNet2DModel cannot
+    express.
     """
     found = read_architecture({**network.state_dict(), "betas": torch.zeros(1)}, "")
     check_expressible(network, found)
@@ -97,7 +107,10 @@ def to_unet2d(network, input_shape, label=None):
 
 
 def check_expressible(network, found):
-    """ValueError that names each part of a UNet that diffusers' UNet2DModel lacks. found: read_architecture's."""
+    """ValueError that names each part of a UNet that diffusers' UNet2DModel lacks.
+
+    found: read_architecture's.
+    """
     norms = {
         module.__class__.__name__
         for module in network.modules()
@@ -119,20 +132,23 @@ def check_expressible(network, found):
 
 
 def scheduler_settings(diffusion):
-    """The arguments of a DDPMScheduler that takes the steps of our ddpm solver: variance beta, x_0 clipped."""
+    """The arguments of a DDPMScheduler that takes the steps of our ddpm solver: variance beta, x_0
+    clipped.
+    """
     # float32's own digits: 0.02, not 0.019999999552965164.
     betas = [float(str(beta)) for beta in diffusion.betas.cpu().numpy()]
     return {
         "num_train_timesteps": len(betas), "trained_betas": betas, "prediction_type": PREDICTIONS[diffusion.prediction],
-        "variance_type": "fixed_large", "timestep_spacing": "trailing",  # starts at T - 1 for any number of steps, as we do
+        # starts at T - 1 for any number of steps, as we do
+        "variance_type": "fixed_large", "timestep_spacing": "trailing",
     }  # fmt: skip
 
 
 def import_model(folder, file):
     """Write a checkpoint from a folder of diffusers, where train.py could have built its network.
 
-    predict.py samples with it, and train.py starts from it. No code of the folder runs, and nothing is
-    downloaded. ValueError that names what is missing, damaged or not ours.
+    predict.py samples with it, and train.py starts from it. No code of the folder runs, and nothing
+    is downloaded. ValueError that names what is missing, damaged or not ours.
     """
     UNet2DModel, DDPMScheduler, _ = import_diffusers()
     refuse_to_overwrite(file)
@@ -159,7 +175,10 @@ def read_json(path):
 
 
 def read_weights(folder):
-    """The state dict in a folder. Neither format runs code: safetensors has none, and load_checkpoint refuses it."""
+    """The state dict in a folder.
+
+    Neither format runs code: safetensors has none, and load_checkpoint refuses it.
+    """
     from safetensors.torch import load_file  # comes with diffusers
 
     path = folder / f"{WEIGHTS}.safetensors"
@@ -170,7 +189,8 @@ def read_weights(folder):
 
 
 def read_schedule(scheduler, DDPMScheduler):
-    """The settings of any scheduler -> those of train.py: schedule and prediction belong to the model.
+    """The settings of any scheduler -> those of train.py: schedule and prediction belong to the
+    model.
 
     ValueError for a prediction or a schedule that is not ours.
     """
@@ -178,7 +198,8 @@ def read_schedule(scheduler, DDPMScheduler):
     given = defaults(DDPMScheduler) | scheduler
     if given["prediction_type"] not in list(predictions):
         raise ValueError(
-            f"this is not one of our models: prediction_type is {given['prediction_type']!r}; known: {', '.join(predictions)}"
+            f"this is not one of our models: prediction_type is {given['prediction_type']!r}; known: "
+            f"{', '.join(predictions)}"
         )
     named = ", ".join(f"{name} {given[name]!r}" for name in ("beta_schedule", "rescale_betas_zero_snr"))
     with explain(f"its scheduler_config.json is damaged, or this is not one of our schedules: {named}"):
@@ -189,8 +210,8 @@ def read_schedule(scheduler, DDPMScheduler):
 def read_unet_settings(unet, weights, UNet2DModel):
     """The settings of a UNet2DModel -> those of train.py, by field name.
 
-    Our network of these settings, as a UNet2DModel, must have all given settings and the shapes of the
-    weights. ValueError that names each part that is not ours.
+    Our network of these settings, as a UNet2DModel, must have all given settings and the shapes of
+    the weights. ValueError that names each part that is not ours.
     """
     given = {"_class_name": None} | defaults(UNet2DModel) | unet
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -212,7 +233,10 @@ def read_unet_settings(unet, weights, UNet2DModel):
 
 
 def to_config(given, most_layers):
-    """The settings of train.py that come nearest to those of a UNet2DModel. ValueError for numbers that none has."""
+    """The settings of train.py that come nearest to those of a UNet2DModel.
+
+    ValueError for numbers that none has.
+    """
     widths, size, blocks = given["block_out_channels"], given["sample_size"] or 32, given["layers_per_block"]
     shape = size if isinstance(size, tuple) else (size, size)
     if not all(type(number) is int and number > 0 for number in (*shape, *widths, blocks, given["norm_num_groups"])):
@@ -222,13 +246,17 @@ def to_config(given, most_layers):
     return {
         "input_shape": shape, "img_channels": given["in_channels"], "channel": widths[0],
         "channel_mults": tuple(width // widths[0] for width in widths), "num_res_blocks": blocks,
-        "attention_resolutions": tuple(level for level, kind in enumerate(given["down_block_types"]) if kind.startswith("Attn")),
-        "num_groups": given["norm_num_groups"], "dropout": float(given["dropout"]), "class_conditional": False, "label_dropout": 0.0,
+        "attention_resolutions": tuple(level for level, kind in enumerate(given["down_block_types"])
+                                       if kind.startswith("Attn")),
+        "num_groups": given["norm_num_groups"], "dropout": float(given["dropout"]), "class_conditional": False,
+        "label_dropout": 0.0,
     }  # fmt: skip
 
 
 def check_weights(weights, expected):
-    """ValueError that names the weights that do not fit: missing, unknown, of another shape, or NaN."""
+    """ValueError that names the weights that do not fit: missing, unknown, of another shape, or
+    NaN.
+    """
     problems = [f"lack {name}" for name in expected if name not in weights]
     problems += [f"hold {name}, which ours does not have" for name in weights if name not in expected]
     problems += [
@@ -281,7 +309,9 @@ def residual_names(ours, theirs, block):
 
 
 def unet2d_settings(found, input_shape, dropout, num_groups):
-    """The arguments of a UNet2DModel that are not its defaults, from an architecture of read_architecture."""
+    """The arguments of a UNet2DModel that are not its defaults, from an architecture of
+    read_architecture.
+    """
     kinds = ["Attn" * (level in found["attention_resolutions"]) for level in range(len(found["channel_mults"]))]
     height, width = input_shape
     return {
@@ -297,7 +327,9 @@ def unet2d_settings(found, input_shape, dropout, num_groups):
 
 
 def their_keys(key, names):
-    """The keys in a UNet2DModel of one of ours: its attention has three linear layers, ours one 1x1 convolution."""
+    """The keys in a UNet2DModel of one of ours: its attention has three linear layers, ours one
+    1x1 convolution.
+    """
     layer, leaf = key.rsplit(".", 1)
     return [f"{names[layer].replace('to_qkv', name)}.{leaf}" for name in (QKV if layer.endswith("to_qkv") else QKV[:1])]
 

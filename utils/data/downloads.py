@@ -1,8 +1,9 @@
-"""Well-known data sets: torchvision downloads and verifies them; they become files datasets/<name>/<class>/<image>.
+"""Well-known data sets: torchvision downloads and verifies them.
 
-Whole archives stay in datasets/.downloads/<name>/ and are not downloaded again; you can delete them
-at any time. Where a server is out of reach, put the archives, or what torchvision unpacks from them,
-there by hand. This folder is the `root` of torchvision's class. All of the training data is unpacked:
+They become files datasets/<name>/<class>/<image>. Whole archives stay in
+datasets/.downloads/<name>/ and are not downloaded again; you can delete them at any time. Where a
+server is out of reach, put the archives, or what torchvision unpacks from them, there by hand. This
+folder is the `root` of torchvision's class. All of the training data is unpacked:
 
     mnist, fashion_mnist  "train": 60,000 of 28x28, grey, 10 classes
     cifar10               "train": 50,000 of 32x32, 10 classes
@@ -35,7 +36,9 @@ def folder_name(class_name):
 
 
 def from_arrays(kind):
-    """The reader of a class of torchvision whose images are arrays: PNG files, numbered in its order."""
+    """The reader of a class of torchvision whose images are arrays: PNG files, numbered in its
+    order.
+    """
 
     def read(root):
         dataset = kind(root, download=True)
@@ -52,7 +55,8 @@ def from_files(paths, labels, classes):
 
 
 def flowers102(root):
-    # torchvision has no public name for the files behind a data set. Older ones do not know the flowers' names.
+    # torchvision has no public name for the files behind a data set. Older ones do not know the
+    # flowers' names.
     splits = [datasets.Flowers102(root, split=split, download=True) for split in ("train", "val", "test")]
     classes = getattr(datasets.Flowers102, "classes", [f"{number:03d}" for number in range(1, 103)])
     paths, labels = (
@@ -73,7 +77,8 @@ def celeba(root):
 
 
 # A reader: torchvision's root -> (number of images, pairs of a path to write and a Pillow image or
-# the file that holds it). And the archives: their folder below the root, (name or URL, MD5) of each.
+# the file that holds it). And the archives: their folder below the root, (name or URL, MD5) of
+# each.
 DATASETS = {
     "flowers102": (flowers102, "flowers-102", lambda: datasets.Flowers102._file_dict.values()),
     "cifar10": (from_arrays(datasets.CIFAR10), "", lambda: [(datasets.CIFAR10.filename, datasets.CIFAR10.tgz_md5)]),
@@ -87,10 +92,11 @@ NEEDS = {"flowers102": "scipy"}  # packages that reading takes; torchvision name
 
 
 def download(name, datasets_path="datasets"):
-    """The folder of a data set, `datasets_path`/`name`: downloaded and unpacked unless it is there already.
+    """The folder of a data set, `datasets_path`/`name`: downloaded and unpacked unless it is there
+    already.
 
-    It appears when it is whole. ValueError of one line: an unknown name, a package that is missing, or
-    a data set that could not be downloaded or unpacked.
+    It appears when it is whole. ValueError of one line: an unknown name, a package that is missing,
+    or a data set that could not be downloaded or unpacked.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
@@ -116,7 +122,10 @@ def download(name, datasets_path="datasets"):
 
 
 def fetch_and_unpack(name, folder, root):
-    """Fill `folder` from a temporary folder, where torchvision works. New archives that are whole move to `root`."""
+    """Fill `folder` from a temporary folder, where torchvision works.
+
+    New archives that are whole move to `root`.
+    """
     read, below, listed = DATASETS[name]
     archives = {Path(below, archive.rsplit("/", 1)[-1]): md5 for archive, md5 in listed()}
     with TemporaryDirectory(".tmp", f".{name}.", root.parent) as temporary:
@@ -132,7 +141,9 @@ def fetch_and_unpack(name, folder, root):
 
 
 def link_whole(root, target, archives):
-    """Give `target` all files of `root` but damaged archives, which torchvision would write over."""
+    """Give `target` all files of `root` but damaged archives, which torchvision would write
+    over.
+    """
 
     def damaged(folder, names):
         sums = {path: archives.get(path.relative_to(root)) for path in (Path(folder, name) for name in names)}
@@ -143,7 +154,10 @@ def link_whole(root, target, archives):
 
 
 def write_images(total, images, folder, name):
-    """Write PNG files, or link those that torchvision unpacked. ValueError where two images have one name."""
+    """Write PNG files, or link those that torchvision unpacked.
+
+    ValueError where two images have one name.
+    """
     for path, image in tqdm(images, f"unpacking {name}", total, unit="img", dynamic_ncols=True):
         path = folder / path
         if path.exists():
@@ -156,7 +170,9 @@ def write_images(total, images, folder, name):
 
 
 def link_or_copy(source, target):
-    """The same file under a second name: no time and no space, where the file system can do that."""
+    """The same file under a second name: no time and no space, where the file system can do
+    that.
+    """
     try:
         os.link(os.path.realpath(source), target)  # of the file itself: a relative link would lead nowhere from there
     except OSError:

@@ -134,7 +134,9 @@ def check(config):
 
 
 def compare(config, samples, reference, held_out, device):
-    """The measures that the settings ask for and that need no model: a dict of distances and nearest."""
+    """The measures that the settings ask for and that need no model: a dict of distances and
+    nearest.
+    """
     results, cache, extractor = {}, FeatureCache(config.cache_dir, config.reference), None
     if config.distances or (config.nearest and config.nearest_by == "features"):
         extractor = load_extractor(config.features, reference, cache, device, config.batch_size,
@@ -198,7 +200,10 @@ def open_references(config, model):
 
 
 def opener(config, model):
-    """The function path -> ImageDataset. It decodes as the training did, where a checkpoint says how."""
+    """The function path -> ImageDataset.
+
+    It decodes as the training did, where a checkpoint says how.
+    """
     trained = model.config if model else {}
     if model:
         shape = (*model.diffusion.img_size, model.diffusion.img_channels)
@@ -236,7 +241,10 @@ def open_samples(config, model, reference, device, precision):
 
 
 def labels_like(reference, model, seed):
-    """Class ids (n,) in the reference's proportions, each id once for other classes; None without."""
+    """Class ids (n,) in the reference's proportions, each id once for other classes.
+
+    None without.
+    """
     if not model.classes:
         return None
     generator = torch.Generator().manual_seed(seed)

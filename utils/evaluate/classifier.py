@@ -1,4 +1,6 @@
-"""A small classifier of labelled pictures, whose last features measure how alike two sets of pictures are where Inception cannot."""
+"""A small classifier of labelled pictures, whose last features measure how alike two sets of
+pictures are where Inception cannot.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +19,11 @@ STEPS = 1400
 
 
 class FeatureNet(nn.Module):
-    """Pictures -> features (b, 128): the mean over the picture of the last convolution, as Inception's. Any size from 8x8.
+    """Pictures -> features (b, 128): the mean over the picture of the last convolution, as
+    Inception's. Any size from 8x8.
 
-    accuracy: the share of test pictures that it names right, None until it is known. num_features is what torchmetrics asks for.
+    accuracy: the share of test pictures that it names right, None until it is known. num_features
+    is what torchmetrics asks for.
     """
 
     num_features = WIDTHS[-1]
@@ -36,9 +40,13 @@ class FeatureNet(nn.Module):
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, images):
-        """images (b, c, h, w) uint8 -> (b, 128) float32. ValueError for another type or number of channels."""
+        """images (b, c, h, w) uint8 -> (b, 128) float32.
+
+        ValueError for another type or number of channels.
+        """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != self.img_channels:
-            raise ValueError(f"expected uint8 pictures (b, {self.img_channels}, h, w), not {images.dtype} {tuple(images.shape)}")
+            raise ValueError(f"expected uint8 pictures (b, {self.img_channels}, h, w), not {images.dtype} "
+                             f"{tuple(images.shape)}")
         x = images.to(self.head.weight.dtype) / 127.5 - 1
         return self.layers(x).mean((2, 3))
 
@@ -51,14 +59,17 @@ class FeatureNet(nn.Module):
         return weights_digest(self.state_dict())
 
 
-def train_feature_net(images, labels, test_images, test_labels, num_classes=None, *, epochs=None, batch_size=128, rate=2e-3, seed=0,
+def train_feature_net(images, labels, test_images, test_labels, num_classes=None, *, epochs=None, batch_size=128,
+                      rate=2e-3, seed=0,
                       device="cpu"):
-    """A FeatureNet in eval mode, trained on pictures (n, h, w, c) uint8 with labels (n,), its accuracy taken on the test pictures.
+    """A FeatureNet in eval mode, trained on pictures (n, h, w, c) uint8 with labels (n,), its
+    accuracy taken on the test pictures.
 
-    A function of its arguments on a given machine with a given number of threads. Arrays or tensors; only batches are copied, so a
-    memory-mapped cache does. Adam with one cycle of the rate (Smith & Topin 2018). epochs: None makes about STEPS steps, one epoch at
-    least: three of 60,000 pictures, which at 28x28 take about two minutes on one core. ValueError for arguments that do not fit
-    together.
+    A function of its arguments on a given machine with a given number of threads. Arrays or
+    tensors; only batches are copied, so a memory-mapped cache does. Adam with one cycle of the rate
+    (Smith & Topin 2018). epochs: None makes about STEPS steps, one epoch at least: three of 60,000
+    pictures, which at 28x28 take about two minutes on one core. ValueError for arguments that do
+    not fit together.
     """
     labels, test_labels = torch.as_tensor(labels).long(), torch.as_tensor(test_labels).long()
     check_labelled("training", images, labels)
@@ -78,7 +89,8 @@ def train_feature_net(images, labels, test_images, test_labels, num_classes=None
             for rows in torch.randperm(len(labels), generator=generator).split(batch_size):
                 if len(rows) < batch_size:
                     continue
-                loss = F.cross_entropy(net.classify(shifted(batch_of(images, rows, device), generator)), labels[rows].to(device))
+                loss = F.cross_entropy(net.classify(shifted(batch_of(images, rows, device), generator)),
+                                       labels[rows].to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -103,7 +115,9 @@ def batch_of(images, rows, device):
 
 
 def shifted(images, generator, most=2):
-    """A batch moved by up to `most` pixels either way, its border repeated: the net learns the pictures, not where they lie."""
+    """A batch moved by up to `most` pixels either way, its border repeated: the net learns the
+    pictures, not where they lie.
+    """
     down, right = torch.randint(-most, most + 1, (2,), generator=generator).tolist()
     rows, columns = (torch.arange(size, device=images.device) for size in images.shape[2:])
     rows, columns = (rows + down).clamp(0, len(rows) - 1), (columns + right).clamp(0, len(columns) - 1)
@@ -122,13 +136,17 @@ def accuracy(net, images, labels, device="cpu", batch_size=500):
 def save_feature_net(path, net):
     """Write the net and its accuracy as one file."""
     weights = {name: value.cpu() for name, value in net.state_dict().items()}
-    kept = {"feature_net": FORMAT, "img_channels": net.img_channels, "num_classes": net.num_classes, "accuracy": net.accuracy}
+    kept = {"feature_net": FORMAT, "img_channels": net.img_channels, "num_classes": net.num_classes,
+            "accuracy": net.accuracy}
     with atomic_write(path) as file:
         torch.save({**kept, "weights": weights}, file)
 
 
 def load_feature_net(path, device="cpu"):
-    """The net of a file that `save_feature_net` wrote, in eval mode. ValueError for any other file."""
+    """The net of a file that `save_feature_net` wrote, in eval mode.
+
+    ValueError for any other file.
+    """
     loaded = load_tensors(path, what="feature net")
     if not isinstance(loaded, dict) or type(loaded.get("feature_net")) is not int or loaded["feature_net"] != FORMAT:
         raise ValueError(f"{path}: not a feature net that this version of the project wrote")
@@ -143,7 +161,9 @@ def load_feature_net(path, device="cpu"):
 
 
 def check_feature_net(loaded):
-    """ValueError unless what a file holds is a net, before it is built: kinds, ranges, and the sizes against the tensors."""
+    """ValueError unless what a file holds is a net, before it is built: kinds, ranges, and the
+    sizes against the tensors.
+    """
     for name in ("img_channels", "num_classes"):
         if type(loaded.get(name)) is not int or not 1 <= loaded[name] <= 2**31:
             raise ValueError(f"{name} is {shown(loaded.get(name))}, not a whole number from 1")

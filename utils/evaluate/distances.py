@@ -1,13 +1,16 @@
-"""FID (Frechet distance), KID (kernel distance), precision and recall, nearest images: on features, in float64."""
+"""FID (Frechet distance), KID (kernel distance), precision and recall, nearest images: on
+features, in float64.
+"""
 
 import torch
 
 
 class FeatureStatistics:
-    """Count, mean and covariance of features that come in batches: float64, memory for d x d numbers whatever the count.
+    """Count, mean and covariance of features that come in batches: float64, memory for d x d
+    numbers whatever the count.
 
-    Batches are merged by the pairwise update of Chan et al. 1979 ("Updating formulae ..."), which does not subtract large sums from
-    each other as sum(x x^T) - n mean mean^T does.
+    Batches are merged by the pairwise update of Chan et al. 1979 ("Updating formulae ..."), which
+    does not subtract large sums from each other as sum(x x^T) - n mean mean^T does.
     """
 
     def __init__(self):
@@ -16,7 +19,10 @@ class FeatureStatistics:
         self.scatter = None  # (d, d), the sum of (x - mean)(x - mean)^T
 
     def add(self, features):
-        """features: (n, d), a tensor or array of any float type, n may be 0. ValueError for another shape or values not finite."""
+        """features: (n, d), a tensor or array of any float type, n may be 0.
+
+        ValueError for another shape or values not finite.
+        """
         features = as_features(features)
         count, mean = len(features), features.mean(0)
         if count == 0:
@@ -36,14 +42,20 @@ class FeatureStatistics:
 
     @property
     def covariance(self):
-        """(d, d), the unbiased one (divided by n - 1), as the field's implementations take it. ValueError below 2 features."""
+        """(d, d), the unbiased one (divided by n - 1), as the field's implementations take it.
+
+        ValueError below 2 features.
+        """
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 pictures, not {self.count}")
         return self.scatter / (self.count - 1)
 
 
 def as_features(features):
-    """(n, d) float64 tensor on the CPU (Apple GPUs have no float64). ValueError for another shape or values not finite."""
+    """(n, d) float64 tensor on the CPU (Apple GPUs have no float64).
+
+    ValueError for another shape or values not finite.
+    """
     features = torch.as_tensor(features).detach().to("cpu", torch.float64)
     if features.ndim != 2:
         raise ValueError(f"features must be (pictures, numbers), not of shape {tuple(features.shape)}")
@@ -57,15 +69,18 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
 
     Dowson & Landau 1982; Heusel et al. 2017, equation 6.
 
-    Args: means (d,) and symmetric covariances (d, d), which may be singular; tensors or arrays, taken as float64.
-    With C = L L^T the trace of the root is the sum of the singular values of L_1^T L_2: there is no root of a matrix that is not
-    symmetric, so nothing turns complex, and a set against itself gives its own eigenvalues, so 0 to rounding even where C is singular.
+    Args: means (d,) and symmetric covariances (d, d), which may be singular; tensors or arrays,
+    taken as float64. With C = L L^T the trace of the root is the sum of the singular values of
+    L_1^T L_2: there is no root of a matrix that is not symmetric, so nothing turns complex, and a
+    set against itself gives its own eigenvalues, so 0 to rounding even where C is singular.
     ValueError for shapes that do not fit or values not finite.
     """
-    mean_1, cov_1, mean_2, cov_2 = (torch.as_tensor(value).detach().to("cpu", torch.float64) for value in (mean_1, cov_1, mean_2, cov_2))
+    mean_1, cov_1, mean_2, cov_2 = (torch.as_tensor(value).detach().to("cpu", torch.float64)
+                                    for value in (mean_1, cov_1, mean_2, cov_2))
     d = mean_1.numel()
     if any(mean.shape != (d,) for mean in (mean_1, mean_2)) or any(cov.shape != (d, d) for cov in (cov_1, cov_2)):
-        raise ValueError(f"means and covariances do not fit together: {[tuple(v.shape) for v in (mean_1, cov_1, mean_2, cov_2)]}")
+        raise ValueError("means and covariances do not fit together: "
+                         f"{[tuple(v.shape) for v in (mean_1, cov_1, mean_2, cov_2)]}")
     if not all(value.isfinite().all() for value in (mean_1, cov_1, mean_2, cov_2)):
         raise ValueError("means or covariances hold NaN or infinite values")
     overlap = torch.linalg.svdvals(factor(cov_1).T @ factor(cov_2)).sum()
@@ -88,29 +103,35 @@ BLOCK = 2**23  # numbers in a block of distances or features: 64 MiB
 
 
 def kernel_distance(features_1, features_2, subsets=100, subset_size=1000, seed=0):
-    """(mean, standard deviation over subsets) of the squared maximum mean discrepancy (KID; Binkowski et al. 2018, section 4).
+    """(mean, standard deviation over subsets) of the squared maximum mean discrepancy (KID;
+    Binkowski et al. 2018, section 4).
 
-    Kernel (x y / d + 1)^3, the unbiased estimate: it may fall below 0 where the sets are alike. features: (n, d), (m, d).
-    subset_size: pictures of each set that one estimate takes, fewer where a set is smaller; where that is all of both sets, one
-    estimate says it all. ValueError for sets of fewer than 2.
+    Kernel (x y / d + 1)^3, the unbiased estimate: it may fall below 0 where the sets are alike.
+    features: (n, d), (m, d). subset_size: pictures of each set that one estimate takes, fewer where
+    a set is smaller; where that is all of both sets, one estimate says it all. ValueError for sets
+    of fewer than 2.
     """
     features_1, features_2 = as_features(features_1), as_features(features_2)
     size = min(subset_size, len(features_1), len(features_2))
     if size < 2:
-        raise ValueError(f"a kernel distance needs at least 2 pictures on both sides, not {len(features_1)} and {len(features_2)}")
+        raise ValueError(f"a kernel distance needs at least 2 pictures on both sides, not {len(features_1)} and "
+                         f"{len(features_2)}")
     if size == len(features_1) == len(features_2):
         subsets = 1
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(subsets):
-        x, y = (features[torch.randperm(len(features), generator=generator)[:size]] for features in (features_1, features_2))
+        x, y = (features[torch.randperm(len(features), generator=generator)[:size]]
+                for features in (features_1, features_2))
         values.append(squared_discrepancy(x, y))
     values = torch.stack(values)
     return values.mean().item(), values.std(correction=0).item()
 
 
 def squared_discrepancy(x, y):
-    """The unbiased estimate of equation 4 in Binkowski et al. 2018 for x (n, d) and y (m, d), 0-dim."""
+    """The unbiased estimate of equation 4 in Binkowski et al. 2018 for x (n, d) and y (m, d),
+    0-dim.
+    """
     def kernel(a, b):
         return (a @ b.T / a.shape[1] + 1) ** 3
 
@@ -124,15 +145,17 @@ def squared_discrepancy(x, y):
 def precision_and_recall(samples, reference, k=3):
     """(precision, recall), 0 to 1 each (Kynkaanniemi et al. 2019, equations 1 and 2).
 
-    A set's manifold is the union of balls around its features, each as large as the distance to its k-th nearest neighbour in the
-    set. Precision is the share of samples (n, d) in the manifold of the reference (m, d), recall the converse. Both depend on n and
-    m: compare values of the same counts only. ValueError unless both sets have more than k.
+    A set's manifold is the union of balls around its features, each as large as the distance to its
+    k-th nearest neighbour in the set. Precision is the share of samples (n, d) in the manifold of
+    the reference (m, d), recall the converse. Both depend on n and m: compare values of the same
+    counts only. ValueError unless both sets have more than k.
     """
     samples, reference = as_features(samples), as_features(reference)
     if min(len(samples), len(reference)) <= k:
         raise ValueError(f"precision and recall with k = {k} need more than {k} pictures on both sides, "
                          f"not {len(samples)} and {len(reference)}")
-    # The float32 features of a copy differ in their last digits: without this a ball of copies would not hold another one.
+    # The float32 features of a copy differ in their last digits: without this a ball of copies
+    # would not hold another one.
     slack = 1e-6 * reference.square().sum(1).mean().sqrt()
     centre = reference.mean(0)  # distances of centred features lose fewer digits
     samples, reference = samples - centre, reference - centre
@@ -140,18 +163,22 @@ def precision_and_recall(samples, reference, k=3):
 
 
 def share_inside(queries, centres, k, slack):
-    """The share of queries (n, d) that lie in a ball around one of the centres (m, d), or at most `slack` outside."""
+    """The share of queries (n, d) that lie in a ball around one of the centres (m, d), or at most
+    `slack` outside.
+    """
     rows = max(BLOCK // len(centres), 1)
-    radii = torch.cat([torch.cdist(block, centres).kthvalue(k + 1, dim=1).values for block in centres.split(rows)])  # itself is one
+    # itself is one
+    radii = torch.cat([torch.cdist(block, centres).kthvalue(k + 1, dim=1).values for block in centres.split(rows)])
     inside = [(torch.cdist(block, centres) <= radii + slack).any(1) for block in queries.split(rows)]
     return torch.cat(inside).double().mean().item()
 
 
 def nearest(queries, bank, k=1):
-    """The k nearest of a bank for each query: (Euclidean distances (n, k) float64, positions in the bank (n, k)), nearest first.
+    """The k nearest of a bank for each query: (Euclidean distances (n, k) float64, positions in
+    the bank (n, k)), nearest first.
 
-    queries: (n, d). bank: an iterable of blocks (b, d), read once; both of any number type, uint8 pixels too, and turned into
-    float64 a block at a time. ValueError for a bank of fewer than k.
+    queries: (n, d). bank: an iterable of blocks (b, d), read once; both of any number type, uint8
+    pixels too, and turned into float64 a block at a time. ValueError for a bank of fewer than k.
     """
     queries = torch.as_tensor(queries)
     best = torch.full((len(queries), k), float("inf"), dtype=torch.float64)

@@ -1,4 +1,6 @@
-"""Features of image sets for FID, KID, precision and recall: computed in one pass, kept in a cache."""
+"""Features of image sets for FID, KID, precision and recall: computed in one pass, kept in a
+cache.
+"""
 
 import hashlib
 from dataclasses import replace
@@ -45,7 +47,10 @@ class Collected(NamedTuple):
 
 
 def collect(blocks, extractor=None, max_features=10_000, max_images=0):
-    """Collected of blocks of images (b, H, W, C), in one pass. It keeps the first features and images."""
+    """Collected of blocks of images (b, H, W, C), in one pass.
+
+    It keeps the first features and images.
+    """
     statistics, features, images = FeatureStatistics(), [], []
     num_features = num_images = 0
     for block in blocks:
@@ -87,7 +92,10 @@ class FeatureCache:
         return found or writable_folder(self.folders) / name
 
     def collected(self, dataset, extractor, max_features):
-        """Collected of a whole ImageDataset, read from its file; without a sound file, computed and kept."""
+        """Collected of a whole ImageDataset, read from its file.
+
+        Without a sound file, computed and kept.
+        """
         path = self.path("features", dataset.key(), extractor.key, max_features)
         statistics = FeatureStatistics()
         try:
@@ -105,7 +113,10 @@ class FeatureCache:
         return found
 
     def classifier(self, dataset, device):
-        """The file of a FeatureNet of the dataset's classes. A missing one is trained on 90 % of the images."""
+        """The file of a FeatureNet of the dataset's classes.
+
+        A missing one is trained on 90 % of the images.
+        """
         if len(dataset.classes) < 2:
             raise ValueError("--features classifier learns classes, and the reference has none: sort its "
                              "pictures into class folders, name a classifier's file, or use --features inception")
@@ -129,7 +140,9 @@ class FeatureCache:
 
 
 def load_extractor(features, dataset, cache, device, batch_size=100, inception_weights=""):
-    """The Extractor for `features`: "inception", "classifier" (of the dataset's classes) or a FeatureNet's file."""
+    """The Extractor for `features`: "inception", "classifier" (of the dataset's classes) or a
+    FeatureNet's file.
+    """
     if features == "inception":
         return Extractor(load_inception(inception_weights, device), "Inception, 2048 numbers", device, batch_size)
     path = cache.classifier(dataset, device) if features == "classifier" else Path(features)

@@ -21,7 +21,10 @@ from utils.terminal import printable
 
 
 def natural_shape(path):
-    """(H, W, C) of the first picture of a folder, list or .npz: grey ones have 1 channel. ValueError where there is none."""
+    """(H, W, C) of the first picture of a folder, list or .npz: grey ones have 1 channel.
+
+    ValueError where there is none.
+    """
     path = Path(path)
     if path.suffix.lower() == ".npz":
         return _npz_shape(path)[1:]
@@ -64,7 +67,10 @@ def open_images(path, shape, resize_mode="crop", background=(255, 255, 255), cac
 
 @contextlib.contextmanager
 def _open_member(path):
-    """Open arr_0.npy of an .npz for reading. ValueError where the file lacks it, or the block finds damage in it."""
+    """Open arr_0.npy of an .npz for reading.
+
+    ValueError where the file lacks it, or the block finds damage in it.
+    """
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
             yield member
@@ -88,16 +94,21 @@ def _npz_shape(path):
 
 
 def _open_npz(path, shape):
-    """The ImageDataset of an .npz. numpy would read a packed array into memory, so this unpacks it to the disk and maps it."""
+    """The ImageDataset of an .npz.
+
+    numpy would read a packed array into memory, so this unpacks it to the disk and maps it.
+    """
     own = _npz_shape(path)[1:]
     if own != shape:
         raise ValueError(f"{path} holds pictures of (height, width, channels) {own}, to be compared at {shape}: "
                          "pictures of an .npz are taken as they are")
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, _open_member(path) as member:  # Windows keeps open files
+    # Windows keeps open files
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, _open_member(path) as member:
         unpacked = os.path.join(folder, "arr_0.npy")
         with open(unpacked, "wb") as file:
             shutil.copyfileobj(member, file)
         pixels = np.asarray(np.load(unpacked, mmap_mode="r", allow_pickle=False))
     hashes = [hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest() for picture in pixels]
     paths = [f"{printable(path.resolve())}[{number}]" for number in range(len(pixels))]
-    return ImageDataset(printable(path.resolve()), pixels, hashes, torch.zeros(len(pixels), dtype=torch.int64), [], paths)
+    return ImageDataset(printable(path.resolve()), pixels, hashes, torch.zeros(len(pixels), dtype=torch.int64), [],
+                        paths)

@@ -1,4 +1,6 @@
-"""The Inception network that FID and KID are defined with, through torchmetrics (an optional extra; its weights are downloaded once)."""
+"""The Inception network that FID and KID are defined with, through torchmetrics (an optional
+extra; its weights are downloaded once).
+"""
 
 import hashlib
 import io
@@ -16,7 +18,10 @@ INSTEAD = "--features classifier needs neither (its distances compare with its o
 
 
 class Inception(nn.Module):
-    """Pictures (b, 1 or 3, h, w) uint8 -> the 2048 features of the last pooling, (b, 2048) float32; resized to 299x299 within."""
+    """Pictures (b, 1 or 3, h, w) uint8 -> the 2048 features of the last pooling, (b, 2048) float32.
+
+    Resized to 299x299 within.
+    """
 
     num_features = 2048
 
@@ -34,26 +39,31 @@ class Inception(nn.Module):
 
 
 def load_inception(weights_path="", device="cpu"):
-    """The network of `torchmetrics.image.fid`, whose weights are those of the FID paper, converted from TensorFlow.
+    """The network of `torchmetrics.image.fid`, whose weights are those of the FID paper, converted
+    from TensorFlow.
 
-    weights_path: a file with them; "": torch.hub's cache, downloaded (91 MB) where they are not there.
-    ValueError of one line where a package is missing, or the weights are not there and cannot be downloaded, or do not fit.
+    weights_path: a file with them; "": torch.hub's cache, downloaded (91 MB) where they are not
+    there. ValueError of one line where a package is missing, or the weights are not there and
+    cannot be downloaded, or do not fit.
     """
     try:
         import torch_fidelity  # noqa: F401 (torchmetrics needs it, but can be imported without)
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
-        raise ValueError(f"Inception features need two more packages ({error.name} is missing): {INSTALL}; {INSTEAD}") from None
+        raise ValueError(f"Inception features need two more packages ({error.name} is missing): "
+                         f"{INSTALL}; {INSTEAD}") from None
     try:
         weights = load_tensors(named_file(weights_path)) if weights_path else downloaded_weights()
         check_tensors(weights)
-        # The library's loader would run code hidden in a file: it gets what was read without, and no file.
+        # The library's loader would run code hidden in a file: it gets what was read without, and
+        # no file.
         copy = io.BytesIO()
         torch.save(weights, copy)
         copy.seek(0)
         metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=copy)
     except OSError as error:  # urllib's errors too
-        what = f"{weights_path} cannot be read" if weights_path else f"the Inception weights cannot be downloaded from {weights_address()}"
+        what = (f"{weights_path} cannot be read" if weights_path else
+                f"the Inception weights cannot be downloaded from {weights_address()}")
         raise ValueError(f"{what} ({error}): name a copy of the file with --inception_weights; {INSTEAD}") from None
     except Exception as error:  # torch.load and load_state_dict raise all kinds
         what = str(error).splitlines()[0].removeprefix(f"{weights_path}: ")[:400]
@@ -79,7 +89,8 @@ def downloaded_weights():
     kept = Path(torch.hub.get_dir(), "checkpoints", theirs.URL_INCEPTION_V3.rsplit("/", 1)[1])
     if kept.is_file() and not sha256_of(kept).startswith(kept.stem.rsplit("-", 1)[1]):
         raise ValueError(f"{kept} is damaged, or another file: delete it, and it is downloaded again")
-    return theirs.load_state_dict_from_url(theirs.URL_INCEPTION_V3, map_location="cpu", weights_only=True, check_hash=True)
+    return theirs.load_state_dict_from_url(theirs.URL_INCEPTION_V3, map_location="cpu", weights_only=True,
+                                           check_hash=True)
 
 
 def sha256_of(path):

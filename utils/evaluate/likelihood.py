@@ -1,4 +1,6 @@
-"""Bits per dimension of images, from the variational bound (Ho et al. 2020, sections 2, 3.3 and 4.3)."""
+"""Bits per dimension of images, from the variational bound (Ho et al. 2020, sections 2, 3.3 and
+4.3).
+"""
 
 import math
 
@@ -9,19 +11,23 @@ LEVELS = 256  # values of a pixel, from -1 to 1
 
 @torch.no_grad()
 def variational_bound(denoise, alpha_bars, x, generator=None):
-    """The bound's terms for images x (b, c, h, w) of 8 bits in [-1, 1]: (b, T + 1) float64, in bits per dimension (c h w of them).
+    """The bound's terms for images x (b, c, h, w) of 8 bits in [-1, 1]: (b, T + 1) float64, in
+    bits per dimension (c h w of them).
 
-    Column t is the paper's L_t: L_0 the discretised decoder (equation 13), L_1 ... L_{T-1} the steps between (equation 8) and L_T
-    the prior (equation 5); a row's sum bounds -log2 p(x) / (c h w) from above. The variance is beta_t in the steps and the decoder.
+    Column t is the paper's L_t: L_0 the discretised decoder (equation 13), L_1 ... L_{T-1} the
+    steps between (equation 8) and L_T the prior (equation 5); a row's sum bounds -log2 p(x) / (c h
+    w) from above. The variance is beta_t in the steps and the decoder.
 
     Args:
-        denoise: (x_t, t) -> x_0, with t from 0 to T - 1 as the solvers see it (`GaussianDiffusion.denoiser`).
+        denoise: (x_t, t) -> x_0, with t from 0 to T - 1 as the solvers see it
+            (`GaussianDiffusion.denoiser`).
         alpha_bars: T numbers, of decreasing order.
         generator: of the noise, on x's device; None: torch's global one.
     Costs T calls of the network on the batch. ValueError for images that are not on the 256 levels.
     """
     if ((x + 1) * 127.5 - ((x + 1) * 127.5).round()).abs().max() > 1e-2 or x.abs().max() > 1 + 1e-4:
-        raise ValueError("bits per dimension are defined for 8-bit images: x must be on the 256 levels -1, -1 + 2/255, ... 1")
+        raise ValueError("bits per dimension are defined for 8-bit images: x must be on the 256 levels -1, -1 + "
+                         "2/255, ... 1")
     terms = []
     for t, alpha_bar in enumerate(alpha_bars):
         noise = torch.randn(x.shape, generator=generator, device=x.device)
@@ -46,9 +52,11 @@ def prior_divergence(x, alpha_bar):
 
 
 def step_divergence(x, x_0, alpha_bar_s, alpha_bar_t):
-    """KL(q(x_s | x_t, x) || p(x_s | x_t)) in nats, elementwise, for neighbouring timesteps s < t (the middle term of equation 5).
+    """KL(q(x_s | x_t, x) || p(x_s | x_t)) in nats, elementwise, for neighbouring timesteps s < t
+    (the middle term of equation 5).
 
-    Both are Gaussians: q has the mean and variance beta~ of equation 7, p that mean with the predicted x_0 for x, and beta.
+    Both are Gaussians: q has the mean and variance beta~ of equation 7, p that mean with the
+    predicted x_0 for x, and beta.
     """
     beta = 1 - alpha_bar_t / alpha_bar_s
     share = (1 - alpha_bar_s) / (1 - alpha_bar_t)  # beta~ / beta
@@ -57,10 +65,12 @@ def step_divergence(x, x_0, alpha_bar_s, alpha_bar_t):
 
 
 def decoder_log_likelihood(x, mean, sigma):
-    """log of the probability that N(mean, sigma^2) gives the level x, elementwise, in nats (equation 13).
+    """log of the probability that N(mean, sigma^2) gives the level x, elementwise, in nats
+    (equation 13).
 
-    A level owns the values up to half the way to its neighbours; the first and the last own all beyond. At timestep 0 the mean of
-    the reverse step is the predicted x_0 itself (equation 7 with alpha_bar_{t-1} = 1). float64 where the device has it.
+    A level owns the values up to half the way to its neighbours; the first and the last own all
+    beyond. At timestep 0 the mean of the reverse step is the predicted x_0 itself (equation 7 with
+    alpha_bar_{t-1} = 1). float64 where the device has it.
     """
     precise = torch.float32 if x.device.type == "mps" else torch.float64
     x, mean = x.to(precise), mean.to(precise)
@@ -71,7 +81,9 @@ def decoder_log_likelihood(x, mean, sigma):
 
 
 def log_normal_probability(lower, upper):
-    """log(Phi(upper) - Phi(lower)), also where both are far out on one side and the difference of the two would be 0."""
+    """log(Phi(upper) - Phi(lower)), also where both are far out on one side and the difference of
+    the two would be 0.
+    """
     flipped = lower + upper > 0  # Phi(u) - Phi(l) = Phi(-l) - Phi(-u): on the lower side logarithms keep their digits
     lower, upper = torch.where(flipped, -upper, lower), torch.where(flipped, -lower, upper)
     log_lower, log_upper = torch.special.log_ndtr(lower), torch.special.log_ndtr(upper)

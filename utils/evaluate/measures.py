@@ -45,9 +45,11 @@ def measure_distances(config, sampled, known, extractor):
 
 
 def measure_nearest(config, images, reference, held_out, extractor):
-    """Whether the samples, images (n, H, W, C), are copies: distances to the nearest reference images.
+    """Whether the samples, images (n, H, W, C), are copies: distances to the nearest reference
+    images.
 
-    To compare with: the distances of the held-out images, or of the reference's to their nearest other.
+    To compare with: the distances of the held-out images, or of the reference's to their nearest
+    other.
     """
     extractor = extractor if config.nearest_by == "features" else None
     distances, found = nearest_images(images, reference, extractor)
@@ -71,7 +73,8 @@ def measure_nearest(config, images, reference, held_out, extractor):
 
 
 def nearest_images(images, reference, extractor=None, k=1):
-    """The k-th nearest reference image to each of images (n, H, W, C) uint8: (distances (n,), numbers (n,)).
+    """The k-th nearest reference image to each of images (n, H, W, C) uint8: (distances (n,),
+    numbers (n,)).
 
     Between features of the extractor. None: between pixels, as the root mean square in levels of
     0 to 255, which does not depend on the image size.
@@ -85,7 +88,10 @@ def nearest_images(images, reference, extractor=None, k=1):
 
 
 def save_pairs(config, images, reference, distances, found):
-    """Save a grid of samples beside their nearest reference images; returns what it shows, as dicts."""
+    """Save a grid of samples beside their nearest reference images.
+
+    Returns what it shows, as dicts.
+    """
     order = distances.argsort().tolist()
     rest = order[PAIRS:]
     shown = order[:PAIRS] + [rest[i] for i in np.linspace(0, len(rest) - 1, min(PAIRS, len(rest))).astype(int)]
@@ -125,7 +131,10 @@ def measure_bits(config, model, held_out, device, precision):
 
 
 def held_out_labels(held_out, model):
-    """The held-out images' class ids (N,); None: no classes, or the null class. ValueError for others."""
+    """The held-out images' class ids (N,); None: no classes, or the null class.
+
+    ValueError for others.
+    """
     if not model.classes:
         return None
     if held_out.classes == model.classes:

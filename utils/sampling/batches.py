@@ -4,7 +4,8 @@ import torch
 
 
 def sample_batches(diffusion, firsts, batch_size, seed, labels=None, noise=None, **settings):
-    """Yields (first, steps) for each number in `firsts`: a batch of the images `first`, `first` + 1, ...
+    """Yields (first, steps) for each number in `firsts`: a batch of the images `first`, `first` +
+    1, ...
 
     `steps` is `diffusion.sample_steps`: it yields (x, x_0), both (batch_size, c, h, w), after each
     step of the solver. All batches have one size, so the number of images changes no image.

@@ -1,4 +1,6 @@
-"""What predict.py writes: one picture, the grid, single files, an .npz, and how the pictures formed. Only whole files."""
+"""What predict.py writes: one picture, the grid, single files, an .npz, and how the pictures
+formed. Only whole files.
+"""
 
 import contextlib
 import errno
@@ -25,11 +27,13 @@ FRAME_MS, LAST_FRAME_MS = 80, 2000
 
 
 class PredictFiles:
-    """Takes the pictures as they come, in any order and from any process, and writes them in bounded memory.
+    """Takes the pictures as they come, in any order and from any process, and writes them in
+    bounded memory.
 
-    config: predict.py's, settled. shape: (H, W, C) of a picture. rows: of the grid, where each is a class; else None. text_of: the
-    function number -> dict of what a picture depends on, written into its single file: one that is there already counts if it says
-    the same, and is an error if not. ValueError where the folder cannot be written to.
+    config: predict.py's, settled. shape: (H, W, C) of a picture. rows: of the grid, where each is a
+    class; else None. text_of: the function number -> dict of what a picture depends on, written
+    into its single file: one that is there already counts if it says the same, and is an error if
+    not. ValueError where the folder cannot be written to.
     """
 
     def __init__(self, config, shape, rows, text_of):
@@ -54,7 +58,9 @@ class PredictFiles:
             Path(path).unlink(missing_ok=True)
 
     def have(self, first, size):
-        """Whether all pictures of this batch are there already as single files: they are read instead of drawn again."""
+        """Whether all pictures of this batch are there already as single files: they are read
+        instead of drawn again.
+        """
         if not self.config.individual_files:
             return False
         found = {number: self._read(number) for number in range(first, min(first + size, self.config.num_images))}
@@ -69,7 +75,10 @@ class PredictFiles:
         return self.folder / name
 
     def _read(self, number):
-        """The pixels of a finished single file; None where there is none. ValueError for one of something else."""
+        """The pixels of a finished single file; None where there is none.
+
+        ValueError for one of something else.
+        """
         path, wanted = self._path(number), self.text_of(number)
         try:
             with Image.open(path) as picture:
@@ -78,15 +87,19 @@ class PredictFiles:
         except FileNotFoundError:
             return None
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{path.resolve()} cannot be read ({describe_error(error)}): delete it, it is drawn again") from None
+            raise ValueError(f"{path.resolve()} cannot be read ({describe_error(error)}): "
+                             "delete it, it is drawn again") from None
         differing = [name for name in {**wanted, **text} if text.get(name) != wanted.get(name)]
         if differing:
-            raise ValueError(f"{path.resolve()} is there already and differs in {', '.join(differing)}: move it away, or choose another "
-                             "--save_dir")
+            raise ValueError(f"{path.resolve()} is there already and differs in {', '.join(differing)}: "
+                             "move it away, or choose another --save_dir")
         return pixels.reshape(self.shape)
 
     def add(self, first, pixels):
-        """pixels: (n, H, W, C) uint8, the pictures from number `first` on; those beyond num_images are padding."""
+        """pixels: (n, H, W, C) uint8, the pictures from number `first` on.
+
+        Those beyond num_images are padding.
+        """
         for number, picture in enumerate(pixels[: self.config.num_images - first], first):
             if self.config.individual_files and not self._path(number).exists():
                 save_png(self._path(number), picture, self.text_of(number))
@@ -99,7 +112,10 @@ class PredictFiles:
             self.spool[number] = picture
 
     def add_moment(self, first, step, x, x_0):
-        """A step of the batch from number `first` on: x_t and predicted x_0, (B, C, H, W). Kept for the strip and the animation."""
+        """A step of the batch from number `first` on: x_t and predicted x_0, (B, C, H, W).
+
+        Kept for the strip and the animation.
+        """
         count = min(self.shown, self.config.num_images) - first
         if step in self.moments and count > 0:
             for number, pair in enumerate(zip(to_uint8(x[:count]), to_uint8(x_0[:count])), first):
@@ -130,7 +146,9 @@ class PredictFiles:
         return path
 
     def _write_films(self, films):
-        """The strip (for each of the first pictures a row of x_t over one of x_0) and the animation of the grid forming."""
+        """The strip (for each of the first pictures a row of x_t over one of x_0) and the
+        animation of the grid forming.
+        """
         length = len(films[0])
         chosen = [round(moment) for moment in np.linspace(0, length - 1, min(STRIP_MOMENTS, length))]
         rows = [film[moment][kind] for film in films[:STRIP_IMAGES] for kind in (0, 1) for moment in chosen]
@@ -155,11 +173,13 @@ def _check_folder(folder):
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"{folder.resolve()} cannot be written to ({error.strerror}): choose another --save_dir") from None
+        raise ValueError(f"{folder.resolve()} cannot be written to ({error.strerror}): "
+                         "choose another --save_dir") from None
 
 
 def _open_spool(folder, shape):
-    """A (N, H, W, C) uint8 array in a file, not in memory, that every process fills at its own places.
+    """A (N, H, W, C) uint8 array in a file, not in memory, that every process fills at its own
+    places.
 
     The file loses its name as soon as all processes have it open: its space comes back however they
     end. OSError where the disk has too little space.
@@ -178,7 +198,9 @@ def _open_spool(folder, shape):
 
 
 def image_texts(config, network, shape, classes, labels, settings):
-    """The function number -> dict of all that this image depends on: the text in its single file."""
+    """The function number -> dict of all that this image depends on: the text in its single
+    file.
+    """
     text = {name: image_digest(value[:1]) if torch.is_tensor(value) else str(value)
             for name, value in settings.items() if name != "known"}
     text["size"] = "x".join(map(str, shape))
@@ -196,7 +218,9 @@ def image_texts(config, network, shape, classes, labels, settings):
 
 
 def _reserve(path):
-    """Give a new file its space on the disk now: a mapped file that gets none later kills the process."""
+    """Give a new file its space on the disk now: a mapped file that gets none later kills the
+    process.
+    """
     if not hasattr(os, "posix_fallocate"):
         return
     try:

@@ -8,7 +8,9 @@ from utils.data.decode import check_image, describe_error, load_image
 
 
 def starting_settings(config, diffusion, trained):
-    """The arguments of `diffusion.sample_steps` for predict.py's init_image and mask; {} without them.
+    """The arguments of `diffusion.sample_steps` for predict.py's init_image and mask.
+
+    {} without them.
 
     trained: the training's settings by field name; resize_mode and background are used.
     """
@@ -33,7 +35,8 @@ def load_init_image(path, input_shape, img_channels, trained):
 
 
 def load_mask(path, image_path, input_shape, trained):
-    """A mask (1, 1, H, W), cropped as the image is: 1.0 (sampled anew) above mid-grey, else 0.0 (kept).
+    """A mask (1, 1, H, W), cropped as the image is: 1.0 (sampled anew) above mid-grey, else 0.0
+    (kept).
 
     ValueError where it cannot be read, has another shape than the image, or is all of one value.
     """
