@@ -2,6 +2,7 @@
 import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is no traceback)
 
 # isort: split
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -11,8 +12,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from nets import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, SAMPLERS, SCHEDULES, GaussianDiffusion, build
-from nets.schedules import check_choice
-from nets.unet import check_input_shape, check_levels, choose_groups, count_parameters
+from nets.unet import check_input_shape, check_levels, choose_groups, count_flops, count_parameters
 from nets.weights import known_settings, unet_arguments
 from utils import distributed
 from utils.config import block_settings, check_values, settings, typed_options
@@ -43,14 +43,15 @@ from utils.training.optimizer import (
 from utils.training.randomness import draw_step, mix
 from utils.training.resume import check_classes, find_checkpoint, merge_config, restore, run_folder
 from utils.training.run_files import RunFiles
+from utils.training.start_from import find_start, start_config
 from utils.training.stopping import StopSignal
-from utils.training.summary import print_summary
+from utils.training.summary import print_summary, print_time
 from utils.training.validation import validation_loss
 
 
 @settings
 class Config:
-    preset: str = ""                                     # settings by one name: quick or small; "": the article's
+    preset: "Literal[tuple(PRESETS)]" = ""               # settings by one name, see PRESETS; "": the article's
 
     # Pictures
     annotation_path: str = "train_lines.txt"             # the list that txt_annotation.py writes
@@ -115,7 +116,8 @@ class Config:
     preview_sampler: Literal[tuple(SAMPLERS)] = "sde-dpm++"  # solver of the previews
     preview_steps: int = 25                              # its steps
     val_split: float = 0.0                               # share of the pictures for a validation loss, not trained on
-    dry_run: bool = False                                # print parameters, steps, memory and what "auto" became; stop
+    dry_run: bool = False                                # print what the run needs: steps, memory, time; stop
+    start_from: str = ""                                 # weights to begin a new run with, of any size or classes
     resume: str = ""                                     # "latest", or a path: resume that run
 
 
@@ -151,12 +153,14 @@ def main(arguments=None):
     check(config)
     config, device = resolve(config)
     parts = prepare(config, device, checkpoint)
-    print_summary(config, parts)
-    if config.dry_run:
-        print_memory(config, parts)
-    else:
-        folder = run_folder(checkpoint, source, config.save_dir)
-        with explain_out_of_memory(lambda: advice_for_training(config, parts)):
+    print_summary(config, parts, PRESETS[config.preset])
+    with explain_out_of_memory(lambda: advice_for_training(config, parts)):
+        if config.dry_run:
+            print_memory(config, parts)
+            flops = count_flops(unet_arguments(asdict(config), len(parts.dataset.classes)), config.input_shape)
+            print_time(config, parts, flops, seconds_per_step(config, parts))
+        else:
+            folder = run_folder(checkpoint, source, config.save_dir)
             train(config, parts, folder, restore(checkpoint, source, parts, config))
     distributed.stop()
 
@@ -165,13 +169,17 @@ def read_settings(arguments=None):
     """(Config, checkpoint or None, its path). A resumed run has its own settings."""
     block, typed = block_settings(Config), typed_options(Config, __doc__, arguments)
     distributed.start()
+    block = replace(block, preset=typed.get("preset", block.preset))
+    block = replace(block, **PRESETS[block.preset])
     config = replace(block, **typed)
-    check_choice("preset", config.preset, PRESETS)
-    config = replace(config, **{**PRESETS[config.preset], **typed})
     source, checkpoint = find_checkpoint(config.resume, config.save_dir)
     if checkpoint:
         checkpoint["config"] = known_settings(checkpoint)
         config = merge_config(block, typed, checkpoint, source)
+    elif config.start_from:
+        source, checkpoint = find_start(config.start_from)
+        checkpoint["config"] = known_settings(checkpoint)
+        config = start_config(config, typed, checkpoint, source)
     return config, checkpoint, source
 
 
@@ -210,6 +218,8 @@ def prepare(config, device, checkpoint=None):
     with distributed.one_per_machine_first():
         images = open_dataset(config.annotation_path, config.input_shape, config.img_channels, config.resize_mode,
                               config.background, config.num_workers, icc=config.icc)  # fmt: skip
+    if checkpoint and config.start_from and "position" not in checkpoint:
+        checkpoint = build.with_classes(checkpoint, asdict(config), images.classes)
     check_classes(config, images.classes, checkpoint)
     dataset, validation = split_validation(images, config.val_split)
     batch_size = effective_batch_size(len(dataset), config.batch_size, distributed.world_size() * config.accumulate)
@@ -266,6 +276,20 @@ def compile_network(config, diffusion):
         # Older versions split the network for DDP and then refuse recomputed activations.
         torch._dynamo.config.optimize_ddp = not config.activation_checkpointing
         diffusion.model.compile()
+
+
+def seconds_per_step(config, parts):
+    """The mean of two steps after a first one, which compiles. The learning rate is 0."""
+    compile_network(config, parts.diffusion)
+    batches = EpochBatches(len(parts.dataset), parts.batch_size, config.seed, 0, 0, distributed.rank(),
+                           distributed.world_size())
+    images, labels = next(iter(data_loader(parts.dataset, batches)))
+    ends = []
+    for _ in range(3):
+        train_step(config, parts, images, labels, 0, 0, lr=0.0)
+        parts.meter.sums.cpu()  # waits for the device
+        ends.append(time.perf_counter())
+    return (ends[2] - ends[0]) / 2
 
 
 def train_step(config, parts, images, labels, epoch, consumed, lr):

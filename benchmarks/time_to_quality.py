@@ -9,9 +9,10 @@ alone. A mark is stored as soon as it is measured; the same command goes on from
 and curves go to benchmarks/results/.
 """
 import json
-import time
+import typing
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from tqdm import tqdm
 import train
 from benchmarks.contestants import Diffusers, Job, Lucidrains, forever
 from benchmarks.runs import DATA, RESULTS, WORK, list_pictures, write_json
-from benchmarks.timing import machine, markdown, quiet
+from benchmarks.timing import CLOCKS, machine, markdown, quiet
 from nets import samplers
 from utils.config import check_values, parse_config, parse_value, settings
 from utils.data.dataset import EpochBatches, data_loader, open_dataset
@@ -51,6 +52,8 @@ class Config:
     batch_size: int = 64                  # likewise
     samples: int = 0                      # for each distance; 0: 10,000 on a GPU, 1,000 elsewhere
     seed: int = 0                         # of our trainings, and of the samples
+    # cpu: this process's own time, with one thread undisturbed by other programs
+    clock: Literal["wall", "cpu"] = "wall"
     data_root: str = ""                   # a torchvision root with FashionMNIST/raw; "": fetched
     device: str = "auto"                  # auto, cuda or cpu
     name: str = ""                        # of the files in benchmarks/results; "": the device's
@@ -195,7 +198,7 @@ def main():
     )  # fmt: skip
     path = RESULTS / f"time_to_quality_{config.name}_{config.data}"
     report = opened(path.with_suffix(".json"), config)
-    report["machine"] = machine(device, choose_precision("auto", device), "wall")
+    report["machine"] = machine(device, choose_precision("auto", device), config.clock)
     judge = Judge(config, device)
     for name in config.contestants.split(",") if config.contestants else [*PEERS, *ours(config)]:
         measure(config, device, judge, name, report, path)
@@ -205,7 +208,7 @@ def main():
 def ours(config):
     """{name: settings of ours}: the article's, each preset's, and the extra ones."""
     found = {"article": {}, **{name: values for name, values in train.PRESETS.items() if name}}
-    hints = train.Config.__annotations__
+    hints = typing.get_type_hints(train.Config)
     for entry in filter(None, config.extra.split("|")):
         name, _, pairs = entry.partition("=")
         words = [pair.partition(":") for pair in pairs.split(";") if pair]
@@ -277,13 +280,14 @@ def measure(config, device, judge, name, report, path):
         run = PEERS[name](job) if name in PEERS else OurRun(job, judge.annotation, judge.channels, config.seed,
                                                             known[name])
         run.told(entry["total_steps"])
+    clock = CLOCKS[config.clock]
     for mark in config.marks[len(entry["marks"]):]:
         before = entry["marks"][-1] if entry["marks"] else {"steps": 0, "minutes": 0.0}
         steps = round(entry["total_steps"] * mark / config.minutes)
-        began = time.perf_counter()
+        began = clock()
         for _ in tqdm(range(before["steps"], steps), f"{name} to {mark:g} min", leave=False, mininterval=10):
             run.train_step()
-        minutes = before["minutes"] + (time.perf_counter() - began) / 60
+        minutes = before["minutes"] + (clock() - began) / 60
         distance = sampled(judge, run)
         entry["marks"].append({"mark": mark, "steps": steps, "minutes": minutes, "distance": distance})
         torch.save(run.state(), state)
@@ -304,13 +308,13 @@ def sampled(judge, run):
 
 def plan(config, run):
     """(steps that fit into the minutes, steps a minute), measured on a few."""
+    clock, seconds = CLOCKS[config.clock], []
     for _ in range(2):
         run.train_step()
-    seconds = []
     for _ in range(MEASURED_STEPS):
-        began = time.perf_counter()
+        began = clock()
         run.train_step()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(clock() - began)
     per_minute = 60 / float(np.median(seconds))
     return max(1, round(config.minutes * per_minute)), per_minute
 

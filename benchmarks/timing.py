@@ -12,6 +12,8 @@ import torch
 
 from utils.files import atomic_write
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
 
 def interleave(functions, rounds, device=None, warm_up=2, clock="wall"):
     """{name: function without arguments} -> {name: [seconds of each round]}.
@@ -21,7 +23,7 @@ def interleave(functions, rounds, device=None, warm_up=2, clock="wall"):
     time of this process instead: on a machine that others use too, with one thread (waiting threads
     of several spin, which would count).
     """
-    read = time.process_time if clock == "cpu" else time.perf_counter
+    read = CLOCKS[clock]
     seconds = {name: [] for name in functions}
     for number in range(-warm_up, rounds):
         for name, function in functions.items():

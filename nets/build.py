@@ -3,7 +3,7 @@
 from .diffusion import GaussianDiffusion
 from .schedules import make_betas
 from .unet import UNet, check_input_shape
-from .weights import check_fit, check_sizes, class_rows, clean_keys, read_settings, unet_arguments
+from .weights import change_classes, check_fit, check_sizes, class_rows, clean_keys, read_settings, unet_arguments
 
 # train.py's settings that are arguments of the same name. A missing one leaves the default.
 SCHEDULE = ("schedule", "num_timesteps", "schedule_low", "schedule_high")
@@ -60,6 +60,14 @@ def from_weights(state_dict, input_shape=(32, 32)):
     load_weights(diffusion, weights, "full" if "model.init_conv.weight" in weights else "ema")
     diffusion.ema_step = diffusion.ema_start
     return diffusion
+
+
+def with_classes(checkpoint, config, classes):
+    """The checkpoint with its EMA as the weights of a network for other classes, names."""
+    rows, null_class = class_rows(config, len(classes))
+    chosen = list(classes) if rows else []
+    weights = change_classes(checkpoint["weights"], checkpoint["classes"], chosen, null_class is not None)
+    return {**checkpoint, "weights": weights, "weights_kind": "ema", "classes": chosen}
 
 
 def load_weights(diffusion, state_dict, kind="full"):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import cpu_fused
 from .schedules import check_choice
@@ -283,3 +284,12 @@ def count_parameters(arguments):
     """The number of parameters of UNet(**arguments), without memory for them."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in UNet(**arguments).parameters())
+
+
+def count_flops(arguments, input_shape):
+    """Floating-point operations of UNet(**arguments) for one image (height, width), forward."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = UNet(**arguments)
+        y = None if network.num_classes is None else torch.zeros(1, dtype=torch.long)
+        network(torch.empty(1, arguments["img_channels"], *input_shape), torch.zeros(1), y)
+    return counter.get_total_flops()

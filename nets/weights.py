@@ -136,6 +136,32 @@ def class_rows(config, num_classes):
     return num_classes, None
 
 
+def change_classes(state_dict, known, classes, null_row):
+    """The EMA's weights of a state dict, for a network with other classes.
+
+    known: the names of its classes, [] for numbers. classes: the names of the new ones, [] for a
+    network without. A class of both keeps its rows. A new one gets the null class's, or the mean.
+    Without classes these are added to the bias of the time, and weights without classes get zeros:
+    each leaves the output as it was. null_row: whether the new network has a null class.
+    """
+    weights = clean_keys(state_dict)
+    prefix = "ema_model." if any(key.startswith("ema_model.") for key in weights) else "model."
+    weights = {re.sub("^model.", "ema_model.", key): value.float() for key, value in weights.items()
+               if key.startswith(prefix) or key in TABLES}
+    for key in [key for key in weights if key.endswith(".time_bias.bias")]:
+        embedding = key.replace(".time_bias.bias", ".class_bias.weight")
+        rows = weights.pop(embedding, None)
+        named, null = {}, torch.zeros_like(weights[key])
+        if rows is not None:
+            named = dict(zip(known or map(str, range(len(rows))), rows))
+            null = rows[-1] if len(rows) > len(named) else rows.mean(0)
+        if classes:
+            weights[embedding] = torch.stack([named.get(name, null) for name in classes] + [null] * null_row)
+        else:
+            weights[key] = weights[key] + null
+    return weights
+
+
 def clean_keys(state_dict):
     """The state dict without `module` and `_orig_mod` in its keys; ValueError for other objects."""
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):

@@ -10,6 +10,7 @@ from utils.torch_files import first_line, load_tensors
 
 FORMAT = 1
 LAST = "last.pth"
+BEST = "best.pth"  # of the lowest validation loss
 
 
 def save_checkpoint(path, checkpoint):

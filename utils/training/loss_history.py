@@ -1,5 +1,6 @@
 """What a run has seen: a row an epoch, as CSV, as curves in TensorBoard, and as an image."""
 import csv
+import math
 import os
 import time
 
@@ -94,6 +95,11 @@ class LossHistory:
                 self.board.add_scalar(name, value, row["step"])
         self.losses.append(row)
         self.speed.append(speed_row)
+
+    def lowest(self, column):
+        """(value, epoch) of the lowest cell of a loss; infinity and None without any."""
+        cells = [(float(row[column]), row["epoch"]) for row in self.losses.rows if row.get(column)]
+        return min(cells, default=(math.inf, None))
 
     def add_image(self, image, step):
         """image: (H, W, C) uint8 array, into TensorBoard."""

@@ -20,7 +20,8 @@ from utils.training.optimizer import restore_optimizer
 # What a run is built from. label_dropout > 0 adds the null class: it cannot come or go either.
 FIXED = (
     "input_shape", "img_channels", "channel", "channel_mults", "num_res_blocks", "attention_resolutions", "num_groups",
-    "class_conditional", "schedule", "num_timesteps", "schedule_low", "schedule_high", "prediction",
+    "class_conditional", "schedule", "num_timesteps", "schedule_low", "schedule_high", "prediction", "preset",
+    "start_from",
 )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def merge_config(block, typed, checkpoint, source):
     base = replace(type(block)(), **fitted)
     for name, value in typed.items():
         same = getattr(base, name) == value if name != "label_dropout" else (base.label_dropout > 0) == (value > 0)
-        if name in checkpoint["config"] and name in (*FIXED, "label_dropout") and not same:
+        if name in saved and name in (*FIXED, "label_dropout") and not same:
             raise ValueError(
                 f"--{name} {value}: {source} was built with {name} = {getattr(base, name)}, which cannot change; "
                 "leave it out, or start a fresh run"
@@ -74,7 +75,7 @@ def merge_config(block, typed, checkpoint, source):
     if unused:
         print(f"not used, as the run goes on with its own (type them as options to change them): {', '.join(unused)}")
     if "position" not in checkpoint:  # a run of its own, on whatever is here
-        base = replace(base, device="auto", precision="auto", compile="auto")
+        base = replace(base, device="auto", precision="auto", compile="auto", start_from="")
     elif "device" not in typed and not is_available(base.device):
         print(f"the run was on {base.device}, which is not here: device, precision and compile are chosen anew")
         base = replace(base, device="auto", precision="auto", compile="auto")
@@ -128,7 +129,7 @@ def restore(checkpoint, source, parts, config):
     A checkpoint without a training state (weights only) starts a run of its own.
     """
     if not checkpoint or "position" not in checkpoint:
-        if checkpoint and distributed.is_main():
+        if checkpoint and not config.start_from and distributed.is_main():
             print(f"a file of weights alone: a run of its own starts from them at epoch 1; a {LAST} goes on where it "
                   "was")
         return Start()

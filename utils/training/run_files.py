@@ -1,6 +1,7 @@
 """What a run shows and writes: progress bar, tables, curves, previews, checkpoints."""
 import contextlib
 import json
+import math
 import signal
 import sys
 import time
@@ -11,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoint import LAST
+from utils.checkpoint import BEST, LAST
 from utils.errors import is_out_of_memory
 from utils.files import atomic_write, locked, remove_leftovers
 from utils.training.loss_history import LossHistory
@@ -95,10 +96,13 @@ class RunFiles:
         per_second = self.epoch_images / max(seconds, 1e-6)
         speed = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(per_second, 2)}
         speed["memory_mib"] = round(memory)
+        best = row.get("val_loss", math.inf) < self.history.lowest("val_loss")[0]
         self.attempt("the tables", lambda: self.history.add(row, speed))
         due = final or self.checkpoints.is_cheap()
         if epoch % self.config.save_period == 0 or final:  # before last.pth: a resumed run does not write it again
             self.checkpoints.save_epoch(epoch)
+        if best:
+            self.checkpoints.save_best()
         if due:
             self.checkpoints.save_last(epoch, 0, None)
         if self.config.preview_period and (epoch % self.config.preview_period == 0 or final):
@@ -114,6 +118,10 @@ class RunFiles:
         shown = "" if loss is None else f", loss {loss:.4f}"
         if not self.attempt.failed:
             print(f"done{shown}: weights in {(self.folder / LAST).resolve()}; `python predict.py` draws with them")
+            _, epoch = self.history.lowest("val_loss")
+            if epoch:
+                print(f"the validation loss was lowest after epoch {epoch}: `python predict.py --model_path "
+                      f"{self.folder / BEST}` draws with the weights of then")
             return
         older = "an older" if (self.folder / LAST).is_file() else "no"
         there = f"{older} {LAST} is" if LAST in self.attempt.failed else f"{LAST} is"

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from tqdm import tqdm
 
-from utils.checkpoint import FORMAT, LAST, all_finite, save_checkpoint
+from utils.checkpoint import BEST, FORMAT, LAST, all_finite, save_checkpoint
 from utils.run_folders import rotate
 from utils.training.resume import images_fingerprint
 
@@ -44,6 +44,10 @@ class Checkpoints:
         written = self.write(f"epoch_{epoch:04d}.pth", self.weights())
         self.attempt("deleting old epoch files", lambda: rotate(self.folder, self.config.keep_last))
         return written
+
+    def save_best(self):
+        """Writes best.pth, weights alone. Returns whether it is there."""
+        return self.write(BEST, self.weights())
 
     def weights(self):
         """What sampling needs."""

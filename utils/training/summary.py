@@ -3,8 +3,11 @@ from utils import distributed
 from utils.device import describe_device
 
 
-def print_summary(config, parts):
-    """Device, pictures, network and steps. Rank 0 prints, the others are silent."""
+def print_summary(config, parts, preset):
+    """Device, pictures, network and steps. Rank 0 prints, the others are silent.
+
+    preset: {name: value}, what the preset of the run sets.
+    """
     if not distributed.is_main():
         return
     dataset, steps = parts.dataset, len(parts.dataset) // parts.batch_size
@@ -16,6 +19,9 @@ def print_summary(config, parts):
     count = sum(parameter.numel() for parameter in parts.diffusion.model.parameters())
     height, width = config.input_shape
     numbers = f"precision {config.precision}, compile {config.compile}"
+    if preset:
+        values = ", ".join(f"{name} {as_option(getattr(config, name))}" for name in preset)
+        print(f"preset     {config.preset}: {values}")
     print(f"device     {describe_device(parts.device)}, {numbers}{processes}")
     print(f"pictures   {len(dataset):,} of {height}x{width}, {config.img_channels} channels{aside}{classes}{used}")
     parameters = f"{count / 1e6:.2f} million parameters, {config.num_groups} groups"
@@ -24,6 +30,27 @@ def print_summary(config, parts):
     print(f"training   {of_steps}, {config.epochs * steps:,} steps in all, learning rate up to {config.init_lr:g}")
     span, total = ema_span(config, config.epochs * steps), config.epochs * steps
     print(f"EMA        over about the last {span:,} of {total:,} steps at the end")
+
+
+def print_time(config, parts, flops, seconds):
+    """How long the run will take. flops: of the forward pass of an image. seconds: of a step."""
+    if distributed.is_main():
+        steps = config.epochs * (len(parts.dataset) // parts.batch_size)
+        print(f"time       {seconds:.3g} s a step, {steps:,} steps: {duration(seconds * steps)}, without saves and "
+              f"previews; {flops / 1e9:.3g} billion operations a picture, forward")
+
+
+def duration(seconds):
+    """Seconds as text, such as 45 s, 12 min or 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def as_option(value):
+    """A value as it is typed on the command line."""
+    return ",".join(map(str, value)) + "," * (len(value) == 1) if isinstance(value, tuple) else str(value)
 
 
 def ema_span(config, steps):
