@@ -91,7 +91,8 @@ def randomize(network, seed=0):
 
 
 def newest_run(folder):
-    return max((Path(folder) / "logs").glob("*/"), key=lambda path: path.stat().st_mtime_ns)
+    runs = [path for path in (Path(folder) / "logs").glob("*") if path.is_dir()]
+    return max(runs, key=lambda path: path.stat().st_mtime_ns)
 
 
 def read_history(run):

@@ -22,7 +22,7 @@ RUN = [*TINY, "--epochs", "4", "--val_split", "0.1", "--class_conditional", "Tru
 
 def result(folder):
     """(checkpoint, epoch_loss.csv) of the only run in `folder`."""
-    runs = list((folder / "logs").glob("*/"))
+    runs = [path for path in (folder / "logs").glob("*") if path.is_dir()]
     assert len(runs) == 1
     return load_checkpoint(runs[0] / "last.pth"), (runs[0] / "epoch_loss.csv").read_text()
 

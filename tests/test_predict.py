@@ -485,7 +485,7 @@ def test_the_weights_in_the_box_draw_their_classes():
     checkpoint = load_checkpoint(path)
     assert checkpoint["weights_kind"] == "ema" and "optimizer" not in checkpoint
     diffusion, classes = build.from_checkpoint(checkpoint)
-    assert classes == sorted(folder.name for folder in (PROJECT / "datasets" / "noto_emoji").glob("*/"))
+    assert classes == sorted(path.name for path in (PROJECT / "datasets" / "noto_emoji").glob("*") if path.is_dir())
     drawn = {}
     for name in ("faces", "flags"):
         y = torch.full((8,), classes.index(name))

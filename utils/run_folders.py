@@ -21,7 +21,7 @@ def rotate(folder, keep):
 
 def newest_weights(save_dir):
     """The newest weights of each run, newest run first: by time, then by name."""
-    found = [weights for folder in Path(save_dir).glob("*/") if (weights := _newest_in(folder))]
+    found = [weights for folder in Path(save_dir).glob("*") if (weights := _newest_in(folder))]
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, str(path)), reverse=True)
 
 

@@ -17,11 +17,12 @@ from utils.run_folders import newest_last, weights_in
 from utils.training.loss_history import earlier_rows
 from utils.training.optimizer import restore_optimizer
 
+BEGINNING = ("preset", "start_from")  # how a run began; older ones have neither
 # What a run is built from. label_dropout > 0 adds the null class: it cannot come or go either.
 FIXED = (
     "input_shape", "img_channels", "channel", "channel_mults", "num_res_blocks", "attention_resolutions", "num_groups",
-    "class_conditional", "schedule", "num_timesteps", "schedule_low", "schedule_high", "prediction", "preset",
-    "start_from",
+    "class_conditional", "schedule", "num_timesteps", "schedule_low", "schedule_high", "prediction",
+    *BEGINNING,
 )  # fmt: skip
 
 
@@ -65,11 +66,10 @@ def merge_config(block, typed, checkpoint, source):
     base = replace(type(block)(), **fitted)
     for name, value in typed.items():
         same = getattr(base, name) == value if name != "label_dropout" else (base.label_dropout > 0) == (value > 0)
-        if name in saved and name in (*FIXED, "label_dropout") and not same:
-            raise ValueError(
-                f"--{name} {value}: {source} was built with {name} = {getattr(base, name)}, which cannot change; "
-                "leave it out, or start a fresh run"
-            )
+        if name in {*saved, *BEGINNING} and name in (*FIXED, "label_dropout") and not same:
+            there = repr("") if getattr(base, name) == "" else getattr(base, name)
+            raise ValueError(f"--{name} {value}: {source} was built with {name} = {there}, "
+                             "which cannot change; leave it out, or start a fresh run")
     left = sorted(known - set(typed) - {"resume"})
     unused = [name for name in left if getattr(block, name) not in ("auto", getattr(base, name))]
     if unused:
