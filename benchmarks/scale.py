@@ -190,9 +190,8 @@ def measure_worker(config, device):
     share = Config(**{**asdict(config), "batch_size": config.batch_size // distributed.world_size()})
     layout = memory_format(device, "fp32")
     diffusion = GaussianDiffusion(UNet(3, base_channels=config.channel), (32, 32), 3).train()
-    model = diffusion = diffusion.to(device, memory_format=layout)
-    if distributed.world_size() > 1:
-        model = torch.nn.parallel.DistributedDataParallel(diffusion, broadcast_buffers=False)
+    diffusion = diffusion.to(device, memory_format=layout)
+    model = distributed.wrap(diffusion)
     optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=1e-4)
     x = torch.randn(share.batch_size, 3, 32, 32, device=device)
 

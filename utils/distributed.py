@@ -1,6 +1,7 @@
 """The same code with and without torchrun: every function here works with a single process."""
 
 import ctypes
+import inspect
 import os
 import signal
 import sys
@@ -101,7 +102,9 @@ def wrap(module):
         return module
     # 1x1 kernels have two equal layouts: a gradient in the other one is a small copy, no warning.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    return DistributedDataParallel(module, broadcast_buffers=False)
+    known = inspect.signature(DistributedDataParallel).parameters  # newer versions renamed the option
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(module, **{option: False})
 
 
 class Agreement:
