@@ -178,11 +178,19 @@ def trailing(alpha_bars, steps, start):
     return (start + 1) * np.arange(steps, 0, -1) / steps - 1
 
 
+LOWEST_LAMBDA = -5.1  # just below the linear schedule's last one; there x_t holds no image yet
+
+
 def logsnr(alpha_bars, steps, start):
-    """Equal distances in lambda (Lu et al. 2022, "DPM-Solver", section 3.4)."""
+    """Equal distances in lambda (Lu et al. 2022, "DPM-Solver", section 3.4), after the first step.
+
+    Those start at LOWEST_LAMBDA. The cosine schedule ends at -10, and would spend eight of 25 steps
+    where nothing can be seen.
+    """
     lambdas = [half_log_snr(alpha_bar) for alpha_bar in alpha_bars[: start + 1]]  # lambda falls with t
-    wanted = np.linspace(lambdas[start], lambdas[0], steps)
-    return np.interp(-wanted, -np.asarray(lambdas), np.arange(start + 1))
+    wanted = np.linspace(max(lambdas[start], LOWEST_LAMBDA), lambdas[0], steps)
+    found = np.interp(-wanted, -np.asarray(lambdas), np.arange(start + 1))
+    return np.concatenate(([start], found[1:]))
 
 
 SPACINGS = {"uniform": uniform, "trailing": trailing, "logsnr": logsnr}

@@ -187,6 +187,20 @@ RUNS = [("ddpm", {"variance": "beta"}), ("ddpm", {"variance": "posterior"}), ("d
         ("dpm++", {"order": 1}), ("dpm++", {"order": 2}), ("sde-dpm++", {}), ("heun", {})]
 
 
+def test_logsnr_spends_no_step_where_there_is_only_noise():
+    """Equal distances in lambda from where the linear schedule ends, whatever the schedule."""
+    for betas, steps in ((LINEAR, 25), (generate_cosine_schedule(1000), 25), (generate_cosine_schedule(1000), 2)):
+        alpha_bars = np.cumprod(1 - betas).tolist()
+        chosen = timesteps(alpha_bars, steps, "logsnr")
+        assert chosen[0] == 999 and chosen[-1] == 0
+        lambdas = [half_log_snr(alpha_bar) for alpha_bar in alpha_bars]
+        wanted = np.linspace(max(lambdas[-1], -5.1), lambdas[0], steps)
+        for t, value in zip(chosen[1:], wanted[1:]):
+            assert lambdas[t] > -5.1
+            if t > 10:  # below there are fewer timesteps than steps
+                assert lambdas[t + 1] < value < lambdas[t - 1]
+
+
 @pytest.mark.parametrize("solver, options", RUNS)
 @pytest.mark.parametrize("betas", [LINEAR, generate_cosine_schedule(1000)], ids=["linear", "cosine"])
 def test_a_thousand_steps_give_the_datas_mean_and_variance(solver, options, betas):
