@@ -23,7 +23,7 @@ def twin(workplace):
     return workplace / "whole", workplace / "broken", ["--annotation_path", workplace / "train_lines.txt"]
 
 
-@pytest.mark.parametrize(("processes", "kills", "epochs"), [(1, 8, 40), (2, 3, 25)])
+@pytest.mark.parametrize(("processes", "kills", "epochs"), [(1, 5, 25), (2, 2, 16)])
 def test_killed_run_ends_as_an_undisturbed_one(twin, processes, kills, epochs):
     whole, broken, pictures = twin
     kill_and_compare(whole, broken, [*RUN, *pictures], processes, kills, epochs)
