@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from nets import build
 from nets.diffusion import check_choice
-from nets.samplers import DEFAULT_SPACING, SAMPLERS, SPACINGS, seeded_noise, slerp
+from nets.samplers import DEFAULT_SPACING, SAMPLERS, SEEDS, SPACINGS, seeded_noise, slerp
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.config import block_settings, check_values, settings, typed_options
@@ -39,7 +39,6 @@ from utils.sampling.starting_images import starting_settings
 
 MAX_ROWS = 10  # classes in the grid
 MASKED_STEPS = 250  # with 10 resamplings as in the RePaint paper, section 5.1; all 1000 would take four times as long
-SEEDS = 2**32  # the seeds that a CPU generator tells apart
 CALLS_WORTH_COMPILING = 5000  # compiling takes about a minute
 
 

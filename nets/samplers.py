@@ -16,6 +16,7 @@ import torch
 from .schedules import check_choice
 
 NOISE_BLOCK = 8  # steps whose noise is sampled at once; another number changes the image of a seed
+SEEDS = 2**32  # the seeds that a CPU generator tells apart
 VARIANCES = ("beta", "posterior")  # of ddpm's noise
 
 

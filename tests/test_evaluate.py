@@ -31,7 +31,7 @@ from utils.evaluate.distances import (
     statistics_distance,
 )
 from utils.evaluate.features import Extractor, FeatureCache, collect
-from utils.evaluate.image_sets import natural_shape, open_images
+from utils.evaluate.image_sets import open_images, survey
 from utils.evaluate.inception import load_inception
 from utils.images import save_png
 
@@ -308,7 +308,7 @@ def test_folder_list_and_npz_are_the_same_pictures(folder, tmp_path):
     assert pictures.classes == [f"kind_{kind}" for kind in range(KINDS)] and listed.classes == packed.classes == []
     expected = shapes(40, size=8)[0][np.argsort(np.arange(40) % KINDS, kind="stable")]
     for source, name in ((folder, pictures), (tmp_path / "list.txt", listed), (tmp_path / "p.npz", packed)):
-        assert natural_shape(source) == (8, 8, 1)
+        assert survey(source) == ({(8, 8): 40}, False)
         assert_close(torch.cat(list(name.blocks())), torch.from_numpy(expected))
     assert len({pictures.key(), listed.key(), packed.key()}) == 3
     assert pictures.key() == open_images(folder, (8, 8, 1), cache_path=tmp_path / "cache").key()
@@ -331,7 +331,7 @@ def test_wrong_sets_are_named(tmp_path):
                           ("name.npz", "arr_0"),
                           ("none.npz", "no such"), ("none.txt", "not there")):
         with pytest.raises(ValueError, match=message):
-            natural_shape(tmp_path / name)
+            survey(tmp_path / name)
     good = save_npz(tmp_path / "good.npz", np.zeros((2, 4, 4, 3), np.uint8))
     with pytest.raises(ValueError, match="as they are"):
         open_images(good, (8, 8, 3))
@@ -341,7 +341,7 @@ def test_an_npz_in_columns_first_order_is_read(tmp_path):
     pictures = shapes(20, size=8)[0]
     rows, columns = save_npz(tmp_path / "rows.npz", pictures), save_npz(tmp_path / "columns.npz",
         np.asfortranarray(pictures))
-    assert natural_shape(columns) == (8, 8, 1)
+    assert survey(columns) == ({(8, 8): 20}, False)
     first, second = (open_images(path, (8, 8, 1)) for path in (rows, columns))
     assert_close(torch.cat(list(second.blocks())), torch.from_numpy(pictures))
     assert first.hashes == second.hashes
@@ -445,6 +445,60 @@ def test_a_set_against_itself_and_a_copy_of_it(folder, net_file, tmp_path, monke
         assert str(tmp_path / "out" / name) in printed
 
 
+def colour_folder(path, count, sizes=(8,), seed=0):
+    """`count` colour pictures, of these sizes in turn."""
+    for number in range(count):
+        size = sizes[number % len(sizes)]
+        pixels = np.random.default_rng(seed + number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+        save_png(path / f"{number:03d}.png", pixels)
+    return path
+
+
+def test_one_grey_sample_does_not_make_all_of_them_grey(tmp_path, monkeypatch, capsys):
+    """Nor does a grey set, where the reference has colour: grey copies of it are no copies."""
+    reference = colour_folder(tmp_path / "reference", 12)
+    samples = colour_folder(tmp_path / "samples", 6, seed=100)
+    Image.open(samples / "000.png").convert("L").save(samples / "000.png")
+    only = ("--reference", reference, "--distances", "False")
+    found = run(monkeypatch, tmp_path, "--samples", samples, *only)
+    assert found["compared_at"] == [8, 8, 3] and "compared at             8x8 (height x width), colour" in (
+        capsys.readouterr().out)
+    grey = tmp_path / "grey"
+    for path in reference.glob("*.png"):
+        save_png(grey / path.name, np.asarray(Image.open(path).convert("L"))[..., None])
+    pixels = np.stack([np.asarray(Image.open(path))[..., None] for path in sorted(grey.glob("*.png"))])
+    for source in (grey, save_npz(tmp_path / "grey.npz", pixels)):
+        found = run(monkeypatch, tmp_path, "--samples", source, *only)
+        assert found["compared_at"] == [8, 8, 3] and min(found["nearest"]["samples"]) > 20
+    found = run(monkeypatch, tmp_path, "--samples", grey, "--reference", grey, "--distances", "False")
+    assert found["compared_at"] == [8, 8, 1] and max(found["nearest"]["samples"]) < 1e-3
+
+
+def test_the_most_frequent_size_is_the_one_to_compare_at(tmp_path, monkeypatch, capsys):
+    samples = colour_folder(tmp_path / "samples", 7, sizes=(1, 8, 8, 8))
+    save_png(samples / "zzz.png", np.zeros((40, 40, 3), np.uint8))
+    options = ("--samples", samples, "--reference", colour_folder(tmp_path / "reference", 12), "--distances", "False")
+    found = run(monkeypatch, tmp_path, *options)
+    assert found["compared_at"] == [8, 8, 3] and found["sample_sizes"] == {"8x8": 5, "1x1": 2, "40x40": 1}
+    said = capsys.readouterr().out
+    assert "warning: the samples have 3 sizes (5 of 8x8, 2 of 1x1, 1 of 40x40): all are made 8x8" in said
+    assert run(monkeypatch, tmp_path, *options, "--input_shape", "4,6")["compared_at"] == [4, 6, 3]
+
+
+def test_too_few_pictures_are_refused_before_any_work(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_extractor", lambda *_: pytest.fail("worked before it looked"))
+    few = save_npz(tmp_path / "few.npz", shapes(4, size=8)[0])
+    for options in (("--samples", few, "--reference", folder), ("--samples", folder, "--reference", few)):
+        with pytest.raises(ValueError, match="4 (samples|reference pictures) are too few for distances, which need 5"):
+            run(monkeypatch, tmp_path, *options, "--features", "classifier")
+
+
+def test_seeds_beyond_the_last_are_refused(folder, tmp_path, monkeypatch):
+    for options in (("--seed", 2**32), ("--seed", 2**32 - 5, "--num_images", 6)):
+        with pytest.raises(ValueError, match="seed"):
+            run(monkeypatch, tmp_path, "--samples", folder, "--reference", folder, *options)
+
+
 def test_nearest_beside_held_out_pictures(folder, net_file, tmp_path, monkeypatch, capsys):
     """By features too; held-out pictures that are copies are warned about."""
     held_out = save_npz(tmp_path / "held_out.npz", shapes(12, size=8, seed=9)[0])
@@ -505,7 +559,7 @@ def test_a_checkpoint_is_drawn_from_and_its_bits_are_measured(checkpoint, folder
 def test_labels_follow_the_reference(checkpoint, folder, tmp_path):
     config = evaluate.Config(samples=str(checkpoint), reference=str(folder), cache_dir=str(tmp_path / "cache"))
     model = evaluate.load_model(config, torch.device("cpu"), "fp32")
-    reference, _ = evaluate.open_references(config, model)
+    reference, _ = evaluate.open_references(config, model, evaluate.opener(config, model)[0])
     reference = reference.subset(np.flatnonzero(reference.labels.numpy() < 2))
     labels = evaluate.labels_like(reference, model, seed=0)
     assert torch.equal(torch.bincount(labels), torch.bincount(reference.labels))
@@ -538,6 +592,15 @@ def test_what_does_not_fit_is_said_in_one_line(checkpoint, folder, net_file, tmp
 def test_without_the_packages(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(ValueError, match="pip install torchmetrics torch-fidelity") as error:
+        load_inception()
+    assert "\n" not in str(error.value)
+
+
+def test_a_broken_package_is_one_line(monkeypatch, tmp_path):
+    (tmp_path / "torch_fidelity.py").write_text("raise TypeError('built for another numpy\\n at line 3')")
+    monkeypatch.delitem(sys.modules, "torch_fidelity", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"fails \(TypeError: built for another numpy at line 3\)") as error:
         load_inception()
     assert "\n" not in str(error.value)
 

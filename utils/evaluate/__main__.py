@@ -9,13 +9,14 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
 from nets import GaussianDiffusion, build
-from nets.samplers import SAMPLERS, SPACINGS
+from nets.samplers import SAMPLERS, SEEDS, SPACINGS
 from utils.checkpoint import load_checkpoint, weights_digest
 from utils.config import check_values, parse_config, settings
 from utils.data.dataset import split_validation
@@ -23,7 +24,7 @@ from utils.data.decode import RESIZE_MODES
 from utils.device import DTYPES, autocast, choose_device, choose_precision, describe_device, memory_format
 from utils.errors import run_script
 from utils.evaluate.features import FeatureCache, collect, load_extractor, with_progress
-from utils.evaluate.image_sets import natural_shape, open_images
+from utils.evaluate.image_sets import open_images, survey
 from utils.evaluate.measures import NEIGHBOURS, measure_bits, measure_distances, measure_nearest, print_line
 from utils.files import atomic_write
 from utils.images import to_uint8
@@ -40,8 +41,8 @@ class Config:
     reference: str = "train_lines.txt"            # a folder, list or .npz: the pictures that were to be learned
     held_out: str = ""                            # a folder, list or .npz, not trained on; "": val_split's share
     num_images: int = 0                           # samples; 0: all, of a checkpoint 10,000
-    input_shape: tuple[int, int] | None = None    # height and width to compare at; None: the samples'
-    img_channels: Literal[0, 1, 3] = 0            # 3 colour, 1 grey; 0: the samples'
+    input_shape: tuple[int, int] | None = None    # height and width to compare at; None: the samples' most frequent
+    img_channels: Literal[0, 1, 3] = 0            # 3 colour, 1 grey; 0: colour if any picture has it
     resize_mode: Literal[("", *RESIZE_MODES)] = ""  # how other shapes are made to fit; "": as in training
     background: tuple[int, int, int] | None = None  # behind transparent pixels; None: as in training
     icc: bool | None = None                       # convert embedded colour profiles to sRGB; None: as in training
@@ -99,8 +100,10 @@ def main(arguments=None):
     precision = choose_precision(config.precision, device)
     model = load_model(config, device, precision) if is_checkpoint(config.samples) else None
     print(f"{describe_device(device)}, precision {precision}")
-    reference, held_out = open_references(config, model)
-    samples = open_samples(config, model, reference, device, precision)
+    opened, about_sizes = opener(config, model)
+    reference, held_out = open_references(config, model, opened)
+    samples = open_samples(config, model, opened, reference, device, precision)
+    check_counts(config, samples, reference)
     print_line("samples", samples.name)
     print_line("reference", f"{len(reference):,} pictures, {reference.name}")
     aside = f"{len(held_out):,} pictures, {held_out.name}" if held_out else "none: name them with --held_out"
@@ -108,7 +111,7 @@ def main(arguments=None):
     results = {
         "settings": asdict(config), "weights": digest_of(config, model), "samples": samples.name,
         "num_samples": samples.count, "reference": reference.name, "num_reference": len(reference),
-        "held_out": held_out.name if held_out else None,
+        "held_out": held_out.name if held_out else None, **about_sizes,
     }  # fmt: skip
     results |= compare(config, samples, reference, held_out, device)
     if config.bits:
@@ -124,8 +127,11 @@ def check(config):
     """ValueError for a setting out of range, and for settings that exclude or need each other."""
     check_values(
         config, num_images=(0, None), max_features=(NEIGHBOURS + 2, None), nearest_images=(1, None),
-        bits_images=(0, None), steps=(0, None), eta=(0, 1), seed=(0, 2**62), batch_size=(1, None),
+        bits_images=(0, None), steps=(0, None), eta=(0, 1), seed=(0, SEEDS - 1), batch_size=(1, None),
     )  # fmt: skip
+    if config.seed + config.num_images > SEEDS:
+        raise ValueError(f"seed {config.seed} and {config.num_images} samples: the last seed would lie beyond "
+                         f"{SEEDS - 1}; lower --seed or --num_images")
     if config.eta and config.sampler != "ddim":
         raise ValueError("--eta is an option of ddim: add --sampler ddim, or leave it out")
     if config.bits and not is_checkpoint(config.samples):
@@ -181,10 +187,17 @@ def digest_of(config, model):
     return weights_digest((model.diffusion.ema_model if config.use_ema else model.diffusion.model).state_dict())
 
 
-def open_references(config, model):
+def check_counts(config, samples, reference):
+    """ValueError for too few images, before any work."""
+    for name, count in (("samples", samples.count), ("reference pictures", len(reference))):
+        if config.distances and count < NEIGHBOURS + 2:
+            raise ValueError(f"{count} {name} are too few for distances, which need {NEIGHBOURS + 2}: name more, or "
+                             "set --distances False")
+
+
+def open_references(config, model, opened):
     """(reference, held-out images or None), two ImageDatasets of the samples' size and channels."""
-    opened, held_out = opener(config, model), None
-    reference = opened(config.reference)
+    reference, held_out = opened(config.reference), None
     if config.held_out:
         held_out = opened(config.held_out)
     elif share := validation_share(config, model):
@@ -200,20 +213,37 @@ def open_references(config, model):
 
 
 def opener(config, model):
-    """The function path -> ImageDataset.
+    """(function path -> ImageDataset, what the sizes are as a dict of results).
 
     It decodes as the training did, where a checkpoint says how.
     """
     trained = model.config if model else {}
-    if model:
-        shape = (*model.diffusion.img_size, model.diffusion.img_channels)
-    else:
-        height, width, channels = natural_shape(config.samples)
-        shape = (*(config.input_shape or (height, width)), config.img_channels or channels)
+    shape, sizes = (compared_shape(config) if model is None else
+                    ((*model.diffusion.img_size, model.diffusion.img_channels), None))
+    height, width, channels = shape
+    print_line("compared at", f"{height}x{width} (height x width), {'colour' if channels == 3 else 'grey'}")
     resize_mode = config.resize_mode or trained.get("resize_mode", "crop")
     background = config.background or tuple(trained.get("background", (255, 255, 255)))
     icc = trained.get("icc", True) if config.icc is None else config.icc
-    return lambda path: open_images(path, shape, resize_mode, background, config.cache_dir or None, icc)
+    about = {"compared_at": list(shape), "sample_sizes": sizes}
+    return partial(open_images, shape=shape, resize_mode=resize_mode, background=background,
+                   cache_path=config.cache_dir or None, icc=icc), about
+
+
+def compared_shape(config):
+    """((H, W, C) to compare pictures at, {"HxW": number of samples}).
+
+    The samples' most frequent size, in colour if any sample or reference picture has it.
+    """
+    found = survey(config.samples)
+    channels = config.img_channels or (3 if found.colour or survey(config.reference).colour else 1)
+    shape = (*(config.input_shape or found.size), channels)
+    names = {f"{height}x{width}": count for (height, width), count in found.sizes.most_common(5)}
+    if len(found.sizes) > 1:
+        some = ", ".join(f"{count} of {name}" for name, count in names.items())
+        print(f"warning: the samples have {len(found.sizes)} sizes ({some}): all are made {shape[0]}x{shape[1]}; "
+              "--input_shape sets another")
+    return shape, names
 
 
 def validation_share(config, model):
@@ -224,10 +254,10 @@ def validation_share(config, model):
     return trained.get("val_split", 0) if same else 0
 
 
-def open_samples(config, model, reference, device, precision):
+def open_samples(config, model, opened, reference, device, precision):
     """The Samples: read in random order, or sampled from the model as they are asked for."""
     if model is None:
-        dataset = opener(config, model)(config.samples)
+        dataset = opened(config.samples)
         order = dataset.shuffled(config.num_images, config.seed)
         samples = Samples(len(order), dataset.blocks(order), f"{len(order):,} pictures, {dataset.name}")
     else:

@@ -5,37 +5,63 @@ import hashlib
 import os
 import shutil
 import zipfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from utils.data.annotation import read_annotation, write_annotation
 from utils.data.dataset import ImageDataset, open_dataset
-from utils.data.decode import check_image
+from utils.data.decode import check_image, is_about_the_file
 from utils.data.formats import open_image
 from utils.data.search import find_images, label_by_folder
+from utils.data.threads import map_in_threads
 from utils.terminal import printable
 
+GREY = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes without colour
 
-def natural_shape(path):
-    """(H, W, C) of the first picture of a folder, list or .npz: grey ones have 1 channel.
 
-    ValueError where there is none.
+class Survey(NamedTuple):
+    """The sizes of the images of a set, and whether one of them has colour."""
+
+    sizes: Counter  # {(height, width): number of images}
+    colour: bool
+
+    @property
+    def size(self):
+        """The most frequent size."""
+        return self.sizes.most_common(1)[0][0]
+
+
+def survey(path):
+    """The Survey of a folder, list or .npz, from the headers of its files.
+
+    ValueError where there is no image. Files that cannot be read are left out, as in decoding.
     """
     path = Path(path)
     if path.suffix.lower() == ".npz":
-        return _npz_shape(path)[1:]
-    first = _listed(path)[0]
+        count, height, width, channels = _npz_shape(path)
+        return Survey(Counter({(height, width): count}), channels == 3)
+    found = [header for header in map_in_threads(_header, _listed(path), description="sizes") if header]
+    if not found:
+        raise ValueError(f"no image of {printable(path)} can be decoded")
+    return Survey(Counter(size for size, _ in found), any(colour for _, colour in found))
+
+
+def _header(path):
+    """((height, width), whether it has colour) of an image; None for a broken one."""
     try:
-        width, height = check_image(first, full=False)
-        with open_image(first, whole=False) as image:
-            return height, width, 1 if image.mode in ("1", "L") else 3
+        width, height = check_image(path, full=False)
+        with open_image(path, whole=False) as image:
+            return (height, width), image.mode not in GREY
     except Exception as error:  # Pillow's decoders raise all kinds
-        raise ValueError(f"{printable(first)}, the first picture of {printable(path)}, cannot be decoded ({error}): "
-                         "name the size with --input_shape and --img_channels") from None
+        if not is_about_the_file(error):
+            raise
+        return None
 
 
 def _listed(path):
@@ -99,7 +125,7 @@ def _open_npz(path, shape):
     numpy would read a packed array into memory, so this unpacks it to the disk and maps it.
     """
     own = _npz_shape(path)[1:]
-    if own != shape:
+    if own not in (shape, (*shape[:2], 1)):
         raise ValueError(f"{path} holds pictures of (height, width, channels) {own}, to be compared at {shape}: "
                          "pictures of an .npz are taken as they are")
     # Windows keeps open files
@@ -108,6 +134,7 @@ def _open_npz(path, shape):
         with open(unpacked, "wb") as file:
             shutil.copyfileobj(member, file)
         pixels = np.asarray(np.load(unpacked, mmap_mode="r", allow_pickle=False))
+    pixels = np.broadcast_to(pixels, (len(pixels), *shape))  # grey ones as colour
     hashes = [hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest() for picture in pixels]
     paths = [f"{printable(path.resolve())}[{number}]" for number in range(len(pixels))]
     return ImageDataset(printable(path.resolve()), pixels, hashes, torch.zeros(len(pixels), dtype=torch.int64), [],

@@ -52,6 +52,9 @@ def load_inception(weights_path="", device="cpu"):
     except ImportError as error:
         raise ValueError(f"Inception features need two more packages ({error.name} is missing): "
                          f"{INSTALL}; {INSTEAD}") from None
+    except Exception as error:  # whatever a broken package raises
+        raise ValueError(f"torchmetrics or torch-fidelity is here, but fails ({type(error).__name__}: "
+                         f"{' '.join(str(error).split())[:120]}): {INSTALL} again; {INSTEAD}") from None
     try:
         weights = load_tensors(named_file(weights_path)) if weights_path else downloaded_weights()
         check_tensors(weights)
