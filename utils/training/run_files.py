@@ -122,6 +122,7 @@ class RunFiles:
             if epoch:
                 print(f"the validation loss was lowest after epoch {epoch}: `python predict.py --model_path "
                       f"{self.folder / BEST}` draws with the weights of then")
+            print(f"`python -m utils.report {self.folder}` makes a page of this run")
             return
         older = "an older" if (self.folder / LAST).is_file() else "no"
         there = f"{older} {LAST} is" if LAST in self.attempt.failed else f"{LAST} is"

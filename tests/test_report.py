@@ -1,0 +1,105 @@
+"""The page of a run: whole, offline, and made of what is there."""
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, newest_run, run_main
+
+from utils import report
+from utils.errors import run_script
+from utils.images import save_png
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+BAD = "<script>alert(1)</script>"
+
+
+def made(folder):
+    report.main([str(folder)])
+    return (Path(folder) / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def finished(workplace, capsys):
+    """A finished run with previews, samples, and an evaluation that says it is of this run."""
+    run_main("train.py", *TINY, "--epochs", "3", "--preview_period", "1", "--preview_steps", "2", "--val_split", "0.3",
+             "--class_conditional", "True", "--annotation_path", "train_lines.txt")
+    folder = newest_run(workplace)
+    assert f"`python -m utils.report {folder.relative_to(workplace)}` makes a page" in capsys.readouterr().out
+    run_main("predict.py", "--steps", "2")
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    save_png(Path("results/evaluate_out/evaluate_nearest_results.png"), pixels)
+    measured = {"samples": f"100 drawn, {folder.resolve()}/last.pth", "distances": {"frechet_distance": 12.5},
+                "nearest": {"share_closer_than_first_quantile": 0.25}}  # fmt: skip
+    Path("results/evaluate_out/evaluate_results.json").write_text(json.dumps(measured))
+    return folder
+
+
+def test_the_page_shows_all_that_the_run_wrote(finished):
+    config = json.loads((finished / "config.json").read_text())
+    (finished / "config.json").write_text(json.dumps({**config, "save_dir": BAD}))
+    text = made(finished)
+    assert len(text.encode()) < 5_000_000 and BAD not in text and "&lt;script&gt;alert(1)" in text
+    assert "<td>epochs</td><td>3 of 3</td>" in text and "<td>num_timesteps</td><td>20</td><td>1000</td>" in text
+    assert "<td>loss_type</td>" not in text  # as in train.py
+    assert text.count("data:image/png") >= 3 + 4 and 'type="range" min="0" max="2"' in text
+    assert "<td>frechet_distance</td><td>12.5</td>" in text and "25% of the samples are closer" in text
+    assert not re.search(r"""(src|href)=["'](?!data:)""", text) and "http" not in re.sub('data:[^"]*', "", text)
+
+
+def test_warnings_say_what_the_tables_show(finished):
+    table = finished / "epoch_loss.csv"
+    names, *rows = table.read_text().splitlines()
+    rows = [dict(zip(names.split(","), row.split(","))) for row in rows]
+    rows[-1] |= {"skipped": "3", "val_loss": "9.0"}
+    table.write_text("\n".join([names, *(",".join(row.values()) for row in rows)]))
+    text = made(finished)
+    assert "3 steps were skipped" in text and "by heart" in text and "Lower --ema_start" not in text
+    (finished / "config.json").write_text('{"ema_start": 2000}')
+    assert "The EMA starts at step 2000, and the run has 6" in made(finished)
+
+
+def test_what_is_missing_or_damaged_is_left_out(finished):
+    shutil.rmtree("results")
+    for name in ("epoch_loss.png", "speed.csv"):
+        (finished / name).unlink()
+    (finished / "epoch_loss.csv").write_bytes(b"epoch,loss\n1,0.5\n2,\xff\n")
+    text = made(finished)
+    assert "python predict.py" in text and "python -m utils.evaluate" in text and "data:image" not in text
+    Path("results/evaluate_out").mkdir(parents=True)
+    Path("results/evaluate_out/evaluate_results.json").write_text("{damaged")
+    assert made(finished) == text
+
+
+@pytest.mark.parametrize("words", [["nowhere"], ["logs", "more"], ["--help"]])
+def test_what_is_no_run_is_one_line(workplace, capsys, words):
+    with pytest.raises(SystemExit):
+        run_script(lambda: report.main(words))
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and "python -m utils.report logs/<run>" in error[0]
+
+
+def test_many_previews_stay_small(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    for epoch in range(1, 102):
+        save_png(Path("results/train_out/run") / f"epoch_{epoch:04d}.png", noise)
+    text = report.previews(tmp_path / "run")
+    assert len(text) < 5_000_000 and '"epoch 0101"' in text and 20 < text.count('"epoch 0') <= 40
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_a_browser_shows_the_preview_of_the_slider(finished, tmp_path):
+    text = made(finished)
+    moved = ('<script>const bar=document.getElementById("time");bar.value=0;bar.oninput({target:bar});'
+             'document.title=document.getElementById("when").textContent+" "+document.getElementById("preview")'
+             '.src.length</script></html>')  # fmt: skip
+    page = finished / "moved.html"
+    page.write_text(text.replace("</html>", moved), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    done = subprocess.run([BROWSER, *options, page.as_uri()], capture_output=True, text=True, timeout=120)
+    first = report.embedded(Path("results/train_out", finished.name, "epoch_0001.png"))
+    assert f"<title>epoch 0001 {len(first)}</title>" in done.stdout

@@ -1,0 +1,150 @@
+"""report.html: a page of a run, from its files alone. python -m utils.report logs/<run>"""
+import ast
+import base64
+import csv
+import html
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from utils.errors import run_script
+from utils.files import atomic_write
+from utils.run_folders import newest_weights
+
+SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
+PREVIEW_BYTES, MOST_PREVIEWS = 2_500_000, 40
+GRID, EVALUATION = Path("results/predict_out/predict_5x5_results.png"), Path("results/evaluate_out")
+HEAD = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{name}</title><style>{style}</style>
+<meta name="viewport" content="width=device-width, initial-scale=1"><h1>Run {name}</h1>{body}</html>"""
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:auto;padding:1rem;overflow-wrap:anywhere}
+img{max-width:100%;height:auto;background:#fff}.pixels{image-rendering:pixelated;width:min(100%,34rem)}input{width:100%}
+td{border-bottom:1px solid #bbb;padding:.2rem .8rem .2rem 0}.warn{border-left:4px solid #d80;padding-left:.6rem}
+p{overflow-x:auto}.curves{max-width:none;width:max(100%,40rem)}"""
+SLIDER = """<p id="when">{shown[0]}</p><input id="time" type="range" min="0" max="{last}" value="{last}">
+<p><img id="preview" class="pixels" alt="preview" src="{shown[1]}"></p><script>const frames={frames};
+document.getElementById("time").oninput=e=>{{const [name,image]=frames[e.target.value];
+document.getElementById("when").textContent=name;document.getElementById("preview").src=image}}</script>"""
+
+
+def main(arguments=None):
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    folder = Path(words[0]) if words else next((path.parent for path in newest_weights("logs")), Path("logs"))
+    if len(words) > 1 or read_json(folder / "config.json") is None:
+        raise ValueError(f"{folder}: no run with a sound config.json: python -m utils.report logs/<run>")
+    with atomic_write(folder / "report.html", "w", encoding="utf-8") as file:
+        file.write(page(folder))
+    print((folder / "report.html").resolve())
+
+
+def page(folder):
+    """The whole page as text. What comes from a file is escaped."""
+    config, rows = read_json(folder / "config.json"), read_rows(folder / "epoch_loss.csv")
+    found = read_json(EVALUATION / "evaluate_results.json") or {}
+    found = found if str(folder.resolve()) in str(found.get("samples")) else {}
+    sections = {
+        "What happened": summary(config, rows, read_rows(folder / "speed.csv")),
+        "Warnings": warnings(config, rows, found), "Settings that differ from train.py's": settings_table(config),
+        "Curves": image(folder / "epoch_loss.png", "curves") or table(row.items() for row in rows[-5:]),
+        "Previews": previews(folder), "Samples": samples(folder, config), "Nearest training images": nearest(found),
+    }  # fmt: skip
+    body = "".join(f"<h2>{title}</h2>{text or '<p>None.</p>'}" for title, text in sections.items())
+    return HEAD.format(name=html.escape(folder.resolve().name), style=STYLE, body=body)
+
+
+def read_json(path):
+    """A dict from a file; None where it is missing or damaged."""
+    with suppress(OSError, ValueError, AttributeError):
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+
+
+def read_rows(path):
+    """The rows of a table, {column: number}, up to the first damaged one."""
+    rows = []
+    with suppress(OSError, ValueError, TypeError, csv.Error), open(path, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            rows.append({name: float(value) for name, value in row.items() if value})
+    return rows
+
+
+def table(rows):
+    """An HTML table; "" without rows."""
+    lines = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
+    return f"<table>{text}</table>" if (text := "".join(f"<tr>{line}</tr>" for line in lines)) else ""
+
+
+def image(path, kind="pixels"):
+    """A PNG in the page itself; "" where there is none."""
+    return f'<p><img class="{kind}" alt="{path.stem}" src="{embedded(path)}"></p>' if path.is_file() else ""
+
+
+def embedded(path):
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def summary(config, rows, speed):
+    last, seconds = rows[-1] if rows else {}, sum(row.get("seconds", 0) for row in speed)
+    lowest = min(((row["val_loss"], row.get("epoch")) for row in rows if "val_loss" in row), default=None)
+    return table({
+        "epochs": f"{last.get('epoch', 0):.0f} of {config.get('epochs')}", "steps": f"{last.get('step', 0):,.0f}",
+        "training time": f"{seconds / 60:.1f} min", "loss": f"{last.get('loss', 0):.5g}",
+        "images a second": speed[-1].get("images_per_second", "") if speed else "",
+        "lowest validation loss": f"{lowest[0]:.5g} after epoch {lowest[1]:.0f}" if lowest else "no val_split",
+    }.items())  # fmt: skip
+
+
+def warnings(config, rows, found):
+    """What the files show that a user should know, each with its meaning."""
+    skipped, steps = sum(row.get("skipped", 0) for row in rows), rows[-1].get("step", 0) if rows else 0
+    validated = [row["val_loss"] for row in rows if "val_loss" in row]
+    close = (found.get("nearest") or {}).get("share_closer_than_first_quantile", 0)
+    texts = {
+        f"{skipped:.0f} steps were skipped: their gradients were NaN or infinite. They changed nothing; many of them "
+        "call for a lower --init_lr.": skipped,
+        f"The EMA starts at step {config.get('ema_start')}, and the run has {steps:.0f}: the samples are those of the "
+        "last weights, which are rougher. Lower --ema_start.": 0 < steps <= config.get("ema_start", 0),
+        "The validation loss has risen by more than 2 % above its lowest: the network learns the training images by "
+        "heart. best.pth has the weights of the lowest.": validated and validated[-1] > 1.02 * min(validated),
+        f"{close:.0%} of the samples are closer to a training image than 99 % of the other images are: they may be "
+        "copies. Train for fewer epochs, or on more images.": close > 0.05,
+    }  # fmt: skip
+    return "".join(f'<p class="warn">{html.escape(text)}</p>' for text, holds in texts.items() if holds)
+
+
+def settings_table(config):
+    """Name, value and train.py's own value, where they differ. Its block is read, not run."""
+    nodes = ast.parse(SCRIPT.read_text(encoding="utf-8")).body
+    block = next(node for node in nodes if getattr(node, "name", "") == "Config")
+    values = {line.target.id: ast.literal_eval(line.value) for line in block.body if isinstance(line, ast.AnnAssign)}
+    values = json.loads(json.dumps(values))  # tuples as lists, as in the run's file
+    rows = [(name, config[name], value) for name, value in values.items() if config.get(name, value) != value]
+    return table([("", "this run", "train.py"), *rows] if rows else [])
+
+
+def previews(folder):
+    """The previews behind a slider, every second one left out until they are small enough."""
+    paths = sorted(Path("results/train_out", folder.resolve().name).glob("epoch_*.png"))
+    while len(paths) > 1 and (len(paths) > MOST_PREVIEWS or sum(p.stat().st_size for p in paths) > PREVIEW_BYTES):
+        paths = paths[::-1][::2][::-1]  # keeps the last
+    frames = [(path.stem.replace("_", " "), embedded(path)) for path in paths]
+    return SLIDER.format(shown=frames[-1], last=len(frames) - 1, frames=json.dumps(frames)) if frames else ""
+
+
+def samples(folder, config):
+    """The grid of the last `python predict.py`, where it is newer than the run's weights."""
+    times = [path.stat().st_mtime for path in (folder / "last.pth", GRID) if path.is_file()]
+    title = "<p>A row of each class, by name.</p>" if config.get("class_conditional") else ""
+    return title + image(GRID) if len(times) == 2 and times[0] <= times[1] else "<p>None yet: python predict.py</p>"
+
+
+def nearest(found):
+    """The distances and pairs of `python -m utils.evaluate`, where it measured this run."""
+    if not found:
+        return "<p>None yet: python -m utils.evaluate</p>"
+    measured = {**(found.get("distances") or {}), **(found.get("nearest") or {})}
+    numbers = table((name, value) for name, value in measured.items() if isinstance(value, (int, float)))
+    return numbers + image(EVALUATION / "evaluate_nearest_results.png")
+
+
+if __name__ == "__main__":
+    run_script(main)
