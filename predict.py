@@ -62,6 +62,7 @@ class Config:
     spacing: Literal[("", *SPACINGS)] = ""        # of the timesteps; "": what suits the sampler
     eta: float = 0.0                              # ddim's share of fresh noise, 0 to 1
     variance: Literal["beta", "posterior"] = "beta"  # ddpm's variance
+    clip: bool = True                             # keep the predicted image within black and white at each step
 
     # From pictures
     init_image: str = ""                          # start from this picture instead of noise
@@ -101,6 +102,7 @@ def main(arguments=None):
     config = resolve(config, typed, diffusion, classes)
     options = {name: getattr(config, name) for name in ("sampler", "steps", "spacing", "guidance_scale", "use_ema")}
     options |= {name: getattr(config, name) for name, sampler in OWNERS.items() if sampler == config.sampler}
+    options |= {} if config.clip else {"clip": False}
     options |= starting_settings(config, diffusion, checkpoint["config"])
     announce(config, diffusion, classes, checkpoint, f"{describe_device(device)}, precision {precision}")
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nets import build
+from nets import UNet, build
+from nets.weights import unet_arguments
 from train import Config
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.config import typed_options
 from utils.convert import __main__ as convert
 from utils.convert.__main__ import export_reference, export_weights
 from utils.errors import run_script
@@ -145,6 +147,67 @@ def test_what_the_reference_would_misread_is_refused(tmp_path, settings, message
     export_weights(tmp_path / "run", tmp_path / "small.pth")
     back = loaded(tmp_path / "small.pth")
     assert back.prediction == source.prediction and back.model.out_norm.num_groups == source.model.out_norm.num_groups
+
+
+# What the reference's code builds by default, and what its ddpm.py sets.
+THEIRS = {"channel_mults": (1, 2, 4, 8), "num_res_blocks": 3, "num_groups": 32}
+THEIR_SETTINGS = {"input_shape": (32, 32), "num_timesteps": 1000, "schedule": "linear"}
+
+
+def shapes_of(**settings):
+    """{key: shape} of the network that train.py builds with these settings."""
+    config = asdict(Config(**{**SMALL, "attention_resolutions": (1,), **THEIRS, **settings}))
+    with torch.device("meta"):
+        return {name: value.shape for name, value in UNet(**unet_arguments(config, 2)).state_dict().items()}
+
+
+def reference_output(folder, capsys, **settings):
+    """What the export prints below the sizes."""
+    write_run(folder / "run", **{"classes": (), "num_groups": 32, **settings})
+    capsys.readouterr()
+    export_reference(folder / "run", folder / "bare.pth")
+    return capsys.readouterr().out.splitlines()[1:]
+
+
+def test_a_network_that_the_reference_builds_is_exported_without_a_warning(tmp_path, capsys):
+    lines = reference_output(tmp_path, capsys, **THEIRS, **THEIR_SETTINGS)
+    assert lines == ["settings to change in the reference's ddpm.py: channel = 32"]  # 128 is slow to test
+    network = UNet(3, 32, (1, 2, 4, 8), 3, attention_resolutions=(1,))
+    bare = torch.load(tmp_path / "bare.pth", weights_only=True)
+    network.load_state_dict({name[6:]: value for name, value in bare.items() if name.startswith("model.")})
+
+
+@pytest.mark.parametrize("settings, argument, options", [
+    ({"channel_mults": (1, 2, 2, 2), "num_res_blocks": 2},
+     "channel_mults=(1, 2, 2, 2) instead of (1, 2, 4, 8), num_res_blocks=2 instead of 3",
+     "--channel_mults 1,2,4,8 --num_res_blocks 3"),
+    ({"attention_resolutions": ()}, "attention_resolutions=() instead of (1,)", "--attention_resolutions 1,"),
+    ({"img_channels": 1}, "img_channels=1 instead of 3", "--img_channels 3"),
+    ({"classes": CLASSES}, "num_classes=3 instead of None", "--class_conditional False"),
+])  # fmt: skip
+def test_a_network_that_the_reference_does_not_build_gets_a_warning(tmp_path, capsys, settings, argument, options):
+    line = reference_output(tmp_path, capsys, **THEIRS | THEIR_SETTINGS | settings)[0]
+    assert line.startswith("warning: the reference's unchanged code cannot load these weights")
+    assert f"train.py: {argument}. Or" in line and line.endswith(f": python train.py {options}")
+    settings = {**settings, "class_conditional": "classes" in settings}
+    settings.pop("classes", None)
+    with torch.device("meta"):
+        theirs = {name: value.shape for name, value in UNet(3, 32, (1, 2, 4, 8), 3).state_dict().items()}
+    assert shapes_of(**settings) != theirs
+    assert shapes_of(**settings | typed_options(Config, "", options.split())) == theirs  # the options really help
+
+
+def test_the_references_settings_are_named_where_these_differ(tmp_path, capsys):
+    lines = reference_output(tmp_path, capsys, **THEIRS, schedule="cosine")
+    assert lines[0] == ("settings to change in the reference's ddpm.py: channel = 32, input_shape = (8, 8), "
+                        "num_timesteps = 50")
+    assert lines[1].startswith("the schedule is not the reference's linear one") and len(lines) == 2
+
+
+def test_the_references_network_has_the_size_that_the_warning_names():
+    with torch.device("meta"):
+        network = UNet(3, channel_mults=(1, 2, 4, 8), num_res_blocks=3)
+    assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 1) == 295.5
 
 
 # Mistakes

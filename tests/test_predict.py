@@ -432,10 +432,29 @@ def test_bare_state_dict(runs, tmp_path, monkeypatch, capsys, number):
     assert np.array_equal(pixels(out / "predict_1x1_results.png"), wanted[0])
 
 
+def test_without_clipping_the_pictures_are_the_samples_without(plain):
+    """The reference's sampling; individual files of one kind are not taken for the other's."""
+    common = ("--seed", "5", "--num_images", "1", "--batch_size", "1", "--individual_files", "True")
+    found = []
+    for clip in (True, False):
+        out = draw(plain, *common, "--clip", clip, out=f"out_{clip}")
+        found.append(pixels(out / "predict_1x1_results.png"))
+        wanted = expected(plain, [5], None, sampler="sde-dpm++", steps=3, clip=clip)
+        assert np.array_equal(found[-1], wanted[0])
+    assert not np.array_equal(*found)
+    with pytest.raises(SystemExit):
+        draw(plain, *common, "--clip", "True", out="out_False")
+
+
 def test_shipped_weights_where_there_is_no_run(plain, capsys):
-    export_weights(plain, "logs/small.pth")
+    """A file of one's own in logs/ goes first, and is not called the project's."""
+    export_weights(plain, "logs/emoji.pth")
     draw("", "--seed", "5", "--num_images", "1", "--batch_size", "1")
-    assert "small.pth, which come with this project" in capsys.readouterr().out
+    assert "emoji.pth, which come with this project" in capsys.readouterr().out
+    export_weights(plain, "logs/ddpm.pth")
+    draw("", "--seed", "5", "--num_images", "1", "--batch_size", "1")
+    said = capsys.readouterr().out
+    assert "ddpm.pth, a file in logs: a run of your own goes first" in said and "come with this project" not in said
     wanted = expected(plain, [5], sampler="sde-dpm++", steps=3)[0].astype(int)
     assert np.abs(pixels("out/predict_1x1_results.png") - wanted).max() <= 4  # half precision
 

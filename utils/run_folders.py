@@ -4,6 +4,7 @@ from pathlib import Path
 
 from utils.checkpoint import LAST, load_checkpoint
 
+SHIPPED = "emoji.pth"  # the weights that come with the project
 EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
 
 
@@ -45,8 +46,9 @@ def newest_last(save_dir):
 def find_weights(path, save_dir="logs"):
     """(file, remark) of the weights to sample with.
 
-    path: a run's folder, a file, or "" for the newest run, or without any run for the weights that
-    come with the project. ValueError where there are none, and for a folder of diffusers.
+    path: a run's folder, or a file. "": the newest run, without any run the newest file in
+    `save_dir`, and last the weights that come with the project. ValueError where there are none,
+    and for a folder of diffusers.
     """
     if path:
         folder = Path(path)
@@ -54,9 +56,11 @@ def find_weights(path, save_dir="logs"):
     found = newest_weights(save_dir)
     if found:
         return found[0], ", the newest run's"
-    shipped = next(iter(sorted(Path(save_dir).glob("*.pth"))), None)
-    if shipped:
-        return shipped, ", which come with this project: your own run's go first once there is one"
+    files = sorted(Path(save_dir).glob("*.pth"), key=lambda path: (path.name != SHIPPED, path.stat().st_mtime_ns))
+    if files and files[-1].name == SHIPPED:
+        return files[-1], ", which come with this project: your own run's go first once there is one"
+    if files:
+        return files[-1], f", a file in {save_dir}: a run of your own goes first once there is one"
     raise ValueError(f"{Path(save_dir).resolve()} holds no weights: run `python train.py` first, or name a checkpoint "
                      "with --model_path")
 

@@ -1,72 +1,102 @@
-"""Checkpoints for others: small files to give away, files for the reference's code, folders of
-diffusers, and back.
+"""Checkpoints in the formats of others.
 
 python -m utils.convert weights RUN FILE                       EMA weights in half precision
-python -m utils.convert reference RUN FILE                     a state dict for the reference
-python -m utils.convert diffusers RUN FOLDER [--class_name X]  for diffusers' DDPMPipeline
-python -m utils.convert import FOLDER FILE                     diffusers' folder as a checkpoint
+python -m utils.convert reference RUN FILE                     a state dict for the reference's code
+python -m utils.convert diffusers RUN FOLDER [--class_name X]  a folder for DDPMPipeline
+python -m utils.convert import FOLDER FILE                     a folder of diffusers -> a checkpoint
 """
 
 import argparse
 from pathlib import Path
 
+import torch
+
 from nets import build
+from nets.schedules import make_betas
 from nets.unet import MAX_GROUPS
+from nets.weights import read_architecture
 from utils.checkpoint import FORMAT, all_finite, load_checkpoint, save_checkpoint
 from utils.convert.diffusers_folder import export_model, import_model
 from utils.errors import run_script
 from utils.files import refuse_to_overwrite
 from utils.run_folders import find_weights
 
+# Argument of the reference's UNet: its default, and train.py's option for such a network.
+REFERENCE_UNET = {
+    "img_channels": (3, "--img_channels 3"),
+    "channel_mults": ((1, 2, 4, 8), "--channel_mults 1,2,4,8"),
+    "num_res_blocks": (3, "--num_res_blocks 3"),
+    "attention_resolutions": ((1,), "--attention_resolutions 1,"),
+    "num_classes": (None, "--class_conditional False"),
+    "time_emb_dim": (512, ""),  # train.py trains no others
+    "norm": ("gn", ""),
+}
+REFERENCE_SETTINGS = {"channel": 128, "input_shape": (32, 32), "num_timesteps": 1000}  # of its ddpm.py
+
 
 def export_weights(run, file):
-    """Write a run's EMA weights in half precision: enough to sample, at most a quarter of the
-    checkpoint.
+    """Write a run's EMA weights in half precision. They are enough to sample.
 
-    ValueError where `file` is there already, or where half precision cannot hold the weights.
+    ValueError where `file` exists, or where half precision cannot hold the weights.
     """
     path, checkpoint, diffusion = open_run(run, file)
-    kept = {name: value for name, value in diffusion.state_dict().items() if not name.startswith("model.")}
-    weights = {name: value.half() if name.startswith("ema_model.") else value for name, value in kept.items()}
+    weights = {name: value for name, value in diffusion.state_dict().items() if not name.startswith("model.")}
+    weights = {name: value.half() if name.startswith("ema_model.") else value for name, value in weights.items()}
     if not all_finite(weights):
         raise ValueError(f"{path}: its weights hold NaN or infinity, or numbers beyond half precision (65504)")
-    described = {
-        "format": FORMAT,
-        "config": checkpoint["config"],
-        "classes": checkpoint["classes"],
-        "weights_kind": "ema",
-    }
-    write(file, {**described, "weights": weights}, path)
+    kept = {name: checkpoint[name] for name in ("config", "classes")}
+    write(file, {"format": FORMAT, **kept, "weights_kind": "ema", "weights": weights}, path)
 
 
 def export_reference(run, file):
-    """Write a run's weights as a bare state dict in float32, with the keys of the reference's code.
+    """Write a run's weights as a bare float32 state dict with the reference's keys.
 
-    ValueError where `file` is there already, or where the reference's code would misread the
-    network.
+    Prints what its code must be told about the network. ValueError where `file` exists, or where
+    its code would sample wrong images without an error.
     """
     path, _, diffusion = open_run(run, file)
     if diffusion.prediction != "eps":
-        raise ValueError(
-            "the reference's code takes what a network predicts for the noise; this one predicts "
-            f"{diffusion.prediction}"
-        )
+        raise ValueError("the reference's code needs a network that predicts the noise: this one predicts "
+                         f"{diffusion.prediction}; train one with --prediction eps")
     groups = getattr(diffusion.model.out_norm, "num_groups", MAX_GROUPS)
     if groups != MAX_GROUPS:
-        raise ValueError(
-            f"the reference's code builds group norms of {MAX_GROUPS} groups; this network has {groups}: train one "
-            "with "
-            f"--num_groups {MAX_GROUPS}"
-        )
+        raise ValueError(f"the reference's code builds group norms of {MAX_GROUPS} groups; this network has {groups}: "
+                         f"train one with --num_groups {MAX_GROUPS}")
     if not all_finite(diffusion.state_dict()):
         raise ValueError(f"{path}: its weights hold NaN or infinity")
     write(file, diffusion.state_dict(), path)
+    for line in reference_advice(diffusion):
+        print(line)
+
+
+def reference_advice(diffusion):
+    """How to make these weights load in the reference's code: a list of lines, empty if they do."""
+    network, betas = read_architecture(diffusion.state_dict(), "model."), diffusion.betas
+    lines, other = [], [name for name, (default, _) in REFERENCE_UNET.items() if network[name] != default]
+    if other:
+        arguments = ", ".join(f"{name}={network[name]!r} instead of {REFERENCE_UNET[name][0]!r}" for name in other)
+        options = " ".join(REFERENCE_UNET[name][1] for name in other).strip()
+        lines.append(
+            "warning: the reference's unchanged code cannot load these weights. Either give its UNet these arguments, "
+            f"in its ddpm.py and train.py: {arguments}. Or train the network that it builds (295.5 million parameters "
+            f"with channel 128): python train.py {options}"
+        )
+    if "num_classes" in other:
+        lines.append("warning: the reference's scripts sample without classes: also pass y to sample")
+    found = {"channel": network["base_channels"], "input_shape": tuple(diffusion.img_size), "num_timesteps": len(betas)}
+    settings = [f"{name} = {found[name]}" for name, default in REFERENCE_SETTINGS.items() if found[name] != default]
+    if settings:
+        lines.append(f"settings to change in the reference's ddpm.py: {', '.join(settings)}")
+    if not torch.allclose(betas, torch.from_numpy(make_betas(num_timesteps=len(betas))).float(), rtol=1e-4):
+        lines.append("the schedule is not the reference's linear one: its code takes the schedule from this file, "
+                     "and its own schedule settings do nothing")
+    return lines
 
 
 def open_run(run, file):
-    """(path, checkpoint, GaussianDiffusion) of a run's folder or file.
+    """(path, checkpoint, GaussianDiffusion) of a run's folder or a checkpoint.
 
-    ValueError where `file` is there.
+    ValueError where `file`, which is to be written, exists.
     """
     refuse_to_overwrite(file)
     path = find_weights(run)[0]
@@ -75,24 +105,21 @@ def open_run(run, file):
 
 
 def write(file, content, source):
-    """Save `content` and print its size beside the size of the checkpoint that it comes from."""
+    """Save `content`, and print its size beside that of the checkpoint it was made from."""
     save_checkpoint(file, content)
     before, after = (Path(path).stat().st_size / 2**20 for path in (source, file))
     print(f"{source} ({before:.1f} MiB) -> {file} ({after:.1f} MiB)")
 
 
 RUN = ("run", "a run's folder, or a checkpoint")
-FILE, FOLDER = ((kind, f"the {kind} to write; it must not be there yet") for kind in ("file", "folder"))
-COMMANDS = {  # name: (the function, what it does, its arguments)
-    "weights": (export_weights, "EMA weights in half precision, as a small file", (RUN, FILE)),
-    "reference": (export_reference, "a bare state dict with the keys of the reference implementation", (RUN, FILE)),
-    "diffusers": (export_model, "a checkpoint -> a folder for diffusers", (RUN, FOLDER)),
-    "import": (
-        import_model,
-        "a folder of diffusers -> a checkpoint",
-        (("folder", "what DDPMPipeline.save_pretrained wrote"), FILE),
-    ),
-}
+FILE, FOLDER = ((kind, f"the {kind} to write; it must not exist yet") for kind in ("file", "folder"))
+COMMANDS = {  # name: (the function, what it writes, its arguments)
+    "weights": (export_weights, "EMA weights in half precision, a small file", (RUN, FILE)),
+    "reference": (export_reference, "a bare state dict with the reference's keys", (RUN, FILE)),
+    "diffusers": (export_model, "a folder for diffusers' DDPMPipeline", (RUN, FOLDER)),
+    "import": (import_model, "a checkpoint from a folder of diffusers",
+               (("folder", "a folder that DDPMPipeline.save_pretrained wrote"), FILE)),
+}  # fmt: skip
 
 
 def main(arguments=None):
@@ -100,16 +127,14 @@ def main(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    parsers = {name: commands.add_parser(name, help=text) for name, (_, text, _) in COMMANDS.items()}
-    for name, (_, _, positional) in COMMANDS.items():
-        for argument, text in positional:
-            parsers[name].add_argument(argument, metavar=argument.upper(), help=text)
-    parsers["diffusers"].add_argument(
-        "--class_name", default="", help="the class that it will draw (default: the null class)"
-    )
+    for name, (_, text, positional) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        for argument, meaning in positional:
+            command.add_argument(argument, metavar=argument.upper(), help=meaning)
+        if name == "diffusers":
+            command.add_argument("--class_name", default="", help='the class that it draws; "": the null class')
     options = vars(parser.parse_args(arguments))
-    function, *_ = COMMANDS[options.pop("command")]
-    function(**options)
+    COMMANDS[options.pop("command")][0](**options)
 
 
 if __name__ == "__main__":
