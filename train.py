@@ -112,7 +112,7 @@ class Config:
     save_period: int = 25                                # epochs between the weights that are kept
     save_minutes: float = 10.0                           # minutes between saves of last.pth within an epoch
     keep_last: int = 0                                   # how many of the kept weights stay; 0: all
-    preview_period: int = 10                             # epochs between preview pictures; 0: none
+    preview_period: int = 10                             # epochs between preview pictures, after the first; 0: none
     preview_sampler: Literal[tuple(SAMPLERS)] = "sde-dpm++"  # solver of the previews
     preview_steps: int = 25                              # its steps
     val_split: float = 0.0                               # share of the pictures for a validation loss, not trained on

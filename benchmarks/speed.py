@@ -37,6 +37,7 @@ from utils.data.dataset import EpochBatches, data_loader, open_dataset
 from utils.data.search import find_images
 from utils.device import DTYPES, choose_device, choose_precision, peak_memory
 from utils.errors import run_script
+from utils.files import atomic_write
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PROJECT = RESULTS.parent.parent
@@ -84,6 +85,7 @@ def main():
             rows = [{"section": name, **row} for row in SECTIONS[name](config, job, contestants)]
             report = with_rows(report, rows, SECTIONS, path.with_suffix(".json"))
             write_text(path.with_suffix(".md"), as_text(report))
+            plot(report, path.with_suffix(".png"))
             print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
     print(f"\n{as_text(report)}")
 
@@ -317,6 +319,29 @@ SECTIONS = {
     "cache": cache_section,
     "start": start_section, "memory": memory_section,
 }  # fmt: skip
+
+
+SHOWN = ("training step", "denoising step", "25 pictures")  # the rows of the plot, as multiples of diffusers
+
+
+def plot(report, path):
+    """Bars of the speeds, as multiples of diffusers', which each panel names."""
+    from matplotlib.figure import Figure
+
+    found = {what: {row["who"]: row for row in report["rows"] if row["what"] == what} for what in SHOWN}
+    found = {what: rows for what, rows in found.items() if "diffusers" in rows}
+    if not found:
+        return
+    figure = Figure(figsize=(8, 2.2), dpi=110, layout="constrained")
+    for panel, (what, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
+        times = [row["rate"] / rows["diffusers"]["rate"] for row in rows.values()][::-1]
+        bars = panel.barh([name.replace("denoising-diffusion-pytorch", "d.-d.-pytorch") for name in rows][::-1], times,
+                          color=["C7"] * (len(rows) - 1) + ["C0"])  # fmt: skip
+        panel.bar_label(bars, [f"{value:.3g}x" for value in times], padding=2)
+        panel.set(title=what, xlim=(0, 1.4 * max(times)), xticks=[])
+        panel.tick_params(labelleft=panel is figure.axes[0], left=False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
 
 
 def as_text(report):

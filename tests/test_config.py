@@ -1,6 +1,7 @@
 """Settings: what may be typed for each kind of field, what --help says, and which errors are one
 line.
 """
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,7 @@ from utils.config import (
     typed_options,
 )
 from utils.errors import run_script
+from utils.reference_names import REFERENCE_NAMES
 
 
 @dataclass
@@ -177,7 +179,9 @@ def test_an_edited_block_is_applied_whole(text, value):
 
 @pytest.mark.parametrize(("text", "words"), [
     ("size: int = 3\nchannel = 64", "channel = 64 in the settings of .* has no type, .*: write channel: int = 64"),
-    ("size: int = 3\nCuda = True", "Cuda = True .* has no type"),
+    ("size: int = 3\nCuda = True", "Cuda in the settings of .* is a name of the reference: here it is device"),
+    ("size: int = 3\nEpoch: int = 300", "Epoch .*: here it is epochs; take the line out"),
+    ("size: int = 3\nMin_lr = 1e-6", "here it is min_lr, the last learning rate itself"),
     ("size: int = 3\nprediction = 'v'", "write prediction: str = 'v'"),
     ("size: int = 64.0", "size = 64.0 in the settings of .*: expected a whole number"),
     ("size: int = 1e3", "expected a whole number"),
@@ -191,6 +195,16 @@ def test_an_edited_block_is_refused_by_name(text, words):
     with pytest.raises(ValueError, match=words) as error:
         block(text)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCE_NAMES))
+def test_a_setting_of_the_reference_is_refused_with_ours(name):
+    """What it names exists, in train.py or predict.py."""
+    with pytest.raises(ValueError, match=f"--{name} is a name of the reference: here it is ") as error:
+        typed_options(train.Config, "", [f"--{name}", "1"])
+    first = re.split(r"[:, (]", str(error.value).split("here it is ")[1])[0]
+    fields = {**train.Config.__dataclass_fields__, **predict.Config.__dataclass_fields__}
+    assert (first in fields or first in ("nothing", "save_dir")) and name not in fields
 
 
 def raising(error):

@@ -1,4 +1,6 @@
 """What the training loop hands to its parts: recorded in short runs of train.py."""
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import TINY, newest_run, read_history, run_main
@@ -73,6 +75,12 @@ def test_validation_is_drawn_with_the_average_and_always_the_same(workplace, cal
         assert torch.equal(a["noise"], b["noise"]) and torch.equal(a["t"], b["t"]) and torch.equal(a["x"], b["x"])
     assert len([call for call in calls if not call.get("use_ema")]) == 2 * ((24
         - sum(len(c["x"]) for c in validation[:half])) // 8)
+
+
+def test_the_first_preview_comes_after_the_first_epoch(workplace):
+    run_main("train.py", *RUN, "--epochs", "3", "--preview_period", "2", "--preview_steps", "2")
+    found = sorted(path.name for path in Path("results/train_out").rglob("*.png"))
+    assert found == ["epoch_0001.png", "epoch_0002.png", "epoch_0003.png"]
 
 
 def test_rate_and_clipping_reach_the_optimizer(workplace, monkeypatch):

@@ -11,6 +11,8 @@ import typing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from utils.reference_names import REFERENCE_NAMES
+
 
 def settings(config_class):
     """Decorator of a script's block: makes it a dataclass, whatever a user has written into it.
@@ -34,6 +36,9 @@ def block_settings(config_class):
     """The block, each value checked as a typed one. ValueError names the first misfit."""
     file, hints = Path(inspect.getfile(config_class)).name, typing.get_type_hints(config_class)
     for name, value in vars(config_class).items():
+        if name in REFERENCE_NAMES:
+            raise ValueError(f"{name} in the settings of {file} is a name of the reference: here it is "
+                             f"{REFERENCE_NAMES[name]}; take the line out")
         if name not in hints and not name.startswith("_") and not callable(value):
             raise ValueError(f"{name} = {value!r} in the settings of {file} has no type, so it is no setting: "
                              f"write {name}: {type(value).__name__} = {value!r}, or take the line out")
@@ -56,6 +61,8 @@ def typed_options(config_class, description, arguments=None):
             raise SystemExit(0)
         option, equals, text = word.partition("=")
         name = option.removeprefix("--")
+        if option.startswith("--") and name in REFERENCE_NAMES and name not in hints:
+            raise ValueError(f"--{name} is a name of the reference: here it is {REFERENCE_NAMES[name]}")
         if not option.startswith("--") or name not in hints:
             near = difflib.get_close_matches(name, hints, 1) if option.startswith("--") else []
             nearest = f" (did you mean --{near[0]}?)" if near else ""

@@ -105,7 +105,7 @@ class RunFiles:
             self.checkpoints.save_best()
         if due:
             self.checkpoints.save_last(epoch, 0, None)
-        if self.config.preview_period and (epoch % self.config.preview_period == 0 or final):
+        if self.config.preview_period and (epoch % self.config.preview_period == 0 or epoch == 1 or final):
             self.attempt("the preview", lambda: self.preview(epoch, row["step"]))
         self.attempt("the curves", self.history.plot)
         self.epoch_began, self.epoch_images = time.monotonic(), 0
