@@ -25,7 +25,7 @@ def plain(norm, activation, x, conv, dropout=None):
 
 def conv_of(channels, dtype=torch.float32):
     torch.manual_seed(4)
-    return nn.Conv2d(channels, 5, 3, padding=1, dtype=dtype)
+    return nn.Conv2d(channels, 5, 3, padding=1).to(dtype)  # older versions draw other numbers in bf16
 
 
 def looking_glass(channels):
