@@ -43,7 +43,7 @@ def commands(text):
 
 @by_name(ALL)
 def test_links_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(path)):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(text_of(path))):
         if not target.startswith(("http", "#")):
             assert (path.parent / target.split("#")[0]).exists(), f"{path.name}: {target}"
 

@@ -1,0 +1,226 @@
+"""Draws the figures of docs/how_it_works.md again, from the weights in the box.
+
+python -m docs.figures [NAME ...]     all of them, or those named
+"""
+import io
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+import train
+from nets import SCHEDULES, build
+from nets.schedules import make_betas
+from utils.checkpoint import load_checkpoint
+from utils.data.dataset import normalise
+from utils.errors import run_script
+from utils.evaluate.distances import nearest as nearest_features
+from utils.evaluate.image_sets import open_images
+from utils.files import atomic_write
+from utils.images import to_uint8
+
+PROJECT = Path(__file__).resolve().parent.parent
+FOLDER, WEIGHTS, IMAGES = PROJECT / "docs" / "figures", PROJECT / "logs" / "emoji.pth", PROJECT / "datasets/noto_emoji"
+CPU, SIZE = torch.device("cpu"), (32, 32)
+
+
+def load():
+    """(GaussianDiffusion, class names) of the weights in the box."""
+    return build.from_checkpoint(load_checkpoint(WEIGHTS))
+
+
+def real_images(count=None, shape=(*SIZE, 3)):
+    """The emoji as uint8 (N, H, W, C); `count` of them, the same ones each time."""
+    images = open_images(IMAGES, shape)
+    return images.images(images.shuffled(count or 0, seed=1))
+
+
+def noise_like(x, seed=0):
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def save(name, figure):
+    """The figure as a PNG of 64 colours, which is small."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    with atomic_write(FOLDER / f"{name}.png") as file:
+        Image.open(buffer).convert("RGB").quantize(64).save(file, format="PNG", optimize=True)
+    print(FOLDER / f"{name}.png")
+
+
+def panels(name, rows, row_names, column_names):
+    """A table of images: rows of (n, 3, H, W) tensors in [-1, 1]."""
+    figure = Figure(figsize=(1.05 * len(column_names) + 1, 1.05 * len(rows) + 0.3), dpi=100, layout="constrained")
+    places = figure.subplots(len(rows), len(column_names), squeeze=False)
+    for row, title, line in zip(places, row_names, rows):
+        row[0].set_ylabel(title, rotation=0, ha="right", va="center")
+        for place, image in zip(row, to_uint8(line)):
+            place.imshow(image)
+            place.set(xticks=[], yticks=[])
+    for place, title in zip(places[0], column_names):
+        place.set_title(title, fontsize="medium")
+    save(name, figure)
+
+
+def curves(name, lines, xlabel, ylabel, **axes):
+    """lines: {label: (x, y)}."""
+    figure = Figure(figsize=(6, 3.2), dpi=100, layout="constrained")
+    place = figure.subplots()
+    for label, (x, y) in lines.items():
+        place.plot(x, y, label=label)
+    place.set(xlabel=xlabel, ylabel=ylabel, **axes)
+    place.grid(True, alpha=0.3)
+    place.legend()
+    save(name, figure)
+
+
+def noising():
+    """One image at six timesteps, by perturb_x."""
+    diffusion, _ = load()
+    t = torch.tensor([0, 100, 300, 500, 700, 999])
+    x = normalise(real_images(1), CPU).expand(6, -1, -1, -1)
+    panels("noising", [diffusion.perturb_x(x, t, noise_like(x[:1]).expand_as(x))], ["x_t"], [f"t = {n}" for n in t])
+
+
+def schedules():
+    """alpha_bar and the signal-to-noise ratio of each schedule."""
+    figure = Figure(figsize=(8, 3.2), dpi=100, layout="constrained")
+    for place, title in zip(figure.subplots(1, 2), ("alpha_bar", "signal-to-noise ratio")):
+        for name in SCHEDULES:
+            alpha_bar = np.cumprod(1 - make_betas(name))
+            place.plot(alpha_bar if title == "alpha_bar" else alpha_bar / (1 - alpha_bar), label=name)
+        place.set(title=title, xlabel="t", yscale="linear" if title == "alpha_bar" else "log")
+        place.grid(True, alpha=0.3)
+        place.legend()
+    save("schedules", figure)
+
+
+def answers():
+    """What the network sees and answers: x_t, its eps, its x_0."""
+    diffusion, classes = load()
+    x, t = normalise(real_images(1), CPU), (100, 500, 900)
+    rows = [[], [], []]
+    for step in t:
+        x_t = diffusion.perturb_x(x, torch.tensor([step]), noise_like(x))
+        x_0 = diffusion.denoiser(torch.tensor([diffusion.null_class]))(x_t, step)
+        a, s = diffusion.alpha_bars[step] ** 0.5, (1 - diffusion.alpha_bars[step]) ** 0.5
+        for row, image in zip(rows, (x_t, (x_t - a * x_0) / s, x_0)):
+            row.append(image)
+    panels("answers", [torch.cat(row) for row in rows], ["x_t", "eps", "x_0"], [f"t = {step}" for step in t])
+
+
+def film():
+    """The way back: x_t and the predicted x_0 at every third of 25 steps."""
+    diffusion, classes = load()
+    y, plan = torch.tensor([classes.index("faces")]), diffusion.plan("sde-dpm++", 25)
+    steps = list(diffusion.sample_steps(1, CPU, y, sampler="sde-dpm++", seeds=[3], guidance_scale=2))
+    shown = range(0, 25, 3)
+    rows = [torch.cat([steps[i][part] for i in shown]) for part in (0, 1)]
+    panels("film", rows, ["x_t", "x_0"], [f"t = {plan[i].t}" for i in shown])
+
+
+def posterior():
+    """The weights of x_0 and x_t in the posterior mean (Ho et al. 2020, equation 7)."""
+    betas = make_betas("linear")
+    alpha_bar = np.cumprod(1 - betas)
+    before = np.concatenate(([1.0], alpha_bar[:-1]))
+    weights = {"of x_0": np.sqrt(before) * betas / (1 - alpha_bar),
+               "of x_t": np.sqrt(1 - betas) * (1 - before) / (1 - alpha_bar)}  # fmt: skip
+    curves("posterior", {name: (np.arange(1000), values) for name, values in weights.items()}, "t", "weight",
+           yscale="log", ylim=(5e-5, 2))  # fmt: skip
+
+
+def loss():
+    """The loss of eps, and of v, over the timesteps."""
+    diffusion, _ = load()
+    x, ts = normalise(real_images(64), CPU), np.arange(9, 1000, 45)
+    y = torch.full((len(x),), diffusion.null_class)
+    v, eps = [], []
+    for step in ts:
+        t = torch.full((len(x),), int(step))
+        with torch.no_grad():
+            error = diffusion.get_losses(x, t, y, noise=noise_like(x), use_ema=True, reduction="none").mean()
+        v.append(error.item() / diffusion.loss_weight[step].item())
+        eps.append(v[-1] * diffusion.alpha_bars[step])  # eps = a v + s x_t
+    curves("loss", {"of v": (ts, v), "of eps": (ts, eps)}, "t", "squared error", yscale="log", ylim=(1e-4, 2))
+
+
+def ema(steps=240):
+    """A short training at a constant learning rate: the loss of the weights, and of their EMA."""
+    config = train.Config(input_shape=(16, 16), channel=16, channel_mults=(1, 2), num_res_blocks=1, num_groups=4,
+                          prediction="v", schedule="cosine", ema_start=0, ema_decay=0.95)  # fmt: skip
+    torch.manual_seed(0)
+    diffusion = build.from_config(asdict(config))
+    optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=3e-3)
+    images = normalise(real_images(shape=(16, 16, 3)), CPU)
+    held_out, images = images[:128], images[128:]
+    t, found = torch.arange(128) * 1000 // 128, {"the weights": [], "their EMA": []}
+    for step in range(steps):
+        diffusion(images[torch.randint(len(images), (16,))]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        diffusion.update_ema()
+        if step % 8 == 7:
+            for use_ema, values in enumerate(found.values()):
+                with torch.no_grad():
+                    value = diffusion(held_out, t=t, noise=noise_like(held_out), use_ema=bool(use_ema))
+                values.append((step + 1, value.item()))
+    curves("ema", {name: zip(*values) for name, values in found.items()}, "step", "loss of held-out images",
+           yscale="log")  # fmt: skip
+
+
+def clipping():
+    """The same seeds with and without clipping the predicted x_0."""
+    diffusion, classes = load()
+    y = torch.arange(7)
+    rows = [diffusion.sample(7, CPU, y, sampler="ddpm", steps=50, seeds=range(7), clip=clip) for clip in (True, False)]
+    panels("clipping", rows, ["clipped", "unclipped"], classes)
+
+
+def solvers():
+    """The same seed by solver and number of network calls."""
+    diffusion, classes = load()
+    y, names = torch.tensor([classes.index("faces")]), ("ddpm", "ddim", "dpm++", "sde-dpm++")
+    rows = []
+    for name in names:
+        images = [diffusion.sample(1, CPU, y, sampler=name, steps=steps, seeds=[3]) for steps in (5, 10, 25, 1000)]
+        rows.append(torch.cat(images))
+    panels("solvers", rows, names, ["5", "10", "25", "1000"])
+
+
+def guidance():
+    """The same seeds at guidance scales of 1 to 5."""
+    diffusion, classes = load()
+    y = torch.arange(7)
+    rows = [diffusion.sample(7, CPU, y, sampler="dpm++", steps=25, seeds=range(7), guidance_scale=scale)
+            for scale in (1, 2, 3, 5)]  # fmt: skip
+    panels("guidance", rows, ["1", "2", "3", "5"], classes)
+
+
+def nearest():
+    """Samples above the training images that are nearest in pixels."""
+    diffusion, classes = load()
+    x = diffusion.sample(7, CPU, torch.arange(7), sampler="sde-dpm++", steps=25, seeds=range(7))
+    bank = real_images()
+    _, found = nearest_features(torch.from_numpy(to_uint8(x)).flatten(1), [bank.flatten(1)], 1)
+    panels("nearest", [x, normalise(bank[found[:, 0]], CPU)], ["sample", "nearest"], classes)
+
+
+FIGURES = {function.__name__: function for function in (
+    noising, schedules, answers, film, posterior, loss, ema, clipping, solvers, guidance, nearest)}  # fmt: skip
+
+
+def main():
+    unknown = [name for name in sys.argv[1:] if name not in FIGURES]
+    if unknown:
+        raise ValueError(f"unknown figure {', '.join(unknown)}; known: {', '.join(FIGURES)}")
+    for name in sys.argv[1:] or FIGURES:
+        FIGURES[name]()
+
+
+if __name__ == "__main__":
+    run_script(main)
