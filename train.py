@@ -122,14 +122,24 @@ class Config:
 
 
 # Settings by one name. A typed option goes over the preset, the preset over the block.
+# benchmarks/recipes.py and benchmarks/time_to_quality.py measure them (benchmarks/NOTES.md).
 PRESETS = {
-    "": {},  # the article's settings
-    # A first training of a few minutes on a CPU.
+    # The article's settings, as the block has them.
+    "": {},
+    # Minutes without a GPU. v with the cosine schedule learns soonest, steps of few images most for
+    # its time, and a narrow network has time for many steps.
     "quick": {
-        "prediction": "v", "schedule": "cosine", "loss_weighting": "min_snr", "channel": 32,
-        "batch_size": 32, "dropout": 0.0,
+        "channel": 32, "num_res_blocks": 1, "dropout": 0.0, "prediction": "v", "schedule": "cosine",
+        "epochs": 4, "batch_size": 8, "init_lr": 1e-3, "ema_start": 100,
     },
-}
+    # An hour on one core, minutes on a GPU: more channels where the images are small, which cost
+    # little there. Its network is that of the weights in the box.
+    "small": {
+        "channel": 32, "channel_mults": (1, 2, 4, 4), "num_res_blocks": 1, "attention_resolutions": (2,),
+        "dropout": 0.0, "prediction": "v", "schedule": "cosine",
+        "epochs": 60, "batch_size": 16, "init_lr": 1e-3, "ema_start": 500, "ema_decay": 0.999,
+    },
+}  # fmt: skip
 
 
 class Parts(NamedTuple):

@@ -3,8 +3,8 @@
     python -m benchmarks.recipes --recipes "base=|fast=init_lr:2e-3;batch_size:8"
 
 Every recipe sees as many images, in train.py's own step, and takes about as long. The loss is the
-unweighted squared error of v, of the EMA with x_0 clipped, whatever a recipe is trained on. A recipe may name a
-`variant` too: ideas that NOTES.md dropped.
+unweighted squared error of v, of the EMA with x_0 clipped, whatever a recipe is trained on.
+A recipe may name a `variant` too: ideas that NOTES.md dropped.
 """
 import sys
 import typing

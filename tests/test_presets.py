@@ -76,6 +76,14 @@ def test_a_dry_run_says_the_time_and_changes_nothing(workplace, capsys):
     assert not Path("logs").exists() and line.endswith(" billion operations a picture, forward")
 
 
+@pytest.mark.parametrize(("epochs", "warned"), [(2048, False), (2049, True)])
+def test_how_often_pictures_are_seen_is_said_and_too_often_warned_of(workplace, capsys, epochs, warned):
+    run_main("train.py", *TINY, "--epochs", epochs, "--dry_run", "True")
+    text = capsys.readouterr().out
+    assert f"each picture is seen about {epochs:,} times" in text
+    assert ("--val_split 0.1" in text and "python -m utils.evaluate" in text) == warned
+
+
 def test_durations():
     found = [duration(seconds) for seconds in (3.4, 99, 101, 59 * 60, 100 * 60, 90061)]
     assert found == ["3 s", "99 s", "2 min", "59 min", "1 h 40 min", "25 h 1 min"]
