@@ -14,6 +14,7 @@ from PIL import Image
 
 import train
 from nets import SCHEDULES, build
+from nets.samplers import SAMPLERS, seeded_noise
 from nets.schedules import make_betas
 from utils.checkpoint import load_checkpoint
 from utils.data.dataset import normalise
@@ -22,6 +23,7 @@ from utils.evaluate.distances import nearest as nearest_features
 from utils.evaluate.image_sets import open_images
 from utils.files import atomic_write
 from utils.images import to_uint8
+from utils.sampling.batches import last_images
 
 PROJECT = Path(__file__).resolve().parent.parent
 FOLDER, WEIGHTS, IMAGES = PROJECT / "docs" / "figures", PROJECT / "logs" / "emoji.pth", PROJECT / "datasets/noto_emoji"
@@ -174,10 +176,17 @@ def ema(steps=240):
 
 
 def clipping():
-    """The same seeds with and without clipping the predicted x_0."""
+    """The same seeds with an eps in bf16, as mixed precision gives it: x_0 clipped, and not."""
     diffusion, classes = load()
-    y = torch.arange(7)
-    rows = [diffusion.sample(7, CPU, y, sampler="ddpm", steps=50, seeds=range(7), clip=clip) for clip in (True, False)]
+    rows, answer = [], diffusion.denoiser(torch.arange(7), clip=False)
+    for most in (1.0, float("inf")):
+        def denoise(x, t, most=most):
+            a, s = diffusion.alpha_bars[t] ** 0.5, (1 - diffusion.alpha_bars[t]) ** 0.5
+            eps = ((x - a * answer(x, t)) / s).bfloat16().float()
+            return ((x - s * eps) / a).clamp(-most, most)
+
+        noise = seeded_noise(range(7), (3, *SIZE), CPU)
+        rows.append(last_images(SAMPLERS["ddim"](denoise, next(noise), diffusion.plan("ddim", 50), noise)))
     panels("clipping", rows, ["clipped", "unclipped"], classes)
 
 
