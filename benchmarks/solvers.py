@@ -498,7 +498,7 @@ def draw_lines(place, rows, x_of):
     for number, solver in enumerate(SOLVERS):
         mine = [row for row in rows if row["solver"] == solver]
         last = [row for row in mine if row["spacing"] == EVERY]
-        for dash, spacing in zip(("-", "--", ":"), SPACINGS):
+        for dash, spacing in zip(("-", "--", ":", "-."), SPACINGS):
             line = sorted([row for row in mine if row["spacing"] == spacing] + last, key=lambda row: row["made"])
             if len(line) > len(last):
                 place.errorbar([x_of(row) for row in line], [mean(row) for row in line],

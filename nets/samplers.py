@@ -149,7 +149,10 @@ def half_log_snr(alpha_bar):
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp, "sde-dpm++": sde_dpm_solver_pp, "heun": heun}
 # The best with 25 network calls, or close to it (benchmarks/results/solvers_cpu.md).
-DEFAULT_SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr", "sde-dpm++": "logsnr", "heun": "logsnr"}
+DEFAULT_SPACING = {
+    "ddpm": "trailing", "ddim": "trailing", "dpm++": "clipped_logsnr", "sde-dpm++": "clipped_logsnr",
+    "heun": "clipped_logsnr",
+}  # fmt: skip
 # For all solvers but ddpm, which takes every timestep. The Frechet distance of sde-dpm++ with 25
 # steps is within 5 % of ddpm's. No solver without new noise was so close with up to 100 calls.
 DEFAULT_STEPS = 25
@@ -179,22 +182,30 @@ def trailing(alpha_bars, steps, start):
     return (start + 1) * np.arange(steps, 0, -1) / steps - 1
 
 
+def logsnr(alpha_bars, steps, start):
+    """Equal distances in lambda (Lu et al. 2022, "DPM-Solver", section 3.4)."""
+    return _equal_in_lambda(alpha_bars, steps, start, -math.inf)
+
+
+def clipped_logsnr(alpha_bars, steps, start):
+    """`logsnr` with the steps after the first above LOWEST_LAMBDA.
+
+    The cosine schedule ends at -10: logsnr spends eight of 25 steps where nothing can be seen.
+    """
+    return _equal_in_lambda(alpha_bars, steps, start, LOWEST_LAMBDA)
+
+
 LOWEST_LAMBDA = -5.1  # just below the linear schedule's last one; there x_t holds no image yet
 
 
-def logsnr(alpha_bars, steps, start):
-    """Equal distances in lambda (Lu et al. 2022, "DPM-Solver", section 3.4), after the first step.
-
-    Those start at LOWEST_LAMBDA. The cosine schedule ends at -10, and would spend eight of 25 steps
-    where nothing can be seen.
-    """
+def _equal_in_lambda(alpha_bars, steps, start, lowest):
     lambdas = [half_log_snr(alpha_bar) for alpha_bar in alpha_bars[: start + 1]]  # lambda falls with t
-    wanted = np.linspace(max(lambdas[start], LOWEST_LAMBDA), lambdas[0], steps)
+    wanted = np.linspace(max(lambdas[start], lowest), lambdas[0], steps)
     found = np.interp(-wanted, -np.asarray(lambdas), np.arange(start + 1))
     return np.concatenate(([start], found[1:]))
 
 
-SPACINGS = {"uniform": uniform, "trailing": trailing, "logsnr": logsnr}
+SPACINGS = {"uniform": uniform, "trailing": trailing, "logsnr": logsnr, "clipped_logsnr": clipped_logsnr}
 
 
 def timesteps(alpha_bars, steps, spacing, start=None):

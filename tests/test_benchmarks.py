@@ -56,8 +56,8 @@ def test_the_cells_come_by_seed_and_by_cost_and_all_are_different():
     costs = [cell.made for cell in first[:yardstick] + first[yardstick + 1 :]]
     assert costs == sorted(costs)
     assert first[yardstick - 1].made == 25 and first[yardstick + 1].made == 249
-    # With as many steps as timesteps there is only one spacing; heun's 500 steps have three.
-    assert sum(cell.calls == 1000 for cell in first) == len(solvers.SOLVERS) - 1 + 3
+    # With as many steps as timesteps there is only one spacing; heun's 500 steps have all.
+    assert sum(cell.calls == 1000 for cell in first) == len(solvers.SOLVERS) - 1 + len(solvers.SPACINGS)
 
 
 def test_the_yardstick_is_always_there_and_steps_beyond_T_never():

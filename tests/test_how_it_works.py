@@ -55,7 +55,7 @@ def test_every_figure_is_made_and_shown():
 
     shown = set(re.findall(r"figures/(\w+)\.png", PATHS[0].read_text(encoding="utf-8")))
     there = {path.stem for path in (PROJECT / "docs" / "figures").glob("*.png")}
-    assert shown == set(figures.FIGURES) == there
+    assert shown == set(figures.FIGURES) == there - {"fine_tuning"}  # that is docs.fine_tuning's
     assert sum(path.stat().st_size for path in (PROJECT / "docs" / "figures").glob("*.png")) < 1_500_000
 
 

@@ -38,7 +38,7 @@ def test_an_old_run_resumes_and_samples_as_it_did(old_run):
     for row, then in zip(read_history(folder), expected["history"], strict=True):
         assert row == pytest.approx(then, rel=1e-4)
     run_main("predict.py", "--seed", "1", "--num_images", "4", "--guidance_scale", "2", "--steps", "10", "--device",
-             "cpu")
+             "cpu", "--spacing", "logsnr")  # the default then
     pixels = np.asarray(Image.open("results/predict_out/predict_1x1_results.png")).astype(int)
     assert np.abs(pixels - np.array(expected["picture"])).max() <= 1
 

@@ -187,11 +187,11 @@ RUNS = [("ddpm", {"variance": "beta"}), ("ddpm", {"variance": "posterior"}), ("d
         ("dpm++", {"order": 1}), ("dpm++", {"order": 2}), ("sde-dpm++", {}), ("heun", {})]
 
 
-def test_logsnr_spends_no_step_where_there_is_only_noise():
+def test_clipped_logsnr_spends_no_step_where_there_is_only_noise():
     """Equal distances in lambda from where the linear schedule ends, whatever the schedule."""
     for betas, steps in ((LINEAR, 25), (generate_cosine_schedule(1000), 25), (generate_cosine_schedule(1000), 2)):
         alpha_bars = np.cumprod(1 - betas).tolist()
-        chosen = timesteps(alpha_bars, steps, "logsnr")
+        chosen = timesteps(alpha_bars, steps, "clipped_logsnr")
         assert chosen[0] == 999 and chosen[-1] == 0
         lambdas = [half_log_snr(alpha_bar) for alpha_bar in alpha_bars]
         wanted = np.linspace(max(lambdas[-1], -5.1), lambdas[0], steps)
@@ -199,6 +199,7 @@ def test_logsnr_spends_no_step_where_there_is_only_noise():
             assert lambdas[t] > -5.1
             if t > 10:  # below there are fewer timesteps than steps
                 assert lambdas[t + 1] < value < lambdas[t - 1]
+    assert timesteps(ALPHA_BARS, 25, "clipped_logsnr") == timesteps(ALPHA_BARS, 25, "logsnr")  # of the linear one
 
 
 @pytest.mark.parametrize("solver, options", RUNS)
@@ -323,7 +324,7 @@ def test_the_last_step_leaves_no_noise():
 
 
 def test_impossible_timesteps_are_refused():
-    with pytest.raises(ValueError, match="unknown spacing 'linear'; known: uniform, trailing, logsnr"):
+    with pytest.raises(ValueError, match="unknown spacing 'linear'; known: uniform, trailing, logsnr, clipped_logsnr"):
         timesteps(ALPHA_BARS, 10, "linear")
     for count, start in ((0, None), (1001, None), (12, 10)):
         with pytest.raises(ValueError, match=f"from 1 to {1000 if start is None else 11}.*not {count}"):
