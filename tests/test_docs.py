@@ -97,7 +97,7 @@ def test_the_lines_from_python_run(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "logs").symlink_to(PROJECT / "logs")
-    *blocks, scripts = code_of(PROJECT / "docs" / "python.md")
+    *blocks, scripts = code_of(PROJECT / "README.md") + code_of(PROJECT / "docs" / "python.md")
     scope = {}
     for block in blocks:
         exec(compile(block.replace("steps=25", "steps=3"), "python.md", "exec"), scope)
