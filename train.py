@@ -289,8 +289,7 @@ def compile_network(config, diffusion):
 
 
 def seconds_per_step(config, parts):
-    """The mean of two steps after a first one, which compiles. The learning rate is 0."""
-    compile_network(config, parts.diffusion)
+    """The mean of two steps after a first one, not compiled. The learning rate is 0."""
     batches = EpochBatches(len(parts.dataset), parts.batch_size, config.seed, 0, 0, distributed.rank(),
                            distributed.world_size())
     images, labels = next(iter(data_loader(parts.dataset, batches)))

@@ -46,8 +46,9 @@ def print_time(config, parts, flops, seconds):
     """How long the run will take. flops: of the forward pass of an image. seconds: of a step."""
     if distributed.is_main():
         steps = config.epochs * (len(parts.dataset) // parts.batch_size)
-        print(f"time       {seconds:.3g} s a step, {steps:,} steps: {duration(seconds * steps)}, without saves and "
-              f"previews; {flops / 1e9:.3g} billion operations a picture, forward")
+        slower = " (not compiled: the run is faster)" if config.compile else ""
+        print(f"time       {seconds:.3g} s a step{slower}, {steps:,} steps: {duration(seconds * steps)}, "
+              f"without saves and previews; {flops / 1e9:.3g} billion operations a picture, forward")
 
 
 def duration(seconds):
