@@ -1,4 +1,6 @@
 """python -m utils.convert: small files to give away, and files for the reference's code."""
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -14,6 +16,7 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import typed_options
 from utils.convert import __main__ as convert
 from utils.convert.__main__ import export_reference, export_weights
+from utils.convert.diffusers_folder import export_model
 from utils.errors import run_script
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -219,6 +222,38 @@ def test_nothing_is_overwritten_not_even_the_run_itself(tmp_path):
     with pytest.raises(ValueError, match="is there already"):
         export_weights(tmp_path / "run", tmp_path / "run" / "last.pth")
     assert (tmp_path / "run" / "last.pth").read_bytes() == before
+
+
+def killed_export(function, *arguments):
+    """Runs an export in a process that is killed when it gives its file the final name."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
+            function(*arguments)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("format", ["weights", "reference", "diffusers", "import"])
+def test_what_a_killed_export_left_goes_with_the_next_one_of_that_name(tmp_path, format):
+    write_run(tmp_path / "run", classes=(), num_groups=32)
+    source, target = tmp_path / "run", tmp_path / "out" / "small[1].pth"
+    if format in ("diffusers", "import"):
+        pytest.importorskip("diffusers")
+    if format == "import":
+        export_model(tmp_path / "run", tmp_path / "folder")
+        source = tmp_path / "folder"
+    export = convert.COMMANDS[format][0]
+    killed_export(export, source, target)
+    left = os.listdir(target.parent)
+    assert len(left) == 1 and left[0].startswith(".small[1].pth.")
+    other = target.parent / ".small1.pth.0123abcd.tmp"  # of another name: perhaps being written
+    other.touch()
+    export(source, target)
+    assert sorted(os.listdir(target.parent)) == [other.name, target.name]
 
 
 def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path):

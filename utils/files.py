@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -73,11 +74,17 @@ def atomic_folder(path):
     _flush_folder(path.parent)
 
 
-def refuse_to_overwrite(path):
-    """ValueError where `path` exists, unless it is an empty folder."""
+def begin_export(path):
+    """Deletes what a killed export to `path` left beside it.
+
+    ValueError where `path` exists, unless it is an empty folder.
+    """
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} is there already: choose another name, or move it away")
+    remove_leftovers(path.parent, glob.escape(path.name))
+
+
 def _is_stream(path):
     """Whether `path` is a device, a FIFO, a socket, or this process's own output."""
     try:
@@ -121,9 +128,14 @@ def _flush_folder(folder):
             os.close(descriptor)
 
 
-def remove_leftovers(folder):
-    """Deletes temporary files of killed processes in `folder`, which must have one writer."""
-    for temporary in Path(folder).glob(".*.tmp"):
+def remove_leftovers(folder, name="*"):
+    """Deletes what killed processes left in `folder` of files and folders called `name`.
+
+    They must have one writer: a living one would lose what it writes.
+    """
+    for temporary in Path(folder).glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
+        if temporary.is_dir() and not temporary.is_symlink():
+            shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
             temporary.unlink()
 

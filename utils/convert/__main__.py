@@ -18,7 +18,7 @@ from nets.weights import read_architecture
 from utils.checkpoint import FORMAT, all_finite, load_checkpoint, save_checkpoint
 from utils.convert.diffusers_folder import export_model, import_model
 from utils.errors import run_script
-from utils.files import refuse_to_overwrite
+from utils.files import begin_export
 from utils.run_folders import find_weights
 
 # Argument of the reference's UNet: its default, and train.py's option for such a network.
@@ -98,7 +98,7 @@ def open_run(run, file):
 
     ValueError where `file`, which is to be written, exists.
     """
-    refuse_to_overwrite(file)
+    begin_export(file)
     path = find_weights(run)[0]
     checkpoint = load_checkpoint(path, lazily=True)
     return path, checkpoint, build.from_checkpoint(checkpoint)[0]

@@ -19,7 +19,7 @@ from nets import build
 from nets.unet import UNet
 from nets.weights import clean_keys, find_schedule, read_architecture, some
 from utils.checkpoint import FORMAT, all_finite, load_checkpoint, save_checkpoint
-from utils.files import atomic_folder, refuse_to_overwrite
+from utils.files import atomic_folder, begin_export
 from utils.run_folders import find_weights
 
 WEIGHTS = "diffusion_pytorch_model"  # .safetensors or .bin
@@ -53,7 +53,7 @@ def export_model(run, folder, class_name=""):
     ValueError where `folder` is there already, or where a UNet2DModel cannot express the network.
     """
     UNet2DModel, DDPMScheduler, DDPMPipeline = import_diffusers()
-    refuse_to_overwrite(folder)
+    begin_export(folder)
     path, _ = find_weights(run)
     diffusion, classes = build.from_checkpoint(load_checkpoint(path, lazily=True))
     settings, weights = to_unet2d(diffusion.ema_model, diffusion.img_size, choose_label(diffusion, classes, class_name))
@@ -151,7 +151,7 @@ def import_model(folder, file):
     is downloaded. ValueError that names what is missing, damaged or not ours.
     """
     UNet2DModel, DDPMScheduler, _ = import_diffusers()
-    refuse_to_overwrite(file)
+    begin_export(file)
     unet, scheduler = (
         read_json(Path(folder, name)) for name in ("unet/config.json", "scheduler/scheduler_config.json")
     )
