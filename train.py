@@ -2,7 +2,6 @@
 import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is no traceback)
 
 # isort: split
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -28,7 +27,8 @@ from utils.data.dataset import (
 from utils.data.decode import RESIZE_MODES
 from utils.device import DTYPES, autocast, choose_compile, choose_device, choose_precision, memory_format, peak_memory
 from utils.errors import explain_out_of_memory, run_script
-from utils.training.memory import advice_for_training, check_network_fits, print_memory
+from utils.run_folders import find_checkpoint, run_folder
+from utils.training.memory import advice_for_training, check_network_fits
 from utils.training.meter import Meter, epoch_means
 from utils.training.optimizer import (
     DECAYS,
@@ -41,11 +41,11 @@ from utils.training.optimizer import (
     step_unless_bad,
 )
 from utils.training.randomness import draw_step, mix
-from utils.training.resume import check_classes, find_checkpoint, merge_config, restore, run_folder
+from utils.training.resume import check_classes, merge_config, restore
 from utils.training.run_files import RunFiles
 from utils.training.start_from import find_start, start_config
 from utils.training.stopping import StopSignal
-from utils.training.summary import print_summary, print_time
+from utils.training.summary import print_dry_run, print_summary
 from utils.training.validation import validation_loss
 
 
@@ -166,9 +166,8 @@ def main(arguments=None):
     print_summary(config, parts, PRESETS[config.preset])
     with explain_out_of_memory(lambda: advice_for_training(config, parts)):
         if config.dry_run:
-            print_memory(config, parts)
             flops = count_flops(unet_arguments(asdict(config), len(parts.dataset.classes)), config.input_shape)
-            print_time(config, parts, flops, seconds_per_step(config, parts))
+            print_dry_run(config, parts, flops, partial(train_step, config, parts, epoch=0, consumed=0, lr=0.0))
         else:
             folder = run_folder(checkpoint, source, config.save_dir)
             train(config, parts, folder, restore(checkpoint, source, parts, config))
@@ -286,19 +285,6 @@ def compile_network(config, diffusion):
         # Older versions split the network for DDP and then refuse recomputed activations.
         torch._dynamo.config.optimize_ddp = not config.activation_checkpointing
         diffusion.model.compile()
-
-
-def seconds_per_step(config, parts):
-    """Of the first step, or of the two after it where it is short. Not compiled."""
-    batches = EpochBatches(len(parts.dataset), parts.batch_size, config.seed, 0, 0, distributed.rank(),
-                           distributed.world_size())
-    images, labels = next(iter(data_loader(parts.dataset, batches)))
-    ends = [time.perf_counter()]
-    while len(ends) < 4 and distributed.from_main(ends[-1] - ends[0] < 5):  # all processes take as many steps
-        train_step(config, parts, images, labels, 0, 0, lr=0.0)
-        parts.meter.sums.cpu()  # waits for the device
-        ends.append(time.perf_counter())
-    return (ends[-1] - ends[1]) / (len(ends) - 2) if len(ends) > 2 else ends[1] - ends[0]
 
 
 def train_step(config, parts, images, labels, epoch, consumed, lr):

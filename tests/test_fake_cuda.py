@@ -12,11 +12,11 @@ from torch.amp import autocast_mode
 import train
 from nets import SAMPLERS
 from utils.data.dataset import normalise
-from utils.device import DTYPES
+from utils.device import DTYPES, LateCopy
 from utils.evaluate.classifier import FeatureNet
 from utils.evaluate.features import Extractor
 from utils.training import preview, validation
-from utils.training.meter import LateCopy, Meter
+from utils.training.meter import Meter
 from utils.training.optimizer import make_optimizer
 
 CUDA = torch.device("cuda", 0)

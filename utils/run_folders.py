@@ -1,7 +1,9 @@
-"""The folders of runs in logs/: the newest run, its weights, its epoch files."""
+"""The folders of runs in logs/: a new one, the newest, its weights, its epoch files."""
 import re
+import time
 from pathlib import Path
 
+from utils import distributed
 from utils.checkpoint import LAST, load_checkpoint
 
 SHIPPED = "emoji.pth"  # the weights that come with the project
@@ -43,6 +45,31 @@ def newest_last(save_dir):
                          "away") from None
 
 
+def find_checkpoint(resume, save_dir):
+    """(path, checkpoint) of `resume`: "" (None, None), "latest" the newest run's, else a path's.
+
+    Rank 0 searches, so that all processes resume the same one. Each reads it for itself.
+    """
+    path, checkpoint = _find_on_main(resume, save_dir) if distributed.is_main() else (None, None)
+    path = distributed.from_main(path)
+    return path, load_checkpoint(path) if path and checkpoint is None else checkpoint
+
+
+def _find_on_main(resume, save_dir):
+    if not resume:
+        return None, None
+    if resume != "latest":
+        path = Path(resume)
+        if path.is_dir() and not (path / LAST).is_file():
+            weights_in(path)  # says what a folder of diffusers needs
+        path = path / LAST if path.is_dir() else path
+        return path, load_checkpoint(path)
+    path, checkpoint = newest_last(save_dir)
+    if path is None:
+        print(f"--resume latest: no run with a {LAST} in {Path(save_dir).resolve()}; this is a fresh run")
+    return path, checkpoint
+
+
 def find_weights(path, save_dir="logs"):
     """(file, remark) of the weights to sample with.
 
@@ -78,3 +105,25 @@ def weights_in(folder):
 def _newest_in(folder):
     last = folder / LAST
     return last if last.is_file() else next(iter(epoch_files(folder)[::-1]), None)
+
+
+def run_folder(checkpoint, source, save_dir):
+    """The folder to write to, on all processes: that of the resumed last.pth, else a new one."""
+    folder = Path(source).parent if source else None
+    if checkpoint and "position" in checkpoint and Path(source).name == LAST and (folder / "config.json").exists():
+        return folder  # a copy elsewhere, or under another name, starts a folder of its own
+    return distributed.from_main(_new_folder(save_dir) if distributed.is_main() else None)
+
+
+def _new_folder(save_dir):
+    """An empty folder logs/<time>/ that no other run has."""
+    name = time.strftime("%Y_%m_%d_%H_%M_%S")
+    for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
+        folder = Path(save_dir) / f"{name}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not folder.is_dir():
+                raise ValueError(f"{folder.parent} cannot hold runs: it is a file; choose another --save_dir") from None
+    raise ValueError(f"{save_dir}: no free name for a run")

@@ -1,6 +1,8 @@
 """Running sums of an epoch. They stay on the device: reading them would make the host wait."""
 import torch
 
+from utils.device import LateCopy
+
 QUARTERS = 4
 # What the sums are, in their order: losses and images by quarter of the timesteps, then these.
 LOSSES, IMAGES = slice(0, QUARTERS), slice(QUARTERS, 2 * QUARTERS)
@@ -60,22 +62,3 @@ def epoch_means(per_rank):
         columns[f"loss_t{quarter}"] = loss / count if count else None
     grad_norm = of_one[GRAD_NORM] / of_one[GOOD_STEPS] if of_one[GOOD_STEPS] else None
     return {**columns, "grad_norm": grad_norm, "skipped": int(of_one[SKIPPED])}
-
-
-class LateCopy:
-    """The newest value of a device tensor on the host. It never waits for the device."""
-
-    def __init__(self, device):
-        self.value, self.device, self.arrived = None, device, None
-
-    def push(self, tensor):
-        if self.device.type != "cuda":
-            self.value = tensor
-        elif self.arrived is None or self.arrived.query():
-            if self.arrived is not None:
-                self.value = self.landing.clone()
-            else:
-                self.landing = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                self.arrived = torch.cuda.Event()
-            self.landing.copy_(tensor, non_blocking=True)
-            self.arrived.record()

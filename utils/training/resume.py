@@ -1,6 +1,5 @@
-"""Resuming: which checkpoint, whose settings win, which folder, and the state put back."""
+"""Resuming: which settings win, and the state put back."""
 import hashlib
-import time
 import typing
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,11 +8,10 @@ from typing import NamedTuple
 import torch
 
 from utils import distributed
-from utils.checkpoint import LAST, load_checkpoint
+from utils.checkpoint import LAST
 from utils.checkpoint_contents import check_training
 from utils.config import fit_saved
 from utils.device import is_available
-from utils.run_folders import newest_last, weights_in
 from utils.training.loss_history import earlier_rows
 from utils.training.optimizer import restore_optimizer
 
@@ -24,31 +22,6 @@ FIXED = (
     "class_conditional", "schedule", "num_timesteps", "schedule_low", "schedule_high", "prediction",
     *BEGINNING,
 )  # fmt: skip
-
-
-def find_checkpoint(resume, save_dir):
-    """(path, checkpoint) of `resume`: "" (None, None), "latest" the newest run's, else a path's.
-
-    Rank 0 searches, so that all processes resume the same one. Each reads it for itself.
-    """
-    path, checkpoint = _find_on_main(resume, save_dir) if distributed.is_main() else (None, None)
-    path = distributed.from_main(path)
-    return path, load_checkpoint(path) if path and checkpoint is None else checkpoint
-
-
-def _find_on_main(resume, save_dir):
-    if not resume:
-        return None, None
-    if resume != "latest":
-        path = Path(resume)
-        if path.is_dir() and not (path / LAST).is_file():
-            weights_in(path)  # says what a folder of diffusers needs
-        path = path / LAST if path.is_dir() else path
-        return path, load_checkpoint(path)
-    path, checkpoint = newest_last(save_dir)
-    if path is None:
-        print(f"--resume latest: no run with a {LAST} in {Path(save_dir).resolve()}; this is a fresh run")
-    return path, checkpoint
 
 
 def merge_config(block, typed, checkpoint, source):
@@ -80,28 +53,6 @@ def merge_config(block, typed, checkpoint, source):
         print(f"the run was on {base.device}, which is not here: device, precision and compile are chosen anew")
         base = replace(base, device="auto", precision="auto", compile="auto")
     return replace(base, **typed)
-
-
-def run_folder(checkpoint, source, save_dir):
-    """The folder to write to, on all processes: that of the resumed last.pth, else a new one."""
-    folder = Path(source).parent if source else None
-    if checkpoint and "position" in checkpoint and Path(source).name == LAST and (folder / "config.json").exists():
-        return folder  # a copy elsewhere, or under another name, starts a folder of its own
-    return distributed.from_main(_new_folder(save_dir) if distributed.is_main() else None)
-
-
-def _new_folder(save_dir):
-    """An empty folder logs/<time>/ that no other run has."""
-    name = time.strftime("%Y_%m_%d_%H_%M_%S")
-    for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
-        folder = Path(save_dir) / f"{name}{suffix}"
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if not folder.is_dir():
-                raise ValueError(f"{folder.parent} cannot hold runs: it is a file; choose another --save_dir") from None
-    raise ValueError(f"{save_dir}: no free name for a run")
 
 
 def check_classes(config, classes, checkpoint):

@@ -1,6 +1,10 @@
 """What a run is about to do, in a few lines: sizes, steps, and what every "auto" became."""
+import time
+
 from utils import distributed
+from utils.data.dataset import EpochBatches, data_loader
 from utils.device import describe_device
+from utils.training.memory import print_memory
 
 # How often an image may be seen. The time until a network repeats its images grows in proportion
 # to their number (Bonnaire et al. 2025, arXiv 2505.17638). Ho et al. 2020 showed each image of
@@ -42,13 +46,31 @@ def print_summary(config, parts, preset):
     print(f"EMA        over about the last {span:,} of {total:,} steps at the end")
 
 
-def print_time(config, parts, flops, seconds):
-    """How long the run will take. flops: of the forward pass of an image. seconds: of a step."""
+def print_dry_run(config, parts, flops, step):
+    """The memory and the time that the run needs. flops: of the forward pass of an image.
+
+    step(images, labels): takes one training step.
+    """
+    print_memory(config, parts)
+    seconds = seconds_per_step(config, parts, step)
     if distributed.is_main():
         steps = config.epochs * (len(parts.dataset) // parts.batch_size)
         slower = " (not compiled: the run is faster)" if config.compile else ""
         print(f"time       {seconds:.3g} s a step{slower}, {steps:,} steps: {duration(seconds * steps)}, "
               f"without saves and previews; {flops / 1e9:.3g} billion operations a picture, forward")
+
+
+def seconds_per_step(config, parts, step):
+    """Of the first step, or of the two after it where it is short. Not compiled."""
+    batches = EpochBatches(len(parts.dataset), parts.batch_size, config.seed, 0, 0, distributed.rank(),
+                           distributed.world_size())
+    images, labels = next(iter(data_loader(parts.dataset, batches)))
+    ends = [time.perf_counter()]
+    while len(ends) < 4 and distributed.from_main(ends[-1] - ends[0] < 5):  # all processes take as many steps
+        step(images, labels)
+        parts.meter.sums.cpu()  # waits for the device
+        ends.append(time.perf_counter())
+    return (ends[-1] - ends[1]) / (len(ends) - 2) if len(ends) > 2 else ends[1] - ends[0]
 
 
 def duration(seconds):
