@@ -125,8 +125,7 @@ def check(config, typed):
     """ValueError for a setting out of range, and for settings that exclude or need each other."""
     check_values(
         config, num_images=(1, None), batch_size=(1, None), seed=(-1, SEEDS - 1), seed_to=(-1, SEEDS - 1),
-        steps=(0, None),
-        eta=(0, 1), guidance_scale=(0, 1000), resamplings=(1, 10**6), interpolate=(0, 10**4),
+        steps=(0, None), eta=(0, 1), guidance_scale=(0, 1000), resamplings=(1, 10**6), interpolate=(0, 10**4),
     )  # fmt: skip
     if config.batch_size > 2**16:
         raise ValueError(f"batch_size is {config.batch_size}: more than {2**16} pictures at once fit nowhere; lower it")
@@ -169,10 +168,7 @@ def check_model(config, diffusion, classes):
 
 
 def resolve(config, typed, diffusion, classes):
-    """The settings with a value for each one that the user left open.
-
-    ValueError for too many steps.
-    """
+    """The settings with a value for each open one. ValueError for too many steps."""
     seed = distributed.from_main(random.randrange(2**31) if config.seed < 0 else config.seed)
     sampler = "ddpm" if config.mask else config.sampler
     spacing = config.spacing or DEFAULT_SPACING[sampler]
@@ -184,9 +180,8 @@ def resolve(config, typed, diffusion, classes):
     if grid_rows(config, classes) and "num_images" not in typed and num_images == SHOWN:
         num_images = COLUMNS * grid_rows(config, classes)
     if not config.interpolate and seed + num_images > SEEDS:
-        raise ValueError(f"seed {seed}: the last of {num_images} pictures would have the seed "
-                         f"{seed + num_images - 1}, and they end at "
-                         f"{SEEDS - 1}: lower --seed or --num_images")
+        raise ValueError(f"seed {seed}: the last of {num_images} pictures would have the seed {seed + num_images - 1}, "
+                         f"and they end at {SEEDS - 1}: lower --seed or --num_images")
     return replace(
         config, seed=seed, seed_to=config.seed_to if config.seed_to >= 0 else seed + 1, sampler=sampler,
         spacing=spacing, strength=strength, steps=steps, num_images=num_images, input_shape=diffusion.img_size,
@@ -199,10 +194,7 @@ def grid_rows(config, classes):
 
 
 def class_ids(config, classes):
-    """Class ids (n,) that the images take in turn: a row of the grid for each class.
-
-    None: no classes.
-    """
+    """Class ids (n,) that the images take in turn, a row of the grid each; None: no classes."""
     if not classes:
         return None
     chosen = [classes.index(config.class_name)] if config.class_name else range(len(classes))
@@ -210,7 +202,7 @@ def class_ids(config, classes):
 
 
 def announce(config, diffusion, classes, checkpoint, machine):
-    """Print the settings that were chosen for the user."""
+    """Prints the settings that were chosen for the user."""
     if not distributed.is_main():
         return
     if not checkpoint["config"]:
@@ -229,9 +221,7 @@ def network_calls(config):
 
 
 def sample(config, diffusion, labels, options, files):
-    """Sample the batches that have no files yet, each process its part of them, and hand them to
-    `files`.
-    """
+    """Samples this process's batches that have no files yet, and hands them to `files`."""
     size, rank, processes = config.batch_size, distributed.rank(), distributed.world_size()
     batches = range(0, config.num_images, size)[rank::processes]
     noise = (lambda numbers: noise_between_seeds(config, diffusion, numbers)) if config.interpolate else None
@@ -242,7 +232,7 @@ def sample(config, diffusion, labels, options, files):
         firsts = unfinished(batches, config, files, bar)
         for first, steps in sample_batches(diffusion, firsts, size, config.seed, labels, noise, **options):
             for step, (x, x_0) in enumerate(steps):
-                files.add_moment(first, step, x, x_0)
+                files.add_step(first, step, x, x_0)
                 bar.update()
             files.add(first, to_uint8(x))
             done += min(size, config.num_images - first)
@@ -252,16 +242,14 @@ def sample(config, diffusion, labels, options, files):
 def unfinished(batches, config, files, bar):
     """The batches that have no files yet. The bar moves on for the others."""
     for first in batches:
-        if files.have(first, config.batch_size):
+        if files.reuse(first, config.batch_size):
             bar.update(config.steps)
         else:
             yield first
 
 
 def noise_between_seeds(config, diffusion, numbers):
-    """Endless noise of the images with these numbers (n,), spread evenly from `seed` to
-    `seed_to`.
-    """
+    """Endless noise of the images `numbers` (n,), spread evenly from `seed` to `seed_to`."""
     shape, device = (diffusion.img_channels, *diffusion.img_size), diffusion.betas.device
     weight = (numbers / (config.interpolate - 1)).clamp(max=1).to(device).reshape(-1, 1, 1, 1)
     return (slerp(a, b, weight) for a, b in seeded_noise((config.seed, config.seed_to), shape, device))

@@ -74,9 +74,7 @@ def plain(norm, activation, x, conv, dropout=None):
 
 
 def backward(config, network, batch, norm_act_conv=DISPATCH):
-    """A function: forward and backward pass, with the path of norm, activation, dropout and
-    convolution that is given.
-    """
+    """The forward and backward pass of norm, activation, dropout and convolution by one path."""
     def step():
         unet.norm_act_conv = norm_act_conv
         with autocast(batch[0].device, config.precision):
@@ -184,9 +182,7 @@ def attention_section(config, device):
 
 
 def upsample_section(config, device):
-    """Nearest neighbour and a 3x3 convolution are a transposed convolution of 4x4 on a quarter of
-    the pixels.
-    """
+    """Nearest neighbour and a 3x3 convolution as one transposed convolution of 4x4."""
     functions = {}
     for dtype in (torch.float32, torch.bfloat16):
         layer = unet.Upsample(2 * config.channel).to(device, dtype, memory_format=CHANNELS_LAST)

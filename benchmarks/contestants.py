@@ -112,9 +112,7 @@ class Ours:
 
 
 class Files(torch.utils.data.Dataset):
-    """The data set of diffusers' example: each picture opened, augmented and normalised whenever
-    it is asked for.
-    """
+    """The data set of diffusers' example: it opens, augments and normalises an image per access."""
 
     def __init__(self, folder, size, img_channels):
         from torchvision import transforms
@@ -136,9 +134,7 @@ class Files(torch.utils.data.Dataset):
 
 
 class Diffusers:
-    """diffusers: UNet2DModel in the loop of examples/unconditional_image_generation, with its
-    defaults.
-    """
+    """diffusers: UNet2DModel in the loop of examples/unconditional_image_generation."""
 
     name = "diffusers"
     cpu_precision = "fp32"
@@ -228,9 +224,7 @@ class DiffusersHalf(Diffusers):
 
 
 class Lucidrains:
-    """denoising-diffusion-pytorch: its Unet, GaussianDiffusion and Trainer, as its README builds
-    them.
-    """
+    """denoising-diffusion-pytorch: Unet, GaussianDiffusion and Trainer as in its README."""
 
     name = "denoising-diffusion-pytorch"
 

@@ -139,9 +139,7 @@ def draw_grid(weights, device, path):
 
 
 def evaluated(config, device, weights, annotation, average):
-    """utils.evaluate's distances, and for the averaged weights bits per dimension too, without
-    what is only of use here.
-    """
+    """utils.evaluate's distances, and bits per dimension for the EMA weights."""
     folder = weights.parent / f"evaluate_{average}_{SAMPLER}_{config.samples}_{config.bits_images}"
     found = folder / "evaluate_results.json"
     if not found.is_file():

@@ -37,9 +37,7 @@ OVERHEAD = 1.05  # an epoch's validation, previews and saves, on top of its step
 
 
 def network_options(device, size=0, channel=0):
-    """train.py's options for the network on a device, at another size or width where they are not
-    0.
-    """
+    """train.py's options for a device, with another size or width where they are not 0."""
     options = dict(NETWORKS["cuda" if device.type == "cuda" else "cpu"])
     return options | ({"input_shape": (size, size)} if size else {}) | ({"channel": channel} if channel else {})
 
@@ -69,8 +67,7 @@ def list_pictures(data, work=WORK, data_root=""):
 
 
 def copy_unpacked(data_root, target):
-    """Fashion-MNIST's files from a torchvision root to the one that is read from: the user's own
-    stays as it is.
+    """Brings Fashion-MNIST's files from one torchvision root to another.
 
     Archives are unpacked here: torchvision refuses those that were compressed anew, as Debian's
     package of the same data has them.
@@ -89,11 +86,10 @@ def copy_unpacked(data_root, target):
 
 
 def trained(folder, annotation, options, minutes, epochs=0):
-    """(last.pth, record) of a run of train.py with `options`, {name: value}: `epochs`, or as many
-    as fit into `minutes`.
+    """(last.pth, record) of a run of train.py with `options` for `epochs`, or for `minutes`.
 
-    It is below `folder`, under a name that the settings decide: the same ones go on with it, or
-    find it finished. The number of epochs is settled once, by a measurement of speed. record:
+    It lies in `folder` under a name of its settings: the same settings resume it, or find it
+    finished. A measurement of the speed decides once how many epochs `minutes` are. record:
     {epochs, steps, minutes, images_per_second, command, history}.
     """
     settings = {**options, "annotation_path": str(annotation)}

@@ -82,9 +82,7 @@ def main():
 
 
 def pictures_section(config, device):
-    """Start-up (the list read, every file asked for its time, the cache mapped) and an epoch's
-    batches, for each picture.
-    """
+    """Start-up (list, file times, cache) and the batches of an epoch, for each image."""
     rows = []
     with TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -108,9 +106,7 @@ def pictures_section(config, device):
 
 
 def synthetic_dataset(folder, count):
-    """A list of `count` files that exist (empty ones under many names, by hard links) and a cache
-    of random pixels for them.
-    """
+    """A list of `count` files (hard links to empty ones) and a cache of random pixels for them."""
     images = folder / f"pictures_{count}"
     images.mkdir()
     paths = [str(images / f"{number}.png") for number in range(count)]
@@ -166,9 +162,7 @@ def step_rows(axis, steps, config, device):
 
 
 def processes_section(config, device):
-    """Each process trains on its share of a batch that stays the same, and all average their
-    gradients: torchrun on one machine.
-    """
+    """Processes that train on their shares of a batch and average gradients, by torchrun."""
     rows = []
     for count in config.processes:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "-m",

@@ -148,9 +148,7 @@ def train_one(config, device):
 
 
 def steps_for(solver, calls):
-    """The steps that take `calls` network calls: heun's N take 2N - 1, so an even number becomes
-    one less, never one more.
-    """
+    """The steps that take at most `calls` network calls: N steps of heun take 2N - 1."""
     return (calls + 1) // 2 if solver == "heun" else calls
 
 
@@ -324,9 +322,7 @@ def fill(report, path, wanted, measure):
 
 
 def summaries(report):
-    """{(solver, spacing, steps): {the cell's names, calls: [columns], distances: {seed: distance},
-    times, shares}}, of all seeds.
-    """
+    """{(solver, spacing, steps): {cell, calls, {seed: distance}, times, shares}} of all seeds."""
     found = {}
     for cell in report["cells"]:
         key = cell["solver"], cell["spacing"], cell["steps"]
@@ -352,9 +348,7 @@ def ratio(row, yardstick):
 
 
 def choose_default(rows, T):
-    """(row, ratio) of the fewest network calls within TOLERANCE of ddpm's T steps, the better of
-    equals; None before those are known.
-    """
+    """(row, ratio) of the fewest calls within TOLERANCE of ddpm's T steps; None if unknown."""
     yardstick = next((row for row in rows if is_yardstick(row, T)), None)
     if yardstick is None:
         return None

@@ -106,9 +106,7 @@ def timed(config, job, functions, **options):
 
 
 def rows_of(what, unit, seconds, per_call, flops=None):
-    """A row for each contestant: per_call things done in a call, as things a second, beside this
-    project's.
-    """
+    """A row for each contestant: items a second, beside this project's. per_call: items a call."""
     rows = []
     ours = spread(seconds[Ours.name])["median"] / per_call[Ours.name] if Ours.name in seconds else None
     for name, values in seconds.items():
@@ -139,9 +137,7 @@ def train_section(config, job, contestants):
 
 
 def count_flops(step):
-    """Of one call, counted on the uncompiled network: a compiled one hides its operations from the
-    counter.
-    """
+    """FLOPs of one call, counted on the uncompiled network: the counter sees no compiled code."""
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
         step()
     return counter.get_total_flops()
@@ -172,9 +168,7 @@ def denoise_section(config, job, contestants):
 
 
 def sample_section(config, job, contestants):
-    """25 pictures: ours whole (25 network calls each), the others a stated share of their 1000
-    calls, scaled up.
-    """
+    """25 images: ours in 25 network calls, the others a stated share of 1000, scaled up."""
     shares = {}
 
     def drawing(name):
@@ -192,9 +186,7 @@ def sample_section(config, job, contestants):
 
 
 def data_section(config, job, contestants):
-    """Batches on the device, ready for the network: ours from its cache, the others from the files
-    as their loops read them.
-    """
+    """Batches on the device: ours from its cache, the others' from files as in their loops."""
     count = 20
 
     def loading(one):
@@ -217,9 +209,7 @@ def data_section(config, job, contestants):
 
 
 def cache_section(config, job, contestants):
-    """The uint8 cache built from 640x480 JPEGs on all cores, and a plain Pillow loop on one over
-    the same files.
-    """
+    """The uint8 cache of 640x480 JPEGs on all cores, and a plain Pillow loop on one core."""
     folder = job.scratch / "jpegs"
     folder.mkdir()
     coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
@@ -258,9 +248,7 @@ runpy.run_path("predict.py", run_name="__main__")
 
 
 def start_section(config, job, contestants):
-    """From the command `python predict.py` to its first network call, and what importing PyTorch
-    alone takes. Always wall time.
-    """
+    """Wall time from `python predict.py` to its first network call, and of importing PyTorch."""
     weights, out = job.scratch / "weights.pth", str(job.scratch / "pictures")
     torch.save(contestants[Ours.name].diffusion.state_dict(), weights)
     options = ["--model_path", str(weights), "--save_dir", out, "--device", job.device.type, "--input_shape",
@@ -287,9 +275,7 @@ def run_alone(command):
 
 
 def memory_section(config, job, contestants):
-    """Peak memory of training, each contestant in a process of its own: the GPU's, or on a CPU the
-    process's own, libraries included.
-    """
+    """Peak memory of training, each contestant in its own process: the GPU's, or the process's."""
     rows = []
     for name in contestants:
         command = [sys.executable, "-m", "benchmarks.speed", "--memory_of", name, "--device", job.device.type, "--size",

@@ -114,9 +114,7 @@ def with_rows(report, rows, sections, path):
 
 
 def rows_of_before(report, path):
-    """The rows in a file, if it is there and its settings, hardware and versions are this
-    report's.
-    """
+    """The rows in a file whose settings, hardware and versions are this report's."""
     if not path.exists():
         return []
     before = json.loads(path.read_text(encoding="utf-8"))

@@ -8,11 +8,9 @@ from utils.files import atomic_write
 
 
 def to_uint8(x):
-    """Images in [-1, 1] as pixels: (B, C, H, W) float tensor on any device -> (B, H, W, C) uint8
-    array.
+    """(B, C, H, W) floats in [-1, 1] on any device -> (B, H, W, C) uint8 array.
 
-    Clamped before and rounded, not cut off: a uint8 cast alone wraps 256 to 0. NaN becomes
-    mid-grey.
+    Clamped and rounded: a cast alone wraps 256 to 0. NaN becomes mid-grey.
     """
     pixels = x.detach().float().nan_to_num(nan=0.0, posinf=1.0, neginf=-1.0).clamp(-1, 1).add(1).mul(127.5).round()
     return pixels.byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()

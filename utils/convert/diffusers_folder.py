@@ -46,11 +46,10 @@ def import_diffusers():
 
 
 def export_model(run, folder, class_name=""):
-    """Write the EMA network of a run's folder or checkpoint as a folder for
-    DDPMPipeline.from_pretrained.
+    """Writes a run's EMA network as a folder for DDPMPipeline.from_pretrained.
 
     class_name: the class that it samples; "" is the null class, for a network that has one.
-    ValueError where `folder` is there already, or where a UNet2DModel cannot express the network.
+    ValueError where `folder` exists, or where a UNet2DModel cannot express the network.
     """
     UNet2DModel, DDPMScheduler, DDPMPipeline = import_diffusers()
     begin_export(folder)
@@ -88,11 +87,9 @@ def choose_label(diffusion, classes, class_name):
 
 
 def to_unet2d(network, input_shape, label=None):
-    """(settings, weights) of the UNet2DModel that computes what `network`, a UNet, does for class
-    `label`.
+    """(settings, weights) of the UNet2DModel that computes `network`, a UNet, for class `label`.
 
-    label: None for a network without classes. ValueError that names what a UNet2DModel cannot
-    express.
+    label: None without classes. ValueError that names what a UNet2DModel cannot express.
     """
     found = read_architecture({**network.state_dict(), "betas": torch.zeros(1)}, "")
     check_expressible(network, found)
@@ -132,9 +129,7 @@ def check_expressible(network, found):
 
 
 def scheduler_settings(diffusion):
-    """The arguments of a DDPMScheduler that takes the steps of our ddpm solver: variance beta, x_0
-    clipped.
-    """
+    """The arguments of a DDPMScheduler that steps like our ddpm: variance beta, clipped x_0."""
     # float32's own digits: 0.02, not 0.019999999552965164.
     betas = [float(str(beta)) for beta in diffusion.betas.cpu().numpy()]
     return {
@@ -189,8 +184,7 @@ def read_weights(folder):
 
 
 def read_schedule(scheduler, DDPMScheduler):
-    """The settings of any scheduler -> those of train.py: schedule and prediction belong to the
-    model.
+    """A scheduler's settings -> train.py's schedule and prediction.
 
     ValueError for a prediction or a schedule that is not ours.
     """
@@ -254,9 +248,7 @@ def to_config(given, most_layers):
 
 
 def check_weights(weights, expected):
-    """ValueError that names the weights that do not fit: missing, unknown, of another shape, or
-    NaN.
-    """
+    """ValueError that names the weights that are missing, unknown, mis-shaped or NaN."""
     problems = [f"lack {name}" for name in expected if name not in weights]
     problems += [f"hold {name}, which ours does not have" for name in weights if name not in expected]
     problems += [
@@ -309,9 +301,7 @@ def residual_names(ours, theirs, block):
 
 
 def unet2d_settings(found, input_shape, dropout, num_groups):
-    """The arguments of a UNet2DModel that are not its defaults, from an architecture of
-    read_architecture.
-    """
+    """A UNet2DModel's arguments that are not its defaults, for read_architecture's `found`."""
     kinds = ["Attn" * (level in found["attention_resolutions"]) for level in range(len(found["channel_mults"]))]
     height, width = input_shape
     return {
@@ -327,9 +317,7 @@ def unet2d_settings(found, input_shape, dropout, num_groups):
 
 
 def their_keys(key, names):
-    """The keys in a UNet2DModel of one of ours: its attention has three linear layers, ours one
-    1x1 convolution.
-    """
+    """UNet2DModel's keys for one of ours: it has three linear layers for q, k, v, ours one 1x1."""
     layer, leaf = key.rsplit(".", 1)
     return [f"{names[layer].replace('to_qkv', name)}.{leaf}" for name in (QKV if layer.endswith("to_qkv") else QKV[:1])]
 

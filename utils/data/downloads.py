@@ -36,9 +36,7 @@ def folder_name(class_name):
 
 
 def from_arrays(kind):
-    """The reader of a class of torchvision whose images are arrays: PNG files, numbered in its
-    order.
-    """
+    """The reader of a torchvision class whose images are arrays: numbered PNG files."""
 
     def read(root):
         dataset = kind(root, download=True)
@@ -92,11 +90,10 @@ NEEDS = {"flowers102": "scipy"}  # packages that reading takes; torchvision name
 
 
 def download(name, datasets_path="datasets"):
-    """The folder of a data set, `datasets_path`/`name`: downloaded and unpacked unless it is there
-    already.
+    """The folder `datasets_path`/`name` of a data set, downloaded where it is missing.
 
-    It appears when it is whole. ValueError of one line: an unknown name, a package that is missing,
-    or a data set that could not be downloaded or unpacked.
+    It appears when it is whole. ValueError: an unknown name, a missing package, or a download that
+    failed.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
@@ -141,9 +138,7 @@ def fetch_and_unpack(name, folder, root):
 
 
 def link_whole(root, target, archives):
-    """Give `target` all files of `root` but damaged archives, which torchvision would write
-    over.
-    """
+    """Links `target` to the files of `root`, except damaged archives, which would be replaced."""
 
     def damaged(folder, names):
         sums = {path: archives.get(path.relative_to(root)) for path in (Path(folder, name) for name in names)}
@@ -170,9 +165,7 @@ def write_images(total, images, folder, name):
 
 
 def link_or_copy(source, target):
-    """The same file under a second name: no time and no space, where the file system can do
-    that.
-    """
+    """The same file under a second name, by a hard link where the file system has them."""
     try:
         os.link(os.path.realpath(source), target)  # of the file itself: a relative link would lead nowhere from there
     except OSError:

@@ -140,9 +140,7 @@ def check(config):
 
 
 def compare(config, samples, reference, held_out, device):
-    """The measures that the settings ask for and that need no model: a dict of distances and
-    nearest.
-    """
+    """The measures without a model that the settings ask for: a dict of distances and nearest."""
     results, cache, extractor = {}, FeatureCache(config.cache_dir, config.reference), None
     if config.distances or (config.nearest and config.nearest_by == "features"):
         extractor = load_extractor(config.features, reference, cache, device, config.batch_size,

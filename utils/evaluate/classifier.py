@@ -19,11 +19,9 @@ STEPS = 1400
 
 
 class FeatureNet(nn.Module):
-    """Pictures -> features (b, 128): the mean over the picture of the last convolution, as
-    Inception's. Any size from 8x8.
+    """Images of 8x8 or more -> features (b, 128): the pixel mean of the last convolution.
 
-    accuracy: the share of test pictures that it names right, None until it is known. num_features
-    is what torchmetrics asks for.
+    accuracy: on the test images, None until it is known. num_features: for torchmetrics.
     """
 
     num_features = WIDTHS[-1]
@@ -62,14 +60,12 @@ class FeatureNet(nn.Module):
 def train_feature_net(images, labels, test_images, test_labels, num_classes=None, *, epochs=None, batch_size=128,
                       rate=2e-3, seed=0,
                       device="cpu"):
-    """A FeatureNet in eval mode, trained on pictures (n, h, w, c) uint8 with labels (n,), its
-    accuracy taken on the test pictures.
+    """A FeatureNet in eval mode, trained on images (n, h, w, c) uint8 with labels (n,).
 
-    A function of its arguments on a given machine with a given number of threads. Arrays or
-    tensors; only batches are copied, so a memory-mapped cache does. Adam with one cycle of the rate
-    (Smith & Topin 2018). epochs: None makes about STEPS steps, one epoch at least: three of 60,000
-    pictures, which at 28x28 take about two minutes on one core. ValueError for arguments that do
-    not fit together.
+    A function of its arguments on a machine with a number of threads. Only batches are copied, so
+    a memory-mapped cache will do. Adam with one cycle of the learning rate (Smith & Topin 2018).
+    epochs: None makes about STEPS steps, at least one epoch: about two minutes on one core for
+    60,000 images of 28x28. ValueError for arguments that do not fit together.
     """
     labels, test_labels = torch.as_tensor(labels).long(), torch.as_tensor(test_labels).long()
     check_labelled("training", images, labels)
@@ -115,9 +111,7 @@ def batch_of(images, rows, device):
 
 
 def shifted(images, generator, most=2):
-    """A batch moved by up to `most` pixels either way, its border repeated: the net learns the
-    pictures, not where they lie.
-    """
+    """The batch, moved by up to `most` pixels with repeated borders: position must not matter."""
     down, right = torch.randint(-most, most + 1, (2,), generator=generator).tolist()
     rows, columns = (torch.arange(size, device=images.device) for size in images.shape[2:])
     rows, columns = (rows + down).clamp(0, len(rows) - 1), (columns + right).clamp(0, len(columns) - 1)
@@ -161,9 +155,7 @@ def load_feature_net(path, device="cpu"):
 
 
 def check_feature_net(loaded):
-    """ValueError unless what a file holds is a net, before it is built: kinds, ranges, and the
-    sizes against the tensors.
-    """
+    """ValueError, before a net is built, unless a file holds one: types, ranges, sizes, shapes."""
     for name in ("img_channels", "num_classes"):
         if type(loaded.get(name)) is not int or not 1 <= loaded[name] <= 2**31:
             raise ValueError(f"{name} is {shown(loaded.get(name))}, not a whole number from 1")

@@ -6,11 +6,10 @@ import torch
 
 
 class FeatureStatistics:
-    """Count, mean and covariance of features that come in batches: float64, memory for d x d
-    numbers whatever the count.
+    """Count, mean and covariance (d, d) of features that come in batches, in float64.
 
-    Batches are merged by the pairwise update of Chan et al. 1979 ("Updating formulae ..."), which
-    does not subtract large sums from each other as sum(x x^T) - n mean mean^T does.
+    The pairwise update of Chan et al. 1979 ("Updating formulae ...") merges the batches. It does
+    not subtract large sums from each other.
     """
 
     def __init__(self):
@@ -103,13 +102,11 @@ BLOCK = 2**23  # numbers in a block of distances or features: 64 MiB
 
 
 def kernel_distance(features_1, features_2, subsets=100, subset_size=1000, seed=0):
-    """(mean, standard deviation over subsets) of the squared maximum mean discrepancy (KID;
-    Binkowski et al. 2018, section 4).
+    """(mean, standard deviation over subsets) of the squared MMD (Binkowski et al. 2018, "KID").
 
-    Kernel (x y / d + 1)^3, the unbiased estimate: it may fall below 0 where the sets are alike.
-    features: (n, d), (m, d). subset_size: pictures of each set that one estimate takes, fewer where
-    a set is smaller; where that is all of both sets, one estimate says it all. ValueError for sets
-    of fewer than 2.
+    features: (n, d), (m, d). Kernel (x y / d + 1)^3, unbiased: it may fall below 0. subset_size:
+    images of each set for one estimate, fewer where a set is smaller; one estimate where it is all
+    of both sets. ValueError for sets of fewer than 2.
     """
     features_1, features_2 = as_features(features_1), as_features(features_2)
     size = min(subset_size, len(features_1), len(features_2))
@@ -129,9 +126,7 @@ def kernel_distance(features_1, features_2, subsets=100, subset_size=1000, seed=
 
 
 def squared_discrepancy(x, y):
-    """The unbiased estimate of equation 4 in Binkowski et al. 2018 for x (n, d) and y (m, d),
-    0-dim.
-    """
+    """The unbiased estimate (Binkowski et al. 2018, equation 4) of x (n, d) and y (m, d), 0-dim."""
     def kernel(a, b):
         return (a @ b.T / a.shape[1] + 1) ** 3
 
@@ -163,9 +158,7 @@ def precision_and_recall(samples, reference, k=3):
 
 
 def share_inside(queries, centres, k, slack):
-    """The share of queries (n, d) that lie in a ball around one of the centres (m, d), or at most
-    `slack` outside.
-    """
+    """The share of queries (n, d) in the ball of a centre (m, d), or at most `slack` outside."""
     rows = max(BLOCK // len(centres), 1)
     # itself is one
     radii = torch.cat([torch.cdist(block, centres).kthvalue(k + 1, dim=1).values for block in centres.split(rows)])
@@ -174,11 +167,10 @@ def share_inside(queries, centres, k, slack):
 
 
 def nearest(queries, bank, k=1):
-    """The k nearest of a bank for each query: (Euclidean distances (n, k) float64, positions in
-    the bank (n, k)), nearest first.
+    """The k nearest of a bank: (distances (n, k) float64, positions (n, k)), nearest first.
 
-    queries: (n, d). bank: an iterable of blocks (b, d), read once; both of any number type, uint8
-    pixels too, and turned into float64 a block at a time. ValueError for a bank of fewer than k.
+    queries: (n, d). bank: an iterable of blocks (b, d), read once. Any number type; a block at a
+    time becomes float64. ValueError for a bank of fewer than k.
     """
     queries = torch.as_tensor(queries)
     best = torch.full((len(queries), k), float("inf"), dtype=torch.float64)

@@ -140,9 +140,7 @@ class FeatureCache:
 
 
 def load_extractor(features, dataset, cache, device, batch_size=100, inception_weights=""):
-    """The Extractor for `features`: "inception", "classifier" (of the dataset's classes) or a
-    FeatureNet's file.
-    """
+    """The Extractor for "inception", "classifier" (of the dataset's classes) or a net's file."""
     if features == "inception":
         return Extractor(load_inception(inception_weights, device), "Inception, 2048 numbers", device, batch_size)
     path = cache.classifier(dataset, device) if features == "classifier" else Path(features)

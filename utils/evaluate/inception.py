@@ -39,12 +39,10 @@ class Inception(nn.Module):
 
 
 def load_inception(weights_path="", device="cpu"):
-    """The network of `torchmetrics.image.fid`, whose weights are those of the FID paper, converted
-    from TensorFlow.
+    """The network of `torchmetrics.image.fid`, with the weights of the FID paper.
 
-    weights_path: a file with them; "": torch.hub's cache, downloaded (91 MB) where they are not
-    there. ValueError of one line where a package is missing, or the weights are not there and
-    cannot be downloaded, or do not fit.
+    weights_path: a file; "": torch.hub's cache, downloaded (91 MB) where they are missing.
+    ValueError: a missing package, or weights that are missing or do not fit.
     """
     try:
         import torch_fidelity  # noqa: F401 (torchmetrics needs it, but can be imported without)

@@ -11,19 +11,14 @@ LEVELS = 256  # values of a pixel, from -1 to 1
 
 @torch.no_grad()
 def variational_bound(denoise, alpha_bars, x, generator=None):
-    """The bound's terms for images x (b, c, h, w) of 8 bits in [-1, 1]: (b, T + 1) float64, in
-    bits per dimension (c h w of them).
+    """The terms of the bound for images x (b, c, h, w) in [-1, 1]: (b, T + 1), bits per dim.
 
-    Column t is the paper's L_t: L_0 the discretised decoder (equation 13), L_1 ... L_{T-1} the
-    steps between (equation 8) and L_T the prior (equation 5); a row's sum bounds -log2 p(x) / (c h
-    w) from above. The variance is beta_t in the steps and the decoder.
+    Column t is L_t of Ho et al. 2020: L_0 the discretised decoder (equation 13), L_1 ... L_{T-1}
+    the steps between (equation 8), L_T the prior (equation 5). The sum of a row is an upper bound
+    of -log2 p(x) / (c h w). The variance of steps and decoder is beta_t. T network calls.
 
-    Args:
-        denoise: (x_t, t) -> x_0, with t from 0 to T - 1 as the solvers see it
-            (`GaussianDiffusion.denoiser`).
-        alpha_bars: T numbers, of decreasing order.
-        generator: of the noise, on x's device; None: torch's global one.
-    Costs T calls of the network on the batch. ValueError for images that are not on the 256 levels.
+    denoise: (x_t, t) -> x_0, as for the solvers. alpha_bars: T numbers that fall. generator: of
+    the noise, on x's device; None: torch's global one. ValueError for images not on 256 levels.
     """
     if ((x + 1) * 127.5 - ((x + 1) * 127.5).round()).abs().max() > 1e-2 or x.abs().max() > 1 + 1e-4:
         raise ValueError("bits per dimension are defined for 8-bit images: x must be on the 256 levels -1, -1 + "
@@ -52,8 +47,7 @@ def prior_divergence(x, alpha_bar):
 
 
 def step_divergence(x, x_0, alpha_bar_s, alpha_bar_t):
-    """KL(q(x_s | x_t, x) || p(x_s | x_t)) in nats, elementwise, for neighbouring timesteps s < t
-    (the middle term of equation 5).
+    """KL(q(x_s | x_t, x) || p(x_s | x_t)) in nats, elementwise, for neighbours s < t (equation 5).
 
     Both are Gaussians: q has the mean and variance beta~ of equation 7, p that mean with the
     predicted x_0 for x, and beta.
@@ -65,12 +59,10 @@ def step_divergence(x, x_0, alpha_bar_s, alpha_bar_t):
 
 
 def decoder_log_likelihood(x, mean, sigma):
-    """log of the probability that N(mean, sigma^2) gives the level x, elementwise, in nats
-    (equation 13).
+    """log P(N(mean, sigma^2) gives the level x), elementwise, in nats (equation 13).
 
-    A level owns the values up to half the way to its neighbours; the first and the last own all
-    beyond. At timestep 0 the mean of the reverse step is the predicted x_0 itself (equation 7 with
-    alpha_bar_{t-1} = 1). float64 where the device has it.
+    A level owns the values half the way to its neighbours; the first and the last all beyond. At
+    timestep 0 the mean is the predicted x_0. float64 where the device has it.
     """
     precise = torch.float32 if x.device.type == "mps" else torch.float64
     x, mean = x.to(precise), mean.to(precise)
@@ -81,9 +73,7 @@ def decoder_log_likelihood(x, mean, sigma):
 
 
 def log_normal_probability(lower, upper):
-    """log(Phi(upper) - Phi(lower)), also where both are far out on one side and the difference of
-    the two would be 0.
-    """
+    """log(Phi(upper) - Phi(lower)), also where both are far out and the difference rounds to 0."""
     flipped = lower + upper > 0  # Phi(u) - Phi(l) = Phi(-l) - Phi(-u): on the lower side logarithms keep their digits
     lower, upper = torch.where(flipped, -upper, lower), torch.where(flipped, -lower, upper)
     log_lower, log_upper = torch.special.log_ndtr(lower), torch.special.log_ndtr(upper)

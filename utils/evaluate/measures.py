@@ -45,11 +45,9 @@ def measure_distances(config, sampled, known, extractor):
 
 
 def measure_nearest(config, images, reference, held_out, extractor):
-    """Whether the samples, images (n, H, W, C), are copies: distances to the nearest reference
-    images.
+    """Distances of the samples (n, H, W, C) to the nearest reference images: are they copies?
 
-    To compare with: the distances of the held-out images, or of the reference's to their nearest
-    other.
+    Beside them: those of the held-out images, or of the reference's to their nearest other.
     """
     extractor = extractor if config.nearest_by == "features" else None
     distances, found = nearest_images(images, reference, extractor)
@@ -73,11 +71,10 @@ def measure_nearest(config, images, reference, held_out, extractor):
 
 
 def nearest_images(images, reference, extractor=None, k=1):
-    """The k-th nearest reference image to each of images (n, H, W, C) uint8: (distances (n,),
-    numbers (n,)).
+    """The k-th nearest reference images of images (n, H, W, C): (distances, numbers), (n,) each.
 
-    Between features of the extractor. None: between pixels, as the root mean square in levels of
-    0 to 255, which does not depend on the image size.
+    Between features of the extractor. None: between pixels, the root mean square in levels of 0 to
+    255, for any image size.
     """
     def describe(block):
         return extractor(block) if extractor else block.flatten(1)

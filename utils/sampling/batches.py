@@ -4,18 +4,12 @@ import torch
 
 
 def sample_batches(diffusion, firsts, batch_size, seed, labels=None, noise=None, **settings):
-    """Yields (first, steps) for each number in `firsts`: a batch of the images `first`, `first` +
-    1, ...
+    """Yields (first, steps) for each of `firsts`: the batch of images first, first + 1, ...
 
-    `steps` is `diffusion.sample_steps`: it yields (x, x_0), both (batch_size, c, h, w), after each
-    step of the solver. All batches have one size, so the number of images changes no image.
-
-    Args:
-        diffusion: a GaussianDiffusion, on its device.
-        seed: image i has the noise of seed + i.
-        labels: (n,) class ids for the images, in turn. None: no classes, or the null class.
-        noise: numbers (batch_size,) -> the noise of these images, in place of the seeds'.
-        settings: further arguments of `diffusion.sample_steps`.
+    steps: `diffusion.sample_steps`, which yields (x, x_0), each (batch_size, c, h, w). All batches
+    have one size, so the number of images changes no image. Image i has the noise of seed + i.
+    labels: (n,) class ids that the images take in turn, or None. noise: None, or a function of the
+    numbers (batch_size,) that replaces the seeds. settings: further ones of sample_steps.
     """
     device = diffusion.betas.device
     for first in firsts:

@@ -1,6 +1,4 @@
-"""What predict.py writes: one picture, the grid, single files, an .npz, and how the pictures
-formed. Only whole files.
-"""
+"""What predict.py writes, as whole files: images, grid, .npz, and how the images formed."""
 
 import contextlib
 import errno
@@ -21,19 +19,18 @@ from utils.images import make_grid, save_animation, save_png, to_uint8
 from utils.sampling.starting_images import image_digest
 
 COLUMNS = 5
-SHOWN = 25  # pictures in the grid
-STRIP_IMAGES, STRIP_MOMENTS, FRAMES = 4, 10, 40
+SHOWN = 25  # images in the grid
+STRIP_IMAGES, STRIP_STEPS, FRAMES = 4, 10, 40
 FRAME_MS, LAST_FRAME_MS = 80, 2000
 
 
 class PredictFiles:
-    """Takes the pictures as they come, in any order and from any process, and writes them in
-    bounded memory.
+    """Writes images that come in any order and from any process, in bounded memory.
 
-    config: predict.py's, settled. shape: (H, W, C) of a picture. rows: of the grid, where each is a
-    class; else None. text_of: the function number -> dict of what a picture depends on, written
-    into its single file: one that is there already counts if it says the same, and is an error if
-    not. ValueError where the folder cannot be written to.
+    config: predict.py's, resolved. shape: (H, W, C) of an image. rows: of the grid, one a class;
+    0: no classes. text_of: number -> dict of what an image depends on. Its single file holds it:
+    an existing file with the same text is used, another one is an error. ValueError where the
+    folder cannot be written to.
     """
 
     def __init__(self, config, shape, rows, text_of):
@@ -42,8 +39,8 @@ class PredictFiles:
         self.shown = config.interpolate or (rows * COLUMNS if rows else SHOWN)
         self.pictures = {}  # number -> (H, W, C): those in the grid
         self.films = {}  # number -> [(x_t, x_0), ...], (H, W, C) each: the same, as they form
-        moments = np.linspace(0, config.steps - 1, min(FRAMES, config.steps)) if config.trajectory else []
-        self.moments = {round(moment) for moment in moments}
+        kept = np.linspace(0, config.steps - 1, min(FRAMES, config.steps)) if config.trajectory else []
+        self.film_steps = {round(step) for step in kept}
         self.spool = None
 
     def __enter__(self):
@@ -57,17 +54,15 @@ class PredictFiles:
             path, self.spool = self.spool.filename, None  # Windows deletes a file only when nobody has it open
             Path(path).unlink(missing_ok=True)
 
-    def have(self, first, size):
-        """Whether all pictures of this batch are there already as single files: they are read
-        instead of drawn again.
-        """
+    def reuse(self, first, size):
+        """Takes the batch from its single files. Returns False where one of them is missing."""
         if not self.config.individual_files:
             return False
         found = {number: self._read(number) for number in range(first, min(first + size, self.config.num_images))}
-        if any(picture is None for picture in found.values()) or (self.moments and first < self.shown):
+        if any(picture is None for picture in found.values()) or (self.film_steps and first < self.shown):
             return False
         for number, picture in found.items():
-            self._take(number, picture)
+            self._keep(number, picture)
         return True
 
     def _path(self, number):
@@ -96,33 +91,27 @@ class PredictFiles:
         return pixels.reshape(self.shape)
 
     def add(self, first, pixels):
-        """pixels: (n, H, W, C) uint8, the pictures from number `first` on.
-
-        Those beyond num_images are padding.
-        """
+        """pixels: (n, H, W, C) uint8, the images from number `first` on; padding at the end."""
         for number, picture in enumerate(pixels[: self.config.num_images - first], first):
             if self.config.individual_files and not self._path(number).exists():
                 save_png(self._path(number), picture, self.text_of(number))
-            self._take(number, picture)
+            self._keep(number, picture)
 
-    def _take(self, number, picture):
+    def _keep(self, number, picture):
         if number < self.shown:
             self.pictures[number] = picture
         if self.spool is not None:
             self.spool[number] = picture
 
-    def add_moment(self, first, step, x, x_0):
-        """A step of the batch from number `first` on: x_t and predicted x_0, (B, C, H, W).
-
-        Kept for the strip and the animation.
-        """
+    def add_step(self, first, step, x, x_0):
+        """Keeps x_t and predicted x_0, (B, C, H, W), of a step for the strip and the animation."""
         count = min(self.shown, self.config.num_images) - first
-        if step in self.moments and count > 0:
+        if step in self.film_steps and count > 0:
             for number, pair in enumerate(zip(to_uint8(x[:count]), to_uint8(x_0[:count])), first):
                 self.films.setdefault(number, []).append(pair)
 
     def finish(self):
-        """Write what needs all pictures. Rank 0 does it, with what the others drew."""
+        """Writes what needs all images. Rank 0 does it, with those of the other processes."""
         if self.spool is not None:
             self.spool.flush()  # other machines that share the folder read it next
         gathered = distributed.gather((self.pictures, self.films))
@@ -146,14 +135,12 @@ class PredictFiles:
         return path
 
     def _write_films(self, films):
-        """The strip (for each of the first pictures a row of x_t over one of x_0) and the
-        animation of the grid forming.
-        """
+        """The strip (a row of x_t over one of x_0 for each image) and the grid's animation."""
         length = len(films[0])
-        chosen = [round(moment) for moment in np.linspace(0, length - 1, min(STRIP_MOMENTS, length))]
-        rows = [film[moment][kind] for film in films[:STRIP_IMAGES] for kind in (0, 1) for moment in chosen]
+        chosen = [round(step) for step in np.linspace(0, length - 1, min(STRIP_STEPS, length))]
+        rows = [film[step][kind] for film in films[:STRIP_IMAGES] for kind in (0, 1) for step in chosen]
         save_png(self._say("predict_trajectory_results.png"), make_grid(np.stack(rows), len(chosen)))
-        frames = [make_grid(np.stack([film[moment][0] for film in films]), self.columns) for moment in range(length)]
+        frames = [make_grid(np.stack([film[step][0] for film in films]), self.columns) for step in range(length)]
         save_animation(self._say("predict_trajectory_results.gif"), frames, [FRAME_MS] * (length - 1) + [LAST_FRAME_MS])
 
     def _write_npz(self):
@@ -167,7 +154,7 @@ class PredictFiles:
 
 
 def _check_folder(folder):
-    """Find out before hours of drawing whether the pictures can be written: ValueError if not."""
+    """ValueError before hours of sampling where the images cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -178,10 +165,9 @@ def _check_folder(folder):
 
 
 def _open_spool(folder, shape):
-    """A (N, H, W, C) uint8 array in a file, not in memory, that every process fills at its own
-    places.
+    """A (N, H, W, C) uint8 array in a file; every process writes its own images into it.
 
-    The file loses its name as soon as all processes have it open: its space comes back however they
+    The file loses its name once all processes have it open, so its space comes back however they
     end. OSError where the disk has too little space.
     """
     path = distributed.from_main(folder / f".predict_results.{os.getpid()}.tmp")
@@ -198,9 +184,7 @@ def _open_spool(folder, shape):
 
 
 def image_texts(config, network, shape, classes, labels, settings):
-    """The function number -> dict of all that this image depends on: the text in its single
-    file.
-    """
+    """The function number -> dict of all that this image depends on, for its single file."""
     text = {name: image_digest(value[:1]) if torch.is_tensor(value) else str(value)
             for name, value in settings.items() if name != "known"}
     text["size"] = "x".join(map(str, shape))
@@ -218,9 +202,7 @@ def image_texts(config, network, shape, classes, labels, settings):
 
 
 def _reserve(path):
-    """Give a new file its space on the disk now: a mapped file that gets none later kills the
-    process.
-    """
+    """Takes the space of a new file now: a mapped file that gets none later kills the process."""
     if not hasattr(os, "posix_fallocate"):
         return
     try:

@@ -35,10 +35,9 @@ def load_init_image(path, input_shape, img_channels, trained):
 
 
 def load_mask(path, image_path, input_shape, trained):
-    """A mask (1, 1, H, W), cropped as the image is: 1.0 (sampled anew) above mid-grey, else 0.0
-    (kept).
+    """A mask (1, 1, H, W), cropped as the image is: 1.0 (sampled) above mid-grey, else 0.0 (kept).
 
-    ValueError where it cannot be read, has another shape than the image, or is all of one value.
+    ValueError where it cannot be read, has another shape than the image, or is of one value.
     """
     mask = (_load(path, input_shape, 1, trained, (0, 0, 0)) > 127.5).float()
     (width, height), (image_width, image_height) = check_image(path, full=False), check_image(image_path, full=False)
