@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from utils.config import check_values, parse_config, settings
-from utils.data.annotation import check_annotation_path, classes_path, write_annotation
+from utils.data.annotation import check_annotation_path, write_annotation
 from utils.data.formats import EXTENSIONS, UNREAD_EXTENSIONS
 from utils.data.search import SHIPPED, beside_folders, check_images, label_by_folder, search, without_shipped
 from utils.errors import run_script
@@ -42,14 +42,14 @@ def main(arguments=None):
         raise ValueError(nothing_found(Path(config.datasets_path).absolute(), len(bad)))
     paths, sizes = zip(*good)
     labels, classes = label_by_folder(paths)
-    write_annotation(config.annotation_path, paths, labels, classes)
+    names_path = write_annotation(config.annotation_path, paths, labels, classes)
     if num_shipped:
         print(f"your own images are used; the {num_shipped} shipped ones in {SHIPPED}/ are left out")
     print(f"{len(paths)} images, {describe_sizes(sizes)}; {len(bad)} bad files left out")
     print(describe_classes(paths, labels, classes))
     print(f"list: {Path(config.annotation_path).absolute()}")
-    if labels is not None:
-        print(f"class names: {classes_path(config.annotation_path).absolute()}")
+    if names_path:
+        print(f"class names: {names_path.absolute()}")
 
 
 def nothing_found(folder, num_bad):

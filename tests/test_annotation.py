@@ -248,6 +248,16 @@ def test_class_names_lie_beside_the_list():
     assert classes_path("/d/flowers.txt") == Path("/d/flowers_classes.txt")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_a_fifo_gets_the_list_alone(tmp_path):
+    fifo = tmp_path / "list"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    assert write_annotation(fifo, ["/d/1.png"], [0], ["cats"]) is None
+    assert os.read(reader, 100) == b"0;/d/1.png\n" and os.listdir(tmp_path) == ["list"]
+    os.close(reader)
+
+
 @pytest.mark.parametrize("fails_at", [0, 1, 2])
 def test_a_write_that_fails_never_leaves_wrong_names(tmp_path, monkeypatch, fails_at):
     """Killed before the list, between list and names, and after both: the old pair, the new pair,

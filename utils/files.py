@@ -26,7 +26,7 @@ def atomic_write(path, mode="wb", **open_arguments):
     ...     file.write("epoch,loss")
     """
     path = Path(path)
-    if _is_stream(path):
+    if is_stream(path):
         with open(_open_stream(path), mode, **open_arguments) as file:
             yield file
         return
@@ -85,11 +85,11 @@ def begin_export(path):
     remove_leftovers(path.parent, glob.escape(path.name))
 
 
-def _is_stream(path):
+def is_stream(path):
     """Whether `path` is a device, a FIFO, a socket, or this process's own output."""
     try:
-        found = path.stat()
-    except OSError:
+        found = Path(path).stat()
+    except (OSError, ValueError):
         return False
     if not stat.S_ISREG(found.st_mode):
         return not stat.S_ISDIR(found.st_mode)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.files import atomic_write
+from utils.files import atomic_write, is_stream
 from utils.terminal import printable
 
 LABELLED_LINE = re.compile(r"([0-9]+);(.+)", re.DOTALL)  # an absolute path never starts with a digit
@@ -45,11 +45,13 @@ def write_annotation(annotation_path, paths, labels=None, classes=()):
     """Write the list and, with labels, its class names; delete the class names of an older list.
 
     A kill in between never leaves wrong names. It leaves a list without class names, which
-    `read_annotation` refuses.
+    `read_annotation` refuses. Returns the path of the class names; None where they are not written:
+    a device or a FIFO has no place for them beside it.
     """
     names_path = classes_path(annotation_path)
     names = "".join(f"{name}\n" for name in classes) if labels is not None else None
-    changed = _read_text(names_path) != names
+    alone = is_stream(annotation_path)
+    changed = not alone and _read_text(names_path) != names
     with atomic_write(annotation_path, "w", **TEXT) as file:
         file.writelines(f"{path}\n" if labels is None else f"{labels[i]};{path}\n" for i, path in enumerate(paths))
         file.flush()  # a full disk fails here, while the older pair is whole
@@ -58,6 +60,7 @@ def write_annotation(annotation_path, paths, labels=None, classes=()):
     if changed and names is not None:
         with atomic_write(names_path, "w", **TEXT) as file:
             file.write(names)
+    return None if alone or names is None else names_path
 
 
 def read_annotation(annotation_path):
