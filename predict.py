@@ -20,22 +20,15 @@ from nets.samplers import DEFAULT_SPACING, SAMPLERS, SEEDS, SPACINGS, seeded_noi
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.config import block_settings, check_values, settings, typed_options
-from utils.device import (
-    DTYPES,
-    autocast,
-    choose_compile,
-    choose_device,
-    choose_precision,
-    describe_device,
-    memory_format,
-    round_weights,
-)
+from utils.device import DTYPES, autocast, choose_compile, choose_device, choose_precision, memory_format, round_weights
 from utils.errors import explain_out_of_memory, run_script
 from utils.images import to_uint8
 from utils.run_folders import find_weights
 from utils.sampling.batches import advice_for_sampling, sample_batches
+from utils.sampling.combinations import OWNERS, check_combinations
 from utils.sampling.predict_files import COLUMNS, SHOWN, PredictFiles, image_texts
 from utils.sampling.starting_images import starting_settings
+from utils.sampling.summary import print_summary
 
 MAX_ROWS = 10  # classes in the grid
 MASKED_STEPS = 250  # with 10 resamplings as in the RePaint paper, section 5.1; all 1000 would take four times as long
@@ -84,11 +77,6 @@ class Config:
     compile: Literal["auto"] | bool = "auto"      # compile the network: pays for thousands of network calls
 
 
-# setting -> the setting without which it does nothing
-NEEDS = {"strength": "init_image", "mask": "init_image", "resamplings": "mask", "seed_to": "interpolate"}
-OWNERS = {"eta": "ddim", "variance": "ddpm"}  # option of one solver -> that solver
-
-
 def main(arguments=None):
     typed = typed_options(Config, __doc__, arguments)
     config = replace(block_settings(Config), **typed)
@@ -104,7 +92,8 @@ def main(arguments=None):
     options |= {name: getattr(config, name) for name, sampler in OWNERS.items() if sampler == config.sampler}
     options |= {} if config.clip else {"clip": False}
     options |= starting_settings(config, diffusion, checkpoint["config"])
-    announce(config, diffusion, classes, checkpoint, f"{describe_device(device)}, precision {precision}")
+    if distributed.is_main():
+        print_summary(config, classes[: grid_rows(config, classes)], classes, device, precision, checkpoint)
 
     network = diffusion.ema_model if config.use_ema else diffusion.model
     worth_it = device.type == "cuda" and network_calls(config) >= CALLS_WORTH_COMPILING
@@ -127,24 +116,7 @@ def check(config, typed):
         config, num_images=(1, None), batch_size=(1, None), seed=(-1, SEEDS - 1), seed_to=(-1, SEEDS - 1),
         steps=(0, None), eta=(0, 1), guidance_scale=(0, 1000), resamplings=(1, 10**6), interpolate=(0, 10**4),
     )  # fmt: skip
-    if config.batch_size > 2**16:
-        raise ValueError(f"batch_size is {config.batch_size}: more than {2**16} pictures at once fit nowhere; lower it")
-    if config.strength is not None and not 0 < config.strength <= 1:
-        raise ValueError(f"strength is {config.strength}: it must be above 0 and at most 1 (all is drawn anew)")
-    for name, needed in NEEDS.items():
-        if name in typed and not getattr(config, needed):
-            raise ValueError(f"--{name} does nothing without --{needed}: give both, or leave it out")
-    for name, sampler in OWNERS.items():
-        if name in typed and config.sampler != sampler and not (sampler == "ddpm" and config.mask):
-            raise ValueError(f"--{name} is an option of {sampler}: add --sampler {sampler}, or leave it out")
-    if config.mask and typed.get("sampler", "ddpm") != "ddpm":
-        raise ValueError(f"--mask is drawn with ddpm's steps: --sampler {config.sampler} cannot do it; leave it out")
-    if config.interpolate and config.init_image:
-        raise ValueError("--interpolate goes from one seed's noise to another's: leave out --init_image")
-    if config.interpolate and "num_images" in typed:
-        raise ValueError("--interpolate is the number of pictures: leave out --num_images")
-    if config.interpolate == 1:
-        raise ValueError("--interpolate 1: a strip has at least 2 pictures, one an end")
+    check_combinations(config, typed)
 
 
 def load(model_path):
@@ -199,19 +171,6 @@ def class_ids(config, classes):
         return None
     chosen = [classes.index(config.class_name)] if config.class_name else range(len(classes))
     return torch.tensor(chosen).repeat_interleave(COLUMNS)
-
-
-def announce(config, diffusion, classes, checkpoint, machine):
-    """Prints the settings that were chosen for the user."""
-    if not distributed.is_main():
-        return
-    if not checkpoint["config"]:
-        size = ",".join(map(str, diffusion.img_size))
-        print(f"these weights do not say their size: drawing {size}; --input_shape sets another")
-    print(f"{machine}; {config.sampler}, {config.steps} steps; {config.num_images} pictures from seed {config.seed} on")
-    if grid_rows(config, classes):
-        more = f" (and {len(classes) - MAX_ROWS} more: --class_name draws one)" if len(classes) > MAX_ROWS else ""
-        print(f"a row of each class, from the top: {', '.join(classes[:MAX_ROWS])}{more}")
 
 
 def network_calls(config):

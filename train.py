@@ -11,19 +11,11 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from nets import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, SAMPLERS, SCHEDULES, GaussianDiffusion, build
-from nets.unet import check_input_shape, check_levels, choose_groups, count_flops, count_parameters
+from nets.sizes import check_input_shape, check_levels, choose_groups, count_flops, count_parameters
 from nets.weights import known_settings, unet_arguments
 from utils import distributed
 from utils.config import block_settings, check_values, settings, typed_options
-from utils.data.dataset import (
-    EpochBatches,
-    ImageDataset,
-    data_loader,
-    effective_batch_size,
-    normalise,
-    open_dataset,
-    split_validation,
-)
+from utils.data.dataset import ImageDataset, epoch_batches, fit_batch_size, normalise, open_dataset, split_validation
 from utils.data.decode import RESIZE_MODES
 from utils.device import DTYPES, autocast, choose_compile, choose_device, choose_precision, memory_format, peak_memory
 from utils.errors import explain_out_of_memory, run_script
@@ -231,7 +223,7 @@ def prepare(config, device, checkpoint=None):
         checkpoint = build.with_classes(checkpoint, asdict(config), images.classes)
     check_classes(config, images.classes, checkpoint)
     dataset, validation = split_validation(images, config.val_split)
-    batch_size = effective_batch_size(len(dataset), config.batch_size, distributed.world_size() * config.accumulate)
+    batch_size = fit_batch_size(len(dataset), config.batch_size, distributed.world_size() * config.accumulate)
     check_network_fits(count_parameters(unet_arguments(asdict(config), len(images.classes))), device)
     torch.manual_seed(mix(config.seed, "weights"))
     diffusion = build.from_config(asdict(config), len(images.classes))
@@ -261,8 +253,8 @@ def train(config, parts, folder, start):
         for epoch in range(start.epoch, config.epochs):
             consumed = start.images if epoch == start.epoch else 0  # images of this epoch
             parts.meter.reset(start.sums if epoch == start.epoch else None)
-            batches = EpochBatches(len(parts.dataset), batch_size, config.seed, epoch, consumed, rank, world_size)
-            for images, labels in data_loader(parts.dataset, batches, pin_memory=parts.device.type == "cuda"):
+            batches = epoch_batches(len(parts.dataset), batch_size, config.seed, epoch, consumed, rank, world_size)
+            for images, labels in parts.dataset.batches(batches, pin_memory=parts.device.type == "cuda"):
                 lr = learning_rate_at(epoch * steps_per_epoch + consumed // batch_size)
                 train_step(config, parts, images, labels, epoch, consumed, lr)
                 consumed += batch_size

@@ -2,13 +2,12 @@
 import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is no traceback)
 
 # isort: split
-from collections import Counter
 from pathlib import Path
 
 from utils.config import check_values, parse_config, settings
-from utils.data.annotation import check_annotation_path, write_annotation
-from utils.data.formats import EXTENSIONS, UNREAD_EXTENSIONS
-from utils.data.search import SHIPPED, beside_folders, check_images, label_by_folder, search, without_shipped
+from utils.data.annotation import write_annotation
+from utils.data.listing import check_annotation_path, describe_classes, describe_endings, describe_sizes, nothing_found
+from utils.data.search import SHIPPED, check_images, label_by_folder, search, without_shipped
 from utils.errors import run_script
 from utils.terminal import printable
 
@@ -50,46 +49,6 @@ def main(arguments=None):
     print(f"list: {Path(config.annotation_path).absolute()}")
     if names_path:
         print(f"class names: {names_path.absolute()}")
-
-
-def nothing_found(folder, num_bad):
-    problem = f"none of the {num_bad} images in {folder} can be read" if num_bad else f"no image in {folder}"
-    return f"{problem}: put images there ({' '.join(EXTENSIONS)}), or set datasets_path to another folder"
-
-
-def describe_sizes(sizes):
-    """[(width, height), ...] in words: the most frequent ones."""
-    if len(set(sizes)) == 1:
-        return "all {}x{} (width x height)".format(*sizes[0])
-    shown = [f"{width}x{height} ({count})" for (width, height), count in Counter(sizes).most_common()]
-    return "width x height: " + first_of(shown, 5, "other sizes")
-
-
-def describe_endings(counts):
-    """{".heic": 40, "": 2} in words, the most frequent first, with what would read them."""
-    remarks = {ending: f" ({why})" for ending, why in UNREAD_EXTENSIONS.items()}
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{count} {ending or 'without'}{remarks.get(ending, '')}" for ending, count in ordered]
-    return first_of(shown, 10, "other endings")
-
-
-def describe_classes(paths, labels, classes):
-    if labels is not None:
-        counts = Counter(labels)
-        shown = [f"{name} ({counts[i]})" for i, name in enumerate(classes)]
-        return f"{len(classes)} classes: {first_of(shown, 20)}"
-    beside, folders = beside_folders(paths)
-    if not folders:
-        return "no class folders: the images are unlabelled"
-    names = first_of([Path(path).name for path in beside], 5)
-    return (f"no classes, as {names} {'lies' if len(beside) == 1 else 'lie'} beside "
-            f"the folder{'s' * (len(folders) > 1)} {first_of(folders, 5)}: the images are unlabelled; "
-            "move every image into a folder for classes")
-
-
-def first_of(words, limit, others="more"):
-    """The first `limit` words, and how many others there are."""
-    return ", ".join(words[:limit]) + (f" and {len(words) - limit} {others}" if len(words) > limit else "")
 
 
 if __name__ == "__main__":

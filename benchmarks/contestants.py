@@ -18,7 +18,7 @@ from torch import nn
 import train
 from benchmarks.timing import quiet
 from utils.data.annotation import write_annotation
-from utils.data.dataset import EpochBatches, data_loader, normalise
+from utils.data.dataset import epoch_batches, normalise
 from utils.data.search import find_images
 from utils.device import autocast, choose_precision, memory_format, round_weights
 from utils.training.optimizer import learning_rate
@@ -68,8 +68,8 @@ class Ours:
         self.batches, self.step = forever(self.epoch), 0
 
     def epoch(self):
-        batches = EpochBatches(len(self.parts.dataset), self.parts.batch_size, seed=0, epoch=self.step)
-        return data_loader(self.parts.dataset, batches, pin_memory=self.job.device.type == "cuda")
+        batches = epoch_batches(len(self.parts.dataset), self.parts.batch_size, seed=0, epoch=self.step)
+        return self.parts.dataset.batches(batches, pin_memory=self.job.device.type == "cuda")
 
     def train_step(self):
         """A batch and the step of train.py's loop."""

@@ -16,7 +16,7 @@ from benchmarks.runs import WORK, list_pictures
 from benchmarks.timing import CLOCKS, markdown, quiet
 from nets.diffusion import PREDICTIONS
 from utils.config import check_values, parse_config, parse_value, settings
-from utils.data.dataset import EpochBatches, data_loader, normalise
+from utils.data.dataset import epoch_batches, normalise
 from utils.errors import run_script
 from utils.training.optimizer import learning_rate
 from utils.training.randomness import mix
@@ -61,8 +61,8 @@ def measure(config, annotation, recipe):
     total, began, step = config.images // parts.batch_size, CLOCKS["cpu"](), 0
     while step < total:
         epoch = step // (len(parts.dataset) // parts.batch_size)
-        batches = EpochBatches(len(parts.dataset), parts.batch_size, settings.seed, epoch, 0)
-        for number, (images, labels) in enumerate(data_loader(parts.dataset, batches)):
+        batches = epoch_batches(len(parts.dataset), parts.batch_size, settings.seed, epoch, 0)
+        for number, (images, labels) in enumerate(parts.dataset.batches(batches)):
             if step < total:
                 lr = learning_rate(step, total, settings.init_lr, settings.min_lr, settings.warmup)
                 with variant(settings, parts):

@@ -32,7 +32,7 @@ from utils import distributed
 from utils.config import parse_config, settings
 from utils.data import dataset as cache
 from utils.data.annotation import write_annotation
-from utils.data.dataset import EpochBatches, data_loader, open_dataset
+from utils.data.dataset import epoch_batches, open_dataset
 from utils.device import autocast, choose_device, choose_precision, memory_format
 from utils.errors import run_script
 from utils.files import atomic_write
@@ -95,7 +95,7 @@ def pictures_section(config, device):
             epochs = iter(range(1000))
 
             def epoch(data=data, epochs=epochs):
-                for _ in data_loader(data, EpochBatches(len(data), 64, seed=0, epoch=next(epochs))):
+                for _ in data.batches(epoch_batches(len(data), 64, seed=0, epoch=next(epochs))):
                     pass
 
             seconds = interleave({"start-up": start, "epoch of batches": epoch}, config.rounds, warm_up=1,

@@ -33,7 +33,7 @@ from benchmarks.timing import (
 )
 from utils.config import parse_config, settings
 from utils.data.annotation import write_annotation
-from utils.data.dataset import EpochBatches, data_loader, open_dataset
+from utils.data.dataset import epoch_batches, open_dataset
 from utils.data.search import find_images
 from utils.device import DTYPES, choose_device, choose_precision, peak_memory
 from utils.errors import run_script
@@ -200,7 +200,7 @@ def data_section(config, job, contestants):
     ours = contestants[Ours.name].parts.dataset
 
     def gather():
-        for _ in data_loader(ours, EpochBatches(len(ours), 64, seed=0, epoch=0)):
+        for _ in ours.batches(epoch_batches(len(ours), 64, seed=0, epoch=0)):
             pass
 
     alone = timed(config, job, {Ours.name: gather})

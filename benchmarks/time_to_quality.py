@@ -24,7 +24,7 @@ from benchmarks.runs import DATA, RESULTS, WORK, list_pictures, write_json
 from benchmarks.timing import CLOCKS, machine, markdown, quiet
 from nets import samplers
 from utils.config import check_values, parse_config, parse_value, settings
-from utils.data.dataset import EpochBatches, data_loader, open_dataset
+from utils.data.dataset import epoch_batches, open_dataset
 from utils.device import autocast, choose_device, choose_precision
 from utils.errors import run_script
 from utils.evaluate.distances import FeatureStatistics, statistics_distance
@@ -78,9 +78,9 @@ class OurRun:
         """An epoch from where the step is."""
         per_epoch = len(self.parts.dataset) // self.parts.batch_size
         epoch, done = divmod(self.step, per_epoch)
-        batches = EpochBatches(len(self.parts.dataset), self.parts.batch_size, self.config.seed, epoch,
+        batches = epoch_batches(len(self.parts.dataset), self.parts.batch_size, self.config.seed, epoch,
                                done * self.parts.batch_size)
-        for position, (images, labels) in enumerate(data_loader(self.parts.dataset, batches), done):
+        for position, (images, labels) in enumerate(self.parts.dataset.batches(batches), done):
             yield epoch, position * self.parts.batch_size, images, labels
 
     def told(self, total_steps):

@@ -2,7 +2,8 @@
 
 from .diffusion import GaussianDiffusion
 from .schedules import make_betas
-from .unet import UNet, check_input_shape
+from .sizes import check_input_shape
+from .unet import UNet
 from .weights import change_classes, check_fit, check_sizes, class_rows, clean_keys, read_settings, unet_arguments
 
 # train.py's settings that are arguments of the same name. A missing one leaves the default.

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from .schedules import MAX_BETA, SCHEDULES, check_betas, schedule_tables
-from .unet import MAX_GROUPS, TIME_EMB_DIM, UNet, check_levels, choose_groups
+from .sizes import check_levels, choose_groups
+from .unet import MAX_GROUPS, TIME_EMB_DIM, UNet
 
 # Settings of train.py -> arguments of the UNet. A missing one leaves the argument's own default.
 NETWORK = {

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.data.annotation import Annotation, check_annotation_path, classes_path, read_annotation, write_annotation
+from utils.data.annotation import Annotation, classes_path, read_annotation, write_annotation
 from utils.data.formats import EXTENSIONS
+from utils.data.listing import check_annotation_path
 from utils.data.search import beside_folders, check_images, find_images, label_by_folder, search, without_shipped
 from utils.data.threads import Budget, map_in_threads
 from utils.terminal import printable

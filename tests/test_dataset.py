@@ -17,10 +17,9 @@ from PIL import Image
 from utils.data import cache as module
 from utils.data.annotation import write_annotation
 from utils.data.dataset import (
-    EpochBatches,
     ImageDataset,
-    data_loader,
-    effective_batch_size,
+    epoch_batches,
+    fit_batch_size,
     normalise,
     open_dataset,
 )
@@ -64,17 +63,17 @@ def test_the_cache_holds_what_load_image_gives(listed, settings):
     assert len(data) == 40 and data.paths == listed[1] and data.classes == ["a", "b"]
     kept = {name: value for name, value in settings.items() if name not in ("input_shape", "num_workers")}
     expected = torch.from_numpy(np.stack([load_image(path, shape, **kept) for path in listed[1]]))
-    images, labels = data.__getitems__(range(40))
+    images, labels = data.batch(range(40))
     assert images.dtype == torch.uint8 and labels.dtype == torch.int64
     assert torch.equal(images, expected) and labels.tolist() == [i % 2 for i in range(40)]
-    (image,), (label,) = data.__getitems__([-3])
+    (image,), (label,) = data.batch([-3])
     assert torch.equal(image, expected[37]) and label == 1
 
 
 def test_batches_can_be_written_to(listed):
-    images, _ = open_listed(listed).__getitems__([1, 2])
+    images, _ = open_listed(listed).batch([1, 2])
     images.zero_()  # the cache itself is read-only: a batch must be a copy
-    assert open_listed(listed).__getitems__([1])[0].any()
+    assert open_listed(listed).batch([1])[0].any()
 
 
 def test_hashes_are_of_the_files_content(listed):
@@ -95,8 +94,8 @@ def test_unlabelled_images_have_label_zero(listed):
 def test_an_unchanged_list_is_decoded_once(listed, decoded):
     first, second = open_listed(listed), open_listed(listed)
     assert len(decoded) == 40
-    assert torch.equal(first.__getitems__(range(40))[0],
-                       second.__getitems__(range(40))[0]) and first.hashes == second.hashes
+    assert torch.equal(first.batch(range(40))[0],
+                       second.batch(range(40))[0]) and first.hashes == second.hashes
 
 
 def test_other_labels_need_no_decoding(listed, decoded):
@@ -179,10 +178,10 @@ def remove_pixels(pixels, index):
     damage_index, empty_index, remove_index, forget_an_image, forget_a_hash, cut_pixels, lengthen_pixels,
     remove_pixels])
 def test_a_damaged_cache_is_built_again(listed, decoded, damage):
-    whole = open_listed(listed).__getitems__(range(40))[0]
+    whole = open_listed(listed).batch(range(40))[0]
     (pixels,), (index,) = listed[2].glob("*.pixels"), listed[2].glob("*.json")
     damage(pixels, index)
-    assert torch.equal(open_listed(listed).__getitems__(range(40))[0], whole) and len(decoded) == 80
+    assert torch.equal(open_listed(listed).batch(range(40))[0], whole) and len(decoded) == 80
 
 
 @pytest.mark.parametrize("writes", [0, 1, 2])
@@ -230,7 +229,7 @@ def test_files_gone_bad_are_named_and_left_out(listed, capsys, decoded):
         kept = [i for i in range(40) if i not in (5, 30)]
         assert data.paths == [listed[1][i] for i in kept] and data.labels.tolist() == [i % 2 for i in kept]
         expected = np.stack([load_image(listed[1][i], (8, 16)) for i in kept])
-        assert torch.equal(data.__getitems__(range(38))[0], torch.from_numpy(expected)) and len(data.hashes) == 38
+        assert torch.equal(data.batch(range(38))[0], torch.from_numpy(expected)) and len(data.hashes) == 38
     assert len(decoded) == 40
 
 
@@ -340,7 +339,7 @@ def test_caches_used_within_the_hour_stay(listed):
 # Batches
 
 def test_an_epoch_takes_every_image_once_and_drops_the_rest():
-    batches = EpochBatches(23, 5, seed=1, epoch=0)
+    batches = epoch_batches(23, 5, seed=1, epoch=0)
     taken = np.concatenate(list(batches))
     assert len(batches) == 4 == len(list(batches)) and all(len(batch) == 5 for batch in batches)
     assert len(set(taken)) == 20 and set(taken) <= set(range(23)) and list(taken) != sorted(taken)
@@ -348,7 +347,7 @@ def test_an_epoch_takes_every_image_once_and_drops_the_rest():
 
 def test_the_order_is_a_function_of_seed_and_epoch():
     def order(seed, epoch):
-        return np.concatenate(list(EpochBatches(1000, 10, seed, epoch))).tolist()
+        return np.concatenate(list(epoch_batches(1000, 10, seed, epoch))).tolist()
     torch.manual_seed(0)
     first = order(3, 4)
     torch.manual_seed(1)
@@ -358,14 +357,14 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 @pytest.mark.parametrize("start", [0, 8, 16, 24])
 def test_an_epoch_goes_on_where_it_was_left(start):
-    whole, rest = EpochBatches(30, 8, 0, 2), EpochBatches(30, 8, 0, 2, start=start)
+    whole, rest = epoch_batches(30, 8, 0, 2), epoch_batches(30, 8, 0, 2, start=start)
     assert [batch.tolist() for batch in rest] == [batch.tolist() for batch in whole][start // 8:]
     assert len(rest) == 3 - start // 8
 
 
 def test_the_ranks_slices_make_the_whole_batch():
-    whole = list(EpochBatches(50, 12, 5, 1, start=12))
-    ranks = [list(EpochBatches(50, 12, 5, 1, start=12, rank=rank, world_size=3)) for rank in range(3)]
+    whole = list(epoch_batches(50, 12, 5, 1, start=12))
+    ranks = [list(epoch_batches(50, 12, 5, 1, start=12, rank=rank, world_size=3)) for rank in range(3)]
     np.testing.assert_array_equal(np.concatenate(ranks, axis=1), whole)
     assert len(ranks[0][0]) == 4
 
@@ -373,11 +372,11 @@ def test_the_ranks_slices_make_the_whole_batch():
 def test_the_batches_of_a_subset_hold_its_images_only(listed):
     data, numbers = open_listed(listed), [3, 5, 8, 13, 21, 34]
     subset = data.subset(numbers)
-    batches = list(data_loader(subset, EpochBatches(len(subset), 3, 0, 0)))
+    batches = list(subset.batches(epoch_batches(len(subset), 3, 0, 0)))
     found = sorted((image.numpy().tobytes(), label) for images, labels in batches
                    for image, label in zip(images, labels.tolist()))
     assert found == sorted((data.images([number])[0].numpy().tobytes(), number % 2) for number in numbers)
-    order = np.concatenate(list(EpochBatches(len(subset), 3, 0, 0)))
+    order = np.concatenate(list(epoch_batches(len(subset), 3, 0, 0)))
     assert [numbers[i] for i in order] == [13, 8, 34, 21, 3, 5]  # pinned: exact resume depends on it
     assert torch.equal(batches[0][0], data.images([13, 8, 34]))
 
@@ -386,8 +385,8 @@ def test_the_batches_of_a_subset_hold_its_images_only(listed):
                                         pytest.param(True, marks=pytest.mark.skipif(not torch.cuda.is_available(),
                                             reason="CUDA"))])
 def test_the_loader_gives_whole_batches_of_its_order(listed, pin_memory):
-    data, batches = open_listed(listed), EpochBatches(40, 16, 0, 0)
-    for indices, (images, labels) in zip(batches, data_loader(data, batches, pin_memory), strict=True):
+    data, batches = open_listed(listed), epoch_batches(40, 16, 0, 0)
+    for indices, (images, labels) in zip(batches, data.batches(batches, pin_memory), strict=True):
         assert images.shape == (16, 8, 16, 3) and images.dtype == torch.uint8 and images.is_pinned() == pin_memory
         assert labels.tolist() == [i % 2 for i in indices]
         assert torch.equal(images[5], data.images([indices[5]])[0])
@@ -403,16 +402,16 @@ def test_a_batch_is_one_gather():
 
     pixels = np.zeros((32, 4, 4, 3), dtype=np.uint8).view(Counting)
     data = ImageDataset("pictures", pixels, [""] * 32, torch.zeros(32, dtype=torch.int64), [], [""] * 32)
-    assert len(list(data_loader(data, EpochBatches(32, 8, 0, 0)))) == 4 == Counting.gathers
+    assert len(list(data.batches(epoch_batches(32, 8, 0, 0)))) == 4 == Counting.gathers
 
 
 # Sizes
 
 def test_the_batch_shrinks_to_the_images_there_are(capsys):
-    assert effective_batch_size(100, 64) == 64 and capsys.readouterr().out == ""
-    assert effective_batch_size(10, 64) == 10
+    assert fit_batch_size(100, 64) == 64 and capsys.readouterr().out == ""
+    assert fit_batch_size(10, 64) == 10
     assert "batch_size is 10, not 64: there are 10 images" in capsys.readouterr().out
-    assert effective_batch_size(10, 64, multiple=4) == 8
+    assert fit_batch_size(10, 64, multiple=4) == 8
 
 
 @pytest.mark.parametrize("images, batch_size, multiple, message", [
@@ -420,7 +419,7 @@ def test_the_batch_shrinks_to_the_images_there_are(capsys):
     (3, 8, 4, "3 images are too few"), (0, 8, 1, "0 images are too few")])
 def test_batch_sizes_that_cannot_be_are_refused_with_what_can(images, batch_size, multiple, message):
     with pytest.raises(ValueError, match=message):
-        effective_batch_size(images, batch_size, multiple)
+        fit_batch_size(images, batch_size, multiple)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -95,7 +95,7 @@ def parts(workplace, gpu, monkeypatch):
 
 
 def one_step(config, parts):
-    images, labels = parts.dataset.__getitems__(range(8))
+    images, labels = parts.dataset.batch(range(8))
     train.train_step(config, parts, images, labels, 0, 0, 1e-3)
 
 

@@ -8,7 +8,7 @@ from conftest import TINY, assert_same_state, run_main
 
 import train
 from nets import UNet
-from nets.unet import count_flops
+from nets.sizes import count_flops
 from utils.checkpoint import load_checkpoint
 from utils.config import check_values
 from utils.training.summary import duration

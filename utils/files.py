@@ -9,6 +9,8 @@ import shutil
 import stat
 from pathlib import Path
 
+from tqdm import tqdm
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -159,3 +161,22 @@ def locked(folder, refusal):
         except OSError:
             pass
         yield
+
+
+class Attempts:
+    """Writes that the system may refuse. Training goes on; its end returns what is missing."""
+
+    def __init__(self):
+        self.failed = set()  # names whose last attempt failed
+
+    def __call__(self, name, write):
+        """Calls write(). Returns whether the system let it; says so where it did not."""
+        try:
+            write()
+        except OSError as error:
+            self.failed.add(name)
+            reason = error if error.filename else f"{name}: {error}"
+            tqdm.write(f"NOT SAVED: {reason}; the training goes on, and the next save tries again")
+            return False
+        self.failed.discard(name)
+        return True

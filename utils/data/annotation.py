@@ -26,15 +26,6 @@ class Annotation:
     classes: list[str]
 
 
-def check_annotation_path(annotation_path, images=()):
-    """Refuse a list at a folder or over one of the images: ValueError."""
-    path = str(annotation_path)
-    if "\0" in path or not Path(path).name or path.endswith(("/", os.sep)) or os.path.isdir(path):
-        raise ValueError(f"annotation_path {path!r} is no name of a file: give one such as train_lines.txt")
-    if os.path.realpath(path) in map(os.path.realpath, images):
-        raise ValueError(f"annotation_path {path} is one of the pictures: the list would replace it; give another name")
-
-
 def classes_path(annotation_path):
     """train_lines.txt -> train_classes.txt, other.txt -> other_classes.txt, in the same folder."""
     path = Path(annotation_path)

@@ -66,10 +66,16 @@ class ImageDataset:
         """Images by their numbers, 0 to N - 1, in one gather: (B, H, W, C) uint8 tensor."""
         return torch.from_numpy(self.pixels[self.rows[np.asarray(numbers, dtype=np.int64)]])
 
-    def __getitems__(self, indices):
+    def batch(self, numbers):
         """A batch: images (B, H, W, C) uint8 and labels (B,) int64."""
-        numbers = np.asarray(indices, dtype=np.int64)
+        numbers = np.asarray(numbers, dtype=np.int64)
         return self.images(numbers), self.labels[torch.from_numpy(numbers)]
+
+    def batches(self, numbers, pin_memory=False):
+        """Yields (images, labels) of each batch. pin_memory: in page-locked memory, for CUDA."""
+        for batch in numbers:  # a gather here costs less than a queue between processes
+            images, labels = self.batch(batch)
+            yield (images.pin_memory(), labels.pin_memory()) if pin_memory else (images, labels)
 
     def blocks(self, numbers=None):
         """Yields all images, or those of these numbers, in order, in blocks (b, H, W, C) uint8."""
@@ -109,38 +115,21 @@ def split_validation(dataset, share):
     return training, dataset.subset(np.flatnonzero(aside), f", val_split {share:g}")
 
 
-class EpochBatches:
-    """The batches of one epoch: arrays of image numbers. A last batch that is not full is left out.
+def epoch_batches(num_images, batch_size, seed, epoch, start=0, rank=0, world_size=1):
+    """The image numbers of one epoch's batches, an array (batches, batch_size / world_size).
 
-    The order is a function of (seed, epoch) alone. Each rank gets a slice of every whole batch.
-
-    batch_size: images of the whole batch, over all ranks.
-    start: images of this epoch that earlier steps used, a multiple of batch_size.
+    The order is a function of (seed, epoch). Each rank gets a slice of every whole batch; a last
+    batch that is not full is left out. batch_size: over all ranks. start: images of this epoch that
+    earlier steps used, a multiple of batch_size.
     """
-
-    def __init__(self, num_images, batch_size, seed, epoch, start=0, rank=0, world_size=1):
-        assert batch_size % world_size == 0 and start % batch_size == 0, (batch_size, world_size, start)
-        order = np.random.default_rng([seed % 2**64, epoch]).permutation(num_images)
-        whole = order[:num_images // batch_size * batch_size].reshape(-1, batch_size)[start // batch_size:]
-        per_rank = batch_size // world_size
-        self.batches = whole[:, rank * per_rank:(rank + 1) * per_rank]
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        return iter(self.batches)
+    assert batch_size % world_size == 0 and start % batch_size == 0, (batch_size, world_size, start)
+    order = np.random.default_rng([seed % 2**64, epoch]).permutation(num_images)
+    whole = order[: num_images // batch_size * batch_size].reshape(-1, batch_size)[start // batch_size :]
+    per_rank = batch_size // world_size
+    return whole[:, rank * per_rank : (rank + 1) * per_rank]
 
 
-def data_loader(dataset, batches, pin_memory=False):
-    """Yields (images, labels) of each batch. pin_memory: in page-locked memory, for CUDA."""
-    # A gather here costs less than a queue between processes.
-    for numbers in batches:
-        images, labels = dataset.__getitems__(numbers)
-        yield (images.pin_memory(), labels.pin_memory()) if pin_memory else (images, labels)
-
-
-def effective_batch_size(num_images, batch_size, multiple=1):
+def fit_batch_size(num_images, batch_size, multiple=1):
     """`batch_size`, or less for fewer images. ValueError where no multiple of `multiple` fits."""
     if batch_size < multiple or batch_size % multiple:
         lower = max(batch_size, 0) // multiple * multiple

@@ -127,7 +127,7 @@ class FeatureCache:
                                  "name the file of one with --features")
             # Digits from the end: the first ones decided already what val_split kept aside.
             parts = split_validation(replace(dataset, hashes=[digest[::-1] for digest in dataset.hashes]), 0.1)
-            labelled = [value for part in parts for value in part.__getitems__(range(len(part)))]
+            labelled = [value for part in parts for value in part.batch(range(len(part)))]
             save_feature_net(path, train_feature_net(*labelled, num_classes=len(dataset.classes), device=device))
             self.prune(path.parent)
         return path

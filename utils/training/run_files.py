@@ -14,10 +14,10 @@ from tqdm import tqdm
 from utils import distributed
 from utils.checkpoint import BEST, LAST
 from utils.errors import is_out_of_memory
-from utils.files import atomic_write, locked, remove_leftovers
+from utils.files import Attempts, atomic_write, locked, remove_leftovers
 from utils.training.loss_history import LossHistory
 from utils.training.preview import sample_preview, save_preview
-from utils.training.saving import Attempts, Checkpoints
+from utils.training.saving import Checkpoints
 
 
 class RunFiles:

@@ -76,22 +76,3 @@ class Checkpoints:
             tqdm.write(f"NOT SAVED: the weights hold NaN or infinity; {self.folder / name} stays as it was")
         self.saved, self.seconds = time.monotonic(), time.monotonic() - began
         return written
-
-
-class Attempts:
-    """Writes that the system may refuse. Training goes on; its end returns what is missing."""
-
-    def __init__(self):
-        self.failed = set()  # names whose last attempt failed
-
-    def __call__(self, name, write):
-        """Calls write(). Returns whether the system let it; says so where it did not."""
-        try:
-            write()
-        except OSError as error:
-            self.failed.add(name)
-            reason = error if error.filename else f"{name}: {error}"
-            tqdm.write(f"NOT SAVED: {reason}; the training goes on, and the next save tries again")
-            return False
-        self.failed.discard(name)
-        return True

@@ -2,7 +2,7 @@
 import time
 
 from utils import distributed
-from utils.data.dataset import EpochBatches, data_loader
+from utils.data.dataset import epoch_batches
 from utils.device import describe_device
 from utils.training.memory import print_memory
 
@@ -62,9 +62,9 @@ def print_dry_run(config, parts, flops, step):
 
 def seconds_per_step(config, parts, step):
     """Of the first step, or of the two after it where it is short. Not compiled."""
-    batches = EpochBatches(len(parts.dataset), parts.batch_size, config.seed, 0, 0, distributed.rank(),
+    batches = epoch_batches(len(parts.dataset), parts.batch_size, config.seed, 0, 0, distributed.rank(),
                            distributed.world_size())
-    images, labels = next(iter(data_loader(parts.dataset, batches)))
+    images, labels = next(iter(parts.dataset.batches(batches)))
     ends = [time.perf_counter()]
     while len(ends) < 4 and distributed.from_main(ends[-1] - ends[0] < 5):  # all processes take as many steps
         step(images, labels)

@@ -24,7 +24,7 @@ def validation_loss(config, parts):
         shape = (size, config.img_channels, *config.input_shape)
         noise = draw_step(generator, mix(config.seed, "validation", number), shape, 1).noise
         t = ((torch.arange(size) + 0.5) / size * config.num_timesteps).long()
-        pixels, labels = images.__getitems__(np.arange(first, first + size)[mine])
+        pixels, labels = images.batch(np.arange(first, first + size)[mine])
         if len(pixels):
             x = normalise(pixels, device, memory_format=parts.layout)
             y = labels.to(device) if config.class_conditional else None

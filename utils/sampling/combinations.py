@@ -1,0 +1,27 @@
+"""Which settings of predict.py exclude or need each other."""
+
+# setting -> the setting without which it does nothing
+NEEDS = {"strength": "init_image", "mask": "init_image", "resamplings": "mask", "seed_to": "interpolate"}
+OWNERS = {"eta": "ddim", "variance": "ddpm"}  # option of one solver -> that solver
+
+
+def check_combinations(config, typed):
+    """ValueError for settings that do not go together. typed: the command line's, {name: value}."""
+    if config.batch_size > 2**16:
+        raise ValueError(f"batch_size is {config.batch_size}: more than {2**16} pictures at once fit nowhere; lower it")
+    if config.strength is not None and not 0 < config.strength <= 1:
+        raise ValueError(f"strength is {config.strength}: it must be above 0 and at most 1 (all is drawn anew)")
+    for name, needed in NEEDS.items():
+        if name in typed and not getattr(config, needed):
+            raise ValueError(f"--{name} does nothing without --{needed}: give both, or leave it out")
+    for name, sampler in OWNERS.items():
+        if name in typed and config.sampler != sampler and not (sampler == "ddpm" and config.mask):
+            raise ValueError(f"--{name} is an option of {sampler}: add --sampler {sampler}, or leave it out")
+    if config.mask and typed.get("sampler", "ddpm") != "ddpm":
+        raise ValueError(f"--mask is drawn with ddpm's steps: --sampler {config.sampler} cannot do it; leave it out")
+    if config.interpolate and config.init_image:
+        raise ValueError("--interpolate goes from one seed's noise to another's: leave out --init_image")
+    if config.interpolate and "num_images" in typed:
+        raise ValueError("--interpolate is the number of pictures: leave out --num_images")
+    if config.interpolate == 1:
+        raise ValueError("--interpolate 1: a strip has at least 2 pictures, one an end")
