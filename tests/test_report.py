@@ -60,6 +60,8 @@ def test_warnings_say_what_the_tables_show(finished):
     assert "3 steps were skipped" in text and "by heart" in text and "Lower --ema_start" not in text
     (finished / "config.json").write_text('{"ema_start": 2000}')
     assert "The EMA starts at step 2000, and the run has 6" in made(finished)
+    (finished / "config.json").write_text('{"ema_start": "soon"}')
+    assert "The EMA starts" not in made(finished)
 
 
 def test_what_is_missing_or_damaged_is_left_out(finished):

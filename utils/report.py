@@ -96,13 +96,13 @@ def summary(config, rows, speed):
 def warnings(config, rows, found):
     """What the files show that a user should know, each with its meaning."""
     skipped, steps = sum(row.get("skipped", 0) for row in rows), rows[-1].get("step", 0) if rows else 0
-    validated = [row["val_loss"] for row in rows if "val_loss" in row]
+    validated, start = [row["val_loss"] for row in rows if "val_loss" in row], config.get("ema_start")
     close = (found.get("nearest") or {}).get("share_closer_than_first_quantile", 0)
     texts = {
         f"{skipped:.0f} steps were skipped: their gradients were NaN or infinite. They changed nothing; many of them "
         "call for a lower --init_lr.": skipped,
-        f"The EMA starts at step {config.get('ema_start')}, and the run has {steps:.0f}: the samples are those of the "
-        "last weights, which are rougher. Lower --ema_start.": 0 < steps <= config.get("ema_start", 0),
+        f"The EMA starts at step {start}, and the run has {steps:.0f}: the samples are those of the "
+        "last weights, which are rougher. Lower --ema_start.": isinstance(start, int) and 0 < steps <= start,
         "The validation loss has risen by more than 2 % above its lowest: the network learns the training images by "
         "heart. best.pth has the weights of the lowest.": validated and validated[-1] > 1.02 * min(validated),
         f"{close:.0%} of the samples are closer to a training image than 99 % of the other images are: they may be "
