@@ -141,7 +141,8 @@ def listed(tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
 def test_a_lost_terminal_saves_and_under_nohup_it_is_ignored(listed):
-    process = start_training(listed)
+    # The tests themselves may run under nohup.
+    process = start_training(listed, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     process.send_signal(signal.SIGHUP)
     output = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 128 + signal.SIGHUP and "stopped by SIGHUP" in output
