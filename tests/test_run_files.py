@@ -120,11 +120,24 @@ def test_a_save_that_comes_good_is_no_failure(workplace, monkeypatch):
 # Signals, and a second run
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def kill_what_was_started():
+    """A test that fails leaves no training behind."""
+    yield
+    for process in STARTED:
+        process.kill()
+    STARTED.clear()
+
+
 def start_training(folder, *settings, **options):
     """A training process of many epochs that has written its first last.pth."""
     arguments = command("train.py", *TINY, "--epochs", "100000", "--save_minutes", "0", *settings)
     process = subprocess.Popen(arguments, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                **options)
+    STARTED.append(process)
     deadline = time.monotonic() + 120
     while not list(folder.glob("logs/*/last.pth")):
         assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()
