@@ -3,7 +3,6 @@
 import math
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from .unet import MAX_GROUPS, UNet
 
@@ -45,6 +44,8 @@ def count_parameters(arguments):
 
 def count_flops(arguments, input_shape):
     """Floating-point operations of UNet(**arguments) for one image (height, width), forward."""
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton, a fifth of a second at each start
+
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = UNet(**arguments)
         y = None if network.num_classes is None else torch.zeros(1, dtype=torch.long)
