@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import samplers
+from .ema import ema_weight, update_
 from .schedules import check_betas, check_choice, make_betas, schedule_tables
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
@@ -169,18 +170,8 @@ class GaussianDiffusion(nn.Module):
         """
         taken = 1 - skip.to(torch.int64) if skip is not None else torch.ones_like(self.ema_counter)
         self.ema_counter += taken
-        weight = self.ema_weight() * (taken * (self.ema_counter % self.ema_update_rate == 0))
-        blend_(list(self.ema_model.parameters()), [p.detach() for p in self.model.parameters()], weight)
-        for ema, buffer in zip(self.ema_model.buffers(), self.model.buffers()):  # statistics of batch norm
-            ema.copy_(torch.where(weight > 0, buffer, ema))
-
-    def ema_weight(self):
-        """The weight of the network in this EMA update, a 0-dim float32 tensor on the device."""
-        n = self.ema_counter - self.ema_start
-        decay = torch.full_like(self.ema_counter, self.ema_decay, dtype=torch.float32)
-        if self.ema_warmup:  # a short run must not keep its first weights
-            decay = torch.minimum(decay, (1 + n) / (10 + n))
-        return torch.where(n < 0, 1.0, 1 - decay)
+        weight = ema_weight(self.ema_counter - self.ema_start, self.ema_decay, self.ema_warmup)
+        update_(self.ema_model, self.model, weight * (taken * (self.ema_counter % self.ema_update_rate == 0)))
 
     # Sampling
 
@@ -314,17 +305,3 @@ class GaussianDiffusion(nn.Module):
         if tuple(x.shape) != shape:
             raise ValueError(f"{name} must have the shape {shape}, not {tuple(x.shape)}")
         return x.to(device, torch.float32)
-
-
-def blend_(ema, values, weight):
-    """ema += weight (values - ema), in place, for lists of tensors; exact for weight 0 and 1.
-
-    weight: a 0-dim tensor. A CPU reads it at no cost, and one pass is enough. Reading it from a GPU
-    would wait for the device, so a GPU takes two passes.
-    """
-    if weight.device.type == "cpu":
-        if weight > 0:
-            torch._foreach_lerp_(ema, values, weight.item())
-        return
-    torch._foreach_mul_(ema, 1 - weight)
-    torch._foreach_add_(ema, torch._foreach_mul(values, weight))

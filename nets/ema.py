@@ -1,0 +1,36 @@
+"""The exponential moving average (EMA) of the weights. No operation waits for a GPU."""
+
+import torch
+
+
+def ema_weight(n, decay, warmup):
+    """The weight of the network in the n-th EMA update, a 0-dim float32 tensor on n's device.
+
+    n: 0-dim int64; below 0 the EMA is a copy of the network. decay: the largest share that the EMA
+    keeps. warmup: it keeps at most (1 + n) / (10 + n).
+    """
+    decay = torch.full_like(n, decay, dtype=torch.float32)
+    if warmup:  # a short run must not keep its first weights
+        decay = torch.minimum(decay, (1 + n) / (10 + n))
+    return torch.where(n < 0, 1.0, 1 - decay)
+
+
+def update_(ema_model, model, weight):
+    """ema_model += weight (model - ema_model), in place. weight: 0-dim, exact for 0 and 1."""
+    blend_(list(ema_model.parameters()), [parameter.detach() for parameter in model.parameters()], weight)
+    for ema, buffer in zip(ema_model.buffers(), model.buffers()):  # statistics of batch norm
+        ema.copy_(torch.where(weight > 0, buffer, ema))
+
+
+def blend_(ema, values, weight):
+    """ema += weight (values - ema), in place, for lists of tensors.
+
+    A CPU reads the weight at no cost, and one pass is enough. Reading it from a GPU would wait for
+    the device, so a GPU takes two passes.
+    """
+    if weight.device.type == "cpu":
+        if weight > 0:
+            torch._foreach_lerp_(ema, values, weight.item())
+        return
+    torch._foreach_mul_(ema, 1 - weight)
+    torch._foreach_add_(ema, torch._foreach_mul(values, weight))
