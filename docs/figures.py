@@ -116,13 +116,13 @@ def answers():
 
 
 def film():
-    """The way back: x_t and the predicted x_0 at every third of 25 steps."""
+    """The way back: x_t and the x_0 predicted from it, at every third of 25 steps."""
     diffusion, classes = load()
     y, plan = torch.tensor([classes.index("faces")]), diffusion.plan("sde-dpm++", 25)
-    steps = list(diffusion.sample_steps(1, CPU, y, sampler="sde-dpm++", seeds=[3], guidance_scale=2))
-    shown = range(0, 25, 3)
-    rows = [torch.cat([steps[i][part] for i in shown]) for part in (0, 1)]
-    panels("film", rows, ["x_t", "x_0"], [f"t = {plan[i].t}" for i in shown])
+    after, x_0 = zip(*diffusion.sample_steps(1, CPU, y, sampler="sde-dpm++", seeds=[3], guidance_scale=2))
+    before = (next(seeded_noise([3], (3, *SIZE), CPU)), *after)
+    rows = [torch.cat(images[:25:3]) for images in (before, x_0)]
+    panels("film", rows, ["x_t", "x_0"], [f"t = {step.t}" for step in plan[::3]])
 
 
 def posterior():
@@ -196,7 +196,7 @@ def solvers():
     y, names = torch.tensor([classes.index("faces")]), ("ddpm", "ddim", "dpm++", "sde-dpm++")
     rows = []
     for name in names:
-        images = [diffusion.sample(1, CPU, y, sampler=name, steps=steps, seeds=[3]) for steps in (5, 10, 25, 1000)]
+        images = [diffusion.sample(1, CPU, y, sampler=name, steps=steps, seeds=[2]) for steps in (5, 10, 25, 1000)]
         rows.append(torch.cat(images))
     panels("solvers", rows, names, ["5", "10", "25", "1000"])
 
