@@ -56,21 +56,21 @@ def check_contents(checkpoint):
     `train.py` holds its own against their types. Sizes are compared in `nets.weights.check_sizes`.
     """
     check_tensors(checkpoint["weights"])
-    _expect("weights_kind", checkpoint["weights_kind"] in ("full", "ema"), checkpoint["weights_kind"], "full or ema")
+    expect("weights_kind", checkpoint["weights_kind"] in ("full", "ema"), checkpoint["weights_kind"], "full or ema")
     config, classes = checkpoint["config"], checkpoint["classes"]
     named = isinstance(config, dict) and all(type(name) is str for name in config)
-    _expect("config", named, config, "a dict of settings by name")
+    expect("config", named, config, "a dict of settings by name")
     config = {name: tuple(value) if type(value) is list else value for name, value in config.items()}
     checkpoint["config"] = config
     for name, setting in SETTINGS.items():
         if name in config:
-            _expect(name, setting.allows(config[name]), config[name], setting)
+            expect(name, setting.allows(config[name]), config[name], setting)
     texts = isinstance(classes, list) and all(type(name) is str for name in classes)
     unique = texts and len(set(classes)) == len(classes)
-    _expect("classes", unique, classes, "a list of different names")
+    expect("classes", unique, classes, "a list of different names")
     for name in ("ema_step", "bad_in_row"):
         if name in checkpoint:
-            _expect(name, COUNT.allows(checkpoint[name]), checkpoint[name], COUNT)
+            expect(name, COUNT.allows(checkpoint[name]), checkpoint[name], COUNT)
 
 
 def check_training(checkpoint, parts):
@@ -82,19 +82,19 @@ def check_training(checkpoint, parts):
     numbers = ("epoch", "images", "batch_size")
     counts = isinstance(position, dict) and all(COUNT.allows(position.get(name)) for name in numbers)
     placed = counts and type(position.get("pictures")) is str
-    _expect("position", placed, position, "epoch, images, batch_size and pictures")
+    expect("position", placed, position, "epoch, images, batch_size and pictures")
     table = torch.is_tensor(sums) and sums.ndim == 2 and sums.is_floating_point()
-    _expect("sums", sums is None or table, sums, "a table of numbers")
+    expect("sums", sums is None or table, sums, "a table of numbers")
     optimizer = checkpoint["optimizer"]
     state = isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict)
-    _expect("optimizer", state, optimizer, "the state of an optimizer")
+    expect("optimizer", state, optimizer, "the state of an optimizer")
     finite = isinstance(scaler, dict) and all(map(FINITE.allows, scaler.values()))
-    _expect("scaler", finite, scaler, "a dict of numbers")
+    expect("scaler", finite, scaler, "a dict of numbers")
     for name in ("history", "speed"):  # older versions kept the tables here
         rows = checkpoint.get(name, [])
         listed = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
         listed = listed and all(COUNT.allows(row.get("epoch")) for row in rows)
-        _expect(name, listed, rows, "a list of rows")
+        expect(name, listed, rows, "a list of rows")
     check_training_fits(checkpoint, parts)
 
 
@@ -125,7 +125,8 @@ def are_moments(kept, parameter):
     return kept["step"].ndim == 0 and kept["exp_avg"].shape == kept["exp_avg_sq"].shape == parameter.shape
 
 
-def _expect(name, fits, found, expected):
+def expect(name, fits, found, expected):
+    """ValueError, with the value found and what is expected, unless it fits."""
     if not fits:
         raise ValueError(f"{name} is {shown(found)}, not {expected}")
 

@@ -40,8 +40,8 @@ def export_weights(run, file):
     ValueError where `file` exists, or where half precision cannot hold the weights.
     """
     path, checkpoint, diffusion = open_run(run, file)
-    weights = {name: value for name, value in diffusion.state_dict().items() if not name.startswith("model.")}
-    weights = {name: value.half() if name.startswith("ema_model.") else value for name, value in weights.items()}
+    weights = {name: value.half() if name.startswith("ema_model.") else value
+               for name, value in diffusion.state_dict().items() if not name.startswith("model.")}
     if not all_finite(weights):
         raise ValueError(f"{path}: its weights hold NaN or infinity, or numbers beyond half precision (65504)")
     kept = {name: checkpoint[name] for name in ("config", "classes")}
@@ -65,39 +65,32 @@ def export_reference(run, file):
     if not all_finite(diffusion.state_dict()):
         raise ValueError(f"{path}: its weights hold NaN or infinity")
     write(file, diffusion.state_dict(), path)
-    for line in reference_advice(diffusion):
-        print(line)
+    print_reference_advice(diffusion)
 
 
-def reference_advice(diffusion):
-    """How to make these weights load in the reference's code: a list of lines, empty if they do."""
+def print_reference_advice(diffusion):
+    """Say how the reference's code loads these weights; nothing where it does so unchanged."""
     network, betas = read_architecture(diffusion.state_dict(), "model."), diffusion.betas
-    lines, other = [], [name for name, (default, _) in REFERENCE_UNET.items() if network[name] != default]
+    other = [name for name, (default, _) in REFERENCE_UNET.items() if network[name] != default]
     if other:
         arguments = ", ".join(f"{name}={network[name]!r} instead of {REFERENCE_UNET[name][0]!r}" for name in other)
         options = " ".join(REFERENCE_UNET[name][1] for name in other).strip()
-        lines.append(
-            "warning: the reference's unchanged code cannot load these weights. Either give its UNet these arguments, "
-            f"in its ddpm.py and train.py: {arguments}. Or train the network that it builds (295.5 million parameters "
-            f"with channel 128): python train.py {options}"
-        )
+        print("warning: the reference's unchanged code cannot load these weights. Either give its UNet these "
+              f"arguments, in its ddpm.py and train.py: {arguments}. Or train the network that it builds (295.5 "
+              f"million parameters with channel 128): python train.py {options}")
     if "num_classes" in other:
-        lines.append("warning: the reference's scripts sample without classes: also pass y to sample")
+        print("warning: the reference's scripts sample without classes: also pass y to sample")
     found = {"channel": network["base_channels"], "input_shape": tuple(diffusion.img_size), "num_timesteps": len(betas)}
     settings = [f"{name} = {found[name]}" for name, default in REFERENCE_SETTINGS.items() if found[name] != default]
     if settings:
-        lines.append(f"settings to change in the reference's ddpm.py: {', '.join(settings)}")
+        print(f"settings to change in the reference's ddpm.py: {', '.join(settings)}")
     if not torch.allclose(betas, torch.from_numpy(make_betas(num_timesteps=len(betas))).float(), rtol=1e-4):
-        lines.append("the schedule is not the reference's linear one: its code takes the schedule from this file, "
-                     "and its own schedule settings do nothing")
-    return lines
+        print("the schedule is not the reference's linear one: its code takes the schedule from this file, and its own "
+              "schedule settings do nothing")
 
 
 def open_run(run, file):
-    """(path, checkpoint, GaussianDiffusion) of a run's folder or a checkpoint.
-
-    ValueError where `file`, which is to be written, exists.
-    """
+    """(path, checkpoint, GaussianDiffusion) of a run or a file. ValueError where `file` exists."""
     begin_export(file)
     path = find_weights(run)[0]
     checkpoint = load_checkpoint(path, lazily=True)
@@ -123,9 +116,8 @@ COMMANDS = {  # name: (the function, what it writes, its arguments)
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, text, positional) in COMMANDS.items():
         command = commands.add_parser(name, help=text)

@@ -36,10 +36,7 @@ def explain(text, kind=ValueError):
 
 
 def import_diffusers():
-    """UNet2DModel, DDPMScheduler and DDPMPipeline of diffusers.
-
-    ValueError where it is not installed.
-    """
+    """UNet2DModel, DDPMScheduler and DDPMPipeline. ValueError where diffusers is not installed."""
     with explain("folders of diffusers need the package diffusers: pip install diffusers"):
         from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
     return UNet2DModel, DDPMScheduler, DDPMPipeline
@@ -66,24 +63,14 @@ def export_model(run, folder, class_name=""):
 
 
 def choose_label(diffusion, classes, class_name):
-    """The row of the class embeddings to add; None without classes.
-
-    ValueError that lists the known ones.
-    """
-    if diffusion.num_classes is None:
-        if class_name:
-            raise ValueError(f"--class_name {class_name}: this model was trained without classes")
-        return None
+    """The row of the class embeddings to add; None without classes. ValueError lists the known."""
     if class_name and class_name not in classes:
-        raise ValueError(f"unknown class_name {class_name!r}; known: {', '.join(classes)}")
-    if class_name:
-        return classes.index(class_name)
-    if diffusion.null_class is None:
-        raise ValueError(
-            "this model has no null class, and the pipeline passes none: choose a --class_name among "
-            f"{', '.join(classes)}"
-        )
-    return diffusion.null_class
+        known = f"known: {', '.join(classes)}" if classes else "this model was trained without classes"
+        raise ValueError(f"unknown class_name {class_name!r}; {known}")
+    if not class_name and classes and diffusion.null_class is None:
+        raise ValueError("this model has no null class, and the pipeline passes none: choose a --class_name among "
+                         f"{', '.join(classes)}")
+    return classes.index(class_name) if class_name else diffusion.null_class
 
 
 def to_unet2d(network, input_shape, label=None):
@@ -94,33 +81,24 @@ def to_unet2d(network, input_shape, label=None):
     found = read_architecture({**network.state_dict(), "betas": torch.zeros(1)}, "")
     check_expressible(network, found)
     weights = {name: value for name, value in network.state_dict().items() if ".class_bias." not in name}
-    if found["num_classes"] is not None:
-        for name, module in network.named_modules():
-            if name.endswith("class_bias"):
-                bias = name.replace("class_bias", "time_bias") + ".bias"
-                weights[bias] = weights[bias] + module.weight[label].detach()
+    for name, module in network.named_modules():
+        if name.endswith("class_bias"):
+            bias = name.replace("class_bias", "time_bias") + ".bias"
+            weights[bias] = weights[bias] + module.weight[label].detach()
     settings = unet2d_settings(found, input_shape, network.downs[0].conv_2[0].p, network.out_norm.num_groups)
     return settings, rename(weights, layer_names(len(found["channel_mults"]), found["num_res_blocks"]))
 
 
 def check_expressible(network, found):
-    """ValueError that names each part of a UNet that diffusers' UNet2DModel lacks.
-
-    found: read_architecture's.
-    """
-    norms = {
-        module.__class__.__name__
-        for module in network.modules()
-        if isinstance(module, nn.InstanceNorm2d | nn.BatchNorm2d)
-    }
-    norm = norms.pop() if norms else found["norm"]
+    """ValueError that names what a UNet2DModel lacks of a UNet. found: read_architecture's."""
+    norm = None if isinstance(network.out_norm, nn.Identity) else type(network.out_norm).__name__
+    activation = getattr(network.activation, "__name__", network.activation)
     parts = {
-        f"norm {norm} (only group norm)": norm != "gn",
+        f"norm {norm} (only group norm)": norm != "GroupNorm",
         f"initial_pad {network.initial_pad} (only 0)": network.initial_pad != 0,
         "time_emb_dim None (only with time)": network.time_mlp is None,
         "time_emb_scale (only 1)": network.time_mlp is not None and network.time_mlp[0].scale != 1,
-        f"activation {getattr(network.activation, '__name__', network.activation)} (only silu)": network.activation
-        is not F.silu,
+        f"activation {activation} (only silu)": network.activation is not F.silu,
         f"channel_mults {found['channel_mults']} (the first must be 1)": found["channel_mults"][0] != 1,
     }
     lacking = [part for part, given in parts.items() if given]
@@ -147,10 +125,9 @@ def import_model(folder, file):
     """
     UNet2DModel, DDPMScheduler, _ = import_diffusers()
     begin_export(file)
-    unet, scheduler = (
-        read_json(Path(folder, name)) for name in ("unet/config.json", "scheduler/scheduler_config.json")
-    )
-    schedule, weights = read_schedule(scheduler, DDPMScheduler), read_weights(Path(folder, "unet"))
+    unet = read_json(Path(folder, "unet/config.json"))
+    schedule = read_schedule(read_json(Path(folder, "scheduler/scheduler_config.json")), DDPMScheduler)
+    weights = read_weights(Path(folder, "unet"))
     config = read_unet_settings(unet, weights, UNet2DModel) | schedule
     diffusion = build.from_config(config)
     names = layer_names(len(config["channel_mults"]), config["num_res_blocks"])
@@ -170,10 +147,7 @@ def read_json(path):
 
 
 def read_weights(folder):
-    """The state dict in a folder.
-
-    Neither format runs code: safetensors has none, and load_checkpoint refuses it.
-    """
+    """The state dict in a folder. safetensors holds no code, and load_checkpoint refuses it."""
     from safetensors.torch import load_file  # comes with diffusers
 
     path = folder / f"{WEIGHTS}.safetensors"
@@ -184,21 +158,16 @@ def read_weights(folder):
 
 
 def read_schedule(scheduler, DDPMScheduler):
-    """A scheduler's settings -> train.py's schedule and prediction.
-
-    ValueError for a prediction or a schedule that is not ours.
-    """
-    predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
+    """A scheduler's settings -> train.py's schedule and prediction. ValueError where not ours."""
     given = defaults(DDPMScheduler) | scheduler
-    if given["prediction_type"] not in list(predictions):
-        raise ValueError(
-            f"this is not one of our models: prediction_type is {given['prediction_type']!r}; known: "
-            f"{', '.join(predictions)}"
-        )
+    prediction = next((ours for ours, theirs in PREDICTIONS.items() if theirs == given["prediction_type"]), None)
+    if prediction is None:
+        raise ValueError(f"this is not one of our models: prediction_type is {given['prediction_type']!r}; known: "
+                         f"{', '.join(PREDICTIONS.values())}")
     named = ", ".join(f"{name} {given[name]!r}" for name in ("beta_schedule", "rescale_betas_zero_snr"))
     with explain(f"its scheduler_config.json is damaged, or this is not one of our schedules: {named}"):
         schedule = find_schedule(DDPMScheduler.from_config(scheduler).betas)
-    return {**schedule, "prediction": predictions[given["prediction_type"]]}
+    return {**schedule, "prediction": prediction}
 
 
 def read_unet_settings(unet, weights, UNet2DModel):
@@ -209,10 +178,8 @@ def read_unet_settings(unet, weights, UNet2DModel):
     """
     given = {"_class_name": None} | defaults(UNet2DModel) | unet
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    with (
-        explain("its network's config.json is damaged, or not of one of our networks"),
-        torch.device("meta"),
-    ):  # no memory yet
+    damaged = "its network's config.json is damaged, or not of one of our networks"
+    with explain(damaged), torch.device("meta"):  # no memory yet
         given["time_embedding_dim"] = given["time_embedding_dim"] or given["block_out_channels"][0] * 4
         config = to_config(given, len(weights))
         names = ("img_channels", "channel", "channel_mults", "num_res_blocks")
@@ -227,10 +194,7 @@ def read_unet_settings(unet, weights, UNet2DModel):
 
 
 def to_config(given, most_layers):
-    """The settings of train.py that come nearest to those of a UNet2DModel.
-
-    ValueError for numbers that none has.
-    """
+    """train.py's settings nearest to those of a UNet2DModel. ValueError for numbers none has."""
     widths, size, blocks = given["block_out_channels"], given["sample_size"] or 32, given["layers_per_block"]
     shape = size if isinstance(size, tuple) else (size, size)
     if not all(type(number) is int and number > 0 for number in (*shape, *widths, blocks, given["norm_num_groups"])):
@@ -251,11 +215,8 @@ def check_weights(weights, expected):
     """ValueError that names the weights that are missing, unknown, mis-shaped or NaN."""
     problems = [f"lack {name}" for name in expected if name not in weights]
     problems += [f"hold {name}, which ours does not have" for name in weights if name not in expected]
-    problems += [
-        f"{name} have the shape {tuple(weights[name].shape)}, ours {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
+    problems += [f"{name} have the shape {tuple(weights[name].shape)}, ours {tuple(value.shape)}"
+                 for name, value in expected.items() if name in weights and weights[name].shape != value.shape]
     problems += [] if all_finite(weights) else ["hold NaN or infinity"]
     if problems:
         raise ValueError(f"this is not one of our networks: its weights {some(problems)}")
@@ -295,9 +256,9 @@ def layer_names(levels, num_res_blocks):
 
 def residual_names(ours, theirs, block):
     """The layers of one residual block and of its attention."""
-    return {f"{ours}.{name}": f"{theirs}.resnets.{block}.{other}" for name, other in RESIDUAL.items()} | {
-        f"{ours}.attention.{name}": f"{theirs}.attentions.{block}.{other}" for name, other in ATTENTION.items()
-    }
+    residual = {f"{ours}.{name}": f"{theirs}.resnets.{block}.{other}" for name, other in RESIDUAL.items()}
+    return residual | {f"{ours}.attention.{name}": f"{theirs}.attentions.{block}.{other}"
+                       for name, other in ATTENTION.items()}
 
 
 def unet2d_settings(found, input_shape, dropout, num_groups):

@@ -103,7 +103,10 @@ def main(arguments=None):
     opened, about_sizes = opener(config, model)
     reference, held_out = open_references(config, model, opened)
     samples = open_samples(config, model, opened, reference, device, precision)
-    check_counts(config, samples, reference)
+    for name, count in (("samples", samples.count), ("reference pictures", len(reference))):
+        if config.distances and count < NEIGHBOURS + 2:
+            raise ValueError(f"{count} {name} are too few for distances, which need {NEIGHBOURS + 2}: name more, or "
+                             "set --distances False")
     print_line("samples", samples.name)
     print_line("reference", f"{len(reference):,} pictures, {reference.name}")
     aside = f"{len(held_out):,} pictures, {held_out.name}" if held_out else "none: name them with --held_out"
@@ -135,8 +138,7 @@ def check(config):
     if config.eta and config.sampler != "ddim":
         raise ValueError("--eta is an option of ddim: add --sampler ddim, or leave it out")
     if config.bits and not is_checkpoint(config.samples):
-        raise ValueError(f"--bits needs the model itself: {config.samples} holds pictures; "
-                         "name a checkpoint with --samples")
+        raise ValueError(f"--bits needs the model itself, and {config.samples} holds pictures: name a checkpoint")
 
 
 def compare(config, samples, reference, held_out, device):
@@ -171,8 +173,7 @@ def load_model(config, device, precision):
     print(f"weights: {path.resolve()}{remark}")
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
     if config.img_channels not in (0, diffusion.img_channels):
-        own = diffusion.img_channels
-        raise ValueError(f"--img_channels {config.img_channels}: the checkpoint draws pictures of {own}")
+        raise ValueError(f"--img_channels {config.img_channels}: the model draws pictures of {diffusion.img_channels}")
     diffusion.check_guidance(config.guidance_scale)
     diffusion = diffusion.to(device=device, memory_format=memory_format(device, precision))
     return Model(diffusion, classes, checkpoint["config"], str(path.resolve()))
@@ -185,24 +186,18 @@ def digest_of(config, model):
     return weights_digest((model.diffusion.ema_model if config.use_ema else model.diffusion.model).state_dict())
 
 
-def check_counts(config, samples, reference):
-    """ValueError for too few images, before any work."""
-    for name, count in (("samples", samples.count), ("reference pictures", len(reference))):
-        if config.distances and count < NEIGHBOURS + 2:
-            raise ValueError(f"{count} {name} are too few for distances, which need {NEIGHBOURS + 2}: name more, or "
-                             "set --distances False")
-
-
 def open_references(config, model, opened):
     """(reference, held-out images or None), two ImageDatasets of the samples' size and channels."""
     reference, held_out = opened(config.reference), None
+    trained = model.config if model else {}
+    listed, share = trained.get("annotation_path"), trained.get("val_split", 0)
     if config.held_out:
         held_out = opened(config.held_out)
-    elif share := validation_share(config, model):
-        reference, held_out = split_validation(reference, share)
+    elif share and listed and Path(listed).resolve() == Path(config.reference).resolve():
+        reference, held_out = split_validation(reference, share)  # as the training did
     if config.bits and held_out is None:
-        raise ValueError("--bits measures pictures that were not trained on: "
-                         "name them with --held_out, or train with --val_split 0.05")
+        raise ValueError("--bits measures pictures that were not trained on: name them with --held_out, or train with "
+                         "--val_split 0.05")
     copies = len(set(held_out.hashes) & set(reference.hashes)) if held_out else 0
     if copies:
         print(f"warning: {copies:,} of the held-out pictures are among the reference's: "
@@ -211,13 +206,10 @@ def open_references(config, model, opened):
 
 
 def opener(config, model):
-    """(function path -> ImageDataset, what the sizes are as a dict of results).
-
-    It decodes as the training did, where a checkpoint says how.
-    """
+    """(function path -> ImageDataset, decoded as in training; a dict of what the sizes are)."""
     trained = model.config if model else {}
-    shape, sizes = (compared_shape(config) if model is None else
-                    ((*model.diffusion.img_size, model.diffusion.img_channels), None))
+    own = model and (*model.diffusion.img_size, model.diffusion.img_channels)
+    shape, sizes = (own, None) if own else compared_shape(config)
     height, width, channels = shape
     print_line("compared at", f"{height}x{width} (height x width), {'colour' if channels == 3 else 'grey'}")
     resize_mode = config.resize_mode or trained.get("resize_mode", "crop")
@@ -233,23 +225,15 @@ def compared_shape(config):
 
     The samples' most frequent size, in colour if any sample or reference picture has it.
     """
-    found = survey(config.samples)
-    channels = config.img_channels or (3 if found.colour or survey(config.reference).colour else 1)
-    shape = (*(config.input_shape or found.size), channels)
-    names = {f"{height}x{width}": count for (height, width), count in found.sizes.most_common(5)}
-    if len(found.sizes) > 1:
+    sizes, colour = survey(config.samples)
+    channels = config.img_channels or (3 if colour or survey(config.reference)[1] else 1)
+    shape = (*(config.input_shape or sizes.most_common(1)[0][0]), channels)
+    names = {f"{height}x{width}": count for (height, width), count in sizes.most_common(5)}
+    if len(sizes) > 1:
         some = ", ".join(f"{count} of {name}" for name, count in names.items())
-        print(f"warning: the samples have {len(found.sizes)} sizes ({some}): all are made {shape[0]}x{shape[1]}; "
+        print(f"warning: the samples have {len(sizes)} sizes ({some}): all are made {shape[0]}x{shape[1]}; "
               "--input_shape sets another")
     return shape, names
-
-
-def validation_share(config, model):
-    """The run's val_split; 0 where the run was trained on other images than the reference."""
-    trained = model.config if model else {}
-    path = trained.get("annotation_path")
-    same = path is not None and Path(path).resolve() == Path(config.reference).resolve()
-    return trained.get("val_split", 0) if same else 0
 
 
 def open_samples(config, model, opened, reference, device, precision):
@@ -269,10 +253,7 @@ def open_samples(config, model, opened, reference, device, precision):
 
 
 def labels_like(reference, model, seed):
-    """Class ids (n,) in the reference's proportions, each id once for other classes.
-
-    None without.
-    """
+    """Class ids (n,) as often as in the reference, of other classes each once; None without."""
     if not model.classes:
         return None
     generator = torch.Generator().manual_seed(seed)

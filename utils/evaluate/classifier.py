@@ -1,21 +1,20 @@
-"""A small classifier of labelled pictures, whose last features measure how alike two sets of
-pictures are where Inception cannot.
-"""
+"""A small classifier: its features tell how alike sets of pictures are where Inception cannot."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from nets.weights import check_fit
 from utils.checkpoint import first_not_finite, weights_digest
-from utils.checkpoint_contents import check_tensors
-from utils.config import shown
+from utils.checkpoint_contents import Kind, check_tensors, expect
 from utils.files import atomic_write
 from utils.torch_files import load_tensors
 
 FORMAT = 1
 WIDTHS = (32, 64, 128)
 STEPS = 1400
+RATE = 2e-3  # the highest learning rate
 
 
 class FeatureNet(nn.Module):
@@ -38,15 +37,11 @@ class FeatureNet(nn.Module):
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, images):
-        """images (b, c, h, w) uint8 -> (b, 128) float32.
-
-        ValueError for another type or number of channels.
-        """
+        """images (b, c, h, w) uint8, else ValueError -> (b, 128) float32."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != self.img_channels:
             raise ValueError(f"expected uint8 pictures (b, {self.img_channels}, h, w), not {images.dtype} "
                              f"{tuple(images.shape)}")
-        x = images.to(self.head.weight.dtype) / 127.5 - 1
-        return self.layers(x).mean((2, 3))
+        return self.layers(images.to(self.head.weight.dtype) / 127.5 - 1).mean((2, 3))
 
     def classify(self, images):
         """images (b, c, h, w) uint8 -> (b, classes) logits."""
@@ -58,8 +53,7 @@ class FeatureNet(nn.Module):
 
 
 def train_feature_net(images, labels, test_images, test_labels, num_classes=None, *, epochs=None, batch_size=128,
-                      rate=2e-3, seed=0,
-                      device="cpu"):
+                      seed=0, device="cpu"):
     """A FeatureNet in eval mode, trained on images (n, h, w, c) uint8 with labels (n,).
 
     A function of its arguments on a machine with a number of threads. Only batches are copied, so
@@ -78,15 +72,15 @@ def train_feature_net(images, labels, test_images, test_labels, num_classes=None
     batch_size = min(batch_size, len(labels))
     epochs = epochs or max(1, round(STEPS * batch_size / len(labels)))
     steps = epochs * (len(labels) // batch_size)
-    optimizer = torch.optim.Adam(net.parameters(), rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1)
+    optimizer = torch.optim.Adam(net.parameters(), RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1)
     with tqdm(total=steps, desc="feature net", unit="step", dynamic_ncols=True, leave=False) as bar:
         for _ in range(epochs):
             for rows in torch.randperm(len(labels), generator=generator).split(batch_size):
                 if len(rows) < batch_size:
                     continue
-                loss = F.cross_entropy(net.classify(shifted(batch_of(images, rows, device), generator)),
-                                       labels[rows].to(device))
+                batch = shifted(batch_of(images, rows, device), generator)
+                loss = F.cross_entropy(net.classify(batch), labels[rows].to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -107,7 +101,7 @@ def check_labelled(name, images, labels):
 
 def batch_of(images, rows, device):
     """Pictures (n, h, w, c), an array or tensor -> the rows (b, c, h, w) uint8 on the device."""
-    return torch.as_tensor(images[rows if torch.is_tensor(images) else rows.numpy()]).to(device).permute(0, 3, 1, 2)
+    return torch.as_tensor(images[rows.numpy()]).to(device).permute(0, 3, 1, 2)
 
 
 def shifted(images, generator, most=2):
@@ -119,28 +113,23 @@ def shifted(images, generator, most=2):
 
 
 @torch.no_grad()
-def accuracy(net, images, labels, device="cpu", batch_size=500):
+def accuracy(net, images, labels, device):
     """The share of pictures (n, h, w, c) uint8 whose label (n,) the net gives."""
-    right = 0
-    for rows in torch.arange(len(labels)).split(batch_size):
-        right += (net.classify(batch_of(images, rows, device)).argmax(1).cpu() == labels[rows]).sum().item()
-    return right / len(labels)
+    found = [net.classify(batch_of(images, rows, device)).argmax(1).cpu()
+             for rows in torch.arange(len(labels)).split(500)]
+    return (torch.cat(found) == labels).sum().item() / len(labels)
 
 
 def save_feature_net(path, net):
     """Write the net and its accuracy as one file."""
+    about = {name: getattr(net, name) for name in ("img_channels", "num_classes", "accuracy")}
     weights = {name: value.cpu() for name, value in net.state_dict().items()}
-    kept = {"feature_net": FORMAT, "img_channels": net.img_channels, "num_classes": net.num_classes,
-            "accuracy": net.accuracy}
     with atomic_write(path) as file:
-        torch.save({**kept, "weights": weights}, file)
+        torch.save({"feature_net": FORMAT, **about, "weights": weights}, file)
 
 
 def load_feature_net(path, device="cpu"):
-    """The net of a file that `save_feature_net` wrote, in eval mode.
-
-    ValueError for any other file.
-    """
+    """The net of a file that `save_feature_net` wrote, in eval mode. ValueError for others."""
     loaded = load_tensors(path, what="feature net")
     if not isinstance(loaded, dict) or type(loaded.get("feature_net")) is not int or loaded["feature_net"] != FORMAT:
         raise ValueError(f"{path}: not a feature net that this version of the project wrote")
@@ -156,16 +145,13 @@ def load_feature_net(path, device="cpu"):
 
 def check_feature_net(loaded):
     """ValueError, before a net is built, unless a file holds one: types, ranges, sizes, shapes."""
-    for name in ("img_channels", "num_classes"):
-        if type(loaded.get(name)) is not int or not 1 <= loaded[name] <= 2**31:
-            raise ValueError(f"{name} is {shown(loaded.get(name))}, not a whole number from 1")
+    size, share = Kind(int, 1, 2**31), Kind(float, 0, 1)
     accuracy, weights = loaded.get("accuracy", ""), loaded.get("weights")
-    if accuracy is not None and (type(accuracy) is not float or not 0 <= accuracy <= 1):
-        raise ValueError(f"accuracy is {shown(accuracy)}, not a share")
+    for name in ("img_channels", "num_classes"):
+        expect(name, size.allows(loaded.get(name)), loaded.get(name), size)
+    expect("accuracy", accuracy is None or share.allows(accuracy), accuracy, share)
     check_tensors(weights)
     with torch.device("meta"):  # shapes alone
-        own = FeatureNet(loaded["img_channels"], loaded["num_classes"]).state_dict()
-    if {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in own.items()}:
-        raise ValueError("its weights are not of the sizes that it names")
+        check_fit(FeatureNet(loaded["img_channels"], loaded["num_classes"]).state_dict(), weights)
     if (name := first_not_finite(weights)) is not None:
         raise ValueError(f"its weights hold NaN or infinity (the first is {name})")

@@ -1,10 +1,14 @@
-"""FID (Frechet distance), KID (kernel distance), precision and recall, nearest images: on
-features, in float64.
+"""FID (Frechet distance), KID (kernel distance), precision, recall and nearest images of features.
+
+All in float64.
 """
+
+from dataclasses import dataclass
 
 import torch
 
 
+@dataclass(eq=False)
 class FeatureStatistics:
     """Count, mean and covariance (d, d) of features that come in batches, in float64.
 
@@ -12,16 +16,12 @@ class FeatureStatistics:
     not subtract large sums from each other.
     """
 
-    def __init__(self):
-        self.count = 0
-        self.mean = None  # (d,)
-        self.scatter = None  # (d, d), the sum of (x - mean)(x - mean)^T
+    count: int = 0
+    mean: torch.Tensor | None = None  # (d,)
+    scatter: torch.Tensor | None = None  # (d, d), the sum of (x - mean)(x - mean)^T
 
     def add(self, features):
-        """features: (n, d), a tensor or array of any float type, n may be 0.
-
-        ValueError for another shape or values not finite.
-        """
+        """features: as `as_features` takes them, n may be 0. Returns self."""
         features = as_features(features)
         count, mean = len(features), features.mean(0)
         if count == 0:
@@ -41,20 +41,14 @@ class FeatureStatistics:
 
     @property
     def covariance(self):
-        """(d, d), the unbiased one (divided by n - 1), as the field's implementations take it.
-
-        ValueError below 2 features.
-        """
+        """(d, d), unbiased (divided by n - 1), as is usual for FID. ValueError below 2 features."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 pictures, not {self.count}")
         return self.scatter / (self.count - 1)
 
 
 def as_features(features):
-    """(n, d) float64 tensor on the CPU (Apple GPUs have no float64).
-
-    ValueError for another shape or values not finite.
-    """
+    """(n, d) of any type as float64 on the CPU (Apple GPUs have none). ValueError: shape, NaN."""
     features = torch.as_tensor(features).detach().to("cpu", torch.float64)
     if features.ndim != 2:
         raise ValueError(f"features must be (pictures, numbers), not of shape {tuple(features.shape)}")
@@ -66,21 +60,16 @@ def as_features(features):
 def frechet_distance(mean_1, cov_1, mean_2, cov_2):
     """FID: |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), never below 0.
 
-    Dowson & Landau 1982; Heusel et al. 2017, equation 6.
-
-    Args: means (d,) and symmetric covariances (d, d), which may be singular; tensors or arrays,
-    taken as float64. With C = L L^T the trace of the root is the sum of the singular values of
-    L_1^T L_2: there is no root of a matrix that is not symmetric, so nothing turns complex, and a
-    set against itself gives its own eigenvalues, so 0 to rounding even where C is singular.
-    ValueError for shapes that do not fit or values not finite.
+    Dowson & Landau 1982; Heusel et al. 2017, equation 6. Means (d,) and symmetric covariances
+    (d, d), which may be singular; tensors or arrays. With C = L L^T the trace of the root is the
+    sum of the singular values of L_1^T L_2: nothing turns complex, and a set against itself gives
+    0 to rounding even where C is singular. ValueError: shapes that do not fit, values not finite.
     """
-    mean_1, cov_1, mean_2, cov_2 = (torch.as_tensor(value).detach().to("cpu", torch.float64)
-                                    for value in (mean_1, cov_1, mean_2, cov_2))
-    d = mean_1.numel()
-    if any(mean.shape != (d,) for mean in (mean_1, mean_2)) or any(cov.shape != (d, d) for cov in (cov_1, cov_2)):
-        raise ValueError("means and covariances do not fit together: "
-                         f"{[tuple(v.shape) for v in (mean_1, cov_1, mean_2, cov_2)]}")
-    if not all(value.isfinite().all() for value in (mean_1, cov_1, mean_2, cov_2)):
+    values = [torch.as_tensor(value).detach().to("cpu", torch.float64) for value in (mean_1, cov_1, mean_2, cov_2)]
+    (mean_1, cov_1, mean_2, cov_2), shapes, d = values, [tuple(value.shape) for value in values], values[0].numel()
+    if shapes != [(d,), (d, d)] * 2:
+        raise ValueError(f"means and covariances do not fit together: {shapes}")
+    if not all(value.isfinite().all() for value in values):
         raise ValueError("means or covariances hold NaN or infinite values")
     overlap = torch.linalg.svdvals(factor(cov_1).T @ factor(cov_2)).sum()
     distance = (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * overlap
@@ -149,8 +138,7 @@ def precision_and_recall(samples, reference, k=3):
     if min(len(samples), len(reference)) <= k:
         raise ValueError(f"precision and recall with k = {k} need more than {k} pictures on both sides, "
                          f"not {len(samples)} and {len(reference)}")
-    # The float32 features of a copy differ in their last digits: without this a ball of copies
-    # would not hold another one.
+    # Float32 features of a copy differ in their last digits: it shall be in a ball of copies too.
     slack = 1e-6 * reference.square().sum(1).mean().sqrt()
     centre = reference.mean(0)  # distances of centred features lose fewer digits
     samples, reference = samples - centre, reference - centre

@@ -1,6 +1,4 @@
-"""Features of image sets for FID, KID, precision and recall: computed in one pass, kept in a
-cache.
-"""
+"""Features of image sets for FID, KID, precision and recall, computed in one pass and cached."""
 
 import hashlib
 from dataclasses import replace
@@ -47,10 +45,7 @@ class Collected(NamedTuple):
 
 
 def collect(blocks, extractor=None, max_features=10_000, max_images=0):
-    """Collected of blocks of images (b, H, W, C), in one pass.
-
-    It keeps the first features and images.
-    """
+    """Collected of blocks of images (b, H, W, C): of all, and the first features and images."""
     statistics, features, images = FeatureStatistics(), [], []
     num_features = num_images = 0
     for block in blocks:
@@ -92,31 +87,21 @@ class FeatureCache:
         return found or writable_folder(self.folders) / name
 
     def collected(self, dataset, extractor, max_features):
-        """Collected of a whole ImageDataset, read from its file.
-
-        Without a sound file, computed and kept.
-        """
+        """Collected of a whole ImageDataset, read from its file, or computed and written to it."""
         path = self.path("features", dataset.key(), extractor.key, max_features)
-        statistics = FeatureStatistics()
         try:
             kept = load_tensors(path)
-            statistics.count, statistics.mean, statistics.scatter = kept["count"], kept["mean"], kept["scatter"]
-            return Collected(statistics, kept["features"], None)
+            return Collected(FeatureStatistics(kept["count"], kept["mean"], kept["scatter"]), kept["features"], None)
         except Exception:  # none yet, or damaged, for which torch.load raises all kinds
             blocks = dataset.blocks(dataset.shuffled(0, seed=0))
             found = collect(with_progress(blocks, len(dataset), "reference"), extractor, max_features)
-        statistics = found.statistics
-        kept = {name: getattr(statistics, name) for name in ("count", "mean", "scatter")} | {"features": found.features}
         with atomic_write(path) as file:
-            torch.save(kept, file)
+            torch.save({**vars(found.statistics), "features": found.features}, file)
         self.prune(path.parent)
         return found
 
     def classifier(self, dataset, device):
-        """The file of a FeatureNet of the dataset's classes.
-
-        A missing one is trained on 90 % of the images.
-        """
+        """The file of a FeatureNet of its classes, trained on 90 % of the images where missing."""
         if len(dataset.classes) < 2:
             raise ValueError("--features classifier learns classes, and the reference has none: sort its "
                              "pictures into class folders, name a classifier's file, or use --features inception")

@@ -3,13 +3,12 @@
 import contextlib
 import hashlib
 import os
-import shutil
 import zipfile
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,31 +24,20 @@ from utils.terminal import printable
 GREY = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes without colour
 
 
-class Survey(NamedTuple):
-    """The sizes of the images of a set, and whether one of them has colour."""
-
-    sizes: Counter  # {(height, width): number of images}
-    colour: bool
-
-    @property
-    def size(self):
-        """The most frequent size."""
-        return self.sizes.most_common(1)[0][0]
-
-
 def survey(path):
-    """The Survey of a folder, list or .npz, from the headers of its files.
+    """(Counter of the (height, width), whether one has colour) of a folder, list or .npz.
 
-    ValueError where there is no image. Files that cannot be read are left out, as in decoding.
+    It reads the headers alone. Files that cannot be read are left out, as in decoding. ValueError
+    where there is no image.
     """
     path = Path(path)
     if path.suffix.lower() == ".npz":
         count, height, width, channels = _npz_shape(path)
-        return Survey(Counter({(height, width): count}), channels == 3)
+        return Counter({(height, width): count}), channels == 3
     found = [header for header in map_in_threads(_header, _listed(path), description="sizes") if header]
     if not found:
         raise ValueError(f"no image of {printable(path)} can be decoded")
-    return Survey(Counter(size for size, _ in found), any(colour for _, colour in found))
+    return Counter(size for size, _ in found), any(colour for _, colour in found)
 
 
 def _header(path):
@@ -81,25 +69,23 @@ def open_images(path, shape, resize_mode="crop", background=(255, 255, 255), cac
     path = Path(path)
     if path.suffix.lower() == ".npz":
         return _open_npz(path, tuple(shape))
+    decode = partial(open_dataset, input_shape=shape[:2], img_channels=shape[2], resize_mode=resize_mode,
+                     background=background, cache_path=cache_path, icc=icc)
     if not path.is_dir():
-        return open_dataset(path, shape[:2], shape[2], resize_mode, background, cache_path=cache_path, icc=icc)
+        return decode(path)
     paths = _listed(path)
     with TemporaryDirectory() as folder:
         annotation = os.path.join(folder, "lines.txt")
         write_annotation(annotation, paths, *label_by_folder(paths))
-        dataset = open_dataset(annotation, shape[:2], shape[2], resize_mode, background, cache_path=cache_path, icc=icc)
-    return replace(dataset, name=printable(path.resolve()))
+        return replace(decode(annotation), name=printable(path.resolve()))
 
 
 @contextlib.contextmanager
-def _open_member(path):
-    """Open arr_0.npy of an .npz for reading.
-
-    ValueError where the file lacks it, or the block finds damage in it.
-    """
+def _open_archive(path):
+    """Open an .npz as a ZipFile. ValueError where it is none, or the block finds damage in it."""
     try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-            yield member
+        with zipfile.ZipFile(path) as archive:
+            yield archive
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None
     except OSError:
@@ -110,7 +96,7 @@ def _open_member(path):
 
 def _npz_shape(path):
     """The shape of arr_0. ValueError unless it is uint8 (N, H, W, 1 or 3), N above 0."""
-    with _open_member(path) as member:
+    with _open_archive(path) as archive, archive.open("arr_0.npy") as member:
         version = np.lib.format.read_magic(member)
         reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = reader(member)
@@ -120,22 +106,16 @@ def _npz_shape(path):
 
 
 def _open_npz(path, shape):
-    """The ImageDataset of an .npz.
-
-    numpy would read a packed array into memory, so this unpacks it to the disk and maps it.
-    """
+    """The ImageDataset of an .npz, unpacked to the disk and mapped: numpy would fill the memory."""
     own = _npz_shape(path)[1:]
     if own not in (shape, (*shape[:2], 1)):
         raise ValueError(f"{path} holds pictures of (height, width, channels) {own}, to be compared at {shape}: "
                          "pictures of an .npz are taken as they are")
     # Windows keeps open files
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, _open_member(path) as member:
-        unpacked = os.path.join(folder, "arr_0.npy")
-        with open(unpacked, "wb") as file:
-            shutil.copyfileobj(member, file)
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, _open_archive(path) as archive:
+        unpacked = archive.extract("arr_0.npy", folder)
         pixels = np.asarray(np.load(unpacked, mmap_mode="r", allow_pickle=False))
     pixels = np.broadcast_to(pixels, (len(pixels), *shape))  # grey ones as colour
     hashes = [hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest() for picture in pixels]
-    paths = [f"{printable(path.resolve())}[{number}]" for number in range(len(pixels))]
-    return ImageDataset(printable(path.resolve()), pixels, hashes, torch.zeros(len(pixels), dtype=torch.int64), [],
-                        paths)
+    name, labels = printable(path.resolve()), torch.zeros(len(pixels), dtype=torch.int64)
+    return ImageDataset(name, pixels, hashes, labels, [], [f"{name}[{number}]" for number in range(len(pixels))])

@@ -1,6 +1,4 @@
-"""The Inception network that FID and KID are defined with, through torchmetrics (an optional
-extra; its weights are downloaded once).
-"""
+"""The Inception network of FID and KID, through torchmetrics, an optional extra."""
 
 import hashlib
 import io
@@ -18,12 +16,7 @@ INSTEAD = "--features classifier needs neither (its distances compare with its o
 
 
 class Inception(nn.Module):
-    """Pictures (b, 1 or 3, h, w) uint8 -> the 2048 features of the last pooling, (b, 2048) float32.
-
-    Resized to 299x299 within.
-    """
-
-    num_features = 2048
+    """Pictures (b, 1 or 3, h, w) uint8, made 299x299 within -> the last pooling, (b, 2048)."""
 
     def __init__(self, network):
         super().__init__()
@@ -42,51 +35,40 @@ def load_inception(weights_path="", device="cpu"):
     """The network of `torchmetrics.image.fid`, with the weights of the FID paper.
 
     weights_path: a file; "": torch.hub's cache, downloaded (91 MB) where they are missing.
-    ValueError: a missing package, or weights that are missing or do not fit.
+    ValueError: a missing or broken package, or weights that are missing or do not fit.
     """
     try:
-        import torch_fidelity  # noqa: F401 (torchmetrics needs it, but can be imported without)
+        from torch_fidelity import feature_extractor_inceptionv3 as theirs  # torchmetrics imports it only when needed
         from torchmetrics.image.fid import FrechetInceptionDistance
-    except ImportError as error:
-        raise ValueError(f"Inception features need two more packages ({error.name} is missing): "
-                         f"{INSTALL}; {INSTEAD}") from None
     except Exception as error:  # whatever a broken package raises
-        raise ValueError(f"torchmetrics or torch-fidelity is here, but fails ({type(error).__name__}: "
-                         f"{' '.join(str(error).split())[:120]}): {INSTALL} again; {INSTEAD}") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise ValueError(f"Inception features need two more packages, and importing them fails ({reason}): {INSTALL}; "
+                         f"{INSTEAD}") from None
+    source = weights_path or theirs.URL_INCEPTION_V3
     try:
-        weights = load_tensors(named_file(weights_path)) if weights_path else downloaded_weights()
+        if weights_path and not Path(weights_path).is_file():
+            raise FileNotFoundError("there is no such file")
+        weights = load_tensors(weights_path) if weights_path else downloaded_weights(theirs)
         check_tensors(weights)
-        # The library's loader would run code hidden in a file: it gets what was read without, and
-        # no file.
-        copy = io.BytesIO()
+        copy = io.BytesIO()  # no file for the library's loader: it would run code hidden in one
         torch.save(weights, copy)
         copy.seek(0)
         metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=copy)
     except OSError as error:  # urllib's errors too
-        what = (f"{weights_path} cannot be read" if weights_path else
-                f"the Inception weights cannot be downloaded from {weights_address()}")
+        what = f"{source} cannot be read" if weights_path else f"the weights cannot be downloaded from {source}"
         raise ValueError(f"{what} ({error}): name a copy of the file with --inception_weights; {INSTEAD}") from None
     except Exception as error:  # torch.load and load_state_dict raise all kinds
         what = str(error).splitlines()[0].removeprefix(f"{weights_path}: ")[:400]
-        raise ValueError(f"{weights_path or weights_address()}: not the Inception weights ({what})") from None
+        raise ValueError(f"{source}: not the Inception weights ({what})") from None
     return Inception(metric.inception).to(device).eval().requires_grad_(False)
 
 
-def named_file(path):
-    """The path of a file that a user names. OSError where there is none."""
-    if not Path(path).is_file():
-        raise FileNotFoundError("there is no such file")
-    return path
-
-
-def downloaded_weights():
-    """The state dict in torch.hub's cache, downloaded where it is not there.
+def downloaded_weights(theirs):
+    """The state dict in torch.hub's cache, downloaded where it is not there. theirs: the library's.
 
     The file's name holds the first digits of its SHA-256, which is compared before anything is read
     from it. ValueError for a file of other content, OSError where it cannot be downloaded.
     """
-    from torch_fidelity import feature_extractor_inceptionv3 as theirs
-
     kept = Path(torch.hub.get_dir(), "checkpoints", theirs.URL_INCEPTION_V3.rsplit("/", 1)[1])
     if kept.is_file() and not sha256_of(kept).startswith(kept.stem.rsplit("-", 1)[1]):
         raise ValueError(f"{kept} is damaged, or another file: delete it, and it is downloaded again")
@@ -101,10 +83,3 @@ def sha256_of(path):
         while part := file.read(2**20):
             digest.update(part)
     return digest.hexdigest()
-
-
-def weights_address():
-    """Where torch-fidelity downloads the weights from."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    return URL_INCEPTION_V3

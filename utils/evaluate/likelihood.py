@@ -1,6 +1,4 @@
-"""Bits per dimension of images, from the variational bound (Ho et al. 2020, sections 2, 3.3 and
-4.3).
-"""
+"""Bits per dimension, from the variational bound (Ho et al. 2020, sections 2, 3.3 and 4.3)."""
 
 import math
 
@@ -21,24 +19,19 @@ def variational_bound(denoise, alpha_bars, x, generator=None):
     the noise, on x's device; None: torch's global one. ValueError for images not on 256 levels.
     """
     if ((x + 1) * 127.5 - ((x + 1) * 127.5).round()).abs().max() > 1e-2 or x.abs().max() > 1 + 1e-4:
-        raise ValueError("bits per dimension are defined for 8-bit images: x must be on the 256 levels -1, -1 + "
-                         "2/255, ... 1")
+        raise ValueError("bits per dimension need 8-bit images: x must be on the 256 levels -1, -1 + 2/255, ... 1")
     terms = []
     for t, alpha_bar in enumerate(alpha_bars):
         noise = torch.randn(x.shape, generator=generator, device=x.device)
         x_t = math.sqrt(alpha_bar) * x + math.sqrt(1 - alpha_bar) * noise
         x_0 = denoise(x_t, t)
         if t == 0:
-            terms.append(mean_bits(-decoder_log_likelihood(x, x_0, math.sqrt(1 - alpha_bar))))
+            nats = -decoder_log_likelihood(x, x_0, math.sqrt(1 - alpha_bar))
         else:
-            terms.append(mean_bits(step_divergence(x, x_0, alpha_bars[t - 1], alpha_bar)))
-    terms.append(mean_bits(prior_divergence(x, alpha_bars[-1])))
+            nats = step_divergence(x, x_0, alpha_bars[t - 1], alpha_bar)
+        terms.append(nats.flatten(1).mean(1) / math.log(2))
+    terms.append(prior_divergence(x, alpha_bars[-1]).flatten(1).mean(1) / math.log(2))
     return torch.stack(terms, 1).cpu().double()
-
-
-def mean_bits(nats):
-    """(b, c, h, w) nats -> (b,) bits per dimension."""
-    return nats.flatten(1).mean(1) / math.log(2)
 
 
 def prior_divergence(x, alpha_bar):

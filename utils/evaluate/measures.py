@@ -1,7 +1,4 @@
-"""The measures of `python -m utils.evaluate`, each printed and as a dict.
-
-FID, KID, precision and recall; the nearest reference images; bits per dimension.
-"""
+"""The measures of `python -m utils.evaluate`, each printed and as a dict."""
 
 import math
 from pathlib import Path
@@ -61,8 +58,7 @@ def measure_nearest(config, images, reference, held_out, extractor):
     print_line(title, "  ".join(f"{quantile:>7.0%}" for quantile in QUANTILES))
     for name, values in quantiles.items():
         print_line(f"  {name}", "  ".join(f"{value:7.3f}" for value in values))
-    print_line("  very close", f"{closer:.1%} of the samples are closer than the 1 % quantile of the other pictures; "
-                               "chance gives 1 %")
+    print_line("  very close", f"{closer:.1%} of the samples are closer than the others' 1 % quantile (chance: 1 %)")
     return {
         "by": config.nearest_by, "quantiles": QUANTILES, **quantiles, "share_closer_than_first_quantile": closer,
         "pairs": save_pairs(config, images, reference, distances, found), "num_samples": len(distances),
@@ -76,27 +72,21 @@ def nearest_images(images, reference, extractor=None, k=1):
     Between features of the extractor. None: between pixels, the root mean square in levels of 0 to
     255, for any image size.
     """
-    def describe(block):
-        return extractor(block) if extractor else block.flatten(1)
-
+    describe = extractor or (lambda block: block.flatten(1))
     blocks = with_progress(reference.blocks(), len(reference), "nearest")
     distances, found = nearest(describe(images), map(describe, blocks), k)
     return distances[:, -1] / (1 if extractor else math.sqrt(images[0].numel())), found[:, -1]
 
 
 def save_pairs(config, images, reference, distances, found):
-    """Save a grid of samples beside their nearest reference images.
-
-    Returns what it shows, as dicts.
-    """
+    """Save a grid of samples beside their nearest reference images. Returns the pairs as dicts."""
     order = distances.argsort().tolist()
     rest = order[PAIRS:]
     shown = order[:PAIRS] + [rest[i] for i in np.linspace(0, len(rest) - 1, min(PAIRS, len(rest))).astype(int)]
     path = Path(config.save_dir) / "evaluate_nearest_results.png"
     pairs = np.concatenate((images[shown].numpy(), reference.images(found[shown]).numpy()), axis=2)
     save_png(path, make_grid(pairs, COLUMNS, padding=4))
-    print(f"{path.resolve()}: sample and nearest picture; the {min(PAIRS, len(order))} closest pairs first, "
-          "then ever farther ones")
+    print(f"{path.resolve()}: sample and nearest picture; the {min(PAIRS, len(order))} closest first, then farther ones")
     return [{"sample": i, "distance": distances[i].item(), "reference": printable(reference.paths[found[i]])}
             for i in shown]
 
@@ -128,15 +118,10 @@ def measure_bits(config, model, held_out, device, precision):
 
 
 def held_out_labels(held_out, model):
-    """The held-out images' class ids (N,); None: no classes, or the null class.
-
-    ValueError for others.
-    """
-    if not model.classes:
-        return None
-    if held_out.classes == model.classes:
+    """The held-out images' class ids (N,); None: no classes, or the null class; else ValueError."""
+    if model.classes and held_out.classes == model.classes:
         return held_out.labels
-    if model.diffusion.null_class is None:
-        raise ValueError(f"--bits: the model needs the classes {', '.join(model.classes[:5])} ..., "
-                         "and the held-out pictures are not sorted into folders of these names")
+    if model.classes and model.diffusion.null_class is None:
+        raise ValueError(f"--bits: the model needs the classes {', '.join(model.classes[:5])} ..., and the held-out "
+                         "pictures are not sorted into folders of these names")
     return None
