@@ -25,14 +25,12 @@ READ = re.compile(r"^init_conv\.weight|^time_mlp\.1\.weight|\.class_bias\.weight
 def read_architecture(weights, prefix):
     """The UNet's arguments, a dict, from the shapes of the weights with this prefix."""
     layers = ("init_conv", "downs.0.conv_1", "mid.0.conv_1", "out_conv")
-    needed = ["betas", *(f"{prefix}{layer}.weight" for layer in layers)]
-    missing = [name for name in needed if name not in weights]
-    if missing:
-        raise ValueError(f"this is not a state dict of a GaussianDiffusion: it has no {some(missing)}")
+    missing = [name for name in ("betas", *(f"{prefix}{layer}.weight" for layer in layers)) if name not in weights]
     shapes = {key.removeprefix(prefix): tuple(value.shape) for key, value in weights.items() if key.startswith(prefix)}
     flat = [key for key, shape in shapes.items() if READ.search(key) and (len(shape) < 2 or 0 in shape)]
-    if flat:
-        raise ValueError(f"this is not a state dict of a GaussianDiffusion: {flat[0]} has the shape {shapes[flat[0]]}")
+    if missing or flat:
+        fault = f"it has no {some(missing)}" if missing else f"{flat[0]} has the shape {shapes[flat[0]]}"
+        raise ValueError(f"this is not a state dict of a GaussianDiffusion: {fault}")
     base_channels, img_channels = shapes["init_conv.weight"][:2]
     widths, blocks, attention = read_levels(shapes)
     return {
@@ -49,9 +47,8 @@ def read_architecture(weights, prefix):
 
 def read_levels(shapes):
     """(channels of each level, residual blocks per level, levels with attention), from `downs`."""
-    layers = {int(match[1]) for match in (re.match(r"downs\.(\d+)\.", key) for key in shapes) if match}
     levels = [[]]
-    for i in sorted(layers):
+    for i in sorted({int(match[1]) for key in shapes if (match := re.match(r"downs\.(\d+)\.", key))}):
         if f"downs.{i}.downsample.weight" in shapes:
             levels.append([])
         elif f"downs.{i}.conv_1.weight" in shapes:
@@ -66,24 +63,24 @@ def read_levels(shapes):
 def check_sizes(checkpoint):
     """ValueError unless the settings of a checkpoint describe the network of its tensors.
 
-    It comes before the network is built: a small file may claim any size. The shapes are those of a
-    network on the meta device, without values.
+    It comes before the network is built, on the meta device: a small file may claim any size.
     """
     weights, config = clean_keys(checkpoint["weights"]), checkpoint["config"]
     if config:
         check_claims(config, len(checkpoint["classes"]), weights)
-        described = unet_arguments(config, len(checkpoint["classes"]))
-        T = config.get("num_timesteps", 1000)
+        described, T = unet_arguments(config, len(checkpoint["classes"])), config.get("num_timesteps", 1000)
     else:
-        described = read_architecture(weights, "model." if "model.init_conv.weight" in weights else "ema_model.")
-        T = len(weights["betas"])
+        described, T = read_architecture(weights, prefixes(weights)[0]), len(weights["betas"])
     with torch.device("meta"):
         network, tables = UNet(**described).state_dict(), {name: torch.zeros(T) for name in TABLES}
-    own = {f"{prefix}.{name}": value for prefix in ("model", "ema_model") for name, value in network.items()} | tables
-    if "model.init_conv.weight" not in weights:  # averages alone
-        own = {name: value for name, value in own.items() if not name.startswith("model.")}
-    check_fit(own, weights)
+    own = {f"{prefix}{name}": value for prefix in prefixes(weights) for name, value in network.items()}
+    check_fit(own | tables, weights)
     check_betas(weights["betas"].double().cpu().numpy())
+
+
+def prefixes(weights):
+    """What the keys of the file's networks begin with, the network before its EMA."""
+    return ("model.", "ema_model.") if "model.init_conv.weight" in weights else ("ema_model.",)
 
 
 def check_claims(config, num_classes, weights):
@@ -132,9 +129,7 @@ def class_rows(config, num_classes):
     if num_classes < 1:
         raise ValueError("class_conditional is on, but the images have no classes: sort them into class folders and "
                          "list them again")
-    if config.get("label_dropout", 0.0) > 0:
-        return num_classes + 1, num_classes
-    return num_classes, None
+    return (num_classes + 1, num_classes) if config.get("label_dropout", 0.0) > 0 else (num_classes, None)
 
 
 def change_classes(state_dict, known, classes, null_row):
@@ -145,10 +140,7 @@ def change_classes(state_dict, known, classes, null_row):
     Without classes these are added to the bias of the time, and weights without classes get zeros:
     each leaves the output as it was. null_row: whether the new network has a null class.
     """
-    weights = clean_keys(state_dict)
-    prefix = "ema_model." if any(key.startswith("ema_model.") for key in weights) else "model."
-    weights = {re.sub("^model.", "ema_model.", key): value.float() for key, value in weights.items()
-               if key.startswith(prefix) or key in TABLES}
+    weights = {key: value.float() for key, value in clean_keys(state_dict).items() if not key.startswith("model.")}
     for key in [key for key in weights if key.endswith(".time_bias.bias")]:
         embedding = key.replace(".time_bias.bias", ".class_bias.weight")
         rows = weights.pop(embedding, None)
@@ -171,9 +163,9 @@ def clean_keys(state_dict):
     return {".".join(part for part in key.split(".") if part not in wrappers): state_dict[key] for key in state_dict}
 
 
-def some(names, limit=3):
-    """The first `limit` names and the number of the others, as text."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def some(names):
+    """The first three names and the number of the others, as text."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def known_settings(checkpoint):
@@ -204,19 +196,15 @@ def read_settings(weights):
 
     The settings are train.py's, time_emb_dim and norm. `schedule` is missing for unknown betas.
     """
-    found = read_architecture(weights, "model." if "model.init_conv.weight" in weights else "ema_model.")
-    betas = weights["betas"].double().cpu().numpy()
+    found = read_architecture(weights, prefixes(weights)[0])
+    betas, classes = weights["betas"].double().cpu().numpy(), found["num_classes"]
     try:
         schedule = find_schedule(betas)
     except ValueError:
         schedule = {"num_timesteps": len(betas)}
-    settings = {
-        "img_channels": found["img_channels"], "channel": found["base_channels"], "norm": found["norm"],
-        "channel_mults": found["channel_mults"], "num_res_blocks": found["num_res_blocks"],
-        "attention_resolutions": found["attention_resolutions"], "time_emb_dim": found["time_emb_dim"],
-        "class_conditional": found["num_classes"] is not None, "label_dropout": 0.0, **schedule,
-    }  # fmt: skip
-    return settings, found["num_classes"] or 0
+    settings = {name: found[argument] for name, argument in NETWORK.items() if argument in found}
+    settings |= {"img_channels": found["img_channels"], "class_conditional": classes is not None, "label_dropout": 0.0}
+    return settings | schedule, classes or 0
 
 
 def find_schedule(betas):

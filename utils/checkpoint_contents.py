@@ -66,11 +66,9 @@ def check_contents(checkpoint):
         if name in config:
             expect(name, setting.allows(config[name]), config[name], setting)
     texts = isinstance(classes, list) and all(type(name) is str for name in classes)
-    unique = texts and len(set(classes)) == len(classes)
-    expect("classes", unique, classes, "a list of different names")
+    expect("classes", texts and len(set(classes)) == len(classes), classes, "a list of different names")
     for name in ("ema_step", "bad_in_row"):
-        if name in checkpoint:
-            expect(name, COUNT.allows(checkpoint[name]), checkpoint[name], COUNT)
+        expect(name, COUNT.allows(checkpoint.get(name, 0)), checkpoint.get(name), COUNT)
 
 
 def check_training(checkpoint, parts):
@@ -78,22 +76,21 @@ def check_training(checkpoint, parts):
     missing = [name for name in TRAINING if name not in checkpoint]
     if missing:
         raise ValueError(f"it has a position, but no {', '.join(missing)}")
-    position, sums, scaler = (checkpoint[name] for name in ("position", "sums", "scaler"))
+    position, sums, scaler, optimizer = (checkpoint[name] for name in ("position", "sums", "scaler", "optimizer"))
     numbers = ("epoch", "images", "batch_size")
     counts = isinstance(position, dict) and all(COUNT.allows(position.get(name)) for name in numbers)
     placed = counts and type(position.get("pictures")) is str
     expect("position", placed, position, "epoch, images, batch_size and pictures")
     table = torch.is_tensor(sums) and sums.ndim == 2 and sums.is_floating_point()
     expect("sums", sums is None or table, sums, "a table of numbers")
-    optimizer = checkpoint["optimizer"]
     state = isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict)
     expect("optimizer", state, optimizer, "the state of an optimizer")
     finite = isinstance(scaler, dict) and all(map(FINITE.allows, scaler.values()))
     expect("scaler", finite, scaler, "a dict of numbers")
     for name in ("history", "speed"):  # older versions kept the tables here
         rows = checkpoint.get(name, [])
-        listed = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-        listed = listed and all(COUNT.allows(row.get("epoch")) for row in rows)
+        listed = isinstance(rows, list) and all(isinstance(row, dict) and COUNT.allows(row.get("epoch"))
+                                                for row in rows)
         expect(name, listed, rows, "a list of rows")
     check_training_fits(checkpoint, parts)
 
@@ -103,10 +100,8 @@ def check_training_fits(checkpoint, parts):
     parameters = [parameter for group in parts.optimizer.param_groups for parameter in group["params"]]
     sums, scaler, position = checkpoint["sums"], parts.scaler.state_dict(), checkpoint["position"]
     fits = {
-        "optimizer": all(
-            number in range(len(parameters)) and are_moments(kept, parameters[number])
-            for number, kept in checkpoint["optimizer"]["state"].items()
-        ),
+        "optimizer": all(number in range(len(parameters)) and are_moments(kept, parameters[number])
+                         for number, kept in checkpoint["optimizer"]["state"].items()),
         "sums": sums is None or (len(sums) > 0 and sums.shape[1:] == parts.meter.sums.shape),
         "scaler": not checkpoint["scaler"] or set(scaler) <= set(checkpoint["scaler"]),
         "position": position["batch_size"] > 0 and position["images"] % position["batch_size"] == 0,
@@ -119,10 +114,9 @@ def check_training_fits(checkpoint, parts):
 
 def are_moments(kept, parameter):
     """Whether `kept` is what Adam keeps of a parameter: a step count, and moments of its shape."""
-    names = ("step", "exp_avg", "exp_avg_sq")
-    if not isinstance(kept, dict) or not all(torch.is_tensor(kept.get(name)) for name in names):
-        return False
-    return kept["step"].ndim == 0 and kept["exp_avg"].shape == kept["exp_avg_sq"].shape == parameter.shape
+    shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    return isinstance(kept, dict) and all(torch.is_tensor(kept.get(name)) and kept[name].shape == shape
+                                          for name, shape in shapes.items())
 
 
 def expect(name, fits, found, expected):
