@@ -1,4 +1,1 @@
-"""`python -m utils.convert`: checkpoints to and from the formats of others.
-
-A command: nothing but tests imports from it.
-"""
+"""`python -m utils.convert`, a command: nothing but tests imports from it."""

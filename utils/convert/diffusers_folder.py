@@ -85,8 +85,12 @@ def to_unet2d(network, input_shape, label=None):
         if name.endswith("class_bias"):
             bias = name.replace("class_bias", "time_bias") + ".bias"
             weights[bias] = weights[bias] + module.weight[label].detach()
-    settings = unet2d_settings(found, input_shape, network.downs[0].conv_2[0].p, network.out_norm.num_groups)
-    return settings, rename(weights, layer_names(len(found["channel_mults"]), found["num_res_blocks"]))
+    names, renamed = layer_names(len(found["channel_mults"]), found["num_res_blocks"]), {}
+    for key, value in weights.items():
+        keys = their_keys(key, names)
+        value = value.flatten(1) if ".attention.to_" in key and value.ndim > 1 else value
+        renamed |= {name: part.contiguous() for name, part in zip(keys, value.chunk(len(keys)))}
+    return unet2d_settings(found, input_shape, network.downs[0].conv_2[0].p, network.out_norm.num_groups), renamed
 
 
 def check_expressible(network, found):
@@ -281,13 +285,3 @@ def their_keys(key, names):
     """UNet2DModel's keys for one of ours: it has three linear layers for q, k, v, ours one 1x1."""
     layer, leaf = key.rsplit(".", 1)
     return [f"{names[layer].replace('to_qkv', name)}.{leaf}" for name in (QKV if layer.endswith("to_qkv") else QKV[:1])]
-
-
-def rename(weights, names):
-    """Our weights under diffusers' names."""
-    renamed = {}
-    for key, value in weights.items():
-        keys = their_keys(key, names)
-        value = value.flatten(1) if ".attention.to_" in key and value.ndim > 1 else value
-        renamed |= {name: part.contiguous() for name, part in zip(keys, value.chunk(len(keys)))}
-    return renamed

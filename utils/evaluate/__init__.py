@@ -1,4 +1,1 @@
-"""`python -m utils.evaluate`: FID, KID, precision and recall, nearest images, bits per dimension.
-
-A command: nothing but benchmarks and tests imports from it.
-"""
+"""`python -m utils.evaluate`, a command: nothing but benchmarks, docs and tests imports from it."""

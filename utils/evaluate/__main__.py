@@ -221,10 +221,7 @@ def opener(config, model):
 
 
 def compared_shape(config):
-    """((H, W, C) to compare pictures at, {"HxW": number of samples}).
-
-    The samples' most frequent size, in colour if any sample or reference picture has it.
-    """
+    """((H, W, C) to compare at, {"HxW": samples}): the most frequent size, colour if any has it."""
     sizes, colour = survey(config.samples)
     channels = config.img_channels or (3 if colour or survey(config.reference)[1] else 1)
     shape = (*(config.input_shape or sizes.most_common(1)[0][0]), channels)

@@ -1,7 +1,4 @@
-"""FID (Frechet distance), KID (kernel distance), precision, recall and nearest images of features.
-
-All in float64.
-"""
+"""FID (Frechet distance), KID (kernel distance), precision, recall, nearest images, in float64."""
 
 from dataclasses import dataclass
 

@@ -86,7 +86,7 @@ def save_pairs(config, images, reference, distances, found):
     path = Path(config.save_dir) / "evaluate_nearest_results.png"
     pairs = np.concatenate((images[shown].numpy(), reference.images(found[shown]).numpy()), axis=2)
     save_png(path, make_grid(pairs, COLUMNS, padding=4))
-    print(f"{path.resolve()}: sample and nearest picture; the {min(PAIRS, len(order))} closest first, then farther ones")
+    print(f"{path.resolve()}: sample, nearest picture; the {min(PAIRS, len(order))} closest first, then farther ones")
     return [{"sample": i, "distance": distances[i].item(), "reference": printable(reference.paths[found[i]])}
             for i in shown]
 
