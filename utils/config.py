@@ -44,10 +44,8 @@ def block_settings(config_class):
                              f"write {name}: {type(value).__name__} = {value!r}, or take the line out")
     values = {}
     for field in fields(config_class):
-        values[field.name] = _fit_any(field.default, hints[field.name])
-        if values[field.name] is _NO_FIT:
-            expected = describe(hints[field.name])
-            raise ValueError(f"{field.name} = {field.default!r} in the settings of {file}: expected {expected}")
+        line = f"{field.name} = {field.default!r} in the settings of {file}"
+        values[field.name] = _fitted(line, field.default, hints[field.name])
     return config_class(**values)
 
 
@@ -88,8 +86,9 @@ def help_text(config_class, description):
 
 def _choices(kind):
     """The words that a field of this type may be; [] where it is no choice of words."""
-    literals = [kind for kind in _alternatives(kind) if typing.get_origin(kind) is typing.Literal]
-    return [str(value) for literal in literals for value in typing.get_args(literal)]
+    if typing.get_origin(kind) is typing.Literal:
+        return list(map(str, typing.get_args(kind)))
+    return [choice for argument in typing.get_args(kind) for choice in _choices(argument)]
 
 
 def parse_value(name, text, expected):
@@ -102,19 +101,13 @@ def parse_value(name, text, expected):
         value = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval documents
         value = {"true": True, "false": False, "none": None}.get(text.strip().lower(), text)
-    fitted = _fit_any(value, expected, text)
-    if fitted is _NO_FIT:
-        raise ValueError(f"--{name} {text}: expected {describe(expected)}")
-    return fitted
+    return _fitted(f"--{name} {text}", value, expected, text)
 
 
 def fit_saved(name, value, expected, source):
     """A value of a file as its setting's type; lists become tuples. ValueError names `source`."""
     finite = not isinstance(value, (int, float)) or abs(value) < LARGEST  # NaN is no smaller either
-    fitted = _fit_any(value, expected) if finite else _NO_FIT
-    if fitted is _NO_FIT:
-        raise ValueError(f"{source}: {name} is {shown(value)}: expected {describe(expected)}")
-    return fitted
+    return _fitted(f"{source}: {name} is {shown(value)}", value if finite else _NO_FIT, expected)
 
 
 def shown(value, length=60):
@@ -127,34 +120,34 @@ def shown(value, length=60):
 
 
 _NO_FIT = object()
+_UNIONS = (typing.Union, types.UnionType)
 LARGEST = 2.0**63
 
 
-def _is_union(kind):
-    return typing.get_origin(kind) in (typing.Union, types.UnionType)
-
-
-def _alternatives(kind):
-    """The types of a union, else the type itself."""
-    return typing.get_args(kind) if _is_union(kind) else (kind,)
-
-
-def _fit_any(value, expected, text=None):
-    """`value` as one of the types of `expected`, or _NO_FIT. text: what was typed."""
-    for kind in _alternatives(expected):
-        fitted = _fit(value, kind, text)
-        if fitted is not _NO_FIT:
-            return fitted
-    return _NO_FIT
+def _fitted(what, value, kind, text=None):
+    """`value` as `kind`. ValueError, with `what` and the expected type, where it does not fit."""
+    fitted = _fit(value, kind, text)
+    if fitted is _NO_FIT:
+        raise ValueError(f"{what}: expected {describe(kind)}")
+    return fitted
 
 
 def _fit(value, kind, text):
-    """`value` as `kind`, or _NO_FIT. True is no number here, and 3 is a fine float."""
-    origin = typing.get_origin(kind)
+    """`value` as `kind`, or _NO_FIT. True is no number here, and 3 is a fine float.
+
+    text: what was typed; None for a value that was not.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in _UNIONS:
+        fits = (_fit(value, argument, text) for argument in arguments)
+        return next((fitted for fitted in fits if fitted is not _NO_FIT), _NO_FIT)
     if origin is tuple:
-        return _fit_tuple(value, typing.get_args(kind), text)
+        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        kinds = arguments[:1] * len(values) if arguments[-1] is Ellipsis else arguments
+        fitted = tuple(_fit(item, kind, None if text is None else str(item)) for item, kind in zip(values, kinds))
+        return fitted if len(values) == len(kinds) and _NO_FIT not in fitted else _NO_FIT
     if origin is typing.Literal:
-        return next((choice for choice in typing.get_args(kind) for found in (value, text)  # "none" may be a choice
+        return next((choice for choice in arguments for found in (value, text)  # "none" may be a choice
                      if type(choice) is type(found) and choice == found), _NO_FIT)
     if kind is str:
         return value if isinstance(value, str) else _NO_FIT if text is None else text
@@ -165,24 +158,16 @@ def _fit(value, kind, text):
     return value if type(value) is kind else _NO_FIT
 
 
-def _fit_tuple(value, kinds, text):
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    if kinds[-1] is Ellipsis:
-        kinds = kinds[:1] * len(values)
-    fitted = tuple(_fit(item, kind, None if text is None else str(item)) for item, kind in zip(values, kinds))
-    return fitted if len(values) == len(kinds) and _NO_FIT not in fitted else _NO_FIT
-
-
 def describe(kind):
     """A type in words, for messages: `one of 'fp32', 'bf16'`, `2 values: int, int`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if _is_union(kind):
-        return " or ".join(describe(argument) for argument in arguments)
+    if origin in _UNIONS:
+        return " or ".join(map(describe, arguments))
     if origin is typing.Literal:
-        return "one of " + ", ".join(repr(argument) for argument in arguments)
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"{arguments[0].__name__} values with commas between them, one alone as '1,'"
     if origin is tuple:
-        if arguments[-1] is Ellipsis:
-            return f"{arguments[0].__name__} values with commas between them, one alone as '1,'"
         return f"{len(arguments)} {arguments[0].__name__} values with commas between them, as '64,64'"
     return {bool: "True or False", int: "a whole number", float: "a number", str: "text"}.get(kind, kind.__name__)
 
@@ -194,8 +179,7 @@ def check_values(config, **minimums):
     """
     types_ = typing.get_type_hints(type(config))
     for name, kind in types_.items():
-        if _fit_any(getattr(config, name), kind) is _NO_FIT:
-            raise ValueError(f"{name} is {getattr(config, name)!r}: expected {describe(kind)}")
+        _fitted(f"{name} is {getattr(config, name)!r}", getattr(config, name), kind)
     for name, (lowest, highest) in minimums.items():
         values = getattr(config, name)
         for value in values if isinstance(values, tuple) else (values,):

@@ -50,15 +50,14 @@ def is_raised_here(error):
         last = last.tb_next
     code = last.tb_frame.f_code
     file = Path(code.co_filename).resolve()
-    ours = PROJECT in file.parents and "site-packages" not in file.parts
-    return ours and dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+    by_raise = dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+    return by_raise and PROJECT in file.parents and "site-packages" not in file.parts
 
 
 def is_out_of_memory(error):
     """Whether this is Python's or PyTorch's word for it, on any device."""
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    by_pytorch = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    return by_pytorch or isinstance(error, MemoryError)
 
 
 @contextlib.contextmanager

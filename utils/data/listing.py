@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from utils.data.formats import EXTENSIONS, UNREAD_EXTENSIONS
-from utils.data.search import beside_folders
+from utils.data.search import beside_folders, first_of
 
 
 def check_annotation_path(annotation_path, images=()):
@@ -32,7 +32,7 @@ def describe_sizes(sizes):
 def describe_endings(counts):
     """{".heic": 40, "": 2} in words, the most frequent first, with what would read them."""
     remarks = {ending: f" ({why})" for ending, why in UNREAD_EXTENSIONS.items()}
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ordered = Counter(dict(sorted(counts.items()))).most_common()
     shown = [f"{count} {ending or 'without'}{remarks.get(ending, '')}" for ending, count in ordered]
     return first_of(shown, 10, "other endings")
 
@@ -49,8 +49,3 @@ def describe_classes(paths, labels, classes):
     return (f"no classes, as {names} {'lies' if len(beside) == 1 else 'lie'} beside "
             f"the folder{'s' * (len(folders) > 1)} {first_of(folders, 5)}: the images are unlabelled; "
             "move every image into a folder for classes")
-
-
-def first_of(words, limit, others="more"):
-    """The first `limit` words, and how many others there are."""
-    return ", ".join(words[:limit]) + (f" and {len(words) - limit} {others}" if len(words) > limit else "")

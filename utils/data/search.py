@@ -96,6 +96,11 @@ def system_failure(path, error):
                       "see to the disk or the system and run this again; nothing was kept")
 
 
+def first_of(words, limit, others="more"):
+    """The first `limit` words, and how many others there are."""
+    return ", ".join(words[:limit]) + (f" and {len(words) - limit} {others}" if len(words) > limit else "")
+
+
 def label_by_folder(paths):
     """(labels, class names): the class is the folder right below the common root of all images.
 
