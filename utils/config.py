@@ -15,10 +15,7 @@ from utils.reference_names import REFERENCE_NAMES
 
 
 def settings(config_class):
-    """Decorator of a script's block: makes it a dataclass, whatever a user has written into it.
-
-    `block_settings` checks the values later: an import alone must not fail.
-    """
+    """Decorator: makes a dataclass of a script's block, unchecked, as an import must not fail."""
     for name in config_class.__annotations__:
         value = vars(config_class).get(name)
         if isinstance(value, (list, set, dict)):  # dataclass refuses these as defaults
@@ -94,8 +91,7 @@ def _choices(kind):
 def parse_value(name, text, expected):
     """A value written as in Python (`32`, `2e-4`, `True`, `64,64`, `1,`); a word needs no quotes.
 
-    name: the setting, for the message. text: what was typed. expected: its type in the dataclass.
-    ValueError, with what was expected, where the value does not fit.
+    name: the setting, for the ValueError where `text` does not fit its type, `expected`.
     """
     try:
         value = ast.literal_eval(text.strip())
@@ -110,13 +106,13 @@ def fit_saved(name, value, expected, source):
     return _fitted(f"{source}: {name} is {shown(value)}", value if finite else _NO_FIT, expected)
 
 
-def shown(value, length=60):
+def shown(value):
     """A value of a file as text for a message. Python prints no number of more than 4300 digits."""
     try:
         text = ascii(value)
     except ValueError:
         return "a number of thousands of digits"
-    return text if len(text) <= length else f"{text[:length]}..."
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 _NO_FIT = object()
@@ -133,10 +129,7 @@ def _fitted(what, value, kind, text=None):
 
 
 def _fit(value, kind, text):
-    """`value` as `kind`, or _NO_FIT. True is no number here, and 3 is a fine float.
-
-    text: what was typed; None for a value that was not.
-    """
+    """`value` as `kind`, or _NO_FIT. text: what was typed. True is no number, 3 a fine float."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in _UNIONS:
         fits = (_fit(value, argument, text) for argument in arguments)
@@ -177,15 +170,15 @@ def check_values(config, **minimums):
 
     minimums: setting=(lowest, highest or None), both allowed; "auto" is always in range.
     """
-    types_ = typing.get_type_hints(type(config))
-    for name, kind in types_.items():
+    hints = typing.get_type_hints(type(config))
+    for name, kind in hints.items():
         _fitted(f"{name} is {getattr(config, name)!r}", getattr(config, name), kind)
     for name, (lowest, highest) in minimums.items():
         values = getattr(config, name)
         for value in values if isinstance(values, tuple) else (values,):
             if value != "auto" and (not value >= lowest or (highest is not None and value > highest)):
                 span = f"at least {lowest}" if highest is None else f"between {lowest} and {highest}"
-                raise ValueError(f"{name} is {value}: it must be {span} ({describe(types_[name])})")
+                raise ValueError(f"{name} is {value}: it must be {span} ({describe(hints[name])})")
 
 
 def trailing_comments(config_class):

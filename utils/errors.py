@@ -13,11 +13,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # P
 
 
 def run_script(main):
-    """Runs a script. The user's mistake is one line on stderr and exit code 1, ours a traceback.
-
-    The user's mistakes are the ValueErrors that this project raises itself, the system's refusals
-    (OSError), and too little memory.
-    """
+    """Runs a script. The user's mistake is one line on stderr and exit code 1, ours a traceback."""
     with safe_output():
         try:
             main()
@@ -33,7 +29,11 @@ def run_script(main):
 
 
 def user_message(error):
-    """The text for the user; None for a mistake of ours."""
+    """The text for the user; None for a mistake of ours.
+
+    The user's mistakes are the ValueErrors that this project raises itself, the system's refusals
+    (OSError), and too little memory.
+    """
     if is_out_of_memory(error):
         return "out of memory: lower --batch_size, or the size of the pictures or of the network"
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -62,10 +62,7 @@ def is_out_of_memory(error):
 
 @contextlib.contextmanager
 def explain_out_of_memory(advice):
-    """Turns memory that runs out in the block into a ValueError for the user.
-
-    advice() says what to lower, once memory is free again.
-    """
+    """Memory that runs out in the block is a ValueError with advice(), called once it is free."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -80,10 +77,7 @@ def explain_out_of_memory(advice):
 
 
 def try_optional(package, work, load):
-    """load(), or None and one line where a missing or broken package raises anything.
-
-    work: what goes missing, for that line.
-    """
+    """load(), or None where the package raises anything, and a line on the `work` missing."""
     try:
         return load()
     except ImportError as error:

@@ -19,12 +19,15 @@ def atomic_write(path, mode="wb", **open_arguments):
     """Open a file that appears under `path` only when the block has ended well.
 
     The bytes go to a temporary name, are flushed to the disk, and take the place of `path` in one
-    step (`os.replace`): a kill, a crash or a full disk at any instant leaves the old file or the new
-    one. A link stays: the file that it names is replaced. A device or a FIFO stays too: it is written
-    to directly. OSError where nobody reads from a FIFO.
+    step (`os.replace`): a kill, a crash or a full disk at any instant leaves the old file or the
+    new one. A link stays: the file that it names is replaced. A device or a FIFO stays too: it is
+    written to directly. OSError where nobody reads from a FIFO.
     """
-    if is_stream(path):
-        with open(_open_stream(path), mode, **open_arguments) as file:
+    if is_stream(path):  # without O_NONBLOCK, opening a FIFO would wait for its reader
+        flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+        with open(os.open(path, flags), mode, **open_arguments) as file:
+            with contextlib.suppress(OSError, AttributeError):
+                os.set_blocking(file.fileno(), True)
             yield file
         return
     with _replacing(_behind_links(path)) as temporary, open(temporary, mode, **open_arguments) as file:
@@ -37,8 +40,7 @@ def atomic_write(path, mode="wb", **open_arguments):
 def atomic_folder(path):
     """Yields an empty folder to fill. It takes the name `path` only when the block ends well.
 
-    As atomic_write, for many files at once: a folder of that name is whole. An empty one of before
-    is replaced, a link to one stays. OSError where something else is in the way.
+    An empty folder of that name is replaced, a link to one stays. OSError for all else in the way.
     """
     path = _behind_links(path)
     if path.exists() and not path.is_dir():
@@ -56,8 +58,7 @@ def atomic_folder(path):
 def _replacing(path):
     """Yields a temporary name in the folder of `path`. What the block makes of it becomes `path`.
 
-    Folders that are missing are made. What the block raises is raised again, with the temporary
-    file or folder removed.
+    Missing folders are made. What the block raises is raised again, with the temporary removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: machines that share the folder may share process numbers too.
@@ -85,12 +86,9 @@ def _remove(path):
 
 
 def begin_export(path):
-    """Deletes what a killed export to `path` left beside it.
-
-    ValueError where `path` exists, unless it is an empty folder.
-    """
+    """Deletes what a killed export left beside `path`. ValueError unless that is new or empty."""
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is there already: choose another name, or move it away")
     remove_leftovers(path.parent, glob.escape(path.name))
 
@@ -110,14 +108,6 @@ def is_stream(path):
     return False
 
 
-def _open_stream(path):
-    """A descriptor to write to a device or a FIFO. OSError at once where nobody reads from it."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
-    with contextlib.suppress(OSError, AttributeError):
-        os.set_blocking(descriptor, True)
-    return descriptor
-
-
 def _behind_links(path):
     """The Path that a chain of links leads to, even to nothing. OSError for a circle."""
     if not os.path.islink(path):
@@ -129,10 +119,7 @@ def _behind_links(path):
 
 
 def remove_leftovers(folder, name="*"):
-    """Deletes what killed processes left in `folder` of files and folders called `name`.
-
-    They must have one writer: a living one would lose what it writes.
-    """
+    """Deletes what killed writers left of `name` in `folder`. A living one would lose its work."""
     for temporary in Path(folder).glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
         _remove(temporary)
 

@@ -1,22 +1,15 @@
-"""Output that no name and no terminal can break. Scripts import it first.
-
-It also answers Ctrl-C during the other imports.
-"""
+"""Output that no name and no terminal can break. Imported first, it also answers Ctrl-C."""
 import contextlib
 import os
 import re
 import sys
 
-# Characters that a terminal acts on or cannot show: controls, line separators, marks of the
-# writing direction, lone surrogates.
+# A terminal acts on them or cannot show them: controls, line separators, directions, surrogates.
 RAW_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text, stream=None, keep=""):
-    """`text` in one line that `stream` (None: sys.stdout) can show.
-
-    Raw characters, but those in `keep`, and characters that the stream lacks become escapes.
-    """
+    """`text` in one line that `stream` (None: sys.stdout) can show: others than `keep` escaped."""
     def escape(match):
         return match[0] if match[0] in keep else match[0].encode("unicode_escape").decode()
 

@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.annotation import RUN_AGAIN
-from utils.data.decode import describe_error, file_content, is_damage, load_image
+from utils.data.decode import describe_error, is_damage, load_image
+from utils.data.formats import FILE_BYTES, check_regular
 from utils.data.search import first_of, system_failure
-from utils.data.threads import map_in_threads
+from utils.data.threads import Budget, map_in_threads
 from utils.files import PROJECT, atomic_write
 
 CACHE_VERSION = 2   # part of the key: raise it when load_image gives other pixels or the files change their form
 CACHES_KEPT = 4     # the most recently used ones in a folder
+READING = Budget(FILE_BYTES)  # memory of all threads for the content of files
 
 
 def open_cache(annotation_path, paths, settings, cache_path=None, num_workers=0):
@@ -45,7 +47,7 @@ def _cache_key(settings, paths):
     for path in paths:
         try:
             stat = os.stat(path)
-            digest.update(repr((path, stat.st_size, stat.st_mtime_ns, stat.st_mode)).encode())
+            digest.update(repr((path, stat.st_size, stat.st_mtime_ns, stat.st_mode)).encode())  # a mode: may be read
         except OSError:
             gone.append(path)
     if gone:
@@ -121,7 +123,8 @@ def _build_cache(folder, key, paths, settings, num_workers):
 def _decode(path, settings):
     """(pixels, content hash), or (None, reason) for a bad file. ValueError if the system fails."""
     try:
-        with file_content(path) as content:  # read once, for both
+        with READING.take(check_regular(path)):
+            content = Path(path).read_bytes()  # once, for both
             return load_image(io.BytesIO(content), **settings), hashlib.blake2b(content, digest_size=16).hexdigest()
     except Exception as error:  # Pillow's decoders raise all kinds
         if not is_damage(error) and not isinstance(error, PermissionError):  # the key holds the file's mode
@@ -136,13 +139,10 @@ def _report_bad(paths, bad):
 
 
 def _prune(folder, key):
-    """Delete the caches used longest ago and the leftovers of interrupted builds.
-
-    Files of the last hour stay: another process may use them.
-    """
+    """Delete the caches used longest ago and the leftovers of interrupted builds."""
     with contextlib.suppress(OSError):  # another process prunes too
         keep = {key, *(path.stem for path in sorted(folder.glob("*.json"), key=os.path.getmtime)[-CACHES_KEPT:])}
         for path in [*folder.glob("*.json"), *folder.glob("*.pixels"), *folder.glob(".*.tmp")]:
             newest_use = max(os.path.getmtime(part) for part in (path, path.with_suffix(".json")) if part.exists())
-            if path.name.split(".")[0] not in keep and time.time() - newest_use > 3600:
+            if path.name.split(".")[0] not in keep and time.time() - newest_use > 3600:  # another process may use it
                 path.unlink(missing_ok=True)

@@ -18,10 +18,8 @@ def open_dataset(annotation_path, input_shape, img_channels=3, resize_mode="crop
                  num_workers=0, cache_path=None, icc=True):
     """The images of a list, decoded once into a cache on disk -> ImageDataset.
 
-    Files that cannot be decoded are printed and left out. Other settings are as in `load_image`.
-
-    num_workers: threads that decode; 0 = all cores.
-    cache_path: folder of the cache; None: one of `cache_folders`.
+    Files that cannot be decoded are printed and left out. num_workers: threads that decode; 0: all
+    cores. cache_path: folder of the cache; None: one of `cache_folders`. Others: see `load_image`.
     ValueError for a malformed list, missing files, no file that can be decoded, or bad settings.
     OSError where the cache cannot be written.
     """

@@ -3,7 +3,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from utils.data.formats import EXTENSIONS, UNREAD_EXTENSIONS
+from utils.data.formats import UNREAD_EXTENSIONS
 from utils.data.search import beside_folders, first_of
 
 
@@ -14,11 +14,6 @@ def check_annotation_path(annotation_path, images=()):
         raise ValueError(f"annotation_path {path!r} is no name of a file: give one such as train_lines.txt")
     if os.path.realpath(path) in map(os.path.realpath, images):
         raise ValueError(f"annotation_path {path} is one of the pictures: the list would replace it; give another name")
-
-
-def nothing_found(folder, num_bad):
-    problem = f"none of the {num_bad} images in {folder} can be read" if num_bad else f"no image in {folder}"
-    return f"{problem}: put images there ({' '.join(EXTENSIONS)}), or set datasets_path to another folder"
 
 
 def describe_sizes(sizes):
@@ -32,7 +27,7 @@ def describe_sizes(sizes):
 def describe_endings(counts):
     """{".heic": 40, "": 2} in words, the most frequent first, with what would read them."""
     remarks = {ending: f" ({why})" for ending, why in UNREAD_EXTENSIONS.items()}
-    ordered = Counter(dict(sorted(counts.items()))).most_common()
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     shown = [f"{count} {ending or 'without'}{remarks.get(ending, '')}" for ending, count in ordered]
     return first_of(shown, 10, "other endings")
 

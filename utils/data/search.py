@@ -66,9 +66,8 @@ def without_shipped(paths, root):
 
 
 def check_images(paths, full=True, num_workers=0):
-    """Decode all images in threads, with a progress bar -> (good, bad), both in order.
+    """Decode all images -> (good, bad), lists of (path, (width, height)) and of (path, reason).
 
-    good: a list of (path, (width, height)). bad: a list of (path, reason).
     full: False reads the headers only. This is much faster and misses damage behind them.
     ValueError where the system fails, not the file: too little memory, or a broken disk.
     """
@@ -102,10 +101,7 @@ def first_of(words, limit, others="more"):
 
 
 def label_by_folder(paths):
-    """(labels, class names): the class is the folder right below the common root of all images.
-
-    (None, []) if any image lies in the root itself.
-    """
+    """(labels, class names): the folders below the common root; (None, []) if it holds an image."""
     parts = _parts_below_common_root(paths)
     if any(len(part) == 1 for part in parts):
         return None, []
@@ -115,10 +111,7 @@ def label_by_folder(paths):
 
 
 def beside_folders(paths):
-    """(paths, folder names): the images in the common root itself, and the folders there.
-
-    While both exist, `label_by_folder` finds no classes.
-    """
+    """(paths, folder names) in the common root itself: with both there, there are no classes."""
     parts = _parts_below_common_root(paths)
     beside = sorted(path for path, part in zip(paths, parts) if len(part) == 1)
     return beside, sorted({part[0] for part in parts if len(part) > 1})
