@@ -55,12 +55,11 @@ def typed_options(config_class, description, arguments=None):
             print(help_text(config_class, description))
             raise SystemExit(0)
         option, equals, text = word.partition("=")
-        name = option.removeprefix("--")
-        if option.startswith("--") and name in REFERENCE_NAMES and name not in hints:
+        name = option[2:] if option.startswith("--") else ""
+        if name in REFERENCE_NAMES and name not in hints:
             raise ValueError(f"--{name} is a name of the reference: here it is {REFERENCE_NAMES[name]}")
-        if not option.startswith("--") or name not in hints:
-            near = difflib.get_close_matches(name, hints, 1) if option.startswith("--") else []
-            nearest = f" (did you mean --{near[0]}?)" if near else ""
+        if name not in hints:
+            nearest = "".join(f" (did you mean --{near}?)" for near in difflib.get_close_matches(name, hints, 1))
             raise ValueError(f"unrecognized arguments: {word}{nearest}; --help lists every setting")
         text = text if equals else next(words, None)
         if text is None or (not equals and text.startswith("--") and text[2:].partition("=")[0] in hints):

@@ -50,8 +50,8 @@ def is_raised_here(error):
         last = last.tb_next
     code = last.tb_frame.f_code
     file = Path(code.co_filename).resolve()
-    by_raise = dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
-    return by_raise and PROJECT in file.parents and "site-packages" not in file.parts
+    ours = PROJECT in file.parents and "site-packages" not in file.parts
+    return ours and dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
 def is_out_of_memory(error):
@@ -62,7 +62,7 @@ def is_out_of_memory(error):
 
 @contextlib.contextmanager
 def explain_out_of_memory(advice):
-    """Memory that runs out in the block is a ValueError with advice(), called once it is free."""
+    """Turns memory that runs out in the block into a ValueError with advice(): what to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -71,13 +71,12 @@ def explain_out_of_memory(advice):
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step that failed
         import torch  # here: listing images does without it
 
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # it does nothing without a GPU
         raise ValueError(f"out of memory: {advice()}") from None
 
 
 def try_optional(package, work, load):
-    """load(), or None where the package raises anything, and a line on the `work` missing."""
+    """load(), or None and a line that `work` is missing, where the package raises anything."""
     try:
         return load()
     except ImportError as error:

@@ -126,10 +126,7 @@ def remove_leftovers(folder, name="*"):
 
 @contextlib.contextmanager
 def locked(folder, refusal):
-    """Locks the folder for this process; its end unlocks it, however it ends.
-
-    ValueError(refusal) where another process has the lock. Some file systems have no locks.
-    """
+    """Locks the folder while this process is in the block. ValueError(refusal): another one is."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -140,7 +137,7 @@ def locked(folder, refusal):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(refusal) from None
-        except OSError:
+        except OSError:  # some file systems have no locks
             pass
         yield
 

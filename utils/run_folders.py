@@ -36,7 +36,7 @@ def newest_last(save_dir):
     try:
         return path, load_checkpoint(path)
     except ValueError as error:
-        older = epoch_files(path.parent)  # no older run instead: the new one would write into it
+        older = epoch_files(path.parent)  # an older run is no substitute: resuming writes into it
         instead = f"go on from {older[-1]} with --resume, or" if older else "it has no epoch file to go on from:"
         raise ValueError(f"{error}; this is the newest run: {instead} name another run's folder, or move {path.parent} "
                          "away") from None
@@ -76,8 +76,7 @@ def find_weights(path, save_dir="logs"):
     if path:
         folder = Path(path)
         return (weights_in(folder), "") if folder.is_dir() else (folder, "")
-    found = newest_weights(save_dir)
-    if found:
+    if found := newest_weights(save_dir):
         return found[0], ", the newest run's"
     files = sorted(Path(save_dir).glob("*.pth"), key=lambda path: (path.name != SHIPPED, path.stat().st_mtime_ns))
     if files and files[-1].name == SHIPPED:

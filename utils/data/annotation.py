@@ -56,10 +56,8 @@ def write_annotation(annotation_path, paths, labels=None, classes=()):
 def read_annotation(annotation_path):
     """Read a list and its class names. ValueError for a missing, empty or malformed one."""
     lines = _lines(annotation_path)
-    if lines is None:
-        raise ValueError(f"{annotation_path} is not there: {RUN_AGAIN}")
     if not lines:
-        raise ValueError(f"{annotation_path} lists no image: {RUN_AGAIN}")
+        raise ValueError(f"{annotation_path} {'is not there' if lines is None else 'lists no image'}: {RUN_AGAIN}")
     labels, paths = zip(*(LINE.fullmatch(line).groups() for line in lines.values()))
     for number, label, path in zip(lines, labels, paths):
         if not os.path.isabs(path) or "\0" in path or (label is None) != (labels[0] is None):

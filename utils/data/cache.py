@@ -46,8 +46,8 @@ def _cache_key(settings, paths):
     digest, gone = hashlib.sha256(json.dumps([CACHE_VERSION, settings], sort_keys=True).encode()), []
     for path in paths:
         try:
-            stat = os.stat(path)
-            digest.update(repr((path, stat.st_size, stat.st_mtime_ns, stat.st_mode)).encode())  # a mode: may be read
+            stat = os.stat(path)  # with its mode: a new one may allow reading
+            digest.update(repr((path, stat.st_size, stat.st_mtime_ns, stat.st_mode)).encode())
         except OSError:
             gone.append(path)
     if gone:

@@ -205,6 +205,9 @@ def _strips(image):
     """Yield (left, top, part) for parts of at most STRIP_PIXELS; a small image is one part."""
     width = min(image.width, STRIP_PIXELS)
     height = min(image.height, STRIP_PIXELS // width)
+    if (width, height) == image.size:
+        yield 0, 0, image
+        return
     for top in range(0, image.height, height):
         for left in range(0, image.width, width):
             yield left, top, image.crop((left, top, min(left + width, image.width), min(top + height, image.height)))
@@ -212,13 +215,13 @@ def _strips(image):
 
 def _opaque_values(strip, meaning, full_range):
     """Integers or floats in mode L, scaled from their full range; below 0 is black, NaN too."""
-    values = _values(strip, meaning)
+    values = np.asarray(strip, dtype=meaning.dtype)  # same bits: signed and unsigned wrap
     levels = np.clip(values / full_range, 0, 1)
     levels = np.nan_to_num(1 - levels if meaning.negative else levels, nan=0.0)
     picture = Image.fromarray(np.rint(255 * levels).astype(np.uint8))
     transparent = strip.info.get("transparency")
-    opaque = np.where(values == transparent, 0, 255).astype(np.uint8) if isinstance(transparent, int) else None
-    return _shown(picture, opaque if opaque is None else Image.fromarray(opaque), meaning)
+    opaque = Image.fromarray(values != transparent) if isinstance(transparent, int) else None
+    return _shown(picture, opaque, meaning)
 
 
 def _opaque_levels(strip, meaning):
@@ -262,11 +265,6 @@ def _repair_transparency(image, raw_mode):
         image.info["transparency"] = tuple(level >> 8 for level in value)
 
 
-def _values(image, meaning):
-    """The pixels of mode L, I or F as an array of the file's type."""
-    return np.asarray(image).view(meaning.dtype) if meaning.dtype else np.asarray(image)
-
-
 def _full_range(image, meaning):
     """The value of white: by the format, or the least of 1 (floats), 255, 65535 that holds all."""
     if meaning.raw_mode in FULL_RANGES:
@@ -275,7 +273,7 @@ def _full_range(image, meaning):
         return 127
     if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
         return 65535
-    parts = (_values(strip, meaning) for _, _, strip in _strips(image))
+    parts = (np.asarray(strip, dtype=meaning.dtype) for _, _, strip in _strips(image))
     largest = max(float(np.max(part, initial=0, where=np.isfinite(part))) for part in parts)
     for full_range in (1, 255, 65535)[0 if image.mode == "F" else 1:]:
         if largest <= full_range * 1.01:  # resampling overshoots a little

@@ -77,7 +77,6 @@ DATASETS = {
     "oxford_pets": (oxford_pets, "oxford-iiit-pet", lambda: OxfordIIITPet._RESOURCES),
     "stl10": (partial(from_arrays, STL10), "", lambda: [(STL10.filename, STL10.tgz_md5)]),
 }
-NEEDS = {"flowers102": "scipy"}  # packages that reading takes; torchvision names gdown where it downloads with it
 
 
 def download(name, datasets_path="datasets"):
@@ -91,8 +90,8 @@ def download(name, datasets_path="datasets"):
     if folder.is_dir() and any(folder.iterdir()):
         print(f"{folder.absolute()} is there already: nothing is fetched")
         return str(folder)
-    if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
-        raise ValueError(f"reading {name} needs the package {NEEDS[name]}: pip install {NEEDS[name]}")
+    if name == "flowers102" and importlib.util.find_spec("scipy") is None:  # torchvision itself names gdown
+        raise ValueError(f"reading {name} needs the package scipy: pip install scipy")
     for parent in (folder.parent, root.parent):  # a killed process leaves its temporary folders: start anew
         for leftover in parent.glob(f".{name}.*.tmp"):
             shutil.rmtree(leftover)

@@ -20,7 +20,6 @@ def search(root):
 
     paths: the sorted absolute paths of the images. Their extension, in any case, tells them.
     others: a Counter of the extensions of all other files.
-
     Names that start with a dot are left out. Links are followed; each folder is visited once.
     Folders that cannot be read and images that are no regular files are printed and left out.
     ValueError where `root` is no folder.
