@@ -51,7 +51,7 @@ def flowers102(root):
     splits = [Flowers102(root, split=split, download=True) for split in ("train", "val", "test")]
     paths = [path for split in splits for path in split._image_files]  # torchvision has no public name for them
     labels = [label for split in splits for label in split._labels]
-    classes = getattr(Flowers102, "classes", [f"{number:03d}" for number in range(1, 103)])  # older ones: none
+    classes = getattr(Flowers102, "classes", [f"{number:03d}" for number in range(1, 103)])  # older versions: none
     return from_files(paths, labels, classes)
 
 
