@@ -15,10 +15,7 @@ from utils.reference_names import REFERENCE_NAMES
 
 
 def settings(config_class):
-    """Decorator of a script's block: makes it a dataclass, whatever a user has written into it.
-
-    `block_settings` checks the values later: an import alone must not fail.
-    """
+    """Decorator: makes a dataclass of a script's block, unchecked, as an import must not fail."""
     for name in config_class.__annotations__:
         value = vars(config_class).get(name)
         if isinstance(value, (list, set, dict)):  # dataclass refuses these as defaults
@@ -44,10 +41,8 @@ def block_settings(config_class):
                              f"write {name}: {type(value).__name__} = {value!r}, or take the line out")
     values = {}
     for field in fields(config_class):
-        values[field.name] = _fit_any(field.default, hints[field.name])
-        if values[field.name] is _NO_FIT:
-            expected = describe(hints[field.name])
-            raise ValueError(f"{field.name} = {field.default!r} in the settings of {file}: expected {expected}")
+        line = f"{field.name} = {field.default!r} in the settings of {file}"
+        values[field.name] = _fitted(line, field.default, hints[field.name])
     return config_class(**values)
 
 
@@ -60,12 +55,11 @@ def typed_options(config_class, description, arguments=None):
             print(help_text(config_class, description))
             raise SystemExit(0)
         option, equals, text = word.partition("=")
-        name = option.removeprefix("--")
-        if option.startswith("--") and name in REFERENCE_NAMES and name not in hints:
+        name = option[2:] if option.startswith("--") else ""
+        if name in REFERENCE_NAMES and name not in hints:
             raise ValueError(f"--{name} is a name of the reference: here it is {REFERENCE_NAMES[name]}")
-        if not option.startswith("--") or name not in hints:
-            near = difflib.get_close_matches(name, hints, 1) if option.startswith("--") else []
-            nearest = f" (did you mean --{near[0]}?)" if near else ""
+        if name not in hints:
+            nearest = "".join(f" (did you mean --{near}?)" for near in difflib.get_close_matches(name, hints, 1))
             raise ValueError(f"unrecognized arguments: {word}{nearest}; --help lists every setting")
         text = text if equals else next(words, None)
         if text is None or (not equals and text.startswith("--") and text[2:].partition("=")[0] in hints):
@@ -88,73 +82,64 @@ def help_text(config_class, description):
 
 def _choices(kind):
     """The words that a field of this type may be; [] where it is no choice of words."""
-    literals = [kind for kind in _alternatives(kind) if typing.get_origin(kind) is typing.Literal]
-    return [str(value) for literal in literals for value in typing.get_args(literal)]
+    if typing.get_origin(kind) is typing.Literal:
+        return list(map(str, typing.get_args(kind)))
+    return [choice for argument in typing.get_args(kind) for choice in _choices(argument)]
 
 
 def parse_value(name, text, expected):
     """A value written as in Python (`32`, `2e-4`, `True`, `64,64`, `1,`); a word needs no quotes.
 
-    name: the setting, for the message. text: what was typed. expected: its type in the dataclass.
-    ValueError, with what was expected, where the value does not fit.
+    name: the setting, for the ValueError where `text` does not fit its type, `expected`.
     """
     try:
         value = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval documents
         value = {"true": True, "false": False, "none": None}.get(text.strip().lower(), text)
-    fitted = _fit_any(value, expected, text)
-    if fitted is _NO_FIT:
-        raise ValueError(f"--{name} {text}: expected {describe(expected)}")
-    return fitted
+    return _fitted(f"--{name} {text}", value, expected, text)
 
 
 def fit_saved(name, value, expected, source):
     """A value of a file as its setting's type; lists become tuples. ValueError names `source`."""
     finite = not isinstance(value, (int, float)) or abs(value) < LARGEST  # NaN is no smaller either
-    fitted = _fit_any(value, expected) if finite else _NO_FIT
-    if fitted is _NO_FIT:
-        raise ValueError(f"{source}: {name} is {shown(value)}: expected {describe(expected)}")
-    return fitted
+    return _fitted(f"{source}: {name} is {shown(value)}", value if finite else _NO_FIT, expected)
 
 
-def shown(value, length=60):
+def shown(value):
     """A value of a file as text for a message. Python prints no number of more than 4300 digits."""
     try:
         text = ascii(value)
     except ValueError:
         return "a number of thousands of digits"
-    return text if len(text) <= length else f"{text[:length]}..."
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 _NO_FIT = object()
+_UNIONS = (typing.Union, types.UnionType)
 LARGEST = 2.0**63
 
 
-def _is_union(kind):
-    return typing.get_origin(kind) in (typing.Union, types.UnionType)
-
-
-def _alternatives(kind):
-    """The types of a union, else the type itself."""
-    return typing.get_args(kind) if _is_union(kind) else (kind,)
-
-
-def _fit_any(value, expected, text=None):
-    """`value` as one of the types of `expected`, or _NO_FIT. text: what was typed."""
-    for kind in _alternatives(expected):
-        fitted = _fit(value, kind, text)
-        if fitted is not _NO_FIT:
-            return fitted
-    return _NO_FIT
+def _fitted(what, value, kind, text=None):
+    """`value` as `kind`. ValueError, with `what` and the expected type, where it does not fit."""
+    fitted = _fit(value, kind, text)
+    if fitted is _NO_FIT:
+        raise ValueError(f"{what}: expected {describe(kind)}")
+    return fitted
 
 
 def _fit(value, kind, text):
-    """`value` as `kind`, or _NO_FIT. True is no number here, and 3 is a fine float."""
-    origin = typing.get_origin(kind)
+    """`value` as `kind`, or _NO_FIT. text: what was typed. True is no number, 3 a fine float."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in _UNIONS:
+        fits = (_fit(value, argument, text) for argument in arguments)
+        return next((fitted for fitted in fits if fitted is not _NO_FIT), _NO_FIT)
     if origin is tuple:
-        return _fit_tuple(value, typing.get_args(kind), text)
+        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        kinds = arguments[:1] * len(values) if arguments[-1] is Ellipsis else arguments
+        fitted = tuple(_fit(item, kind, None if text is None else str(item)) for item, kind in zip(values, kinds))
+        return fitted if len(values) == len(kinds) and _NO_FIT not in fitted else _NO_FIT
     if origin is typing.Literal:
-        return next((choice for choice in typing.get_args(kind) for found in (value, text)  # "none" may be a choice
+        return next((choice for choice in arguments for found in (value, text)  # "none" may be a choice
                      if type(choice) is type(found) and choice == found), _NO_FIT)
     if kind is str:
         return value if isinstance(value, str) else _NO_FIT if text is None else text
@@ -165,24 +150,16 @@ def _fit(value, kind, text):
     return value if type(value) is kind else _NO_FIT
 
 
-def _fit_tuple(value, kinds, text):
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    if kinds[-1] is Ellipsis:
-        kinds = kinds[:1] * len(values)
-    fitted = tuple(_fit(item, kind, None if text is None else str(item)) for item, kind in zip(values, kinds))
-    return fitted if len(values) == len(kinds) and _NO_FIT not in fitted else _NO_FIT
-
-
 def describe(kind):
     """A type in words, for messages: `one of 'fp32', 'bf16'`, `2 values: int, int`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if _is_union(kind):
-        return " or ".join(describe(argument) for argument in arguments)
+    if origin in _UNIONS:
+        return " or ".join(map(describe, arguments))
     if origin is typing.Literal:
-        return "one of " + ", ".join(repr(argument) for argument in arguments)
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"{arguments[0].__name__} values with commas between them, one alone as '1,'"
     if origin is tuple:
-        if arguments[-1] is Ellipsis:
-            return f"{arguments[0].__name__} values with commas between them, one alone as '1,'"
         return f"{len(arguments)} {arguments[0].__name__} values with commas between them, as '64,64'"
     return {bool: "True or False", int: "a whole number", float: "a number", str: "text"}.get(kind, kind.__name__)
 
@@ -192,16 +169,15 @@ def check_values(config, **minimums):
 
     minimums: setting=(lowest, highest or None), both allowed; "auto" is always in range.
     """
-    types_ = typing.get_type_hints(type(config))
-    for name, kind in types_.items():
-        if _fit_any(getattr(config, name), kind) is _NO_FIT:
-            raise ValueError(f"{name} is {getattr(config, name)!r}: expected {describe(kind)}")
+    hints = typing.get_type_hints(type(config))
+    for name, kind in hints.items():
+        _fitted(f"{name} is {getattr(config, name)!r}", getattr(config, name), kind)
     for name, (lowest, highest) in minimums.items():
         values = getattr(config, name)
         for value in values if isinstance(values, tuple) else (values,):
             if value != "auto" and (not value >= lowest or (highest is not None and value > highest)):
                 span = f"at least {lowest}" if highest is None else f"between {lowest} and {highest}"
-                raise ValueError(f"{name} is {value}: it must be {span} ({describe(types_[name])})")
+                raise ValueError(f"{name} is {value}: it must be {span} ({describe(hints[name])})")
 
 
 def trailing_comments(config_class):

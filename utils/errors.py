@@ -13,11 +13,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # P
 
 
 def run_script(main):
-    """Runs a script. The user's mistake is one line on stderr and exit code 1, ours a traceback.
-
-    The user's mistakes are the ValueErrors that this project raises itself, the system's refusals
-    (OSError), and too little memory.
-    """
+    """Runs a script. The user's mistake is one line on stderr and exit code 1, ours a traceback."""
     with safe_output():
         try:
             main()
@@ -33,7 +29,11 @@ def run_script(main):
 
 
 def user_message(error):
-    """The text for the user; None for a mistake of ours."""
+    """The text for the user; None for a mistake of ours.
+
+    The user's mistakes are the ValueErrors that this project raises itself, the system's refusals
+    (OSError), and too little memory.
+    """
     if is_out_of_memory(error):
         return "out of memory: lower --batch_size, or the size of the pictures or of the network"
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -56,17 +56,13 @@ def is_raised_here(error):
 
 def is_out_of_memory(error):
     """Whether this is Python's or PyTorch's word for it, on any device."""
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    by_pytorch = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    return by_pytorch or isinstance(error, MemoryError)
 
 
 @contextlib.contextmanager
 def explain_out_of_memory(advice):
-    """Turns memory that runs out in the block into a ValueError for the user.
-
-    advice() says what to lower, once memory is free again.
-    """
+    """Turns memory that runs out in the block into a ValueError with advice(): what to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -75,16 +71,12 @@ def explain_out_of_memory(advice):
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step that failed
         import torch  # here: listing images does without it
 
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # it does nothing without a GPU
         raise ValueError(f"out of memory: {advice()}") from None
 
 
 def try_optional(package, work, load):
-    """load(), or None and one line where a missing or broken package raises anything.
-
-    work: what goes missing, for that line.
-    """
+    """load(), or None and a line that `work` is missing, where the package raises anything."""
     try:
         return load()
     except ImportError as error:

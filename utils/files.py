@@ -18,71 +18,77 @@ PROJECT = Path(__file__).resolve().parent.parent
 def atomic_write(path, mode="wb", **open_arguments):
     """Open a file that appears under `path` only when the block has ended well.
 
-    The bytes go to a temporary name in the same folder, are flushed to the disk, and then take the
-    place of `path` in one step (`os.replace`): a kill, a crash or a full disk at any instant leaves
-    the old file or the new one. Folders that are missing are made. What the block raises is raised
-    again, with the temporary file removed. A link stays: the file that it names is replaced.
-    A device or a FIFO stays too: it is written to directly. OSError where nobody reads from a FIFO.
-
-    >>> with atomic_write("epoch_loss.csv", "w", encoding="utf-8") as file:
-    ...     file.write("epoch,loss")
+    The bytes go to a temporary name, are flushed to the disk, and take the place of `path` in one
+    step (`os.replace`): a kill, a crash or a full disk at any instant leaves the old file or the
+    new one. A link stays: the file that it names is replaced. A device or a FIFO stays too: it is
+    written to directly. OSError where nobody reads from a FIFO.
     """
-    path = Path(path)
-    if is_stream(path):
-        with open(_open_stream(path), mode, **open_arguments) as file:
+    if is_stream(path):  # without O_NONBLOCK, opening a FIFO would wait for its reader
+        flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+        with open(os.open(path, flags), mode, **open_arguments) as file:
+            with contextlib.suppress(OSError, AttributeError):
+                os.set_blocking(file.fileno(), True)
             yield file
         return
-    path = _behind_links(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: machines that share the folder may share process numbers too.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, mode, **open_arguments) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    _flush_folder(path.parent)
+    with _replacing(_behind_links(path)) as temporary, open(temporary, mode, **open_arguments) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
 def atomic_folder(path):
     """Yields an empty folder to fill. It takes the name `path` only when the block ends well.
 
-    As atomic_write, for many files at once: a folder of that name is whole. An empty one of before
-    is replaced, a link to one stays. OSError where something else is in the way.
+    An empty folder of that name is replaced, a link to one stays. OSError for all else in the way.
     """
-    path = _behind_links(Path(path))
+    path = _behind_links(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: machines that share the folder may share process numbers too.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
+    with _replacing(path) as temporary:
+        temporary.mkdir()
         yield temporary
         with contextlib.suppress(AttributeError):  # all files before the name: one call is cheaper than a flush of each
             os.sync()
         with contextlib.suppress(OSError):
             path.rmdir()
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    """Yields a temporary name in the folder of `path`. What the block makes of it becomes `path`.
+
+    Missing folders are made. What the block raises is raised again, with the temporary removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: machines that share the folder may share process numbers too.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         raise
-    _flush_folder(path.parent)
+    with contextlib.suppress(OSError, AttributeError):  # the rename survives a power cut; Windows flushes no folders
+        descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path):
+    """Deletes a file or a folder with all it holds, as far as the system lets it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def begin_export(path):
-    """Deletes what a killed export to `path` left beside it.
-
-    ValueError where `path` exists, unless it is an empty folder.
-    """
+    """Deletes what a killed export left beside `path`. ValueError unless that is new or empty."""
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is there already: choose another name, or move it away")
     remove_leftovers(path.parent, glob.escape(path.name))
 
@@ -102,52 +108,25 @@ def is_stream(path):
     return False
 
 
-def _open_stream(path):
-    """A descriptor to write to a device or a FIFO. OSError at once where nobody reads from it."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
-    with contextlib.suppress(OSError, AttributeError):
-        os.set_blocking(descriptor, True)
-    return descriptor
-
-
 def _behind_links(path):
-    """The path that a chain of links leads to, even to nothing. OSError for a circle."""
-    if not path.is_symlink():
-        return path
+    """The Path that a chain of links leads to, even to nothing. OSError for a circle."""
+    if not os.path.islink(path):
+        return Path(path)
     target = Path(os.path.realpath(path))
     if target.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     return target
 
 
-def _flush_folder(folder):
-    """Makes a rename survive a power cut, where the system flushes folders (Windows does not)."""
-    with contextlib.suppress(OSError, AttributeError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def remove_leftovers(folder, name="*"):
-    """Deletes what killed processes left in `folder` of files and folders called `name`.
-
-    They must have one writer: a living one would lose what it writes.
-    """
+    """Deletes what killed writers left of `name` in `folder`. A living one would lose its work."""
     for temporary in Path(folder).glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
-        if temporary.is_dir() and not temporary.is_symlink():
-            shutil.rmtree(temporary, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        _remove(temporary)
 
 
 @contextlib.contextmanager
 def locked(folder, refusal):
-    """Locks the folder for this process; its end unlocks it, however it ends.
-
-    ValueError(refusal) where another process has the lock. Some file systems have no locks.
-    """
+    """Locks the folder while this process is in the block. ValueError(refusal): another one is."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -158,7 +137,7 @@ def locked(folder, refusal):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(refusal) from None
-        except OSError:
+        except OSError:  # some file systems have no locks
             pass
         yield
 

@@ -29,17 +29,14 @@ def newest_weights(save_dir):
 
 
 def newest_last(save_dir):
-    """(path, checkpoint) of the newest last.pth; (None, None) without any.
-
-    ValueError for a damaged one: resuming an older run instead would write into it.
-    """
+    """(path, checkpoint) of the newest last.pth, or (None, None). ValueError for a damaged one."""
     path = next((path for path in newest_weights(save_dir) if path.name == LAST), None)
     if path is None:
         return None, None
     try:
         return path, load_checkpoint(path)
     except ValueError as error:
-        older = epoch_files(path.parent)
+        older = epoch_files(path.parent)  # an older run is no substitute: resuming writes into it
         instead = f"go on from {older[-1]} with --resume, or" if older else "it has no epoch file to go on from:"
         raise ValueError(f"{error}; this is the newest run: {instead} name another run's folder, or move {path.parent} "
                          "away") from None
@@ -74,14 +71,12 @@ def find_weights(path, save_dir="logs"):
     """(file, remark) of the weights to sample with.
 
     path: a run's folder, or a file. "": the newest run, without any run the newest file in
-    `save_dir`, and last the weights that come with the project. ValueError where there are none,
-    and for a folder of diffusers.
+    `save_dir`, and last the shipped weights. ValueError: there are none, or a folder of diffusers.
     """
     if path:
         folder = Path(path)
         return (weights_in(folder), "") if folder.is_dir() else (folder, "")
-    found = newest_weights(save_dir)
-    if found:
+    if found := newest_weights(save_dir):
         return found[0], ", the newest run's"
     files = sorted(Path(save_dir).glob("*.pth"), key=lambda path: (path.name != SHIPPED, path.stat().st_mtime_ns))
     if files and files[-1].name == SHIPPED:

@@ -1,31 +1,23 @@
-"""Output that no name and no terminal can break. Scripts import it first.
-
-It also answers Ctrl-C during the other imports.
-"""
+"""Output that no name and no terminal can break. Imported first, it also answers Ctrl-C."""
 import contextlib
 import os
 import re
 import sys
 
-# Characters that a terminal acts on or cannot show: controls, line separators, marks of the
-# writing direction, lone surrogates.
+# What a terminal acts on or cannot show: controls, line separators, directions, surrogates.
 RAW_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text, stream=None, keep=""):
-    """`text` in one line that `stream` (None: sys.stdout) can show.
+    """`text` in one line that `stream` (None: sys.stdout) can show, with escapes for all else.
 
-    Raw characters, but those in `keep`, and characters that the stream lacks become escapes.
+    keep: raw characters that stay as they are; None: all of them.
     """
     def escape(match):
         return match[0] if match[0] in keep else match[0].encode("unicode_escape").decode()
 
-    return encodable(RAW_CHARACTERS.sub(escape, str(text)), stream or sys.stdout)
-
-
-def encodable(text, stream):
-    """`text` with escapes for the characters that the encoding of `stream` lacks."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = str(text) if keep is None else RAW_CHARACTERS.sub(escape, str(text))
+    encoding = getattr(stream or sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
@@ -36,13 +28,13 @@ class SafeStream:
     """
 
     def __init__(self, stream, clean):
-        self.stream, self.clean, self.broken = stream, clean, False
+        self.stream, self.keep, self.broken = stream, "\t\n" if clean else None, False
 
     def write(self, text):
         if self.broken:
             return len(text)
         with self.tolerance():
-            self.stream.write(printable(text, self.stream, keep="\t\n") if self.clean else encodable(text, self.stream))
+            self.stream.write(printable(text, self.stream, self.keep))
         return len(text)
 
     def flush(self):

@@ -9,7 +9,7 @@ from pathlib import Path
 from utils.files import atomic_write, is_stream
 from utils.terminal import printable
 
-LABELLED_LINE = re.compile(r"([0-9]+);(.+)", re.DOTALL)  # an absolute path never starts with a digit
+LINE = re.compile(r"(?:([0-9]+);)?(.+)", re.DOTALL)  # an absolute path never starts with a digit
 # File names are bytes on Linux: bytes that are not UTF-8 stay as they are. Only "\n" ends a line: a
 # name may hold the other characters that end a line for str.splitlines().
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n"}
@@ -35,9 +35,8 @@ def classes_path(annotation_path):
 def write_annotation(annotation_path, paths, labels=None, classes=()):
     """Write the list and, with labels, its class names; delete the class names of an older list.
 
-    A kill in between never leaves wrong names. It leaves a list without class names, which
-    `read_annotation` refuses. Returns the path of the class names; None where they are not written:
-    a device or a FIFO has no place for them beside it.
+    A kill in between leaves a list without class names, which `read_annotation` refuses. Returns
+    the path of the class names; None where there are none, as beside a device or a FIFO.
     """
     names_path = classes_path(annotation_path)
     names = "".join(f"{name}\n" for name in classes) if labels is not None else None
@@ -55,25 +54,23 @@ def write_annotation(annotation_path, paths, labels=None, classes=()):
 
 
 def read_annotation(annotation_path):
-    """Read a list and its class names -> Annotation.
-
-    ValueError, with what to do, for a missing, empty or malformed list.
-    """
+    """Read a list and its class names. ValueError for a missing, empty or malformed one."""
     lines = _lines(annotation_path)
-    if lines is None:
-        raise ValueError(f"{annotation_path} is not there: {RUN_AGAIN}")
     if not lines:
-        raise ValueError(f"{annotation_path} lists no image: {RUN_AGAIN}")
-    labelled = [LABELLED_LINE.fullmatch(line) for line in lines.values()]
-    paths = [match.group(2) if match else line for match, line in zip(labelled, lines.values())]
-    for number, path, match in zip(lines, paths, labelled):
-        if not os.path.isabs(path) or "\0" in path or bool(match) != bool(labelled[0]):
+        raise ValueError(f"{annotation_path} {'is not there' if lines is None else 'lists no image'}: {RUN_AGAIN}")
+    labels, paths = zip(*(LINE.fullmatch(line).groups() for line in lines.values()))
+    for number, label, path in zip(lines, labels, paths):
+        if not os.path.isabs(path) or "\0" in path or (label is None) != (labels[0] is None):
             raise ValueError(f"{annotation_path}, line {number}: expected '<absolute path>' on all lines, or "
                              f"'<class id>;<absolute path>' on all{_fault(path)}; {RUN_AGAIN}")
-    if not labelled[0]:
-        return Annotation(paths, None, [])
-    labels = [int(match.group(1)) for match in labelled]
-    return Annotation(paths, labels, _read_classes(annotation_path, max(labels)))
+    if labels[0] is None:
+        return Annotation(list(paths), None, [])
+    labels, names_path = list(map(int, labels)), classes_path(annotation_path)
+    classes = list((_lines(names_path) or {}).values())
+    if len(classes) <= max(labels):
+        raise ValueError(f"{annotation_path} uses class id {max(labels)}, but {names_path} "
+                         f"{f'names {len(classes)} classes only' if classes else 'is missing or empty'}: {RUN_AGAIN}")
+    return Annotation(list(paths), labels, classes)
 
 
 def _fault(path):
@@ -103,12 +100,3 @@ def _read_text(path):
     with contextlib.suppress(FileNotFoundError, IsADirectoryError), open(path, **TEXT) as file:
         return file.read()
     return None
-
-
-def _read_classes(annotation_path, largest):
-    path = classes_path(annotation_path)
-    classes = list((_lines(path) or {}).values())
-    if len(classes) <= largest:
-        raise ValueError(f"{annotation_path} uses class id {largest}, but {path} "
-                         f"{f'names {len(classes)} classes only' if classes else 'is missing or empty'}: {RUN_AGAIN}")
-    return classes

@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.annotation import RUN_AGAIN
-from utils.data.decode import describe_error, file_content, is_damage, load_image
-from utils.data.search import system_failure
-from utils.data.threads import map_in_threads
+from utils.data.decode import describe_error, is_damage, load_image
+from utils.data.formats import FILE_BYTES, check_regular
+from utils.data.search import first_of, system_failure
+from utils.data.threads import Budget, map_in_threads
 from utils.files import PROJECT, atomic_write
 
 CACHE_VERSION = 2   # part of the key: raise it when load_image gives other pixels or the files change their form
 CACHES_KEPT = 4     # the most recently used ones in a folder
+READING = Budget(FILE_BYTES)  # memory of all threads for the content of files
 
 
 def open_cache(annotation_path, paths, settings, cache_path=None, num_workers=0):
@@ -27,7 +29,7 @@ def open_cache(annotation_path, paths, settings, cache_path=None, num_workers=0)
     pixels: (N, H, W, C) uint8, memory-mapped. index: a dict of shape, hashes, bad ([row, reason]).
     ValueError for missing files or none that can be decoded, OSError where nothing can be written.
     """
-    key = _cache_key(settings, _file_stats(paths))
+    key = _cache_key(settings, paths)
     folders = [Path(cache_path)] if cache_path else cache_folders(annotation_path)
     cache = next(filter(None, (_read_cache(folder, key, len(paths)) for folder in folders)), None)
     if cache is None:
@@ -39,30 +41,17 @@ def open_cache(annotation_path, paths, settings, cache_path=None, num_workers=0)
     return cache
 
 
-def _file_stats(paths):
-    """(path, size, time, mode) of each file. ValueError if any is gone."""
-    stats, gone = [], []
+def _cache_key(settings, paths):
+    """A name for the pixels that these settings make of these files. ValueError if any is gone."""
+    digest, gone = hashlib.sha256(json.dumps([CACHE_VERSION, settings], sort_keys=True).encode()), []
     for path in paths:
         try:
-            stat = os.stat(path)
-            stats.append((path, stat.st_size, stat.st_mtime_ns, stat.st_mode))  # a new mode may allow reading
+            stat = os.stat(path)  # with its mode: a new one may allow reading
+            digest.update(repr((path, stat.st_size, stat.st_mtime_ns, stat.st_mode)).encode())
         except OSError:
             gone.append(path)
     if gone:
-        raise ValueError(f"{len(gone)} of {len(paths)} listed images are gone: {some(gone)}; {RUN_AGAIN}")
-    return stats
-
-
-def some(names, limit=10):
-    """The first few names, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _cache_key(settings, stats):
-    """A name for the pixels that these settings make of these files."""
-    digest = hashlib.sha256(json.dumps([CACHE_VERSION, settings], sort_keys=True).encode())
-    for stat in stats:
-        digest.update(repr(stat).encode())
+        raise ValueError(f"{len(gone)} of {len(paths)} listed images are gone: {first_of(gone, 10)}; {RUN_AGAIN}")
     return digest.hexdigest()[:24]
 
 
@@ -88,13 +77,9 @@ def writable_folder(folders):
     raise OSError(f"no folder for the cache of decoded images: {', '.join(reasons)}; make one of these writable")
 
 
-def _cache_files(folder, key):
-    return folder / f"{key}.pixels", folder / f"{key}.json"
-
-
 def _read_cache(folder, key, num_listed):
     """(pixels, index) of a whole cache with that key in the folder, else None."""
-    pixels_path, index_path = _cache_files(folder, key)
+    pixels_path, index_path = folder / f"{key}.pixels", folder / f"{key}.json"
     try:
         index = json.loads(index_path.read_text("utf-8"))
         shape = tuple(index["shape"])
@@ -111,7 +96,7 @@ def _read_cache(folder, key, num_listed):
 
 def _build_cache(folder, key, paths, settings, num_workers):
     """Decode all files into the cache. The index comes last: it makes the pixels valid."""
-    pixels_path, index_path = _cache_files(folder, key)
+    pixels_path = folder / f"{key}.pixels"
     shape = (*settings["input_shape"], settings["img_channels"])
     megabytes, place = math.prod(shape) * len(paths) / 1e6, pixels_path.absolute()
     print(f"decoding {len(paths)} images to {shape[0]}x{shape[1]} (height x width), {megabytes:.1f} MB: {place}")
@@ -128,7 +113,7 @@ def _build_cache(folder, key, paths, settings, num_workers):
             if not hashes:
                 _report_bad(paths, bad)
                 raise ValueError(f"none of the {len(paths)} listed images can be decoded: {RUN_AGAIN}")
-        with atomic_write(index_path, "w", encoding="utf-8") as file:
+        with atomic_write(pixels_path.with_suffix(".json"), "w", encoding="utf-8") as file:
             json.dump({"shape": [len(hashes), *shape], "hashes": hashes, "bad": bad}, file)
     except OSError as error:
         raise OSError(f"the cache of decoded images could not be written ({error.strerror or error}): {place} needs "
@@ -138,7 +123,8 @@ def _build_cache(folder, key, paths, settings, num_workers):
 def _decode(path, settings):
     """(pixels, content hash), or (None, reason) for a bad file. ValueError if the system fails."""
     try:
-        with file_content(path) as content:  # read once, for both
+        with READING.take(check_regular(path)):
+            content = Path(path).read_bytes()  # once, for both
             return load_image(io.BytesIO(content), **settings), hashlib.blake2b(content, digest_size=16).hexdigest()
     except Exception as error:  # Pillow's decoders raise all kinds
         if not is_damage(error) and not isinstance(error, PermissionError):  # the key holds the file's mode
@@ -148,18 +134,15 @@ def _decode(path, settings):
 
 def _report_bad(paths, bad):
     if bad:
-        reasons = some([f"{paths[row]} ({reason})" for row, reason in bad])
+        reasons = first_of([f"{paths[row]} ({reason})" for row, reason in bad], 10)
         print(f"left out {len(bad)} of {len(paths)} listed images, which cannot be decoded: {reasons}")
 
 
 def _prune(folder, key):
-    """Delete the caches used longest ago and the leftovers of interrupted builds.
-
-    Files of the last hour stay: another process may use them.
-    """
+    """Delete the caches used longest ago and the leftovers of interrupted builds."""
     with contextlib.suppress(OSError):  # another process prunes too
         keep = {key, *(path.stem for path in sorted(folder.glob("*.json"), key=os.path.getmtime)[-CACHES_KEPT:])}
         for path in [*folder.glob("*.json"), *folder.glob("*.pixels"), *folder.glob(".*.tmp")]:
             newest_use = max(os.path.getmtime(part) for part in (path, path.with_suffix(".json")) if part.exists())
-            if path.name.split(".")[0] not in keep and time.time() - newest_use > 3600:
+            if path.name.split(".")[0] not in keep and time.time() - newest_use > 3600:  # another process may use it
                 path.unlink(missing_ok=True)

@@ -25,28 +25,20 @@ def to_srgb(picture, profile):
 @lru_cache(maxsize=32)  # most files of a folder share one profile; building a transform takes milliseconds
 def _conversion(profile, mode):
     """Pillow's transform to sRGB, for mode L a table of 256 levels. None: no conversion."""
+    flags = NO_OPTIMIZATION if mode == "L" else 0
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        return _grey_table(source) if mode == "L" else _color_transform(source, mode)
+        source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(source, target, mode, "RGB", flags=flags)
+        if mode == "CMYK":
+            return transform
+        levels = np.arange(0, 256, 1 if mode == "L" else 15, dtype=np.uint8)  # of colours 18, 0 and 255 among them
+        colors = levels if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
+        found = np.asarray(transform.apply(Image.fromarray(colors[None])))[0]
+        found = found[:, 0] if mode == "L" else found
     except MemoryError:
         raise
     except Exception:  # a damaged profile, one of another colour space, or a Pillow without its library
         return None
-
-
-def _grey_table(source):
-    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), "L", "RGB", flags=NO_OPTIMIZATION)
-    ramp = np.arange(256, dtype=np.uint8)[None]
-    table = np.asarray(transform.apply(Image.fromarray(ramp)))[0, :, 0]
-    return None if np.abs(table - ramp.astype(int)).max() <= SAME else table.tolist()
-
-
-def _color_transform(source, mode):
-    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    if mode == "RGB":
-        levels = np.arange(0, 256, 15, dtype=np.uint8)  # 18 levels, 0 and 255 among them
-        colors = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
-        found = np.asarray(transform.apply(Image.fromarray(colors)))
-        if np.abs(found - colors.astype(int)).max() <= SAME:
-            return None
-    return transform
+    if np.abs(found - colors.astype(int)).max() <= SAME:
+        return None
+    return found.tolist() if mode == "L" else transform

@@ -18,10 +18,8 @@ def open_dataset(annotation_path, input_shape, img_channels=3, resize_mode="crop
                  num_workers=0, cache_path=None, icc=True):
     """The images of a list, decoded once into a cache on disk -> ImageDataset.
 
-    Files that cannot be decoded are printed and left out. Other settings are as in `load_image`.
-
-    num_workers: threads that decode; 0 = all cores.
-    cache_path: folder of the cache; None: one of `cache_folders`.
+    Files that cannot be decoded are printed and left out. num_workers: threads that decode; 0: all
+    cores. cache_path: folder of the cache; None: one of `cache_folders`. Others: see `load_image`.
     ValueError for a malformed list, missing files, no file that can be decoded, or bad settings.
     OSError where the cache cannot be written.
     """
@@ -68,8 +66,7 @@ class ImageDataset:
 
     def batch(self, numbers):
         """A batch: images (B, H, W, C) uint8 and labels (B,) int64."""
-        numbers = np.asarray(numbers, dtype=np.int64)
-        return self.images(numbers), self.labels[torch.from_numpy(numbers)]
+        return self.images(numbers), self.labels[np.asarray(numbers, dtype=np.int64)]
 
     def batches(self, numbers, pin_memory=False):
         """Yields (images, labels) of each batch. pin_memory: in page-locked memory, for CUDA."""
@@ -88,13 +85,12 @@ class ImageDataset:
         """The ImageDataset of these images, over the same pixels. Its name ends with `remark`."""
         numbers = np.asarray(numbers, dtype=np.int64)
         hashes, paths = ([values[i] for i in numbers] for values in (self.hashes, self.paths))
-        name, labels = self.name + remark, self.labels[torch.from_numpy(numbers)]
+        name, labels = self.name + remark, self.labels[numbers]
         return replace(self, name=name, hashes=hashes, labels=labels, paths=paths, rows=self.rows[numbers])
 
     def shuffled(self, count, seed):
         """`count` numbers (0: all) in random order. A folder's first images may be of one class."""
-        order = np.random.default_rng(seed).permutation(len(self))
-        return order[:count] if count else order
+        return np.random.default_rng(seed).permutation(len(self))[: count or None]
 
     def key(self):
         """A digest of all pixels in their order, and of the classes."""

@@ -4,35 +4,30 @@ import contextlib
 import errno
 import struct
 import zlib
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
+from PIL.Image import Transpose
 
 from utils.data.color import to_srgb
-from utils.data.formats import FILE_BYTES, check_regular, open_image
+from utils.data.formats import open_image
 from utils.data.threads import Budget
 
 DECODE_BYTES = 1_430_000_000  # memory of all threads for decoding; one image that needs more is left out
 # Bytes for each pixel: Pillow's image and the converted one. Some decoders keep more copies.
 BYTES_PER_PIXEL, BYTES_PER_PIXEL_OF = 8, {"WEBP": 16, "AVIF": 16, "HEIF": 16}
 PROGRESSIVE_BYTES = 6  # and for each pixel of a progressive JPEG at full size, its coefficients
-DECODING, READING = Budget(DECODE_BYTES), Budget(FILE_BYTES)
+DECODING = Budget(DECODE_BYTES)
 LARGEST_PASS = 2**26  # pixels between the two passes of a resize, where the image itself has fewer
 STRIP_PIXELS = 2**21  # pixels that are converted at once: intermediate values take up to 30 bytes each
 # Errors of the system that are about one file: it is gone, or may not be read.
 ABOUT_THE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 UPRIGHT = {  # EXIF orientation -> what brings the image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+}  # fmt: skip
 # (scale of a JPEG, how much the image must at least shrink for it). 4 and 2 change a few levels of
 # 255. 8 is the mean of 8x8 pixels and shows on thin lines: it leaves four times the pixels needed.
 DRAFT_SCALES = ((8, 32), (4, 8), (2, 4))
@@ -47,12 +42,10 @@ def load_image(path, input_shape, img_channels=3, resize_mode="crop", background
     its mode to 8 bits, and resized (bicubic, antialiased). A JPEG that shrinks much is decoded at a
     reduced scale: nearly the same pixels, two to five times faster.
 
-    Args:
-        path: a path, or a binary file that can seek.
-        input_shape, img_channels: (height, width) in pixels; 3 (RGB) or 1 (grey).
-        resize_mode: "crop" (shorter side to size, then the centre), "stretch" (each side to size)
-            or "pad" (the whole image, centred on `background`).
-        background, icc: (red, green, blue); whether an embedded profile converts to sRGB.
+    path: a path, or a binary file that can seek. input_shape: (height, width) in pixels.
+    img_channels: 3 (RGB) or 1 (grey). background: (red, green, blue). resize_mode: "crop" (shorter
+    side to size, then the centre), "stretch" (each side to size) or "pad" (the whole image, centred
+    on `background`). icc: whether an embedded profile converts to sRGB.
     ValueError for an unknown setting or an image above DECODE_BYTES; any Exception for damage.
     """
     check_picture_settings(input_shape, img_channels, resize_mode, background)
@@ -66,7 +59,9 @@ def load_image(path, input_shape, img_channels=3, resize_mode="crop", background
             orientation = _orientation(image)  # after loading: Pillow turns TIFF files by itself
             picture = picture if picture.mode == mode else picture.convert(mode)
             picture = _resize(picture, extent or image.size, orientation, (width, height), RESIZE_MODES[resize_mode])
-    return np.array(_centre(picture, (width, height), background), dtype=np.uint8).reshape(height, width, img_channels)
+    canvas = Image.new("RGB", (width, height), tuple(background)).convert(mode)
+    canvas.paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
+    return np.array(canvas).reshape(height, width, img_channels)
 
 
 def check_picture_settings(input_shape, img_channels, resize_mode, background):
@@ -96,13 +91,6 @@ def check_image(path, full=True):
             if image.format == "TIFF":  # Pillow 11 swaps the size of a turned one here, Pillow 10 does not
                 size = image.tag_v2[Base.ImageWidth], image.tag_v2[Base.ImageLength]
         return size[::-1] if _orientation(image) >= 5 else size
-
-
-@contextlib.contextmanager
-def file_content(path):
-    """The bytes of a file; all threads hold at most FILE_BYTES. Raises as `check_regular`."""
-    with READING.take(check_regular(path)):
-        yield Path(path).read_bytes()
 
 
 def is_damage(error):
@@ -208,8 +196,6 @@ def _opaque(image, background, icc=True):
     picture = None
     for left, top, strip in _strips(image):
         converted = _opaque_values(strip, meaning, full_range) if full_range else _opaque_levels(strip, meaning)
-        if converted.size == image.size:
-            return converted
         picture = picture or Image.new(converted.mode, image.size)
         picture.paste(converted, (left, top))
     return picture
@@ -229,13 +215,13 @@ def _strips(image):
 
 def _opaque_values(strip, meaning, full_range):
     """Integers or floats in mode L, scaled from their full range; below 0 is black, NaN too."""
-    values = _values(strip, meaning)
+    values = np.asarray(strip, dtype=meaning.dtype)  # same bits: signed and unsigned wrap
     levels = np.clip(values / full_range, 0, 1)
     levels = np.nan_to_num(1 - levels if meaning.negative else levels, nan=0.0)
     picture = Image.fromarray(np.rint(255 * levels).astype(np.uint8))
     transparent = strip.info.get("transparency")
-    opaque = np.where(values == transparent, 0, 255).astype(np.uint8) if isinstance(transparent, int) else None
-    return _shown(picture, opaque if opaque is None else Image.fromarray(opaque), meaning)
+    opaque = Image.fromarray(values != transparent) if isinstance(transparent, int) else None
+    return _shown(picture, opaque, meaning)
 
 
 def _opaque_levels(strip, meaning):
@@ -279,11 +265,6 @@ def _repair_transparency(image, raw_mode):
         image.info["transparency"] = tuple(level >> 8 for level in value)
 
 
-def _values(image, meaning):
-    """The pixels of mode L, I or F as an array of the file's type."""
-    return np.asarray(image).view(meaning.dtype) if meaning.dtype else np.asarray(image)
-
-
 def _full_range(image, meaning):
     """The value of white: by the format, or the least of 1 (floats), 255, 65535 that holds all."""
     if meaning.raw_mode in FULL_RANGES:
@@ -292,7 +273,7 @@ def _full_range(image, meaning):
         return 127
     if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
         return 65535
-    parts = (_values(strip, meaning) for _, _, strip in _strips(image))
+    parts = (np.asarray(strip, dtype=meaning.dtype) for _, _, strip in _strips(image))
     largest = max(float(np.max(part, initial=0, where=np.isfinite(part))) for part in parts)
     for full_range in (1, 255, 65535)[0 if image.mode == "F" else 1:]:
         if largest <= full_range * 1.01:  # resampling overshoots a little
@@ -307,16 +288,12 @@ def _crop(extent, size):
     return (scale * size[0], scale * size[1]), size
 
 
-def _stretch(extent, size):
-    return extent, size
-
-
 def _pad(extent, size):
     scale = min(size[0] / extent[0], size[1] / extent[1])
     return extent, (max(1, round(scale * extent[0])), max(1, round(scale * extent[1])))
 
 
-RESIZE_MODES = {"crop": _crop, "stretch": _stretch, "pad": _pad}
+RESIZE_MODES = {"crop": _crop, "stretch": lambda extent, size: (extent, size), "pad": _pad}
 
 
 def _resize(picture, extent, orientation, size, resize_mode):
@@ -331,9 +308,3 @@ def _resize(picture, extent, orientation, size, resize_mode):
         corners = (corners[0], 0, corners[2], inner[1])
     picture = picture.resize(inner, Image.Resampling.BICUBIC, box=corners)
     return picture.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else picture
-
-
-def _centre(picture, size, background):
-    canvas = Image.new("RGB", size, tuple(background)).convert(picture.mode)
-    canvas.paste(picture, ((size[0] - picture.width) // 2, (size[1] - picture.height) // 2))
-    return canvas

@@ -1,9 +1,8 @@
 """Well-known data sets: torchvision downloads and verifies them.
 
 They become files datasets/<name>/<class>/<image>. Whole archives stay in
-datasets/.downloads/<name>/ and are not downloaded again; you can delete them at any time. Where a
-server is out of reach, put the archives, or what torchvision unpacks from them, there by hand. This
-folder is the `root` of torchvision's class. All of the training data is unpacked:
+datasets/.downloads/<name>/, the `root` of torchvision's class, until you delete them. Where a
+server is out of reach, put the archives, or what they unpack to, there by hand. All training data:
 
     mnist, fashion_mnist  "train": 60,000 of 28x28, grey, 10 classes
     cifar10               "train": 50,000 of 32x32, 10 classes
@@ -17,11 +16,11 @@ import importlib.util
 import os
 import re
 import shutil
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from torchvision import datasets
+from torchvision.datasets import CIFAR10, MNIST, STL10, CelebA, FashionMNIST, Flowers102, OxfordIIITPet
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
@@ -35,15 +34,11 @@ def folder_name(class_name):
     return re.sub(r"[^\w.-]+", "-", re.sub(r"['?]", "", class_name.strip()).replace(" ", "_"))
 
 
-def from_arrays(kind):
-    """The reader of a torchvision class whose images are arrays: numbered PNG files."""
-
-    def read(root):
-        dataset = kind(root, download=True)
-        names = [folder_name(name.split(" - ")[0]) for name in dataset.classes]  # MNIST: "7 - seven"
-        return len(dataset), ((f"{names[label]}/{i:05d}.png", image) for i, (image, label) in enumerate(dataset))
-
-    return read
+def from_arrays(kind, root):
+    """What a reader returns, for a class of torchvision that holds arrays: numbered PNG files."""
+    dataset = kind(root, download=True)
+    names = [folder_name(name.split(" - ")[0]) for name in dataset.classes]  # MNIST: "7 - seven"
+    return len(dataset), ((f"{names[label]}/{i:05d}.png", image) for i, (image, label) in enumerate(dataset))
 
 
 def from_files(paths, labels, classes):
@@ -53,47 +48,41 @@ def from_files(paths, labels, classes):
 
 
 def flowers102(root):
-    # torchvision has no public name for the files behind a data set. Older ones do not know the
-    # flowers' names.
-    splits = [datasets.Flowers102(root, split=split, download=True) for split in ("train", "val", "test")]
-    classes = getattr(datasets.Flowers102, "classes", [f"{number:03d}" for number in range(1, 103)])
-    paths, labels = (
-        list(chain.from_iterable(getattr(split, name) for split in splits)) for name in ("_image_files", "_labels")
-    )
+    splits = [Flowers102(root, split=split, download=True) for split in ("train", "val", "test")]
+    paths = [path for split in splits for path in split._image_files]  # torchvision has no public name for them
+    labels = [label for split in splits for label in split._labels]
+    classes = getattr(Flowers102, "classes", [f"{number:03d}" for number in range(1, 103)])  # older versions: none
     return from_files(paths, labels, classes)
 
 
 def oxford_pets(root):
-    dataset = datasets.OxfordIIITPet(root, split="trainval", download=True)
+    dataset = OxfordIIITPet(root, split="trainval", download=True)
     return from_files(dataset._images, dataset._labels, dataset.classes)
 
 
 def celeba(root):
-    dataset = datasets.CelebA(root, split="train", download=True)
+    dataset = CelebA(root, split="train", download=True)
     folder = Path(dataset.root) / dataset.base_folder / "img_align_celeba"
     return len(dataset), ((name, folder / name) for name in dataset.filename)
 
 
 # A reader: torchvision's root -> (number of images, pairs of a path to write and a Pillow image or
-# the file that holds it). And the archives: their folder below the root, (name or URL, MD5) of
-# each.
+# its file). And the archives: their folder below the root, (name or URL, MD5) of each.
 DATASETS = {
-    "flowers102": (flowers102, "flowers-102", lambda: datasets.Flowers102._file_dict.values()),
-    "cifar10": (from_arrays(datasets.CIFAR10), "", lambda: [(datasets.CIFAR10.filename, datasets.CIFAR10.tgz_md5)]),
-    "fashion_mnist": (from_arrays(datasets.FashionMNIST), "FashionMNIST/raw", lambda: datasets.FashionMNIST.resources),
-    "mnist": (from_arrays(datasets.MNIST), "MNIST/raw", lambda: datasets.MNIST.resources),
-    "celeba": (celeba, "celeba", lambda: [(name, md5) for _, md5, name in datasets.CelebA.file_list]),
-    "oxford_pets": (oxford_pets, "oxford-iiit-pet", lambda: datasets.OxfordIIITPet._RESOURCES),
-    "stl10": (from_arrays(datasets.STL10), "", lambda: [(datasets.STL10.filename, datasets.STL10.tgz_md5)]),
+    "flowers102": (flowers102, "flowers-102", lambda: Flowers102._file_dict.values()),
+    "cifar10": (partial(from_arrays, CIFAR10), "", lambda: [(CIFAR10.filename, CIFAR10.tgz_md5)]),
+    "fashion_mnist": (partial(from_arrays, FashionMNIST), "FashionMNIST/raw", lambda: FashionMNIST.resources),
+    "mnist": (partial(from_arrays, MNIST), "MNIST/raw", lambda: MNIST.resources),
+    "celeba": (celeba, "celeba", lambda: [(name, md5) for _, md5, name in CelebA.file_list]),
+    "oxford_pets": (oxford_pets, "oxford-iiit-pet", lambda: OxfordIIITPet._RESOURCES),
+    "stl10": (partial(from_arrays, STL10), "", lambda: [(STL10.filename, STL10.tgz_md5)]),
 }
-NEEDS = {"flowers102": "scipy"}  # packages that reading takes; torchvision names gdown where it downloads with it
 
 
 def download(name, datasets_path="datasets"):
-    """The folder `datasets_path`/`name` of a data set, downloaded where it is missing.
+    """The folder `datasets_path`/`name` of a data set, downloaded, whole, where it is missing.
 
-    It appears when it is whole. ValueError: an unknown name, a missing package, or a download that
-    failed.
+    ValueError for an unknown name, a missing package, or a download that failed.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
@@ -101,8 +90,8 @@ def download(name, datasets_path="datasets"):
     if folder.is_dir() and any(folder.iterdir()):
         print(f"{folder.absolute()} is there already: nothing is fetched")
         return str(folder)
-    if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
-        raise ValueError(f"reading {name} needs the package {NEEDS[name]}: pip install {NEEDS[name]}")
+    if name == "flowers102" and importlib.util.find_spec("scipy") is None:  # torchvision itself names gdown
+        raise ValueError(f"reading {name} needs the package scipy: pip install scipy")
     for parent in (folder.parent, root.parent):  # a killed process leaves its temporary folders: start anew
         for leftover in parent.glob(f".{name}.*.tmp"):
             shutil.rmtree(leftover)
@@ -112,17 +101,12 @@ def download(name, datasets_path="datasets"):
     except Exception as error:  # of torchvision, of Pillow, of the network, of the disk
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name} could not be fetched and unpacked, and nothing half is left: {reason}") from error
-    print(
-        f"{name}: unpacked into {folder.absolute()}; its archives are in {root.absolute()}, where you can delete them"
-    )
+    print(f"{name}: unpacked into {folder.absolute()}; its archives are in {root.absolute()}: you can delete them")
     return str(folder)
 
 
 def fetch_and_unpack(name, folder, root):
-    """Fill `folder` from a temporary folder, where torchvision works.
-
-    New archives that are whole move to `root`.
-    """
+    """Fill `folder` from a temporary one of torchvision's. New whole archives move to `root`."""
     read, below, listed = DATASETS[name]
     archives = {Path(below, archive.rsplit("/", 1)[-1]): md5 for archive, md5 in listed()}
     with TemporaryDirectory(".tmp", f".{name}.", root.parent) as temporary:
@@ -149,10 +133,7 @@ def link_whole(root, target, archives):
 
 
 def write_images(total, images, folder, name):
-    """Write PNG files, or link those that torchvision unpacked.
-
-    ValueError where two images have one name.
-    """
+    """Write PNG files, or link unpacked ones. ValueError where two images have one name."""
     for path, image in tqdm(images, f"unpacking {name}", total, unit="img", dynamic_ncols=True):
         path = folder / path
         if path.exists():

@@ -82,14 +82,11 @@ def open_image(source, whole=True):
 
 
 def check_regular(path):
-    """The size of a file in bytes. ValueError where it is too large or no regular file.
-
-    Opening a pipe blocks, and a device never ends. Links are followed.
-    """
+    """The size of a file in bytes. ValueError where it is too large or no regular file."""
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise ValueError("is a folder")
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe blocks, and a device never ends
         raise ValueError("is no regular file (a pipe, a socket or a device)")
     if status.st_size > FILE_BYTES:
         raise ValueError(f"a file of {status.st_size / 1e9:.1f} GB; at most {FILE_BYTES / 1e9:.1f} GB are read")
@@ -112,8 +109,7 @@ def _identify(file, whole):
 def _open_png(file, whole):
     """A PNG without the chunks that do not change its pixels.
 
-    Pillow refuses a whole image for a long text, a large profile or a wrong checksum in such a
-    chunk. Other readers leave the chunk out.
+    Pillow refuses an image for a long text, a large profile or a wrong checksum in one of them.
     """
     before, data, texts, profile = [file.read(8)], [], set(), None
     while len(head := file.read(8)) == 8:

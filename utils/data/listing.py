@@ -3,8 +3,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from utils.data.formats import EXTENSIONS, UNREAD_EXTENSIONS
-from utils.data.search import beside_folders
+from utils.data.formats import UNREAD_EXTENSIONS
+from utils.data.search import beside_folders, first_of
 
 
 def check_annotation_path(annotation_path, images=()):
@@ -14,11 +14,6 @@ def check_annotation_path(annotation_path, images=()):
         raise ValueError(f"annotation_path {path!r} is no name of a file: give one such as train_lines.txt")
     if os.path.realpath(path) in map(os.path.realpath, images):
         raise ValueError(f"annotation_path {path} is one of the pictures: the list would replace it; give another name")
-
-
-def nothing_found(folder, num_bad):
-    problem = f"none of the {num_bad} images in {folder} can be read" if num_bad else f"no image in {folder}"
-    return f"{problem}: put images there ({' '.join(EXTENSIONS)}), or set datasets_path to another folder"
 
 
 def describe_sizes(sizes):
@@ -49,8 +44,3 @@ def describe_classes(paths, labels, classes):
     return (f"no classes, as {names} {'lies' if len(beside) == 1 else 'lie'} beside "
             f"the folder{'s' * (len(folders) > 1)} {first_of(folders, 5)}: the images are unlabelled; "
             "move every image into a folder for classes")
-
-
-def first_of(words, limit, others="more"):
-    """The first `limit` words, and how many others there are."""
-    return ", ".join(words[:limit]) + (f" and {len(words) - limit} {others}" if len(words) > limit else "")

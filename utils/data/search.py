@@ -20,7 +20,6 @@ def search(root):
 
     paths: the sorted absolute paths of the images. Their extension, in any case, tells them.
     others: a Counter of the extensions of all other files.
-
     Names that start with a dot are left out. Links are followed; each folder is visited once.
     Folders that cannot be read and images that are no regular files are printed and left out.
     ValueError where `root` is no folder.
@@ -66,9 +65,8 @@ def without_shipped(paths, root):
 
 
 def check_images(paths, full=True, num_workers=0):
-    """Decode all images in threads, with a progress bar -> (good, bad), both in order.
+    """Decode all images -> (good, bad), lists of (path, (width, height)) and of (path, reason).
 
-    good: a list of (path, (width, height)). bad: a list of (path, reason).
     full: False reads the headers only. This is much faster and misses damage behind them.
     ValueError where the system fails, not the file: too little memory, or a broken disk.
     """
@@ -96,11 +94,13 @@ def system_failure(path, error):
                       "see to the disk or the system and run this again; nothing was kept")
 
 
-def label_by_folder(paths):
-    """(labels, class names): the class is the folder right below the common root of all images.
+def first_of(words, limit, others="more"):
+    """The first `limit` words, and how many others there are."""
+    return ", ".join(words[:limit]) + (f" and {len(words) - limit} {others}" if len(words) > limit else "")
 
-    (None, []) if any image lies in the root itself.
-    """
+
+def label_by_folder(paths):
+    """(labels, class names): the folders below the common root; (None, []) if it holds an image."""
     parts = _parts_below_common_root(paths)
     if any(len(part) == 1 for part in parts):
         return None, []
@@ -110,10 +110,7 @@ def label_by_folder(paths):
 
 
 def beside_folders(paths):
-    """(paths, folder names): the images in the common root itself, and the folders there.
-
-    While both exist, `label_by_folder` finds no classes.
-    """
+    """(paths, folder names) in the common root itself: with both there, there are no classes."""
     parts = _parts_below_common_root(paths)
     beside = sorted(path for path, part in zip(paths, parts) if len(part) == 1)
     return beside, sorted({part[0] for part in parts if len(part) > 1})

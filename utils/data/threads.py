@@ -34,36 +34,27 @@ class Budget:
                 self.changed.notify_all()
 
 
-def worker_count(num_workers):
-    """Threads to use: `num_workers`, or for 0 one for each core that this process may use."""
-    if num_workers < 0:
-        raise ValueError(f"num_workers {num_workers}: use 0 for all cores, or a positive number")
-    if num_workers:
-        return num_workers
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def map_in_threads(function, items, num_workers=0, description=None):
     """Yield `function(item)` for each item of the list, in order, with a progress bar.
 
-    Threads help where the work releases the interpreter (Pillow's decoders, hashing, reading). At
-    most 4 tasks a thread wait. What `function` raises is raised here.
+    num_workers: threads; 0: one for each core that this process may use. They help where the work
+    releases the interpreter (Pillow's decoders, hashing, reading). At most 4 tasks a thread wait.
+    What `function` raises is raised here.
     """
-    chunks = (items[start:start + CHUNK] for start in range(0, len(items), CHUNK))
-    workers = worker_count(num_workers)
+    if num_workers < 0:
+        raise ValueError(f"num_workers {num_workers}: use 0 for all cores, or a positive number")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = num_workers or cores
     executor = ThreadPoolExecutor(workers)
+    tasks = (executor.submit(list, map(function, items[start:start + CHUNK])) for start in range(0, len(items), CHUNK))
     try:
         with warnings.catch_warnings(), tqdm(total=len(items), desc=description, unit="img") as progress:
             warnings.filterwarnings("ignore", module="PIL")  # users need no warning of odd metadata
-            waiting = deque(executor.submit(_map_chunk, function, chunk) for chunk in islice(chunks, 4 * workers))
+            waiting = deque(islice(tasks, 4 * workers))
             while waiting:
                 results = waiting.popleft().result()
-                waiting.extend(executor.submit(_map_chunk, function, chunk) for chunk in islice(chunks, 1))
+                waiting.extend(islice(tasks, 1))
                 progress.update(len(results))
                 yield from results
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-def _map_chunk(function, chunk):
-    return [function(item) for item in chunk]
