@@ -21,15 +21,13 @@ from utils.device import DTYPES, autocast, choose_compile, choose_device, choose
 from utils.errors import explain_out_of_memory, run_script
 from utils.run_folders import find_checkpoint, run_folder
 from utils.training.memory import advice_for_training, check_network_fits
-from utils.training.meter import Meter, epoch_means
+from utils.training.meter import Meter, counts_as_bad, epoch_means
 from utils.training.optimizer import (
     DECAYS,
     OPTIMIZERS,
     choose_learning_rate,
-    counts_as_bad,
     learning_rate,
     make_optimizer,
-    set_learning_rate,
     step_unless_bad,
 )
 from utils.training.randomness import draw_step, mix
@@ -285,7 +283,8 @@ def train_step(config, parts, images, labels, epoch, consumed, lr):
     images (b, H, W, C) uint8, labels (b,): this process's part of the batch that starts after
     `consumed` images of `epoch`. A gradient that is not finite changes nothing but the meter.
     """
-    set_learning_rate(parts.optimizer, lr)
+    for group in parts.optimizer.param_groups:
+        group["lr"] = lr
     x, y, draws = make_batch(config, parts, images, labels, epoch, consumed)
     losses = backward(config, parts, x, y, draws)
     parts.scaler.unscale_(parts.optimizer)

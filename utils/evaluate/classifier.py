@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from utils.checkpoint import first_not_finite, weights_digest
-from utils.checkpoint_contents import check_tensors
+from utils.checkpoint_contents import check_tensors, first_not_finite, weights_digest
 from utils.config import shown
 from utils.files import atomic_write
 from utils.torch_files import load_tensors

@@ -50,6 +50,12 @@ class Meter:
         return sum(values[LOSSES]) / images if images else float("nan"), int(values[SIZE])
 
 
+def counts_as_bad(bad, scaler):
+    """`bad`, but 0 while a GradScaler still halves its factor: overflows are its search."""
+    # The scale as a tensor on the device; scaler.get_scale() would make the host wait.
+    return bad * (scaler._scale <= 1) if scaler.is_enabled() else bad
+
+
 def epoch_means(per_rank):
     """The columns of an epoch from the sums of all processes (processes, 11). None: no image."""
     per_rank = per_rank.to(torch.float64)
