@@ -35,17 +35,12 @@ def make_grid(images, columns, padding=2, pad_value=255):
 
 
 def _to_picture(image):
-    """uint8 (H, W, 3), (H, W, 1) or (H, W) -> Pillow image."""
-    image = np.asarray(image)
-    assert image.dtype == np.uint8, image.dtype
-    return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
+    """uint8 (H, W, 3) or (H, W, 1) -> Pillow image."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def save_png(path, image, text=None):
-    """Write uint8 pixels (H, W, C) as a PNG, whole or not at all.
-
-    `text` (a dict) goes in as its text chunks.
-    """
+    """Write uint8 pixels (H, W, C) as a PNG, whole or not at all. text: a dict, its text chunks."""
     chunks = PngInfo()
     for key, value in (text or {}).items():
         chunks.add_text(key, str(value))
@@ -57,10 +52,8 @@ def save_png(path, image, text=None):
 def save_animation(path, frames, milliseconds):
     """Write uint8 frames (N, H, W, C) as an endless GIF, whole or not at all.
 
-    `milliseconds` is the time of each frame: one number, or one for each frame. GIF has 256 colours
-    a frame.
+    milliseconds: a list, the time of each frame. GIF has 256 colours a frame.
     """
-    pictures = [_to_picture(frame) for frame in frames]
-    duration = list(milliseconds) if np.ndim(milliseconds) else milliseconds
+    first, *others = map(_to_picture, frames)
     with atomic_write(path) as file:
-        pictures[0].save(file, format="GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+        first.save(file, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)

@@ -57,9 +57,7 @@ def merge_config(block, typed, checkpoint, source):
 
 def check_classes(config, classes, checkpoint):
     """ValueError unless the classes of the images are those that the run was built with."""
-    if not config.class_conditional or not checkpoint:
-        return
-    known = checkpoint["classes"]
+    known = checkpoint["classes"] if config.class_conditional and checkpoint else []
     if known and known != classes:
         raise ValueError(f"the run's classes are {', '.join(known)}, and the list's are "
                          f"{', '.join(classes) or 'none'}: they cannot change")
