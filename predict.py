@@ -81,7 +81,10 @@ def main(arguments=None):
     distributed.start()
     device = choose_device(config.device, distributed.local_rank())
     precision = choose_precision(config.precision, device)
-    checkpoint = load(config.model_path)
+    path, remark = distributed.from_main(find_weights(config.model_path) if distributed.is_main() else None)
+    if distributed.is_main():
+        print(f"weights: {path.resolve()}{remark}")
+    checkpoint = load_checkpoint(path, lazily=True)
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
     check_model(config, diffusion, classes)
     config = resolve(config, typed, diffusion, classes)
@@ -109,19 +112,9 @@ def main(arguments=None):
 
 def check(config, typed):
     """ValueError for a setting out of range, and for settings that exclude or need each other."""
-    check_values(
-        config, num_images=(1, None), batch_size=(1, None), seed=(-1, SEEDS - 1), seed_to=(-1, SEEDS - 1),
-        steps=(0, None), eta=(0, 1), guidance_scale=(0, 1000), resamplings=(1, 10**6), interpolate=(0, 10**4),
-    )  # fmt: skip
+    check_values(config, num_images=(1, None), batch_size=(1, None), seed=(-1, SEEDS - 1), seed_to=(-1, SEEDS - 1),
+                 steps=(0, None), eta=(0, 1), guidance_scale=(0, 1000), resamplings=(1, 10**6), interpolate=(0, 10**4))
     check_combinations(config, typed)
-
-
-def load(model_path):
-    """The checkpoint, the same one in all processes; the main one prints which it is."""
-    path, remark = distributed.from_main(find_weights(model_path) if distributed.is_main() else None)
-    if distributed.is_main():
-        print(f"weights: {path.resolve()}{remark}")
-    return load_checkpoint(path, lazily=True)
 
 
 def check_model(config, diffusion, classes):
@@ -151,10 +144,9 @@ def resolve(config, typed, diffusion, classes):
     if not config.interpolate and seed + num_images > SEEDS:
         raise ValueError(f"seed {seed}: the last of {num_images} pictures would have the seed {seed + num_images - 1}, "
                          f"and they end at {SEEDS - 1}: lower --seed or --num_images")
-    return replace(
-        config, seed=seed, seed_to=config.seed_to if config.seed_to >= 0 else seed + 1, sampler=sampler,
-        spacing=spacing, strength=strength, steps=steps, num_images=num_images, input_shape=diffusion.img_size,
-    )  # fmt: skip
+    seed_to = config.seed_to if config.seed_to >= 0 else seed + 1
+    return replace(config, seed=seed, seed_to=seed_to, sampler=sampler, spacing=spacing, strength=strength, steps=steps,
+                   num_images=num_images, input_shape=diffusion.img_size)
 
 
 def grid_rows(config, classes):

@@ -38,20 +38,19 @@ def load_checkpoint(path, lazily=False):
         check_contents(checkpoint)
     except ValueError as error:
         raise ValueError(f"{path}: damaged, or edited: {error}") from None
-    name = first_not_finite(checkpoint["weights"])
-    if name is not None:
+    if (name := first_not_finite(checkpoint["weights"])) is not None:
         raise ValueError(f"{path}: its weights hold NaN or infinity (the first is {name}): take an older checkpoint")
     return checkpoint
 
 
 def as_checkpoint(loaded, path):
     """The dict of `load_checkpoint` from what a file holds."""
-    if isinstance(loaded, dict) and isinstance(loaded.get("weights"), dict):
-        written = loaded.get("format", FORMAT)
-        if type(written) is not int or written > FORMAT:
-            raise ValueError(f"{path}: written by a newer version of this project; update yours to read it")
-        return {"weights_kind": "full", "config": {}, "classes": [], **loaded}
     if isinstance(loaded, dict) and loaded and all(torch.is_tensor(value) for value in loaded.values()):
-        return {"weights": loaded, "weights_kind": "full", "config": {}, "classes": []}
-    found = ", ".join(map(str, list(loaded)[:5])) if isinstance(loaded, dict) else type(loaded).__name__
-    raise ValueError(f"{path}: neither a checkpoint of this project nor a state dict (it holds: {found})")
+        loaded = {"weights": loaded}
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("weights"), dict):
+        found = ", ".join(map(str, list(loaded)[:5])) if isinstance(loaded, dict) else type(loaded).__name__
+        raise ValueError(f"{path}: neither a checkpoint of this project nor a state dict (it holds: {found})")
+    written = loaded.get("format", FORMAT)
+    if type(written) is not int or written > FORMAT:
+        raise ValueError(f"{path}: written by a newer version of this project; update yours to read it")
+    return {"weights_kind": "full", "config": {}, "classes": [], **loaded}

@@ -21,17 +21,13 @@ def make_grid(images, columns, padding=2, pad_value=255):
 
     `padding` pixels of `pad_value` lie between the images and around them.
     """
-    import torch  # here: listing and decoding pictures needs neither
-    from torchvision.utils import make_grid as tile
-
-    images = np.array(images)  # a copy: the cache cannot be written to, which torch warns about
-    channels = images.shape[-1]
-    tiles = torch.from_numpy(images).permute(0, 3, 1, 2)
-    if len(images) == 1:  # torchvision leaves a single image without its frame
-        grid = torch.nn.functional.pad(tiles[0], (padding,) * 4, value=pad_value)
-    else:
-        grid = tile(tiles, nrow=columns, padding=padding, pad_value=pad_value)[:channels]  # it makes grey images RGB
-    return np.ascontiguousarray(grid.permute(1, 2, 0).numpy())
+    count, height, width, channels = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    tiles = np.full((rows * columns, padding + height, padding + width, channels), pad_value, np.uint8)
+    tiles[:count, padding:, padding:] = images
+    grid = tiles.reshape(rows, columns, *tiles.shape[1:]).swapaxes(1, 2).reshape(rows * tiles.shape[1], -1, channels)
+    return np.pad(grid, ((0, padding), (0, padding), (0, 0)), constant_values=pad_value)
 
 
 def _to_picture(image):

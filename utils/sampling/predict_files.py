@@ -5,7 +5,6 @@ import errno
 import hashlib
 import os
 import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +120,8 @@ class PredictFiles:
         if films:
             self._write_films([films[number] for number in sorted(films)])
         if self.spool is not None:
-            self._write_npz()
+            with atomic_write(self._say("predict_results.npz")) as file:
+                np.savez(file, self.spool)  # arr_0, as the ADM evaluations' sample files have it; 16 MiB at a time
         if self.config.individual_files:
             print(f"{self.config.num_images} single files in {self.folder.resolve()}")
 
@@ -138,15 +138,6 @@ class PredictFiles:
         save_png(self._say("predict_trajectory_results.png"), make_grid(np.stack(rows), len(chosen)))
         frames = [make_grid(np.stack([film[step][0] for film in films]), self.columns) for step in range(length)]
         save_animation(self._say("predict_trajectory_results.gif"), frames, [FRAME_MS] * (length - 1) + [LAST_FRAME_MS])
-
-    def _write_npz(self):
-        """arr_0: (num_images, H, W, C) uint8, the layout of the ADM evaluations' sample files."""
-        with (
-            atomic_write(self._say("predict_results.npz")) as file,
-            zipfile.ZipFile(file, "w") as archive,
-            archive.open("arr_0.npy", "w", force_zip64=True) as member,
-        ):
-            np.lib.format.write_array(member, self.spool, allow_pickle=False)  # 16 MiB at a time
 
 
 def _check_folder(folder):

@@ -28,8 +28,7 @@ class Meter:
 
     def reset(self, sums=None):
         """Starts an epoch, or goes on from the sums (11,) of a checkpoint."""
-        sums = torch.zeros(SIZE) if sums is None else sums
-        self.sums = sums.to(self.device, self.dtype)
+        self.sums = (torch.zeros(SIZE) if sums is None else sums).to(self.device, self.dtype)
 
     def add(self, losses, t, norm, bad, counted):
         """losses, t: (b,), of this process. norm, bad, counted (see `counts_as_bad`): 0-dim."""

@@ -63,10 +63,6 @@ class RunFiles:
         self.bar.set_postfix_str(f"{known}learning rate {lr:.1e}", refresh=False)
         self.bar.update(images)
 
-    def seconds(self):
-        """Seconds that this process has spent on the epoch."""
-        return time.monotonic() - self.epoch_began
-
     def save_due(self):
         """Whether it is time for a save within the epoch. Rank 0 keeps the time."""
         return self.main and self.checkpoints.is_due()

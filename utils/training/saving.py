@@ -13,10 +13,9 @@ CHEAP = 0.05  # share of the time that saves at the ends of epochs may take
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run. Only rank 0 has one."""
+    """Writes the checkpoints of a run. Only rank 0 has one. attempt: the run's Attempts."""
 
     def __init__(self, folder, config, parts, attempt):
-        """attempt: the run's Attempts."""
         self.folder, self.config, self.parts, self.attempt = folder, config, parts, attempt
         self.fingerprint = images_fingerprint(parts.dataset)
         self.saved, self.seconds = time.monotonic(), 0.0  # when the last save ended, and how long it took

@@ -88,8 +88,6 @@ def as_option(value):
 def ema_span(config, steps):
     """Steps that the EMA spans after `steps`: 1 / (1 - decay), with a warm-up at most a ninth."""
     counted = max(0, steps - config.ema_start)
-    if not counted or config.ema_decay <= 0:
-        return 1
     most = 1 / max(1 - config.ema_decay, 1e-9)
     if config.ema_warmup:
         most = min(most, (10 + counted) / 9)  # the decay is (1 + n) / (10 + n)
