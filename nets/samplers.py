@@ -17,7 +17,6 @@ from .schedules import check_choice
 
 NOISE_BLOCK = 8  # steps whose noise is sampled at once; another number changes the image of a seed
 SEEDS = 2**32  # the seeds that a CPU generator tells apart
-VARIANCES = ("beta", "posterior")  # of ddpm's noise
 LOWEST_LAMBDA = -5.1  # just below the linear schedule's last one; there x_t holds no image yet
 
 
@@ -34,7 +33,7 @@ def ddpm(denoise, x, steps, noise, *, variance="beta"):
 
     variance of the noise: "beta", or the smaller "posterior" (equation 7). The last step adds none.
     """
-    check_choice("variance", variance, VARIANCES)
+    check_choice("variance", variance, ("beta", "posterior"))
     for alpha_bar_t, alpha_bar_s, t in steps:
         alpha = alpha_bar_t / alpha_bar_s
         beta = 1 - alpha

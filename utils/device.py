@@ -88,10 +88,9 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(OSError):  # Linux: getrusage would count what the parent held when it started this process
-        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(errors="replace"))
-        if found:  # some sandboxes leave the line out
+        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(errors="replace")):
             return int(found[1]) / 2**10
-    try:
+    try:  # also where a sandbox leaves that line out
         import resource
     except ImportError:  # Windows
         return 0.0

@@ -40,9 +40,8 @@ def save_png(path, image, text=None):
     chunks = PngInfo()
     for key, value in (text or {}).items():
         chunks.add_text(key, str(value))
-    picture = _to_picture(image)
     with atomic_write(path) as file:
-        picture.save(file, format="PNG", pnginfo=chunks)
+        _to_picture(image).save(file, format="PNG", pnginfo=chunks)
 
 
 def save_animation(path, frames, milliseconds):

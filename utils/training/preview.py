@@ -8,10 +8,7 @@ COUNT, COLUMNS = 25, 5
 
 
 def sample_preview(config, parts):
-    """A 5x5 grid (H, W, C) uint8, sampled with the EMA. It leaves training's randomness alone.
-
-    With classes, all take turns.
-    """
+    """A 5x5 grid (H, W, C) uint8 by the EMA, all classes in turn. Training's randomness stays."""
     y = torch.arange(COUNT) % len(parts.dataset.classes) if config.class_conditional else None
     steps, seeds = min(config.preview_steps, config.num_timesteps), range(config.seed, config.seed + COUNT)
     with autocast(parts.device, config.precision):

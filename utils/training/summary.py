@@ -13,10 +13,7 @@ SEEN_OFTEN = 2048
 
 
 def print_summary(config, parts, preset):
-    """Device, pictures, network and steps. Rank 0 prints, the others are silent.
-
-    preset: {name: value}, what the preset of the run sets.
-    """
+    """Device, pictures, network and steps; rank 0 prints. preset: {name: value}, what it sets."""
     if not distributed.is_main():
         return
     dataset, steps = parts.dataset, len(parts.dataset) // parts.batch_size
