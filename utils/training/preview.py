@@ -10,7 +10,7 @@ COUNT, COLUMNS = 25, 5
 def sample_preview(config, parts):
     """A 5x5 grid (H, W, C) uint8 by the EMA, all classes in turn. Training's randomness stays."""
     y = torch.arange(COUNT) % len(parts.dataset.classes) if config.class_conditional else None
-    steps, seeds = min(config.preview_steps, config.num_timesteps), range(config.seed, config.seed + COUNT)
+    steps, seeds = min(config.preview_steps, config.num_timesteps), list(range(config.seed, config.seed + COUNT))
     with autocast(parts.device, config.precision):
         x = parts.diffusion.sample(COUNT, parts.device, y, sampler=config.preview_sampler, steps=steps, seeds=seeds)
     return make_grid(to_uint8(x), COLUMNS)
