@@ -1,7 +1,4 @@
-"""Draw new pictures with a trained model.
-
-Every setting below is also an option: --num_images 100.
-"""
+"""Draw new pictures with a trained model. Each setting is an option: --num_images 100."""
 import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is no traceback)
 
 # isort: split
@@ -84,7 +81,10 @@ def main(arguments=None):
     distributed.start()
     device = choose_device(config.device, distributed.local_rank())
     precision = choose_precision(config.precision, device)
-    checkpoint = load(config.model_path)
+    path, remark = distributed.from_main(find_weights(config.model_path) if distributed.is_main() else None)
+    if distributed.is_main():
+        print(f"weights: {path.resolve()}{remark}")
+    checkpoint = load_checkpoint(path, lazily=True)
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
     check_model(config, diffusion, classes)
     config = resolve(config, typed, diffusion, classes)
@@ -112,19 +112,9 @@ def main(arguments=None):
 
 def check(config, typed):
     """ValueError for a setting out of range, and for settings that exclude or need each other."""
-    check_values(
-        config, num_images=(1, None), batch_size=(1, None), seed=(-1, SEEDS - 1), seed_to=(-1, SEEDS - 1),
-        steps=(0, None), eta=(0, 1), guidance_scale=(0, 1000), resamplings=(1, 10**6), interpolate=(0, 10**4),
-    )  # fmt: skip
+    check_values(config, num_images=(1, None), batch_size=(1, None), seed=(-1, SEEDS - 1), seed_to=(-1, SEEDS - 1),
+                 steps=(0, None), eta=(0, 1), guidance_scale=(0, 1000), resamplings=(1, 10**6), interpolate=(0, 10**4))
     check_combinations(config, typed)
-
-
-def load(model_path):
-    """The checkpoint, the same one in all processes; the main one prints which it is."""
-    path, remark = distributed.from_main(find_weights(model_path) if distributed.is_main() else None)
-    if distributed.is_main():
-        print(f"weights: {path.resolve()}{remark}")
-    return load_checkpoint(path, lazily=True)
 
 
 def check_model(config, diffusion, classes):
@@ -154,10 +144,9 @@ def resolve(config, typed, diffusion, classes):
     if not config.interpolate and seed + num_images > SEEDS:
         raise ValueError(f"seed {seed}: the last of {num_images} pictures would have the seed {seed + num_images - 1}, "
                          f"and they end at {SEEDS - 1}: lower --seed or --num_images")
-    return replace(
-        config, seed=seed, seed_to=config.seed_to if config.seed_to >= 0 else seed + 1, sampler=sampler,
-        spacing=spacing, strength=strength, steps=steps, num_images=num_images, input_shape=diffusion.img_size,
-    )  # fmt: skip
+    seed_to = config.seed_to if config.seed_to >= 0 else seed + 1
+    return replace(config, seed=seed, seed_to=seed_to, sampler=sampler, spacing=spacing, strength=strength, steps=steps,
+                   num_images=num_images, input_shape=diffusion.img_size)
 
 
 def grid_rows(config, classes):
@@ -186,9 +175,10 @@ def sample(config, diffusion, labels, options, files):
     noise = (lambda numbers: noise_between_seeds(config, diffusion, numbers)) if config.interpolate else None
     done, began = 0, time.monotonic()
     pause = 0.1 if sys.stderr.isatty() else 10  # seconds between two states of the progress bar
-    with tqdm(total=len(batches) * config.steps, unit="step", disable=rank > 0, dynamic_ncols=True,
+    firsts = [first for first in batches if not files.reuse(first, size)]
+    reused = (len(batches) - len(firsts)) * config.steps
+    with tqdm(total=len(batches) * config.steps, initial=reused, unit="step", disable=rank > 0, dynamic_ncols=True,
               mininterval=pause) as bar:
-        firsts = unfinished(batches, config, files, bar)
         for first, steps in sample_batches(diffusion, firsts, size, config.seed, labels, noise, **options):
             for step, (x, x_0) in enumerate(steps):
                 files.add_step(first, step, x, x_0)
@@ -196,15 +186,6 @@ def sample(config, diffusion, labels, options, files):
             files.add(first, to_uint8(x))
             done += min(size, config.num_images - first)
             bar.set_postfix_str(f"{done * processes / (time.monotonic() - began):.1f} img/s", refresh=False)
-
-
-def unfinished(batches, config, files, bar):
-    """The batches that have no files yet. The bar moves on for the others."""
-    for first in batches:
-        if files.reuse(first, config.batch_size):
-            bar.update(config.steps)
-        else:
-            yield first
 
 
 def noise_between_seeds(config, diffusion, numbers):

@@ -2,6 +2,7 @@
 import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is no traceback)
 
 # isort: split
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,15 +22,13 @@ from utils.device import DTYPES, autocast, choose_compile, choose_device, choose
 from utils.errors import explain_out_of_memory, run_script
 from utils.run_folders import find_checkpoint, run_folder
 from utils.training.memory import advice_for_training, check_network_fits
-from utils.training.meter import Meter, epoch_means
+from utils.training.meter import Meter, counts_as_bad, epoch_means
 from utils.training.optimizer import (
     DECAYS,
     OPTIMIZERS,
     choose_learning_rate,
-    counts_as_bad,
     learning_rate,
     make_optimizer,
-    set_learning_rate,
     step_unless_bad,
 )
 from utils.training.randomness import draw_step, mix
@@ -196,8 +195,7 @@ def check(config):
         preview_period=(0, None), preview_steps=(1, None), val_split=(0, 0.9),
     )  # fmt: skip
     if config.lr_decay_type == "step" and not (config.init_lr and config.min_lr):
-        raise ValueError("lr_decay_type step falls by a factor and cannot reach 0: "
-                         "set init_lr and min_lr above 0")
+        raise ValueError("lr_decay_type step falls by a factor and cannot reach 0: set init_lr and min_lr above 0")
     check_levels(config.channel_mults, config.attention_resolutions)
     check_input_shape(config.input_shape, len(config.channel_mults))
 
@@ -205,13 +203,12 @@ def check(config):
 def resolve(config):
     """(Config with every "auto" replaced by what fits this machine, torch.device)."""
     device = choose_device(config.device, distributed.local_rank(), distributed.world_size())
-    config = replace(
+    return replace(
         config, device=str(device) if distributed.world_size() == 1 else device.type,
         precision=choose_precision(config.precision, device), compile=choose_compile(config.compile, device),
         num_groups=choose_groups(config.num_groups, config.channel),
         init_lr=choose_learning_rate(config.init_lr, config.channel),
-    )  # fmt: skip
-    return config, device
+    ), device  # fmt: skip
 
 
 def prepare(config, device, checkpoint=None):
@@ -285,12 +282,12 @@ def train_step(config, parts, images, labels, epoch, consumed, lr):
     images (b, H, W, C) uint8, labels (b,): this process's part of the batch that starts after
     `consumed` images of `epoch`. A gradient that is not finite changes nothing but the meter.
     """
-    set_learning_rate(parts.optimizer, lr)
+    (group,) = parts.optimizer.param_groups
+    group["lr"] = lr
     x, y, draws = make_batch(config, parts, images, labels, epoch, consumed)
     losses = backward(config, parts, x, y, draws)
     parts.scaler.unscale_(parts.optimizer)
-    trained = [parameter for group in parts.optimizer.param_groups for parameter in group["params"]]
-    norm = clip_grad_norm_(trained, config.grad_clip or float("inf"))
+    norm = clip_grad_norm_(group["params"], config.grad_clip or float("inf"))
     bad = 1 - norm.isfinite().float()
     step_unless_bad(parts.optimizer, parts.scaler, bad)
     parts.diffusion.update_ema(skip=bad)
@@ -334,7 +331,7 @@ def backward(config, parts, x, y, draws):
 def finish_epoch(config, parts, files, epoch, learning_rate_at):
     """Writes the epoch's row with its validation loss, then curves, checkpoints and preview."""
     sums = torch.stack(distributed.gather(parts.meter.sums.cpu()))
-    seconds = files.seconds()
+    seconds = time.monotonic() - files.epoch_began
     step = (epoch + 1) * (len(parts.dataset) // parts.batch_size)
     row = {"epoch": epoch + 1, "step": step, **epoch_means(sums), "learning_rate": learning_rate_at(step - 1)}
     if len(parts.validation):

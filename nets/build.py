@@ -1,7 +1,7 @@
 """Builds a GaussianDiffusion from settings or from a file of weights. Every script uses it."""
 
 from .diffusion import GaussianDiffusion
-from .schedules import make_betas
+from .schedules import check_choice, make_betas
 from .sizes import check_input_shape
 from .unet import UNet
 from .weights import change_classes, check_fit, check_sizes, class_rows, clean_keys, read_settings, unet_arguments
@@ -77,8 +77,7 @@ def load_weights(diffusion, state_dict, kind="full"):
     Half precision and the prefixes of DistributedDataParallel and torch.compile are fine.
     ValueError: unknown, missing or mis-shaped keys.
     """
-    if kind not in ("full", "ema"):
-        raise ValueError(f"unknown kind of weights {kind!r}; known: full, ema")
+    check_choice("kind of weights", kind, ("full", "ema"))
     weights = clean_keys(state_dict)
     if kind == "ema":
         weights |= {key.removeprefix("ema_"): value for key, value in weights.items() if key.startswith("ema_model.")}

@@ -63,8 +63,9 @@ class NormActDropoutConv(torch.autograd.Function):
         x, scale, shift, mean, rstd, dropped, weight = ctx.saved_tensors
         b, c, h, w = x.shape
         half = x.dtype in (torch.bfloat16, torch.float16)
-        if half:
-            x, mean = subtract_mean(x, mean, ctx.groups)
+        if half:  # a large mean would cost digits of the normed x
+            rounded = mean.to(x.dtype)
+            x, mean = x - per_channel(rounded.repeat_interleave(c // ctx.groups, 1), x), mean - rounded
         x_factor, x_shift = affine(scale, shift, mean, rstd, ctx.groups)
         normed = torch.addcmul(per_channel(x_shift, x), x, per_channel(x_factor, x))
         kept = keep_bits(dropped, x.dtype)
@@ -94,12 +95,6 @@ def group_norm(x, scale, shift, groups, eps):
     rstd = (values.square().sum((2, 3)).view(b, groups, -1).sum(2) / count + eps).rsqrt_()
     x_factor, _ = affine(scale, shift, mean, rstd, groups)
     return values.mul_(x_factor[:, :, None, None]).add_(shift[:, None, None]).to(x.dtype), mean, rstd
-
-
-def subtract_mean(x, mean, groups):
-    """(x - m, mean - m), m: `mean` in x's dtype. A large mean would cost digits of the normed x."""
-    rounded = mean.to(x.dtype)
-    return x - per_channel(rounded.repeat_interleave(x.shape[1] // groups, 1), x), mean - rounded
 
 
 def keep_bits(dropped, dtype):

@@ -228,16 +228,11 @@ class GaussianDiffusion(nn.Module):
 
         y None: one null class for the whole batch, or None for a network without classes.
         """
-        device = self.betas.device
-        if guided and y is None:
-            raise ValueError("guidance needs a class for each image: pass y")
         if self.num_classes is None:
             return None
-        if y is None and self.null_class is None:
-            raise ValueError(f"this network is conditioned on {self.num_classes} classes and has no null class: pass y")
-        if y is None:
-            return torch.tensor([self.null_class], device=device)
-        y = torch.as_tensor(y, device=device)
+        if y is None and (guided or self.null_class is None):
+            raise ValueError("guidance, and a network without a null class, need a class for each image: pass y")
+        y = torch.as_tensor([self.null_class] if y is None else y, device=self.betas.device)
         return torch.cat((y, torch.full_like(y, self.null_class))) if guided else y
 
     def sample(self, batch_size, device, y=None, use_ema=True, **settings):
@@ -264,9 +259,13 @@ class GaussianDiffusion(nn.Module):
         for name, given in (("y", y), ("seeds", seeds)):
             if given is not None and len(given) != batch_size:
                 raise ValueError(f"{name} has {len(given)} entries for a batch of {batch_size}")
-        solver = samplers.find_sampler(sampler)
+        check_choice("sampler", sampler, samplers.SAMPLERS)
+        solver = samplers.SAMPLERS[sampler]
         if known is not None or mask is not None:
-            solver, sampler_options = self.inpainter(sampler, known, mask, device, sampler_options)
+            if sampler != "ddpm" or known is None or mask is None:
+                raise ValueError("inpainting needs the sampler ddpm, known (the images) and mask (1 where they change)")
+            solver = samplers.repaint
+            sampler_options |= {"known": known.to(device, torch.float32), "mask": mask.to(device, torch.float32)}
         samplers.check_options(sampler, solver, sampler_options)
         plan = self.plan(sampler, steps, spacing, strength if init is not None else 1.0)
 
@@ -289,15 +288,6 @@ class GaussianDiffusion(nn.Module):
             steps = start + 1 if sampler == "ddpm" else min(samplers.DEFAULT_STEPS, start + 1)
         chosen = samplers.timesteps(self.alpha_bars, steps, spacing or samplers.DEFAULT_SPACING[sampler], start)
         return samplers.solver_steps(self.alpha_bars, chosen)
-
-    def inpainter(self, sampler, known, mask, device, options):
-        """(solver for inpainting, its options). ValueError: not ddpm, or known or mask missing."""
-        if sampler != "ddpm":
-            raise ValueError(f"inpainting needs the sampler ddpm, not {sampler}")
-        if known is None or mask is None:
-            raise ValueError("inpainting needs both known (the images) and mask (1 where they are sampled)")
-        known, mask = known.to(device, torch.float32), mask.to(device, torch.float32)
-        return samplers.repaint, {"known": known, "mask": mask, **options}
 
     def check_images(self, x, batch_size, device, name):
         """x as float32 on the device. ValueError unless it is (batch_size, c, h, w)."""

@@ -17,20 +17,11 @@ def ema_weight(n, decay, warmup):
 
 def update_(ema_model, model, weight):
     """ema_model += weight (model - ema_model), in place. weight: 0-dim, exact for 0 and 1."""
-    blend_(list(ema_model.parameters()), [parameter.detach() for parameter in model.parameters()], weight)
-    for ema, buffer in zip(ema_model.buffers(), model.buffers()):  # statistics of batch norm
-        ema.copy_(torch.where(weight > 0, buffer, ema))
-
-
-def blend_(ema, values, weight):
-    """ema += weight (values - ema), in place, for lists of tensors.
-
-    A CPU reads the weight at no cost, and one pass is enough. Reading it from a GPU would wait for
-    the device, so a GPU takes two passes.
-    """
-    if weight.device.type == "cpu":
-        if weight > 0:
-            torch._foreach_lerp_(ema, values, weight.item())
-        return
-    torch._foreach_mul_(ema, 1 - weight)
-    torch._foreach_add_(ema, torch._foreach_mul(values, weight))
+    averages, values = list(ema_model.parameters()), [parameter.detach() for parameter in model.parameters()]
+    if weight.device.type != "cpu":  # reading the weight would wait for the GPU: two passes instead
+        torch._foreach_mul_(averages, 1 - weight)
+        torch._foreach_add_(averages, torch._foreach_mul(values, weight))
+    elif weight > 0:
+        torch._foreach_lerp_(averages, values, weight.item())
+    for average, buffer in zip(ema_model.buffers(), model.buffers()):  # statistics of batch norm
+        average.copy_(torch.where(weight > 0, buffer, average))

@@ -17,7 +17,7 @@ from .schedules import check_choice
 
 NOISE_BLOCK = 8  # steps whose noise is sampled at once; another number changes the image of a seed
 SEEDS = 2**32  # the seeds that a CPU generator tells apart
-VARIANCES = ("beta", "posterior")  # of ddpm's noise
+LOWEST_LAMBDA = -5.1  # just below the linear schedule's last one; there x_t holds no image yet
 
 
 class Step(NamedTuple):
@@ -33,7 +33,7 @@ def ddpm(denoise, x, steps, noise, *, variance="beta"):
 
     variance of the noise: "beta", or the smaller "posterior" (equation 7). The last step adds none.
     """
-    check_choice("variance", variance, VARIANCES)
+    check_choice("variance", variance, ("beta", "posterior"))
     for alpha_bar_t, alpha_bar_s, t in steps:
         alpha = alpha_bar_t / alpha_bar_s
         beta = 1 - alpha
@@ -158,12 +158,6 @@ DEFAULT_SPACING = {
 DEFAULT_STEPS = 25
 
 
-def find_sampler(name):
-    """The solver of that name; ValueError for an unknown one."""
-    check_choice("sampler", name, SAMPLERS)
-    return SAMPLERS[name]
-
-
 def check_options(name, solver, options):
     """ValueError for an unknown option. A solver's options are its keyword-only arguments."""
     known = [p.name for p in inspect.signature(solver).parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -182,9 +176,12 @@ def trailing(alpha_bars, steps, start):
     return (start + 1) * np.arange(steps, 0, -1) / steps - 1
 
 
-def logsnr(alpha_bars, steps, start):
-    """Equal distances in lambda (Lu et al. 2022, "DPM-Solver", section 3.4)."""
-    return _equal_in_lambda(alpha_bars, steps, start, -math.inf)
+def logsnr(alpha_bars, steps, start, lowest=-math.inf):
+    """Equal distances in lambda (Lu et al. 2022, "DPM-Solver", section 3.4), from `lowest` on."""
+    lambdas = [half_log_snr(alpha_bar) for alpha_bar in alpha_bars[: start + 1]]  # lambda falls with t
+    wanted = np.linspace(max(lambdas[start], lowest), lambdas[0], steps)
+    found = np.interp(-wanted, -np.asarray(lambdas), np.arange(start + 1))
+    return np.concatenate(([start], found[1:]))
 
 
 def clipped_logsnr(alpha_bars, steps, start):
@@ -192,17 +189,7 @@ def clipped_logsnr(alpha_bars, steps, start):
 
     The cosine schedule ends at -10: logsnr spends eight of 25 steps where nothing can be seen.
     """
-    return _equal_in_lambda(alpha_bars, steps, start, LOWEST_LAMBDA)
-
-
-LOWEST_LAMBDA = -5.1  # just below the linear schedule's last one; there x_t holds no image yet
-
-
-def _equal_in_lambda(alpha_bars, steps, start, lowest):
-    lambdas = [half_log_snr(alpha_bar) for alpha_bar in alpha_bars[: start + 1]]  # lambda falls with t
-    wanted = np.linspace(max(lambdas[start], lowest), lambdas[0], steps)
-    found = np.interp(-wanted, -np.asarray(lambdas), np.arange(start + 1))
-    return np.concatenate(([start], found[1:]))
+    return logsnr(alpha_bars, steps, start, LOWEST_LAMBDA)
 
 
 SPACINGS = {"uniform": uniform, "trailing": trailing, "logsnr": logsnr, "clipped_logsnr": clipped_logsnr}

@@ -113,7 +113,7 @@ def test_weights_gone_bad_are_never_saved(workplace, monkeypatch, capsys):
 
 
 def test_a_gradient_scaler_finding_its_factor_does_not_count_as_bad():
-    from utils.training.optimizer import counts_as_bad
+    from utils.training.meter import counts_as_bad
 
     scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=4.0)
     scaler.scale(torch.zeros(1))  # makes its tensor

@@ -14,7 +14,7 @@ from nets import UNet, unet
 from nets import cpu_fused as fused
 from nets.cpu_fused import NormActDropoutConv
 from nets.unet import norm_act_conv
-from utils.checkpoint import weights_digest
+from utils.checkpoint_contents import weights_digest
 from utils.device import autocast, memory_format, round_weights
 
 

@@ -1,10 +1,9 @@
 """Checkpoints: one file of plain types and tensors, whole or not there. Reading runs no code."""
-import hashlib
 from pathlib import Path
 
 import torch
 
-from utils.checkpoint_contents import check_contents
+from utils.checkpoint_contents import check_contents, first_not_finite
 from utils.files import atomic_write
 from utils.torch_files import first_line, load_tensors
 
@@ -39,41 +38,19 @@ def load_checkpoint(path, lazily=False):
         check_contents(checkpoint)
     except ValueError as error:
         raise ValueError(f"{path}: damaged, or edited: {error}") from None
-    name = first_not_finite(checkpoint["weights"])
-    if name is not None:
+    if (name := first_not_finite(checkpoint["weights"])) is not None:
         raise ValueError(f"{path}: its weights hold NaN or infinity (the first is {name}): take an older checkpoint")
     return checkpoint
 
 
 def as_checkpoint(loaded, path):
     """The dict of `load_checkpoint` from what a file holds."""
-    if isinstance(loaded, dict) and isinstance(loaded.get("weights"), dict):
-        written = loaded.get("format", FORMAT)
-        if type(written) is not int or written > FORMAT:
-            raise ValueError(f"{path}: written by a newer version of this project; update yours to read it")
-        return {"weights_kind": "full", "config": {}, "classes": [], **loaded}
     if isinstance(loaded, dict) and loaded and all(torch.is_tensor(value) for value in loaded.values()):
-        return {"weights": loaded, "weights_kind": "full", "config": {}, "classes": []}
-    found = ", ".join(map(str, list(loaded)[:5])) if isinstance(loaded, dict) else type(loaded).__name__
-    raise ValueError(f"{path}: neither a checkpoint of this project nor a state dict (it holds: {found})")
-
-
-def first_not_finite(state_dict):
-    """The name of the first floating-point tensor that holds NaN or infinity; None without any."""
-    floats = ((name, value) for name, value in state_dict.items() if value.is_floating_point())
-    return next((name for name, value in floats if not value.isfinite().all()), None)
-
-
-def all_finite(state_dict):
-    """Whether no tensor holds NaN or infinity. Nothing else is ever saved."""
-    return first_not_finite(state_dict) is None
-
-
-def weights_digest(state_dict):
-    """A short digest of all values of a network. It names the network in files of its images."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, value in state_dict.items():
-        digest.update(name.encode())
-        value = value.detach().cpu()
-        digest.update(value.flatten().view(torch.uint8).numpy().data if value.ndim else str(value.item()).encode())
-    return digest.hexdigest()
+        loaded = {"weights": loaded}
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("weights"), dict):
+        found = ", ".join(map(str, list(loaded)[:5])) if isinstance(loaded, dict) else type(loaded).__name__
+        raise ValueError(f"{path}: neither a checkpoint of this project nor a state dict (it holds: {found})")
+    written = loaded.get("format", FORMAT)
+    if type(written) is not int or written > FORMAT:
+        raise ValueError(f"{path}: written by a newer version of this project; update yours to read it")
+    return {"weights_kind": "full", "config": {}, "classes": [], **loaded}

@@ -1,4 +1,5 @@
 """What a checkpoint may hold: kinds and ranges of values, checked before anything is built."""
+import hashlib
 from typing import NamedTuple
 
 import torch
@@ -137,3 +138,24 @@ def check_tensors(state_dict):
         whole = plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
         if type(name) is not str or not whole or value.dtype not in NUMBERS:
             raise ValueError(f"{shown(name)} in its weights is no tensor of plain numbers")
+
+
+def first_not_finite(state_dict):
+    """The name of the first floating-point tensor that holds NaN or infinity; None without any."""
+    floats = ((name, value) for name, value in state_dict.items() if value.is_floating_point())
+    return next((name for name, value in floats if not value.isfinite().all()), None)
+
+
+def all_finite(state_dict):
+    """Whether no tensor holds NaN or infinity. Nothing else is ever saved."""
+    return first_not_finite(state_dict) is None
+
+
+def weights_digest(state_dict):
+    """A short digest of all values of a network. It names the network in files of its images."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in state_dict.items():
+        digest.update(name.encode())
+        value = value.detach().cpu()
+        digest.update(value.flatten().view(torch.uint8).numpy().data if value.ndim else str(value.item()).encode())
+    return digest.hexdigest()

@@ -17,20 +17,16 @@ def choose_device(name, local_rank=0, processes=1):
     ValueError for a device that is not here.
     """
     if name == "auto":
-        mps = torch.backends.mps.is_available() and processes == 1
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        mps = is_available("mps") and processes == 1
+        name = "cuda" if is_available("cuda") else "mps" if mps else "cpu"
     if processes > 1 and (name.startswith("mps") or ":" in name):
         raise ValueError(f"device {name!r} is for one process: with torchrun choose cuda (a GPU each) or cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cuda", "mps", "cpu"):
+    if not re.fullmatch(r"(cuda|mps|cpu)(:(0|[1-9]\d?))?", name):
         raise ValueError(f"device {name!r} is unknown: choose auto, cuda, cuda:1, mps or cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r}: PyTorch finds no CUDA GPU here; --device auto takes what there is")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device {name!r}: PyTorch finds no Apple GPU here; --device auto takes what there is")
+    device = torch.device(name)
+    if not is_available(name):
+        gpu = "CUDA" if device.type == "cuda" else "Apple"
+        raise ValueError(f"device {name!r}: PyTorch finds no {gpu} GPU here; --device auto takes what there is")
     if device.type == "cuda":
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
@@ -62,8 +58,8 @@ def cpu_has_bf16():
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    words = set(flags.split())
-    return bool(words & ({"bf16"} if platform.machine() in ("aarch64", "arm64") else {"avx512_bf16", "amx_bf16"}))
+    words = {"bf16"} if platform.machine() in ("aarch64", "arm64") else {"avx512_bf16", "amx_bf16"}
+    return not words.isdisjoint(flags.split())
 
 
 def autocast(device, precision):
@@ -83,11 +79,8 @@ def round_weights(network, precision):
 
 def memory_format(device, precision):
     """channels_last where convolutions are faster in it: half precision on CUDA, oneDNN on CPUs."""
-    if device.type == "cuda":
-        wanted = precision != "fp32"
-    else:
-        wanted = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return torch.channels_last if wanted else torch.contiguous_format
+    faster = {"cuda": precision != "fp32", "cpu": torch.backends.mkldnn.is_available()}
+    return torch.channels_last if faster.get(device.type) else torch.contiguous_format
 
 
 def peak_memory(device):
@@ -95,10 +88,9 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(OSError):  # Linux: getrusage would count what the parent held when it started this process
-        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(errors="replace"))
-        if found:  # some sandboxes leave the line out
+        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(errors="replace")):
             return int(found[1]) / 2**10
-    try:
+    try:  # also where a sandbox leaves that line out
         import resource
     except ImportError:  # Windows
         return 0.0

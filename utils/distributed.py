@@ -20,17 +20,11 @@ PATIENCE = timedelta(hours=6)
 def start():
     """Joins the process group of torchrun. NCCL carries CUDA tensors, gloo all others."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        _end_with_torchrun()
+        if sys.platform == "linux":  # SIGTERM when torchrun is killed: else processes would go on beside the next run
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of <sys/prctl.h>
         if int(os.environ["RANK"]):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (rank 0 speaks for all; errors go to stderr)
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-
-
-def _end_with_torchrun():
-    """Asks for SIGTERM when torchrun is killed: else processes would go on beside the next run."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def stop():

@@ -21,46 +21,34 @@ def make_grid(images, columns, padding=2, pad_value=255):
 
     `padding` pixels of `pad_value` lie between the images and around them.
     """
-    import torch  # here: listing and decoding pictures needs neither
-    from torchvision.utils import make_grid as tile
-
-    images = np.array(images)  # a copy: the cache cannot be written to, which torch warns about
-    channels = images.shape[-1]
-    tiles = torch.from_numpy(images).permute(0, 3, 1, 2)
-    if len(images) == 1:  # torchvision leaves a single image without its frame
-        grid = torch.nn.functional.pad(tiles[0], (padding,) * 4, value=pad_value)
-    else:
-        grid = tile(tiles, nrow=columns, padding=padding, pad_value=pad_value)[:channels]  # it makes grey images RGB
-    return np.ascontiguousarray(grid.permute(1, 2, 0).numpy())
+    count, height, width, channels = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    tiles = np.full((rows * columns, padding + height, padding + width, channels), pad_value, np.uint8)
+    tiles[:count, padding:, padding:] = images
+    grid = tiles.reshape(rows, columns, *tiles.shape[1:]).swapaxes(1, 2).reshape(rows * tiles.shape[1], -1, channels)
+    return np.pad(grid, ((0, padding), (0, padding), (0, 0)), constant_values=pad_value)
 
 
 def _to_picture(image):
-    """uint8 (H, W, 3), (H, W, 1) or (H, W) -> Pillow image."""
-    image = np.asarray(image)
-    assert image.dtype == np.uint8, image.dtype
-    return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
+    """uint8 (H, W, 3) or (H, W, 1) -> Pillow image."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def save_png(path, image, text=None):
-    """Write uint8 pixels (H, W, C) as a PNG, whole or not at all.
-
-    `text` (a dict) goes in as its text chunks.
-    """
+    """Write uint8 pixels (H, W, C) as a PNG, whole or not at all. text: a dict, its text chunks."""
     chunks = PngInfo()
     for key, value in (text or {}).items():
         chunks.add_text(key, str(value))
-    picture = _to_picture(image)
     with atomic_write(path) as file:
-        picture.save(file, format="PNG", pnginfo=chunks)
+        _to_picture(image).save(file, format="PNG", pnginfo=chunks)
 
 
 def save_animation(path, frames, milliseconds):
     """Write uint8 frames (N, H, W, C) as an endless GIF, whole or not at all.
 
-    `milliseconds` is the time of each frame: one number, or one for each frame. GIF has 256 colours
-    a frame.
+    milliseconds: a list, the time of each frame. GIF has 256 colours a frame.
     """
-    pictures = [_to_picture(frame) for frame in frames]
-    duration = list(milliseconds) if np.ndim(milliseconds) else milliseconds
+    first, *others = map(_to_picture, frames)
     with atomic_write(path) as file:
-        pictures[0].save(file, format="GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+        first.save(file, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)

@@ -15,7 +15,8 @@ from nets import build
 from nets.schedules import make_betas
 from nets.unet import MAX_GROUPS
 from nets.weights import read_architecture
-from utils.checkpoint import FORMAT, all_finite, load_checkpoint, save_checkpoint
+from utils.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from utils.checkpoint_contents import all_finite
 from utils.convert.diffusers_folder import export_model, import_model
 from utils.errors import run_script
 from utils.files import begin_export

@@ -18,7 +18,8 @@ from torch import nn
 from nets import build
 from nets.unet import UNet
 from nets.weights import clean_keys, find_schedule, read_architecture, some
-from utils.checkpoint import FORMAT, all_finite, load_checkpoint, save_checkpoint
+from utils.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from utils.checkpoint_contents import all_finite
 from utils.files import atomic_folder, begin_export
 from utils.run_folders import find_weights
 

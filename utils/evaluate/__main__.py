@@ -17,7 +17,8 @@ import torch
 
 from nets import GaussianDiffusion, build
 from nets.samplers import SAMPLERS, SEEDS, SPACINGS
-from utils.checkpoint import load_checkpoint, weights_digest
+from utils.checkpoint import load_checkpoint
+from utils.checkpoint_contents import weights_digest
 from utils.config import check_values, parse_config, settings
 from utils.data.dataset import split_validation
 from utils.data.decode import RESIZE_MODES

@@ -6,8 +6,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nets.weights import check_fit
-from utils.checkpoint import first_not_finite, weights_digest
-from utils.checkpoint_contents import Kind, check_tensors, expect
+from utils.checkpoint_contents import Kind, check_tensors, expect, first_not_finite, weights_digest
 from utils.files import atomic_write
 from utils.torch_files import load_tensors
 

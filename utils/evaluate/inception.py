@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils.checkpoint import weights_digest
-from utils.checkpoint_contents import check_tensors
+from utils.checkpoint_contents import check_tensors, weights_digest
 from utils.torch_files import load_tensors
 
 INSTALL = "pip install torchmetrics torch-fidelity"

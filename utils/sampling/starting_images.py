@@ -1,37 +1,26 @@
 """Images to start from: an image to change, and a mask of the part that may change."""
 
-import hashlib
-
 import torch
 
 from utils.data.decode import check_image, describe_error, load_image
 
 
 def starting_settings(config, diffusion, trained):
-    """The arguments of `diffusion.sample_steps` for predict.py's init_image and mask.
+    """The arguments of `diffusion.sample_steps` for predict.py's init_image and mask; {} without.
 
-    {} without them.
-
-    trained: the training's settings by field name; resize_mode and background are used.
+    trained: the training's settings by field name. The image is converted as its images were.
+    ValueError where a file cannot be read.
     """
     if not config.init_image:
         return {}
-    image = load_init_image(config.init_image, diffusion.img_size, diffusion.img_channels, trained)
+    background = tuple(trained.get("background", (255, 255, 255)))
+    image = _load(config.init_image, diffusion.img_size, diffusion.img_channels, trained, background) / 127.5 - 1
     image = image.expand(config.batch_size, *image.shape[1:])
     settings = {"init": image, "strength": config.strength}
     if config.mask:
         mask = load_mask(config.mask, config.init_image, diffusion.img_size, trained)
         settings |= {"known": image, "mask": mask, "resamplings": config.resamplings}
     return settings
-
-
-def load_init_image(path, input_shape, img_channels, trained):
-    """An image file, converted as the training images were: (1, C, H, W) float32 in [-1, 1].
-
-    ValueError where the file cannot be read.
-    """
-    background = tuple(trained.get("background", (255, 255, 255)))
-    return _load(path, input_shape, img_channels, trained, background) / 127.5 - 1
 
 
 def load_mask(path, image_path, input_shape, trained):
@@ -58,8 +47,3 @@ def _load(path, input_shape, img_channels, trained, background):
     except Exception as error:  # Pillow's decoders raise all kinds
         raise ValueError(f"{path}: cannot be read as a picture ({describe_error(error)}); name another file") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
-
-
-def image_digest(image):
-    """A short digest of an image's values, a CPU tensor. The name of its file plays no part."""
-    return hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8).hexdigest()

@@ -3,6 +3,7 @@ import csv
 import math
 import os
 import time
+from contextlib import suppress
 
 from utils.errors import try_optional
 from utils.files import atomic_write
@@ -45,14 +46,11 @@ class Table:
 def read_table(path, last_epoch):
     """The rows of a table up to an epoch: [{column: text}]. Whatever is no whole row ends it."""
     rows = []
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file, strict=True):
-                if None in row.values() or int(row["epoch"]) > last_epoch:
-                    break
-                rows.append(row)
-    except (OSError, ValueError, KeyError, csv.Error):
-        pass
+    with suppress(OSError, ValueError, KeyError, csv.Error), open(path, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file, strict=True):
+            if None in row.values() or int(row["epoch"]) > last_epoch:
+                break
+            rows.append(row)
     return rows
 
 
@@ -119,14 +117,11 @@ class LossHistory:
     def _figure(self):
         """The curves as a matplotlib figure."""
         os.environ["MPLBACKEND"] = "agg"  # notebooks hand on one of theirs, which need not exist here
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 9), dpi=100, layout="constrained")
-        FigureCanvasAgg(figure)
-        quarters = [name for name in self.losses.columns if name.startswith("loss_t")]
-        panels = [("loss", "val_loss"), quarters]
-        panels += [(name,) for name in ("grad_norm", "learning_rate", "images_per_second", "memory_mib")]
+        panels = [["loss", "val_loss"], [name for name in self.losses.columns if name.startswith("loss_t")]]
+        panels += [[name] for name in ("grad_norm", "learning_rate", "images_per_second", "memory_mib")]
         for panel, names in zip(figure.subplots(3, 2).flatten(), panels):
             for name in names:
                 rows = [row for row in (*self.losses.rows, *self.speed.rows) if row.get(name)]

@@ -54,10 +54,9 @@ def micro_batch_size(config, parts):
 
 def accumulate_that_fits(images, batch_size, world_size, now):
     """The least `accumulate` above `now` with micro-batches of at most so many images, or None."""
-    for accumulate in range(now + 1, batch_size // world_size + 1):
-        if batch_size % (world_size * accumulate) == 0 and batch_size // (world_size * accumulate) <= images:
-            return accumulate
-    return None
+    parts = range(now + 1, batch_size // world_size + 1)
+    whole = (number for number in parts if batch_size % (world_size * number) == 0)
+    return next((number for number in whole if batch_size // (world_size * number) <= images), None)
 
 
 def device_memory(device):
@@ -74,29 +73,25 @@ def mebibytes(count):
 
 
 def memory_needs(config, parts):
-    """Bytes that training needs: (whatever the batch, for each image of a micro-batch)."""
+    """Bytes that training needs: (whatever the batch, for each image of a micro-batch).
+
+    The second is what the backward pass of an image keeps, counted by running its forward pass.
+    """
     weights = sum(p.numel() * p.element_size() for p in parts.diffusion.model.parameters())
-    return sum(COPIES.values()) * weights, activation_bytes(config, parts)
-
-
-def activation_bytes(config, parts):
-    """Bytes that the backward pass of one image keeps, counted by running its forward pass."""
     kept = {}
 
     def count(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    diffusion, device = parts.diffusion, parts.device
-    images = [torch.zeros(number, config.img_channels, *config.input_shape, device=device) for number in (1, 2)]
-    totals = []
-    for x in images:
+    device, totals = parts.device, []
+    for number in (1, 2):
         kept.clear()
-        y = torch.zeros(len(x), dtype=torch.long, device=device) if config.class_conditional else None
-        t = torch.zeros(len(x), dtype=torch.long, device=device)
+        x = torch.zeros(number, config.img_channels, *config.input_shape, device=device)
+        t = torch.zeros(number, dtype=torch.long, device=device)
+        y = t if config.class_conditional else None
         with autocast(device, config.precision), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            loss = diffusion(x, y, t=t, noise=torch.zeros_like(x))
+            parts.diffusion(x, y, t=t, noise=torch.zeros_like(x))
         totals.append(sum(kept.values()))
-        del loss
     # The weights are kept once for any number of images: the difference leaves them out.
-    return totals[1] - totals[0]
+    return sum(COPIES.values()) * weights, totals[1] - totals[0]

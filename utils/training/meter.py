@@ -28,8 +28,7 @@ class Meter:
 
     def reset(self, sums=None):
         """Starts an epoch, or goes on from the sums (11,) of a checkpoint."""
-        sums = torch.zeros(SIZE) if sums is None else sums
-        self.sums = sums.to(self.device, self.dtype)
+        self.sums = (torch.zeros(SIZE) if sums is None else sums).to(self.device, self.dtype)
 
     def add(self, losses, t, norm, bad, counted):
         """losses, t: (b,), of this process. norm, bad, counted (see `counts_as_bad`): 0-dim."""
@@ -48,6 +47,12 @@ class Meter:
         values = self.late.value.tolist()
         images = sum(values[IMAGES])
         return sum(values[LOSSES]) / images if images else float("nan"), int(values[SIZE])
+
+
+def counts_as_bad(bad, scaler):
+    """`bad`, but 0 while a GradScaler still halves its factor: overflows are its search."""
+    # The scale as a tensor on the device; scaler.get_scale() would make the host wait.
+    return bad * (scaler._scale <= 1) if scaler.is_enabled() else bad
 
 
 def epoch_means(per_rank):

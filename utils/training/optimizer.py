@@ -10,9 +10,7 @@ LEARNING_RATE, CHANNELS, HIGHEST = 2e-4, 128, 1e-3
 
 
 def make_optimizer(name, parameters, device, momentum=0.9, weight_decay=0.0):
-    """A fused Adam or AdamW. momentum is its beta 1. `set_learning_rate` comes before each step."""
-    if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer_type {name!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
+    """A fused Adam or AdamW. momentum is its beta 1. `train_step` sets the learning rate."""
     fused = device.type in ("cpu", "cuda")
     return OPTIMIZERS[name](parameters, lr=0.0, betas=(momentum, 0.999), weight_decay=weight_decay, fused=fused)
 
@@ -39,19 +37,6 @@ def step_unless_bad(optimizer, scaler, bad):
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-
-
-def counts_as_bad(bad, scaler):
-    """`bad`, but 0 while a GradScaler still halves its factor: overflows are its search."""
-    if not scaler.is_enabled():
-        return bad
-    # The scale as a tensor on the device; scaler.get_scale() would make the host wait.
-    return bad * (scaler._scale <= 1)
-
-
-def set_learning_rate(optimizer, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def choose_learning_rate(init_lr, channel):

@@ -1,7 +1,7 @@
 """Resuming: which settings win, and the state put back."""
 import hashlib
 import typing
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +19,7 @@ BEGINNING = ("preset", "start_from")  # how a run began; older ones have neither
 # What a run is built from. label_dropout > 0 adds the null class: it cannot come or go either.
 FIXED = (
     "input_shape", "img_channels", "channel", "channel_mults", "num_res_blocks", "attention_resolutions", "num_groups",
-    "class_conditional", "schedule", "num_timesteps", "schedule_low", "schedule_high", "prediction",
-    *BEGINNING,
+    "class_conditional", "schedule", "num_timesteps", "schedule_low", "schedule_high", "prediction", *BEGINNING,
 )  # fmt: skip
 
 
@@ -31,11 +30,10 @@ def merge_config(block, typed, checkpoint, source):
     It prints which values of the block are not used. ValueError for a typed setting that the run
     was built with.
     """
-    known = {field.name for field in fields(block)}
     # "auto" is what the run has already.
     typed = {name: value for name, value in typed.items() if name not in FIXED or value != "auto"}
     kinds, saved = typing.get_type_hints(type(block)), checkpoint["config"]
-    fitted = {name: fit_saved(name, saved[name], kinds[name], source) for name in known & set(saved)}
+    fitted = {name: fit_saved(name, saved[name], kinds[name], source) for name in kinds.keys() & saved.keys()}
     base = replace(type(block)(), **fitted)
     for name, value in typed.items():
         same = getattr(base, name) == value if name != "label_dropout" else (base.label_dropout > 0) == (value > 0)
@@ -43,7 +41,7 @@ def merge_config(block, typed, checkpoint, source):
             there = repr("") if getattr(base, name) == "" else getattr(base, name)
             raise ValueError(f"--{name} {value}: {source} was built with {name} = {there}, "
                              "which cannot change; leave it out, or start a fresh run")
-    left = sorted(known - set(typed) - {"resume"})
+    left = sorted(set(kinds) - set(typed) - {"resume"})
     unused = [name for name in left if getattr(block, name) not in ("auto", getattr(base, name))]
     if unused:
         print(f"not used, as the run goes on with its own (type them as options to change them): {', '.join(unused)}")
@@ -57,9 +55,7 @@ def merge_config(block, typed, checkpoint, source):
 
 def check_classes(config, classes, checkpoint):
     """ValueError unless the classes of the images are those that the run was built with."""
-    if not config.class_conditional or not checkpoint:
-        return
-    known = checkpoint["classes"]
+    known = checkpoint["classes"] if config.class_conditional and checkpoint else []
     if known and known != classes:
         raise ValueError(f"the run's classes are {', '.join(known)}, and the list's are "
                          f"{', '.join(classes) or 'none'}: they cannot change")
@@ -81,8 +77,7 @@ def restore(checkpoint, source, parts, config):
     """
     if not checkpoint or "position" not in checkpoint:
         if checkpoint and not config.start_from and distributed.is_main():
-            print(f"a file of weights alone: a run of its own starts from them at epoch 1; a {LAST} goes on where it "
-                  "was")
+            print(f"a file of weights alone: a run of its own starts from them at epoch 1; a {LAST} would go on")
         return Start()
     check_training(checkpoint, parts)
     restore_optimizer(parts.optimizer, checkpoint["optimizer"])

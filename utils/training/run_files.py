@@ -15,8 +15,9 @@ from utils import distributed
 from utils.checkpoint import BEST, LAST
 from utils.errors import is_out_of_memory
 from utils.files import Attempts, atomic_write, locked, remove_leftovers
+from utils.images import save_png
 from utils.training.loss_history import LossHistory
-from utils.training.preview import sample_preview, save_preview
+from utils.training.preview import sample_preview
 from utils.training.saving import Checkpoints
 
 
@@ -62,10 +63,6 @@ class RunFiles:
         self.bar.set_postfix_str(f"{known}learning rate {lr:.1e}", refresh=False)
         self.bar.update(images)
 
-    def seconds(self):
-        """Seconds that this process has spent on the epoch."""
-        return time.monotonic() - self.epoch_began
-
     def save_due(self):
         """Whether it is time for a save within the epoch. Rank 0 keeps the time."""
         return self.main and self.checkpoints.is_due()
@@ -102,7 +99,7 @@ class RunFiles:
         if epoch % self.config.save_period == 0 or final:  # before last.pth: a resumed run does not write it again
             self.checkpoints.save_epoch(epoch)
         if best:
-            self.checkpoints.save_best()
+            self.checkpoints.write(BEST)
         if due:
             self.checkpoints.save_last(epoch, 0, None)
         if self.config.preview_period and (epoch % self.config.preview_period == 0 or epoch == 1 or final):
@@ -139,7 +136,8 @@ class RunFiles:
                 raise
             tqdm.write("no preview: there is not enough memory to draw 25 pictures at once; the training goes on")
             return
-        path = save_preview(image, self.folder.name, epoch)
+        path = Path("results/train_out") / self.folder.name / f"epoch_{epoch:04d}.png"
+        save_png(path, image)
         self.history.add_image(image, step)
         tqdm.write(f"preview: {path.resolve()}")
 

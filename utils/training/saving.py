@@ -4,7 +4,8 @@ from dataclasses import asdict
 
 from tqdm import tqdm
 
-from utils.checkpoint import BEST, FORMAT, LAST, all_finite, save_checkpoint
+from utils.checkpoint import FORMAT, LAST, save_checkpoint
+from utils.checkpoint_contents import all_finite
 from utils.run_folders import rotate
 from utils.training.resume import images_fingerprint
 
@@ -12,10 +13,9 @@ CHEAP = 0.05  # share of the time that saves at the ends of epochs may take
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run. Only rank 0 has one."""
+    """Writes the checkpoints of a run. Only rank 0 has one. attempt: the run's Attempts."""
 
     def __init__(self, folder, config, parts, attempt):
-        """attempt: the run's Attempts."""
         self.folder, self.config, self.parts, self.attempt = folder, config, parts, attempt
         self.fingerprint = images_fingerprint(parts.dataset)
         self.saved, self.seconds = time.monotonic(), 0.0  # when the last save ended, and how long it took
@@ -35,39 +35,28 @@ class Checkpoints:
         """Writes last.pth: weights, and all that resuming needs. Returns whether it is there.
 
         epoch, images: the position, `images` of them into the epoch. sums: (processes, 11), the
-        meters' sums, or None at the start of an epoch.
+        meters' sums, or None at the start of an epoch. The randomness follows from the position.
         """
-        return self.write(LAST, {**self.weights(), **self.training_state(epoch, images, sums)})
-
-    def save_epoch(self, epoch):
-        """Writes epoch_XXXX.pth, weights alone, deletes old ones. Returns whether it is there."""
-        written = self.write(f"epoch_{epoch:04d}.pth", self.weights())
-        self.attempt("deleting old epoch files", lambda: rotate(self.folder, self.config.keep_last))
-        return written
-
-    def save_best(self):
-        """Writes best.pth, weights alone. Returns whether it is there."""
-        return self.write(BEST, self.weights())
-
-    def weights(self):
-        """What sampling needs."""
-        diffusion = self.parts.diffusion
-        return {
-            "format": FORMAT, "config": asdict(self.config), "classes": list(self.parts.dataset.classes),
-            "weights": diffusion.state_dict(), "weights_kind": "full", "ema_step": diffusion.ema_step,
-        }  # fmt: skip
-
-    def training_state(self, epoch, images, sums):
-        """What resuming needs besides. The randomness is a function of seed and position."""
         parts = self.parts
         position = {"epoch": epoch, "images": images, "batch_size": parts.batch_size, "pictures": self.fingerprint}
-        return {
+        return self.write(LAST, {
             "position": position, "sums": sums, "optimizer": parts.optimizer.state_dict(),
             "scaler": parts.scaler.state_dict(), "bad_in_row": int(parts.meter.bad_in_row),
-        }  # fmt: skip
+        })  # fmt: skip
 
-    def write(self, name, state):
-        """Writes one checkpoint. Returns whether it is there."""
+    def save_epoch(self, epoch):
+        """Writes epoch_XXXX.pth, weights alone, and deletes old ones."""
+        self.write(f"epoch_{epoch:04d}.pth")
+        self.attempt("deleting old epoch files", lambda: rotate(self.folder, self.config.keep_last))
+
+    def write(self, name, training_state=None):
+        """Writes what sampling needs, and a training state. Returns whether the file is there."""
+        diffusion = self.parts.diffusion
+        state = {
+            "format": FORMAT, "config": asdict(self.config), "classes": list(self.parts.dataset.classes),
+            "weights": diffusion.state_dict(), "weights_kind": "full", "ema_step": diffusion.ema_step,
+            **(training_state or {}),
+        }  # fmt: skip
         began, written = time.monotonic(), False
         if all_finite(state["weights"]):
             written = self.attempt(name, lambda: save_checkpoint(self.folder / name, state))

@@ -13,37 +13,33 @@ SEEN_OFTEN = 2048
 
 
 def print_summary(config, parts, preset):
-    """Device, pictures, network and steps. Rank 0 prints, the others are silent.
-
-    preset: {name: value}, what the preset of the run sets.
-    """
+    """Device, pictures, network and steps; rank 0 prints. preset: {name: value}, what it sets."""
     if not distributed.is_main():
         return
     dataset, steps = parts.dataset, len(parts.dataset) // parts.batch_size
+    total = config.epochs * steps
     aside = f", {len(parts.validation):,} kept aside for validation" if len(parts.validation) else ""
     classes = f", {len(dataset.classes)} classes" if dataset.classes else ""
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-    unused = dataset.classes and not config.class_conditional
-    used = " (not used: --class_conditional True learns them)" if unused else ""
+    used = "" if config.class_conditional or not classes else " (not used: --class_conditional True learns them)"
     count = sum(parameter.numel() for parameter in parts.diffusion.model.parameters())
     height, width = config.input_shape
-    numbers = f"precision {config.precision}, compile {config.compile}"
     if preset:
         values = ", ".join(f"{name} {as_option(getattr(config, name))}" for name in preset)
         print(f"preset     {config.preset}: {values}")
-    print(f"device     {describe_device(parts.device)}, {numbers}{processes}")
+    device = describe_device(parts.device)
+    print(f"device     {device}, precision {config.precision}, compile {config.compile}{processes}")
     print(f"pictures   {len(dataset):,} of {height}x{width}, {config.img_channels} channels{aside}{classes}{used}")
-    parameters = f"{count / 1e6:.2f} million parameters, {config.num_groups} groups"
-    print(f"network    {parameters}; {config.prediction}, {config.schedule} schedule, T = {config.num_timesteps}")
-    of_steps = f"{config.epochs} epochs of {steps} steps of {parts.batch_size}"
-    print(f"training   {of_steps}, {config.epochs * steps:,} steps in all, learning rate up to {config.init_lr:g}")
-    seen = config.epochs * steps * parts.batch_size / len(dataset)
+    print(f"network    {count / 1e6:.2f} million parameters, {config.num_groups} groups; {config.prediction}, "
+          f"{config.schedule} schedule, T = {config.num_timesteps}")
+    print(f"training   {config.epochs} epochs of {steps} steps of {parts.batch_size}, {total:,} steps in all, "
+          f"learning rate up to {config.init_lr:g}")
+    seen = total * parts.batch_size / len(dataset)
     print(f"           each picture is seen about {seen:,.0f} times")
     if seen > SEEN_OFTEN:
         print("warning: few pictures, seen so often, may be learned by heart (with n pictures that takes n times as "
               "long): keep some aside with --val_split 0.1, and look for copies with `python -m utils.evaluate`")
-    span, total = ema_span(config, config.epochs * steps), config.epochs * steps
-    print(f"EMA        over about the last {span:,} of {total:,} steps at the end")
+    print(f"EMA        over about the last {ema_span(config, total):,} of {total:,} steps at the end")
 
 
 def print_dry_run(config, parts, flops, step):
@@ -89,8 +85,6 @@ def as_option(value):
 def ema_span(config, steps):
     """Steps that the EMA spans after `steps`: 1 / (1 - decay), with a warm-up at most a ninth."""
     counted = max(0, steps - config.ema_start)
-    if not counted or config.ema_decay <= 0:
-        return 1
     most = 1 / max(1 - config.ema_decay, 1e-9)
     if config.ema_warmup:
         most = min(most, (10 + counted) / 9)  # the decay is (1 + n) / (10 + n)

@@ -16,13 +16,12 @@ def validation_loss(config, parts):
     and all get the same answer.
     """
     device, images = parts.device, parts.validation
-    generator = torch.Generator(device)
-    total = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    total = torch.zeros(2, dtype=parts.meter.dtype, device=device)
     mine = slice(distributed.rank(), None, distributed.world_size())
     for number, first in enumerate(range(0, len(images), parts.batch_size)):
         size = min(parts.batch_size, len(images) - first)
         shape = (size, config.img_channels, *config.input_shape)
-        noise = draw_step(generator, mix(config.seed, "validation", number), shape, 1).noise
+        noise = draw_step(parts.generator, mix(config.seed, "validation", number), shape, 1).noise
         t = ((torch.arange(size) + 0.5) / size * config.num_timesteps).long()
         pixels, labels = images.batch(np.arange(first, first + size)[mine])
         if len(pixels):
