@@ -8,7 +8,8 @@ PATHS = [PROJECT / "docs" / name for name in ("how_it_works.md", "how_it_works.z
 # Of the article: what its equations and listings are about. Each has its place in both languages.
 ARTICLE = (
     r"x_t = \sqrt{\alpha_t}\,x_{t-1} + \sqrt{1-\alpha_t}\,z_1", r"\sqrt{\alpha_t\alpha_{t-1}}\,x_{t-2}",
-    r"\sqrt{1-\alpha_t\alpha_{t-1}}\;z", r"\mathcal N(0, \sigma_1^2+\sigma_2^2)", r"x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon",
+    r"\sqrt{1-\alpha_t\alpha_{t-1}}\;z", r"\mathcal N(0, \sigma_1^2+\sigma_2^2)",
+    r"x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon",
     r"\bar\alpha_t = \prod", r"q(x_{t-1} \mid x_t, x_0) = \frac",
     r"q(x_{t-1} \mid x_0) = \mathcal N", r"q(x_t \mid x_{t-1}, x_0) = \mathcal N", r"q(x_t \mid x_0) = \mathcal N",
     r"\alpha_t x_{t-1}^2}{\beta_t}", r"\frac{\alpha_t}{\beta_t}+\frac1{1-\bar\alpha_{t-1}}",

@@ -21,13 +21,15 @@ def make_grid(images, columns, padding=2, pad_value=255):
 
     `padding` pixels of `pad_value` lie between the images and around them.
     """
-    count, height, width, channels = images.shape
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    tiles = np.full((rows * columns, padding + height, padding + width, channels), pad_value, np.uint8)
-    tiles[:count, padding:, padding:] = images
-    grid = tiles.reshape(rows, columns, *tiles.shape[1:]).swapaxes(1, 2).reshape(rows * tiles.shape[1], -1, channels)
-    return np.pad(grid, ((0, padding), (0, padding), (0, 0)), constant_values=pad_value)
+    import torch  # here: listing and decoding pictures needs neither
+    from torchvision.utils import make_grid as tile
+
+    tiles = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)  # a copy: a cache's pixels are read-only
+    if len(tiles) == 1:  # torchvision leaves a single image without its frame
+        grid = torch.nn.functional.pad(tiles[0], (padding,) * 4, value=pad_value)
+    else:
+        grid = tile(tiles, nrow=columns, padding=padding, pad_value=pad_value)[: tiles.shape[1]]  # it makes grey RGB
+    return np.ascontiguousarray(grid.permute(1, 2, 0).numpy())
 
 
 def _to_picture(image):
