@@ -227,3 +227,11 @@ def test_the_reading_order_needs_nothing_that_comes_later():
     for place, name in enumerate(order):
         later = set(imports(modules[name], name, modules)) & set(order[place + 1 :])
         assert not later, f"{name} imports {later}"
+
+
+def test_the_reading_order_is_as_long_as_it_says():
+    modules = read_modules(PROJECT, "nets", "utils") | {name: PROJECT / f"{name}.py" for name in SCRIPTS}
+    total = sum(modules[name].read_text(encoding="utf-8").count("\n") for name in reading_order())
+    for name in ("reading.md", "reading.zh-CN.md"):
+        said = re.search(r"([\d,]+)\D{1,8}`wc -l`", (PROJECT / "docs" / name).read_text(encoding="utf-8"))[1]
+        assert abs(total - int(said.replace(",", ""))) < 100, total
