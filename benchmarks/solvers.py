@@ -221,7 +221,7 @@ class Bench:
         if not wanted.reference:
             raise ValueError(f"{config.model_path} does not say what it was trained on: name its pictures with "
                              "--reference")
-        reference, held_out = evaluate.open_references(wanted, self.model)
+        reference, held_out = evaluate.open_references(wanted, self.model, evaluate.opener(wanted, self.model)[0])
         cache = FeatureCache(annotation_path=wanted.reference)
         self.extractor = load_extractor(config.features, reference, cache, device, config.batch_size)
         self.known = cache.collected(reference, self.extractor, 0).statistics
@@ -253,11 +253,10 @@ class Bench:
 
     def batches(self, cell):
         """Yields (first, steps) for the cell's batches, as `sample_batches` does."""
-        firsts, spacing = range(0, self.config.samples,
-                                self.config.batch_size), None if cell.spacing == EVERY else cell.spacing
+        firsts = range(0, self.config.samples, self.config.batch_size)
+        spacing = None if cell.spacing == EVERY else cell.spacing
         return sample_batches(self.model.diffusion, firsts, self.config.batch_size, cell.seed * SEED_STRIDE,
-                              self.labels,
-                              steps=cell.steps, spacing=spacing, **SOLVERS[cell.solver])
+                              self.labels, steps=cell.steps, spacing=spacing, **SOLVERS[cell.solver])
 
     def last_images(self, steps):
         """A batch in [-1, 1], in the benchmark's precision."""

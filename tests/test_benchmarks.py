@@ -7,9 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from benchmarks import quality, runs, solvers
 from benchmarks.solvers import Cell
+from nets import build
+from utils.checkpoint import save_checkpoint
+from utils.evaluate.classifier import FeatureNet, save_feature_net
 
 T = 1000
 
@@ -174,3 +178,16 @@ def test_archives_that_were_compressed_anew_are_taken_from_a_root_and_the_root_s
     assert sorted(path.name for path in raw.iterdir()) == ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte"]
     with pytest.raises(ValueError, match="no files in FashionMNIST/raw"):
         runs.copy_unpacked(tmp_path, tmp_path / "own")
+
+
+def test_a_cell_is_measured_on_a_checkpoint(workplace):
+    settings = {"annotation_path": "train_lines.txt", "input_shape": (8, 8), "channel": 8, "channel_mults": (1,),
+                "num_res_blocks": 1, "attention_resolutions": (), "num_groups": 4, "num_timesteps": 10}  # fmt: skip
+    weights = build.from_config(settings).state_dict()
+    save_checkpoint("small.pth", {"format": 1, "config": settings, "classes": [], "weights": weights,
+                                  "weights_kind": "full"})
+    save_feature_net("net.pth", FeatureNet(3, 2))
+    config = solvers.Config(model_path="small.pth", features="net.pth", samples=6, batch_size=4, compile=False)
+    bench = solvers.Bench(config, torch.device("cpu"))
+    found = bench.measure(Cell("ddim", "trailing", 5, 5, 0))
+    assert found["distance"] > 0 and found["seconds_a_picture"] > 0 and bench.about()["num_reference"] == 24
