@@ -74,7 +74,6 @@ class Config:
     loss_type: Literal[tuple(LOSSES)] = "l2"             # how errors of the prediction are counted
     loss_weighting: Literal[tuple(LOSS_WEIGHTINGS)] = "none"  # how timesteps are weighted
     min_snr_gamma: float = 5.0                           # gamma of min_snr
-    stratified: bool = False                             # timesteps of a batch at equal distances: a quieter gradient
 
     # Optimisation
     epochs: int = 1000                                   # how often every picture is seen
@@ -305,8 +304,7 @@ def make_batch(config, parts, images, labels, epoch, consumed):
     torch.manual_seed(mix(config.seed, epoch, consumed, "dropout", rank))
     shape = (parts.batch_size, config.img_channels, *config.input_shape)
     flip, drop = config.horizontal_flip / 2, config.label_dropout if config.class_conditional else 0.0
-    draws = draw_step(parts.generator, mix(config.seed, epoch, consumed), shape, config.num_timesteps, flip, drop,
-                      config.stratified)
+    draws = draw_step(parts.generator, mix(config.seed, epoch, consumed), shape, config.num_timesteps, flip, drop)
     draws = draws.of_rank(rank, world_size)
     x = normalise(images, parts.device, draws.flip if config.horizontal_flip else None, parts.layout)
     y = None

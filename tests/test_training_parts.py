@@ -74,16 +74,6 @@ def test_an_option_does_not_change_another_ones_draws():
     assert with_flips.flip.any() and not without.flip.any()
 
 
-def test_stratified_timesteps_have_equal_distances_and_each_alone_is_uniform():
-    generator, shape = torch.Generator(), (8, 1, 2, 2)
-    plain, spread = (draw_step(generator, 7, shape, 100, drop=0.5, stratified=chosen) for chosen in (False, True))
-    assert torch.equal(plain.noise, spread.noise) and torch.equal(plain.drop, spread.drop)
-    ts = torch.stack([draw_step(generator, seed, shape, 100, stratified=True).t for seed in range(2000)])
-    assert set(ts.sort(dim=1).values.diff(dim=1).flatten().tolist()) == {12, 13}
-    for position in ts.T:  # 200 in each tenth, within five standard deviations
-        assert (torch.bincount(position // 10, minlength=10) - 200).abs().max() < 68
-
-
 def test_seeds_of_neighbouring_steps_do_not_collide():
     assert len({mix(seed, epoch, step) for seed in range(10) for epoch in range(20) for step in range(50)}) == 10_000
 

@@ -24,18 +24,15 @@ class Draws(NamedTuple):
         return Draws(*(rows[rank * size : (rank + 1) * size] for rows in self))
 
 
-def draw_step(generator, seed, shape, num_timesteps, flip=0.0, drop=0.0, stratified=False):
+def draw_step(generator, seed, shape, num_timesteps, flip=0.0, drop=0.0):
     """The Draws of one step for the whole batch.
 
     generator: on the device; seeded anew here. seed: from `mix(seed, epoch, step)`.
-    shape: (B, C, H, W) of the whole batch. flip, drop: probabilities. stratified: the timesteps
-    have equal distances, from a random one on (Kingma et al. 2021, "VDM", appendix I.1).
+    shape: (B, C, H, W) of the whole batch. flip, drop: probabilities.
     The order of the draws is fixed: no option changes the numbers of another.
     """
     generator.manual_seed(seed)
     arguments = {"generator": generator, "device": generator.device}
     t = torch.randint(num_timesteps, shape[:1], **arguments)
-    if stratified:  # each is as random as before; together they leave no part of 0 ... T - 1 out
-        t = (t[0] + torch.arange(len(t), device=t.device) * num_timesteps // len(t)) % num_timesteps
     noise = torch.randn(shape, **arguments)
     return Draws(t, noise, *(torch.rand(shape[:1], **arguments) < chance for chance in (flip, drop)))
