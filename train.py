@@ -121,13 +121,13 @@ PRESETS = {
     # its time, and a narrow network has time for many steps.
     "quick": {
         "channel": 32, "num_res_blocks": 1, "dropout": 0.0, "prediction": "v", "schedule": "cosine",
-        "stratified": True, "epochs": 4, "batch_size": 8, "init_lr": 1e-3, "ema_start": 100,
+        "epochs": 4, "batch_size": 8, "init_lr": 1e-3, "ema_start": 100,
     },
     # An hour on one core, minutes on a GPU: more channels where the images are small, which cost
     # little there. Its network is that of the weights in the box.
     "small": {
         "channel": 32, "channel_mults": (1, 2, 4, 4), "num_res_blocks": 1, "attention_resolutions": (2,),
-        "dropout": 0.0, "prediction": "v", "schedule": "cosine", "stratified": True,
+        "dropout": 0.0, "prediction": "v", "schedule": "cosine",
         "epochs": 60, "batch_size": 16, "init_lr": 1e-3, "ema_start": 500, "ema_decay": 0.999,
     },
 }  # fmt: skip
