@@ -30,7 +30,7 @@ from benchmarks.timing import (
 from nets import GaussianDiffusion, UNet
 from utils import distributed
 from utils.config import parse_config, settings
-from utils.data import dataset as cache
+from utils.data import cache
 from utils.data.annotation import write_annotation
 from utils.data.dataset import epoch_batches, open_dataset
 from utils.device import autocast, choose_device, choose_precision, memory_format

@@ -1,13 +1,17 @@
 """What the benchmarks decide by themselves: which cells, which default, what is measured again,
 and how runs are started.
 """
+import ast
 import gzip
+import importlib
 import math
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
+from conftest import PROJECT
 
 from benchmarks import quality, runs, solvers
 from benchmarks.solvers import Cell
@@ -191,3 +195,14 @@ def test_a_cell_is_measured_on_a_checkpoint(workplace):
     bench = solvers.Bench(config, torch.device("cpu"))
     found = bench.measure(Cell("ddim", "trailing", 5, 5, 0))
     assert found["distance"] > 0 and found["seconds_a_picture"] > 0 and bench.about()["num_reference"] == 24
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_benchmark_takes_from_a_module_is_there(path):
+    """`module.name`, for the project's modules: a benchmark runs too rarely to notice a move."""
+    benchmark = importlib.import_module(f"benchmarks.{path.stem}")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = vars(benchmark).get(node.value.id)
+            if isinstance(module, types.ModuleType):
+                assert hasattr(module, node.attr), f"{path.name}, line {node.lineno}: {node.value.id}.{node.attr}"
