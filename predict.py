@@ -175,10 +175,9 @@ def sample(config, diffusion, labels, options, files):
     noise = (lambda numbers: noise_between_seeds(config, diffusion, numbers)) if config.interpolate else None
     done, began = 0, time.monotonic()
     pause = 0.1 if sys.stderr.isatty() else 10  # seconds between two states of the progress bar
-    firsts = [first for first in batches if not files.reuse(first, size)]
-    reused = (len(batches) - len(firsts)) * config.steps
-    with tqdm(total=len(batches) * config.steps, initial=reused, unit="step", disable=rank > 0, dynamic_ncols=True,
+    with tqdm(total=len(batches) * config.steps, unit="step", disable=rank > 0, dynamic_ncols=True,
               mininterval=pause) as bar:
+        firsts = unfinished(batches, config, files, bar)
         for first, steps in sample_batches(diffusion, firsts, size, config.seed, labels, noise, **options):
             for step, (x, x_0) in enumerate(steps):
                 files.add_step(first, step, x, x_0)
@@ -186,6 +185,15 @@ def sample(config, diffusion, labels, options, files):
             files.add(first, to_uint8(x))
             done += min(size, config.num_images - first)
             bar.set_postfix_str(f"{done * processes / (time.monotonic() - began):.1f} img/s", refresh=False)
+
+
+def unfinished(batches, config, files, bar):
+    """The batches that have no files yet. The bar moves on for the others."""
+    for first in batches:
+        if files.reuse(first, config.batch_size):
+            bar.update(config.steps)
+        else:
+            yield first
 
 
 def noise_between_seeds(config, diffusion, numbers):

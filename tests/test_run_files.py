@@ -13,7 +13,7 @@ from conftest import ENVIRONMENT, PROJECT, TINY, command, newest_run, read_histo
 from utils.checkpoint import load_checkpoint
 from utils.files import locked
 from utils.training import saving
-from utils.training.loss_history import Table, read_table
+from utils.training.loss_history import LossHistory, Table, read_table
 
 RUN = [*TINY, "--epochs", "2", "--seed", "1"]
 
@@ -74,6 +74,15 @@ def test_a_broken_package_ends_no_training(tmp_path, package):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"{package} is here, but fails (TypeError: built for another numpy)") == 1
     assert len(read_history(newest_run(tmp_path))) == 2
+
+
+def test_a_broken_backend_of_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
+    history = LossHistory(tmp_path)
+    history.add({"epoch": 1, "step": 1, "loss": 0.5, "loss_t1": 0.5}, {"epoch": 1, "seconds": 1.0})
+    monkeypatch.delitem(sys.modules, "matplotlib.backends.backend_agg", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends._backend_agg", None)  # its compiled part
+    history.plot(final=True)
+    assert "no loss curve is drawn" in capsys.readouterr().out and not (tmp_path / "epoch_loss.png").exists()
 
 
 def test_the_backend_of_a_notebook_draws_the_curve_all_the_same(tmp_path):

@@ -21,7 +21,7 @@ def choose_device(name, local_rank=0, processes=1):
         name = "cuda" if is_available("cuda") else "mps" if mps else "cpu"
     if processes > 1 and (name.startswith("mps") or ":" in name):
         raise ValueError(f"device {name!r} is for one process: with torchrun choose cuda (a GPU each) or cpu")
-    if not re.fullmatch(r"(cuda|mps|cpu)(:(0|[1-9]\d?))?", name):
+    if not re.fullmatch(r"(cuda|mps|cpu)(:(0|[1-9][0-9]{0,2}))?", name):
         raise ValueError(f"device {name!r} is unknown: choose auto, cuda, cuda:1, mps or cpu")
     device = torch.device(name)
     if not is_available(name):

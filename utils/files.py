@@ -79,10 +79,11 @@ def _replacing(path):
 
 def _remove(path):
     """Deletes a file or a folder with all it holds, as far as the system lets it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        path.unlink()
+    with contextlib.suppress(OSError):  # of the checks too, where a network drive is gone
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def begin_export(path):

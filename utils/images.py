@@ -34,6 +34,8 @@ def make_grid(images, columns, padding=2, pad_value=255):
 
 def _to_picture(image):
     """uint8 (H, W, 3) or (H, W, 1) -> Pillow image."""
+    image = np.asarray(image)
+    assert image.dtype == np.uint8, image.dtype
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 

@@ -39,11 +39,12 @@ def load_inception(weights_path="", device="cpu"):
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as theirs  # torchmetrics imports it only when needed
         from torchmetrics.image.fid import FrechetInceptionDistance
+
+        source = weights_path or theirs.URL_INCEPTION_V3
     except Exception as error:  # whatever a broken package raises
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise ValueError(f"Inception features need two more packages, and importing them fails ({reason}): {INSTALL}; "
                          f"{INSTEAD}") from None
-    source = weights_path or theirs.URL_INCEPTION_V3
     try:
         if weights_path and not Path(weights_path).is_file():
             raise FileNotFoundError("there is no such file")

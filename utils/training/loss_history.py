@@ -117,6 +117,7 @@ class LossHistory:
     def _figure(self):
         """The curves as a matplotlib figure."""
         os.environ["MPLBACKEND"] = "agg"  # notebooks hand on one of theirs, which need not exist here
+        from matplotlib.backends import backend_agg  # noqa: F401 (savefig needs it: a broken one is met here)
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 9), dpi=100, layout="constrained")

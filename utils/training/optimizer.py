@@ -11,6 +11,8 @@ LEARNING_RATE, CHANNELS, HIGHEST = 2e-4, 128, 1e-3
 
 def make_optimizer(name, parameters, device, momentum=0.9, weight_decay=0.0):
     """A fused Adam or AdamW. momentum is its beta 1. `train_step` sets the learning rate."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer_type {name!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
     fused = device.type in ("cpu", "cuda")
     return OPTIMIZERS[name](parameters, lr=0.0, betas=(momentum, 0.999), weight_decay=weight_decay, fused=fused)
 
