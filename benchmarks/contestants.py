@@ -227,6 +227,7 @@ class Lucidrains:
     """denoising-diffusion-pytorch: Unet, GaussianDiffusion and Trainer as in its README."""
 
     name = "denoising-diffusion-pytorch"
+    cpu_precision = "fp32"
 
     def __init__(self, job):
         from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
@@ -235,12 +236,11 @@ class Lucidrains:
         self.network = Unet(dim=job.channel, dim_mults=MULTS, dropout=job.dropout, channels=job.img_channels,
                             flash_attn=True)
         diffusion = GaussianDiffusion(self.network, image_size=job.size, timesteps=1000).to(job.device)
-        gpu = job.device.type == "cuda"
-        self.precision = "bf16" if gpu else "fp32"
+        self.precision = "bf16" if job.device.type == "cuda" else self.cpu_precision
         self.trainer = Trainer(
             diffusion, str(job.images), train_batch_size=job.batch_size, train_lr=8e-5, train_num_steps=0,
-            calculate_fid=False, amp=gpu,
-            mixed_precision_type="bf16", save_and_sample_every=10**9, results_folder=str(job.scratch / "results"),
+            calculate_fid=False, amp=self.precision == "bf16", mixed_precision_type="bf16",
+            save_and_sample_every=10**9, results_folder=str(job.scratch / "results"),
         )  # fmt: skip
         self.diffusion = diffusion
 

@@ -115,6 +115,11 @@ class OurRun:
 class DiffusersRun(Diffusers):
     """diffusers' example loop; its EMA samples through our solver."""
 
+    def __init__(self, job):
+        forget_precision()
+        self.cpu_precision = choose_precision("auto", job.device)  # bf16 where that is faster
+        super().__init__(job)
+
     def told(self, total_steps):
         from diffusers.optimization import get_scheduler
 
@@ -157,6 +162,11 @@ class LucidrainsRun(Lucidrains):
     Its EMA samples through our solver.
     """
 
+    def __init__(self, job):
+        forget_precision()
+        self.cpu_precision = choose_precision("auto", job.device)
+        super().__init__(job)
+
     def told(self, total_steps):
         pass
 
@@ -179,6 +189,13 @@ class LucidrainsRun(Lucidrains):
         self.diffusion.load_state_dict(state["model"])
         self.trainer.opt.load_state_dict(state["opt"])
         self.trainer.ema.load_state_dict(state["ema"])
+
+
+def forget_precision():
+    """accelerate keeps the precision of the first contestant for the whole process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 PEERS = {"diffusers": DiffusersRun, "denoising-diffusion-pytorch": LucidrainsRun}
