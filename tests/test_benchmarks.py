@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import PROJECT
 
-from benchmarks import quality, runs, solvers
+from benchmarks import denoisers, quality, runs, solvers
 from benchmarks.solvers import Cell
 from nets import build
 from utils.checkpoint import save_checkpoint
@@ -195,6 +195,25 @@ def test_a_cell_is_measured_on_a_checkpoint(workplace):
     bench = solvers.Bench(config, torch.device("cpu"))
     found = bench.measure(Cell("ddim", "trailing", 5, 5, 0))
     assert found["distance"] > 0 and found["seconds_a_picture"] > 0 and bench.about()["num_reference"] == 24
+
+
+def test_changes_of_the_predicted_image_that_change_nothing_and_guidance():
+    settings = {"input_shape": (8, 8), "channel": 8, "channel_mults": (1,), "num_res_blocks": 1, "num_groups": 4,
+                "attention_resolutions": (), "num_timesteps": 10, "class_conditional": True,
+                "label_dropout": 0.1}  # fmt: skip
+    torch.manual_seed(0)
+    diffusion = build.from_config(settings, 3).eval()
+    for parameter in diffusion.ema_model.parameters():  # many are zero at first
+        torch.nn.init.normal_(parameter, std=0.1)
+    config = denoisers.Config(scales=(1.0, 1.5), guidances=(2.0,), interval=(-1e9, -1e8))
+    changes = denoisers.denoisers(config, diffusion, weaker=diffusion)
+    x, y = 0.1 * torch.randn(4, 3, 8, 8), torch.arange(4) % 3
+    plain, guided = diffusion.denoiser(y)(x, 1), diffusion.denoiser(y, guidance_scale=2.0)(x, 1)
+    found = {name: denoiser(y, True, 1.0, True)(x, 1) for name, denoiser in changes.items()}
+    for name in ("as predicted", "noise / 1", "autoguidance 2", "guidance 2, -1e+09 < lambda < -1e+08"):
+        torch.testing.assert_close(found[name], plain, msg=name)
+    torch.testing.assert_close(found["guidance 2"], guided)
+    assert not torch.allclose(guided, plain) and not torch.allclose(found["noise / 1.5"], plain)
 
 
 @pytest.mark.parametrize("path", sorted((PROJECT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
