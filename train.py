@@ -121,7 +121,7 @@ PRESETS = {
     # its time, and a narrow network has time for many steps.
     "quick": {
         "channel": 32, "num_res_blocks": 1, "dropout": 0.0, "prediction": "v", "schedule": "cosine",
-        "epochs": 8, "batch_size": 16, "init_lr": 1.2e-3, "ema_start": 100,
+        "epochs": 8, "batch_size": 16, "init_lr": 1.2e-3, "warmup": 0.01, "ema_start": 100,
     },
     # An hour on one core, minutes on a GPU: more channels where the images are small, which cost
     # little there. Its network is that of the weights in the box.
