@@ -173,11 +173,11 @@ def sample(config, diffusion, labels, options, files):
     size, rank, processes = config.batch_size, distributed.rank(), distributed.world_size()
     batches = range(0, config.num_images, size)[rank::processes]
     noise = (lambda numbers: noise_between_seeds(config, diffusion, numbers)) if config.interpolate else None
-    done, began = 0, time.monotonic()
     pause = 0.1 if sys.stderr.isatty() else 10  # seconds between two states of the progress bar
     with tqdm(total=len(batches) * config.steps, unit="step", disable=rank > 0, dynamic_ncols=True,
               mininterval=pause) as bar:
-        firsts = unfinished(batches, config, files, bar)
+        firsts = list(unfinished(batches, config, files, bar))  # a file that is not ours ends it before the first step
+        done, began = 0, time.monotonic()
         for first, steps in sample_batches(diffusion, firsts, size, config.seed, labels, noise, **options):
             for step, (x, x_0) in enumerate(steps):
                 files.add_step(first, step, x, x_0)

@@ -34,25 +34,37 @@ class Config:
     device: str = "auto"                  # auto, cuda, mps or cpu
 
 
-def main():
-    config = parse_config(Config, __doc__)
-    check_values(config, calls=(1, None), samples=(2, None), seeds=(1, None), batch_size=(1, None))
+def main(arguments=None):
+    config = parse_config(Config, __doc__, arguments)
+    check_values(config, calls=(1, None), samples=(2, None), seeds=(1, None), batch_size=(1, None), scales=(0.1, None))
+    if config.interval[0] >= config.interval[1]:
+        raise ValueError(f"interval goes from the lower lambda to the higher, not {config.interval}")
     device = choose_device(config.device)
     bench = solvers.Bench(solvers.Config(
         model_path=config.model_path, reference=config.reference, samples=config.samples, features=config.features,
         batch_size=config.batch_size), device)  # fmt: skip
-    weaker = None
-    if config.weaker:
-        wanted = evaluate.Config(samples=config.weaker)
-        weaker = evaluate.load_model(wanted, device, bench.precision).diffusion
+    weaker = load_weaker(config.weaker, bench) if config.weaker else None
     rows = []
-    for name, denoiser in denoisers(config, bench.model.diffusion, weaker).items():
-        bench.model.diffusion.denoiser = denoiser  # in the place of its method
-        cells = (solvers.Cell("sde-dpm++", "clipped_logsnr", config.calls, config.calls, seed)
-                 for seed in range(config.seeds))
-        rows.append((name, *(f"{bench.measure(cell)['distance']:.3f}" for cell in cells)))
-        print(*rows[-1], file=sys.stderr, flush=True)
-    print(markdown(("x_0", *(f"seed {seed}" for seed in range(config.seeds))), rows))
+    try:
+        for name, denoiser in denoisers(config, bench.model.diffusion, weaker).items():
+            cells = (solvers.Cell("sde-dpm++", "clipped_logsnr", config.calls, config.calls, seed)
+                     for seed in range(config.seeds))
+            rows.append((name, *(f"{bench.measure(cell, denoiser)['distance']:.3f}" for cell in cells)))
+            print(*rows[-1], file=sys.stderr, flush=True)
+    finally:  # what was measured before Ctrl-C
+        print(markdown(("x_0", *(f"seed {seed}" for seed in range(config.seeds))), rows))
+
+
+def load_weaker(path, bench):
+    """The diffusion of a checkpoint. ValueError for other timesteps, size or classes."""
+    weaker = evaluate.load_model(evaluate.Config(samples=path), bench.device, bench.precision)
+    other, own = weaker.diffusion, bench.model.diffusion
+    for name in ("img_size", "img_channels", "num_classes", "alpha_bars"):
+        if getattr(other, name) != getattr(own, name):
+            raise ValueError(f"{path} has another {name} than the model: take an earlier file of the same run")
+    if weaker.classes != bench.model.classes:
+        raise ValueError(f"{path} has other classes than the model: take an earlier file of the same run")
+    return other
 
 
 def denoisers(config, diffusion, weaker):

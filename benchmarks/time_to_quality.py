@@ -286,7 +286,11 @@ def measure(config, device, judge, name, report, path):
     job = Job(device, config.channel, config.size, config.batch_size, 0.1, judge.folder, folder, judge.channels)
     known = ours(config)
     run = PEERS[name](job) if name in PEERS else OurRun(job, judge.annotation, judge.channels, config.seed, known[name])
-    entry = report["contestants"].setdefault(name, {"settings": None if name in PEERS else known[name], "marks": []})
+    about = {"settings": None if name in PEERS else json.loads(json.dumps(known[name])),  # as the file has them
+             "precision": choose_precision("auto", device)}
+    entry = report["contestants"].get(name, {})
+    if {key: entry.get(key) for key in about} != about:  # a preset that changed, or another machine
+        entry = report["contestants"][name] = {**about, "marks": []}
     state = folder / f"{name}.pth"
     if entry["marks"]:
         run.told(entry["total_steps"])
@@ -356,6 +360,7 @@ def as_text(report):
     lines = [
         f"{about['cpu']}, {about['threads']} of {about['cores']} cores; {about['gpu'] or 'no GPU'}; {chosen['data']}, "
         f"{size},",
+        f"all training in {about['precision']} (the others' networks sample in fp32),",
         f"{chosen['channel']} channels and batch {chosen['batch_size']} unless a preset decides otherwise.",
         f"Frechet distance of {chosen['samples']:,} samples ({SAMPLER}, {STEPS} steps, the EMA) after minutes of",
         "training; lower is better.", "",

@@ -16,7 +16,9 @@ from conftest import PROJECT
 from benchmarks import denoisers, quality, runs, solvers
 from benchmarks.solvers import Cell
 from nets import build
+from nets.samplers import half_log_snr
 from utils.checkpoint import save_checkpoint
+from utils.data.annotation import read_annotation
 from utils.evaluate.classifier import FeatureNet, save_feature_net
 
 T = 1000
@@ -197,23 +199,65 @@ def test_a_cell_is_measured_on_a_checkpoint(workplace):
     assert found["distance"] > 0 and found["seconds_a_picture"] > 0 and bench.about()["num_reference"] == 24
 
 
-def test_changes_of_the_predicted_image_that_change_nothing_and_guidance():
-    settings = {"input_shape": (8, 8), "channel": 8, "channel_mults": (1,), "num_res_blocks": 1, "num_groups": 4,
-                "attention_resolutions": (), "num_timesteps": 10, "class_conditional": True,
-                "label_dropout": 0.1}  # fmt: skip
-    torch.manual_seed(0)
-    diffusion = build.from_config(settings, 3).eval()
+CONDITIONAL = {"annotation_path": "train_lines.txt", "input_shape": (8, 8), "channel": 8, "channel_mults": (1,),
+               "num_res_blocks": 1, "num_groups": 4, "attention_resolutions": (), "num_timesteps": 10,
+               "class_conditional": True, "label_dropout": 0.1}  # fmt: skip
+
+
+def conditional_diffusion(seed, classes=2):
+    diffusion, generator = build.from_config(CONDITIONAL, classes).eval(), torch.Generator().manual_seed(seed)
     for parameter in diffusion.ema_model.parameters():  # many are zero at first
-        torch.nn.init.normal_(parameter, std=0.1)
-    config = denoisers.Config(scales=(1.0, 1.5), guidances=(2.0,), interval=(-1e9, -1e8))
-    changes = denoisers.denoisers(config, diffusion, weaker=diffusion)
-    x, y = 0.1 * torch.randn(4, 3, 8, 8), torch.arange(4) % 3
-    plain, guided = diffusion.denoiser(y)(x, 1), diffusion.denoiser(y, guidance_scale=2.0)(x, 1)
-    found = {name: denoiser(y, True, 1.0, True)(x, 1) for name, denoiser in changes.items()}
-    for name in ("as predicted", "noise / 1", "autoguidance 2", "guidance 2, -1e+09 < lambda < -1e+08"):
-        torch.testing.assert_close(found[name], plain, msg=name)
-    torch.testing.assert_close(found["guidance 2"], guided)
-    assert not torch.allclose(guided, plain) and not torch.allclose(found["noise / 1.5"], plain)
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    return diffusion
+
+
+def test_changes_of_the_predicted_image():
+    """Against the diffusion's own guidance, and against the definitions."""
+    diffusion, weaker, t = conditional_diffusion(0), conditional_diffusion(1), 1
+    own = half_log_snr(diffusion.alpha_bars[t])
+    config = denoisers.Config(scales=(1.0, 1.25), guidances=(2.0,), interval=(own - 0.1, own + 0.1))
+    inside = f"guidance 2, {own - 0.1:g} < lambda < {own + 0.1:g}"
+    x, y = 0.1 * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4) % 2
+
+    def images(t, weaker):
+        changes = denoisers.denoisers(config, diffusion, weaker)
+        return {name: denoiser(y, True, 1.0, True)(x, t) for name, denoiser in changes.items()}
+
+    plain, guided = diffusion.denoiser(y)(x, t), diffusion.denoiser(y, guidance_scale=2.0)(x, t)
+    found, away = images(t, weaker), weaker.denoiser(y)(x, t)
+    assert max(plain.abs().max(), guided.abs().max(), away.abs().max()) < 1  # nothing is clipped
+    a = diffusion.alpha_bars[t] ** 0.5
+    wanted = {
+        "as predicted": plain, "noise / 1": plain, "noise / 1.25": (x - (x - a * plain) / 1.25) / a,
+        "guidance 2": guided, inside: guided, "autoguidance 2": (2 * plain - away).clamp(-1, 1),
+    }  # fmt: skip
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+    torch.testing.assert_close(images(t + 1, weaker)[inside], diffusion.denoiser(y)(x, t + 1))
+    torch.testing.assert_close(images(t, diffusion)["autoguidance 2"], plain)
+    assert len({round(value.sum().item(), 4) for value in (plain, guided, wanted["noise / 1.25"], away)}) == 4
+
+
+def test_changes_of_the_predicted_image_are_measured_on_a_checkpoint(workplace, capsys):
+    classes = read_annotation("train_lines.txt").classes
+    save_feature_net("net.pth", FeatureNet(3, 2))
+    for name in ("model.pth", "weaker.pth"):
+        weights = conditional_diffusion(len(name), len(classes)).state_dict()
+        save_checkpoint(name, {"format": 1, "config": CONDITIONAL, "classes": classes, "weights": weights,
+                               "weights_kind": "full"})
+    options = ["--model_path", "model.pth", "--weaker", "weaker.pth", "--features", "net.pth", "--device", "cpu",
+               "--samples", "6", "--batch_size", "4", "--calls", "2", "--seeds", "1"]  # fmt: skip
+    denoisers.main([*options, "--scales", "1.01,", "--guidances", "2,"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    names = ["as predicted", "noise / 1.01", "guidance 2", "guidance 2, -1 < lambda < 2", "autoguidance 2"]
+    assert [row[0] for row in rows] == [f"| {name}" for name in names]
+    assert all(float(row[1].removesuffix(" |")) >= 0 for row in rows)
+    other = {**CONDITIONAL, "num_timesteps": 12}
+    save_checkpoint("weaker.pth", {"format": 1, "config": other, "classes": classes, "weights_kind": "full",
+                                   "weights": build.from_config(other, len(classes)).state_dict()})
+    with pytest.raises(ValueError, match="weaker.pth has another alpha_bars"):
+        denoisers.main(options)
 
 
 @pytest.mark.parametrize("path", sorted((PROJECT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
