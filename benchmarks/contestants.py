@@ -5,7 +5,8 @@ All have the same widths, blocks, dropout and batch. Ours takes what train.py wo
 device. diffusers runs the loop of its unconditional training example (AdamW, its EMA, files decoded
 and augmented every epoch, the loss read every step; bf16 as its option on a GPU, float32 on a CPU,
 and bf16 there too as a contestant of its own); denoising-diffusion-pytorch runs its own Trainer, in
-float32 on a CPU unless `cpu_precision` says otherwise. A package that is missing is a ModuleNotFoundError here.
+float32 on a CPU unless `cpu_precision` says otherwise. A package that is missing is a
+ModuleNotFoundError here.
 """
 import copy
 import functools
