@@ -76,7 +76,7 @@ def test_a_dry_run_says_the_time_and_changes_nothing(workplace, capsys):
     assert not Path("logs").exists() and line.endswith(" billion operations a picture, forward")
 
 
-@pytest.mark.parametrize(("epochs", "warned"), [(2048, False), (2049, True)])
+@pytest.mark.parametrize(("epochs", "warned"), [(500, False), (501, True)])
 def test_how_often_pictures_are_seen_is_said_and_too_often_warned_of(workplace, capsys, epochs, warned):
     run_main("train.py", *TINY, "--epochs", epochs, "--dry_run", "True")
     text = capsys.readouterr().out
