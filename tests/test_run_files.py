@@ -79,6 +79,8 @@ def test_a_broken_package_ends_no_training(tmp_path, package):
 def test_a_broken_backend_of_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
     history = LossHistory(tmp_path)
     history.add({"epoch": 1, "step": 1, "loss": 0.5, "loss_t1": 0.5}, {"epoch": 1, "seconds": 1.0})
+    backends = pytest.importorskip("matplotlib.backends")
+    monkeypatch.delattr(backends, "backend_agg", raising=False)  # where another test has imported it
     monkeypatch.delitem(sys.modules, "matplotlib.backends.backend_agg", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.backends._backend_agg", None)  # its compiled part
     history.plot(final=True)
