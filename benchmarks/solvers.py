@@ -270,7 +270,7 @@ class Bench:
         """
         found, seconds, batches = FeatureStatistics(), 0.0, 0
         if denoiser:
-            self.model.diffusion.denoiser = denoiser
+            self.model.diffusion.denoiser = denoiser  # hides the method
         self.clock.take()
         for first, steps in self.batches(cell):
             began = self.read()

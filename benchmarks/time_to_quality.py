@@ -112,13 +112,19 @@ class OurRun:
         self.batches = forever(self.epoch)
 
 
-class DiffusersRun(Diffusers):
-    """diffusers' example loop; its EMA samples through our solver."""
+class InOurPrecision:
+    """A contestant that trains in bf16 where ours does."""
 
     def __init__(self, job):
-        forget_precision()
-        self.cpu_precision = choose_precision("auto", job.device)  # bf16 where that is faster
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first contestant's precision
+        self.cpu_precision = choose_precision("auto", job.device)
         super().__init__(job)
+
+
+class DiffusersRun(InOurPrecision, Diffusers):
+    """diffusers' example loop; its EMA samples through our solver."""
 
     def told(self, total_steps):
         from diffusers.optimization import get_scheduler
@@ -156,16 +162,11 @@ class DiffusersRun(Diffusers):
             part.load_state_dict(saved)
 
 
-class LucidrainsRun(Lucidrains):
+class LucidrainsRun(InOurPrecision, Lucidrains):
     """denoising-diffusion-pytorch's Trainer, with its constant learning rate.
 
     Its EMA samples through our solver.
     """
-
-    def __init__(self, job):
-        forget_precision()
-        self.cpu_precision = choose_precision("auto", job.device)
-        super().__init__(job)
 
     def told(self, total_steps):
         pass
@@ -189,13 +190,6 @@ class LucidrainsRun(Lucidrains):
         self.diffusion.load_state_dict(state["model"])
         self.trainer.opt.load_state_dict(state["opt"])
         self.trainer.ema.load_state_dict(state["ema"])
-
-
-def forget_precision():
-    """accelerate keeps the precision of the first contestant for the whole process."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 PEERS = {"diffusers": DiffusersRun, "denoising-diffusion-pytorch": LucidrainsRun}
