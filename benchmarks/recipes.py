@@ -1,82 +1,99 @@
-"""Which settings learn most from the same images? The loss of v on held-out emoji, by timestep.
+"""Which settings learn most from the same images? Loss of v and Frechet distance, by recipe.
 
     python -m benchmarks.recipes --recipes "base=|fast=init_lr:2e-3;batch_size:8"
 
 Every recipe sees as many images, in train.py's own step, and takes about as long. The loss is the
-unweighted squared error of v, of the EMA with x_0 clipped, whatever a recipe is trained on.
-A recipe may name a `variant` too: ideas that NOTES.md dropped.
+unweighted squared error of v on held-out images, by timestep, of the EMA with x_0 clipped, whatever
+a recipe is trained on. The distance is that of time_to_quality. A recipe may name a `variant` too:
+ideas that NOTES.md dropped.
 """
+import math
 import sys
 import typing
+from contextlib import ExitStack
+from dataclasses import replace
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 
+import nets.diffusion
 import train
-from benchmarks.runs import WORK, list_pictures
-from benchmarks.timing import CLOCKS, markdown, quiet
-from nets.diffusion import PREDICTIONS
+from benchmarks.contestants import Job
+from benchmarks.runs import DATA
+from benchmarks.time_to_quality import Judge, OurRun, sampled
+from benchmarks.timing import CLOCKS, markdown
+from nets.diffusion import PREDICTIONS, GaussianDiffusion
+from nets.samplers import half_log_snr
 from utils.config import check_values, parse_config, parse_value, settings
-from utils.data.dataset import epoch_batches, normalise
+from utils.data.dataset import normalise
+from utils.device import choose_device
 from utils.errors import run_script
-from utils.training.optimizer import learning_rate
 from utils.training.randomness import mix
 
-EIGHTHS, REPEATS, CANDIDATES = 8, 16, 4
-BASE = {"class_conditional": True, "prediction": "v", "schedule": "cosine", "dropout": 0.0, "num_res_blocks": 1,
-        "channel": 32, "batch_size": 16, "init_lr": 1e-3, "ema_start": 20, "val_split": 0.1}  # fmt: skip
+EIGHTHS, REPEATS, HELD_OUT, CANDIDATES = 8, 16, 256, 4
+BASE = {**train.PRESETS["quick"], "val_split": 0.1, "compile": False}
 
 
 @settings
 class Config:
     recipes: str = "base="      # name=setting:value;setting:value|name=...
-    images: int = 8000          # that each recipe sees
+    data: str = "emoji"         # fashion_mnist or emoji
+    data_root: str = ""         # a torchvision root with FashionMNIST/raw; "": fetched
+    images: int = 8000          # that each recipe sees; a recipe may have its own number
     size: int = 16              # height and width
-    seed: int = 0               # of all trainings
+    samples: int = 1000         # for the distance
+    seed: int = 0               # of a recipe's first training, each next has the next
+    seeds: int = 1              # trainings of each recipe
     threads: int = 1            # of PyTorch
 
 
-def main():
-    config = parse_config(Config, __doc__)
-    check_values(config, images=(1, None), size=(1, None), threads=(1, None))
+def main(arguments=None):
+    config = parse_config(Config, __doc__, arguments)
+    check_values(config, images=(1, None), size=(1, None), samples=(2, None), seeds=(1, None), threads=(1, None))
     torch.set_num_threads(config.threads)
-    annotation = list_pictures("emoji", WORK)
     rows = []
-    for entry in config.recipes.split("|"):
-        name, _, text = entry.partition("=")
-        rows.append((name, *measure(config, annotation, dict(pair.split(":") for pair in text.split(";") if pair))))
-        print(*rows[-1], file=sys.stderr, flush=True)
-    columns = ("recipe", "steps", "CPU seconds", "loss of v", *(f"{k + 1}/{EIGHTHS} of t" for k in range(EIGHTHS)))
-    print(markdown(columns, rows))
+    try:
+        for seed in range(config.seed, config.seed + config.seeds):
+            judge = Judge(replace(config, seed=seed), choose_device("cpu"))
+            for entry in config.recipes.split("|"):
+                name, _, text = entry.partition("=")
+                recipe = dict(pair.split(":") for pair in text.split(";") if pair)
+                rows.append((name, seed, *measure(judge, recipe)))
+                print(*rows[-1], file=sys.stderr, flush=True)
+    finally:  # what was measured before Ctrl-C
+        print(markdown(("recipe", "seed", "steps", "CPU seconds", "distance", "loss of v",
+                        *(f"{k + 1}/{EIGHTHS} of t" for k in range(EIGHTHS))), rows))  # fmt: skip
 
 
-def measure(config, annotation, recipe):
-    """(steps, CPU seconds, loss, losses by eighth of t) of a recipe, a dict of texts."""
-    variant, hints = VARIANTS[recipe.pop("variant", "")], typing.get_type_hints(train.Config)
-    values = {name: parse_value(name, text, hints[name]) for name, text in recipe.items()}
-    shared = {"annotation_path": str(annotation), "input_shape": (config.size,) * 2, "seed": config.seed,
-              "device": "cpu", "compile": False}  # fmt: skip
-    settings, device = train.resolve(train.Config(**{**BASE, **shared, **values}))
-    with quiet():
-        parts = train.prepare(settings, device)
-    total, began, step = config.images // parts.batch_size, CLOCKS["cpu"](), 0
-    while step < total:
-        epoch = step // (len(parts.dataset) // parts.batch_size)
-        batches = epoch_batches(len(parts.dataset), parts.batch_size, settings.seed, epoch, 0)
-        for number, (images, labels) in enumerate(parts.dataset.batches(batches)):
-            if step < total:
-                lr = learning_rate(step, total, settings.init_lr, settings.min_lr, settings.warmup)
-                with variant(settings, parts):
-                    train.train_step(settings, parts, images, labels, epoch, number * parts.batch_size, lr)
-                step += 1
-    seconds, losses = CLOCKS["cpu"]() - began, held_out_losses(parts)
-    return total, f"{seconds:.0f}", f"{losses.mean():.4f}", *(f"{loss:.4f}" for loss in losses.tolist())
+def measure(judge, recipe):
+    """(steps, CPU seconds, distance, loss, losses by eighth of t) of a recipe, a dict of texts."""
+    config = judge.config
+    variant, images = VARIANTS[recipe.pop("variant", "")], int(recipe.pop("images", config.images))
+    hints = typing.get_type_hints(train.Config)
+    values = BASE | {name: parse_value(name, text, hints[name]) for name, text in recipe.items()}
+    job = Job(judge.device, values["channel"], config.size, values["batch_size"], 0.0, None, None, DATA[config.data])
+    with ExitStack() as changes:
+        for change in variant:
+            changes.enter_context(change())
+        run = OurRun(job, judge.annotation, judge.channels, config.seed, values)
+        run.told(images // run.parts.batch_size)
+        began = CLOCKS["cpu"]()
+        for _ in range(run.total_steps):
+            run.train_step()
+        seconds = CLOCKS["cpu"]() - began
+    losses = held_out_losses(run.parts)
+    return (run.total_steps, f"{seconds:.0f}", f"{sampled(judge, run):.2f}", f"{losses.mean():.4f}",
+            *(f"{loss:.4f}" for loss in losses.tolist()))  # fmt: skip
 
 
 @torch.no_grad()
 def held_out_losses(parts):
     """The EMA's squared error of v, (EIGHTHS,) by timestep, always at the same ones and noise."""
     diffusion, images = parts.diffusion, parts.validation
-    x, labels = normalise(images.images(range(len(images))), parts.device), images.labels
+    numbers = range(min(len(images), HELD_OUT))
+    x = normalise(images.images(numbers), parts.device)
+    labels = images.labels[: len(x)] if diffusion.num_classes else None
     generator, losses = torch.Generator().manual_seed(0), torch.zeros(EIGHTHS, REPEATS)
     for number in range(REPEATS):
         t = ((torch.arange(len(x)) * 37 % len(x) + number / REPEATS) / len(x) * diffusion.num_timesteps).long()
@@ -90,24 +107,13 @@ def held_out_losses(parts):
     return losses.mean(1)
 
 
-# Ideas that were dropped: a function (settings, parts) -> a context in which a step has them
+# Ideas that were dropped. A variant is a list of patches that hold while a recipe is trained.
 
 
-class Patched:
-    """train.<name> is another function within the block."""
-
-    def __init__(self, name, function):
-        self.name, self.function = name, function
-
-    def __call__(self, config, parts):
-        return self
-
-    def __enter__(self):
-        self.before = getattr(train, self.name)
-        setattr(train, self.name, lambda *arguments: self.function(self.before, *arguments))
-
-    def __exit__(self, *_):
-        setattr(train, self.name, self.before)
+def patched(owner, name, function):
+    """A patch: owner.name becomes `function`, which gets what it was as its first argument."""
+    original = getattr(owner, name)
+    return lambda: patch.object(owner, name, lambda *args, **options: function(original, *args, **options))
 
 
 def stratified(draw_step, generator, seed, shape, num_timesteps, *chances):
@@ -127,10 +133,111 @@ def immiscible(make_batch, config, parts, images, labels, epoch, consumed):
     return x, y, draws._replace(noise=noises[torch.arange(len(x)), chosen])
 
 
+def lambdas_from(distribution):
+    """Timesteps whose lambda has a distribution: `distribution`, a function of u in (0, 1)."""
+
+    def make_batch_by_lambda(make_batch, config, parts, *where):
+        x, y, draws = make_batch(config, parts, *where)
+        lambdas = torch.tensor([half_log_snr(alpha_bar) for alpha_bar in parts.diffusion.alpha_bars])
+        own = torch.Generator().manual_seed(mix(config.seed, *where[2:], "lambda"))
+        wanted = distribution(torch.rand(len(x), generator=own, dtype=torch.float64))
+        t = torch.searchsorted(-lambdas.double(), -wanted).clamp(max=len(lambdas) - 1)
+        return x, y, draws._replace(t=t)
+
+    return [patched(train, "make_batch", make_batch_by_lambda)]
+
+
+def laplace(u):
+    """The log-SNR, 2 lambda, has Laplace's distribution: mean 0, b 0.5 (arXiv 2407.03297)."""
+    return -0.25 * (u - 0.5).sign() * torch.log1p(-2 * (u - 0.5).abs())
+
+
+def shifted(shift):
+    """The cosine schedule's lambda, moved by `shift` (Hoogeboom et al. 2023)."""
+    return lambda u: shift - torch.log(torch.tan(math.pi / 2 * u))
+
+
+def input_noise(perturb_x, diffusion, x, t, noise):
+    """x_t of the noise and 0.1 of another one (Ning et al. 2023, "input perturbation")."""
+    return perturb_x(diffusion, x, t, noise + 0.1 * torch.randn_like(noise))
+
+
+def twice_the_classes(open_dataset, *arguments, **options):
+    dataset = open_dataset(*arguments, **options)
+    dataset.classes = [*dataset.classes, *(f"mirrored {name}" for name in dataset.classes)]
+    return dataset
+
+
+def mirrored(make_batch, config, parts, images, labels, epoch, consumed):
+    """Half of the images mirrored, in classes of their own: an augmentation that does not leak."""
+    x, y, draws = make_batch(config, parts, images, labels, epoch, consumed)
+    null = parts.diffusion.num_classes - 1
+    return x, torch.where(draws.flip & (y != null), y + null // 2, y), draws
+
+
+def half_size_first(train_step, config, parts, images, labels, epoch, consumed, lr):
+    """Half of the size in the first two thirds: until a quarter of the learning rate is left."""
+    if lr > config.init_lr / 4:
+        images = F.avg_pool2d(images.movedim(3, 1).float(), 2).round().to(torch.uint8).movedim(1, 3)
+        config = replace(config, input_shape=tuple(side // 2 for side in config.input_shape))
+    with patch.object(parts.diffusion, "img_size", config.input_shape):
+        train_step(config, parts, images, labels, epoch, consumed, lr)
+
+
+class Muon(torch.optim.Adam):
+    """Muon (Jordan et al. 2024) for matrices and flattened convolutions, Adam for the rest.
+
+    Steps are scaled to Adam's size (arXiv 2502.16982), so that they share a learning rate.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        (group,) = self.param_groups
+        for parameter in group["params"]:
+            if parameter.ndim > 1:
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                momentum.lerp_(parameter.grad, 0.05)
+                matrix = parameter.grad.lerp(momentum, 0.95).flatten(1)
+                size = 0.2 * group["lr"] * max(matrix.shape) ** 0.5
+                parameter.sub_(size * self.orthogonal(matrix).view(parameter.shape))
+                parameter.grad = None
+        super().step()
+
+    def orthogonal(self, matrix, a=3.4445, b=-4.7750, c=2.0315):
+        """About U V' of the matrix U S V', by five steps of Newton and Schulz."""
+        x = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T) / (matrix.norm() + 1e-7)
+        for _ in range(5):
+            square = x @ x.T
+            x = a * x + (b * square + c * square @ square) @ x
+        return x if matrix.shape[0] <= matrix.shape[1] else x.T.contiguous()
+
+
+def ema_of(share):
+    """The EMA spans this share of the steps so far, train.py's a ninth (Karras et al. 2024, "EDM2")."""
+
+    def weight(ema_weight, n, decay, warmup):
+        return torch.where(n < 0, 1.0, 1 / (1 + share * (1 + n)))
+
+    return [patched(nets.diffusion, "ema_weight", weight)]
+
+
+def muon(make_optimizer, name, parameters, device, momentum, weight_decay):
+    return Muon(parameters, lr=0.0, betas=(momentum, 0.999), fused=True)
+
+
 VARIANTS = {
-    "": Patched("draw_step", lambda draw_step, *arguments: draw_step(*arguments)),
-    "stratified": Patched("draw_step", stratified),
-    "immiscible": Patched("make_batch", immiscible),
+    "": [],
+    "stratified": [patched(train, "draw_step", stratified)],
+    "immiscible": [patched(train, "make_batch", immiscible)],
+    "laplace": lambdas_from(laplace),
+    "shifted": lambdas_from(shifted(-0.5)),
+    "shifted up": lambdas_from(shifted(0.5)),
+    "input noise": [patched(GaussianDiffusion, "perturb_x", input_noise)],
+    "mirrored": [patched(train, "open_dataset", twice_the_classes), patched(train, "make_batch", mirrored)],
+    "half size": [patched(train, "train_step", half_size_first)],
+    "short ema": ema_of(1 / 18),
+    "long ema": ema_of(1 / 4),
+    "muon": [patched(train, "make_optimizer", muon)],
 }
 
 if __name__ == "__main__":
