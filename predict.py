@@ -45,6 +45,8 @@ class Config:
     seed: int = -1                                # of the first picture, each next has the next; -1: random, printed
     class_name: str = ""                          # draw this class only; "": a row of each
     guidance_scale: float = 1.0                   # above 1: more typical of its class, less varied
+    guidance_interval: tuple[float, float] | None = None  # lambdas between which guidance acts; None: at each step
+    guiding_path: str = ""                        # a weaker checkpoint that guidance leads away from; "": no class
 
     # Solver
     sampler: Literal[tuple(SAMPLERS)] = "sde-dpm++"  # the solver; with a mask ddpm
@@ -86,24 +88,30 @@ def main(arguments=None):
         print(f"weights: {path.resolve()}{remark}")
     checkpoint = load_checkpoint(path, lazily=True)
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
-    check_model(config, diffusion, classes)
+    guide = load_guide(config, diffusion, classes)
+    check_model(config, diffusion, classes, guide)
     config = resolve(config, typed, diffusion, classes)
     options = {name: getattr(config, name) for name in ("sampler", "steps", "spacing", "guidance_scale", "use_ema")}
     options |= {name: getattr(config, name) for name, sampler in OWNERS.items() if sampler == config.sampler}
     options |= {} if config.clip else {"clip": False}
+    options |= {"guidance_interval": config.guidance_interval} if config.guidance_interval else {}
+    options |= {"guiding_model": guide} if guide else {}
     options |= starting_settings(config, diffusion, checkpoint["config"])
     if distributed.is_main():
         print_summary(config, classes[: grid_rows(config, classes)], classes, device, precision, checkpoint)
 
-    network = diffusion.ema_model if config.use_ema else diffusion.model
     worth_it = device.type == "cuda" and network_calls(config) >= CALLS_WORTH_COMPILING
-    if choose_compile(worth_it if config.compile == "auto" else config.compile, device):
-        network.compile()
-    diffusion = diffusion.to(device=device, memory_format=memory_format(device, precision))
+    compiled = choose_compile(worth_it if config.compile == "auto" else config.compile, device)
+    networks = [part.ema_model if config.use_ema else part.model for part in (diffusion, guide) if part]
+    for part, network in zip((diffusion, guide), networks):
+        part.to(device=device, memory_format=memory_format(device, precision))
+        if compiled:
+            network.compile()
     shape, labels = (*diffusion.img_size, diffusion.img_channels), class_ids(config, classes)
-    texts = image_texts(config, network, shape, classes, labels, options)
+    texts = image_texts(config, networks, shape, classes, labels, options)
     with PredictFiles(config, shape, grid_rows(config, classes), texts) as files:
-        round_weights(network, precision)  # only now: the files' texts hold the digest of the exact weights
+        for network in networks:
+            round_weights(network, precision)  # only now: the files' texts hold the digest of the exact weights
         with autocast(device, precision), explain_out_of_memory(lambda: advice_for_sampling(config)):
             sample(config, diffusion, labels, options, files)
         files.finish()
@@ -117,13 +125,23 @@ def check(config, typed):
     check_combinations(config, typed)
 
 
-def check_model(config, diffusion, classes):
+def load_guide(config, diffusion, classes):
+    """The weaker model of guiding_path; None without. ValueError for one of another kind."""
+    if not config.guiding_path:
+        return None
+    path = distributed.from_main(find_weights(config.guiding_path)[0] if distributed.is_main() else None)
+    if distributed.is_main():
+        print(f"guided away from: {path.resolve()}")
+    return build.guiding_model(load_checkpoint(path, lazily=True), diffusion, classes)
+
+
+def check_model(config, diffusion, classes, guide):
     """ValueError for a setting that this model cannot serve."""
     if config.class_name and not classes:
         raise ValueError("--class_name: this model was trained without classes; train with --class_conditional True")
     if config.class_name:
         check_choice("class_name", config.class_name, classes)
-    diffusion.check_guidance(config.guidance_scale)
+    diffusion.check_guidance(config.guidance_scale, guide)
     if config.interpolate and classes and not config.class_name:
         known = ", ".join(classes)
         raise ValueError(f"--interpolate stays within one class: name it with --class_name; known: {known}")

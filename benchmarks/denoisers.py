@@ -4,24 +4,24 @@
 
 The solver is predict.py's default. Every number is a Frechet distance as in benchmarks.solvers.
 """
-import math
 import sys
-from functools import partial
 
 from benchmarks import solvers
 from benchmarks.timing import markdown
-from nets.samplers import DEFAULT_STEPS, half_log_snr
+from nets import build
+from nets.samplers import DEFAULT_STEPS
+from utils.checkpoint import load_checkpoint
 from utils.config import check_values, parse_config, settings
-from utils.device import choose_device
+from utils.device import choose_device, memory_format
 from utils.errors import run_script
-from utils.evaluate import __main__ as evaluate
+from utils.run_folders import find_weights
 
 
 @settings
 class Config:
     model_path: str = "logs/emoji.pth"    # a checkpoint, or a run's folder
     reference: str = ""                   # its pictures; "": the list that it was trained on
-    weaker: str = ""                      # an earlier epoch_XXXX.pth of the same kind, for autoguidance; "": without
+    guiding_path: str = ""                # an earlier epoch_XXXX.pth of the same run, for autoguidance; "": without
     calls: int = DEFAULT_STEPS            # steps of the solver
     samples: int = 2000                   # pictures a cell
     seeds: int = 2                        # cells of each kind, each from other noise
@@ -43,10 +43,10 @@ def main(arguments=None):
     bench = solvers.Bench(solvers.Config(
         model_path=config.model_path, reference=config.reference, samples=config.samples, features=config.features,
         batch_size=config.batch_size), device)  # fmt: skip
-    weaker = load_weaker(config.weaker, bench) if config.weaker else None
+    guide = load_guide(config.guiding_path, bench) if config.guiding_path else None
     rows = []
     try:
-        for name, denoiser in denoisers(config, bench.model.diffusion, weaker).items():
+        for name, denoiser in denoisers(config, bench.model.diffusion, guide).items():
             cells = (solvers.Cell("sde-dpm++", "clipped_logsnr", config.calls, config.calls, seed)
                      for seed in range(config.seeds))
             rows.append((name, *(f"{bench.measure(cell, denoiser)['distance']:.3f}" for cell in cells)))
@@ -55,62 +55,42 @@ def main(arguments=None):
         print(markdown(("x_0", *(f"seed {seed}" for seed in range(config.seeds))), rows))
 
 
-def load_weaker(path, bench):
-    """The diffusion of a checkpoint. ValueError for other timesteps, size or classes."""
-    weaker = evaluate.load_model(evaluate.Config(samples=path), bench.device, bench.precision)
-    other, own = weaker.diffusion, bench.model.diffusion
-    for name in ("img_size", "img_channels", "num_classes", "alpha_bars"):
-        if getattr(other, name) != getattr(own, name):
-            raise ValueError(f"{path} has another {name} than the model: take an earlier file of the same run")
-    if weaker.classes != bench.model.classes:
-        raise ValueError(f"{path} has other classes than the model: take an earlier file of the same run")
-    return other
+def load_guide(path, bench):
+    """The GaussianDiffusion of a weaker checkpoint. ValueError for one of another kind."""
+    checkpoint = load_checkpoint(find_weights(path)[0], lazily=True)
+    guide = build.guiding_model(checkpoint, bench.model.diffusion, bench.model.classes)
+    return guide.to(device=bench.device, memory_format=memory_format(bench.device, bench.precision))
 
 
-def denoisers(config, diffusion, weaker):
+def denoisers(config, diffusion, guide):
     """{name: function that takes the place of diffusion.denoiser}."""
-    plain, lambdas = diffusion.denoiser, [half_log_snr(alpha_bar) for alpha_bar in diffusion.alpha_bars]
-
-    def changed(change):
-        """Classes y -> denoise, whose x_0 `change` makes of the network's, given x_t, t and y."""
-
-        def denoiser(y, *_):
-            denoise = plain(y, clip=False)
-            return lambda x, t: change(denoise(x, t), x, t, y).clamp(-1, 1)
-
-        return denoiser
+    plain = diffusion.denoiser
 
     def scaled(scale):
         """The predicted noise divided by `scale` (Ning et al. 2024, "ADM-ES")."""
 
-        def change(x_0, x, t, y):
-            a = diffusion.alpha_bars[t] ** 0.5
-            return (x - (x - a * x_0) / scale) / a
+        def denoiser(y, *_):
+            denoise = plain(y, clip=False)
 
-        return changed(change)
+            def change(x, t):
+                a = diffusion.alpha_bars[t] ** 0.5
+                return ((x - (x - a * denoise(x, t)) / scale) / a).clamp(-1, 1)
 
-    def guided(other, weight, lowest=-math.inf, highest=math.inf):
-        """other(y) is the denoiser that the result is pushed away from, where lambda is between."""
+            return change
 
-        def change(x_0, x, t, y):
-            if not lowest <= lambdas[t] <= highest:
-                return x_0
-            away = other(y)(x, t)
-            return away + weight * (x_0 - away)
+        return denoiser
 
-        return changed(change)
+    def guided(**guidance):
+        return lambda y, *_: plain(y, **guidance)
 
-    found = {"as predicted": changed(lambda x_0, *_: x_0)}
-    found |= {f"noise / {scale:g}": scaled(scale) for scale in config.scales}
-    if diffusion.null_class is not None:
-        null = plain(None, clip=False)
-        for weight in config.guidances:
-            found[f"guidance {weight:g}"] = guided(lambda y: null, weight)
-            found[f"guidance {weight:g}, {config.interval[0]:g} < lambda < {config.interval[1]:g}"] = guided(
-                lambda y: null, weight, *config.interval)  # fmt: skip
-    if weaker:
-        found |= {f"autoguidance {weight:g}": guided(partial(weaker.denoiser, clip=False), weight)
-                  for weight in config.guidances}
+    found = {"as predicted": guided()} | {f"noise / {scale:g}": scaled(scale) for scale in config.scales}
+    where = "{:g} < lambda < {:g}".format(*config.interval)
+    for name, model in (("guidance", None), ("autoguidance", guide)):
+        if model or (name == "guidance" and diffusion.null_class is not None):
+            for weight in config.guidances:
+                settings = {"guidance_scale": weight, "guiding_model": model}
+                found[f"{name} {weight:g}"] = guided(**settings)
+                found[f"{name} {weight:g}, {where}"] = guided(**settings, guidance_interval=config.interval)
     return found
 
 

@@ -213,7 +213,7 @@ class Muon(torch.optim.Adam):
 
 
 def ema_of(share):
-    """The EMA spans this share of the steps so far, train.py's a ninth (Karras et al. 2024, "EDM2")."""
+    """The EMA spans a share of the steps so far (Karras et al. 2024); train.py's a ninth."""
 
     def weight(ema_weight, n, decay, warmup):
         return torch.where(n < 0, 1.0, 1 / (1 + share * (1 + n)))

@@ -48,6 +48,18 @@ def from_checkpoint(checkpoint, input_shape=None):
     return diffusion.eval(), checkpoint["classes"] or [str(number) for number in range(named)]
 
 
+def guiding_model(checkpoint, diffusion, classes):
+    """The GaussianDiffusion of a weaker checkpoint, to guide `diffusion` of these class names.
+
+    ValueError where it is of another kind.
+    """
+    guide, names = from_checkpoint(checkpoint, diffusion.img_size)
+    if names != classes:
+        raise ValueError("the guiding model has other classes: take an earlier file of the same run")
+    diffusion.check_guidance(1.0, guide)
+    return guide
+
+
 def from_weights(state_dict, input_shape=(32, 32)):
     """The GaussianDiffusion of a bare state dict, with its weights.
 

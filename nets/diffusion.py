@@ -1,6 +1,7 @@
 """GaussianDiffusion: forward process, loss, EMA and sampling for a network (x_t, t, y)."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -183,45 +184,63 @@ class GaussianDiffusion(nn.Module):
         eps = (x - a * PREDICTIONS[self.prediction].to_x_0(output, x, a, s)) / s
         return (x - extract(self.remove_noise_coeff, t, x) * eps) * extract(self.reciprocal_sqrt_alphas, t, x)
 
-    def denoiser(self, y=None, use_ema=True, guidance_scale=1.0, clip=True):
+    def denoiser(self, y=None, use_ema=True, guidance_scale=1.0, clip=True, guidance_interval=None, guiding_model=None):
         """The function denoise(x_t, t: int) -> x_0 (float32) that the solvers call.
 
         y: class ids (b,). None is the null class, where the network has classes.
         guidance_scale w: null + w (class - null), from one call on twice the batch. It is 1 + w of
         Ho & Salimans 2022, equation 6; 1 is the conditional network without guidance.
+        guidance_interval: guidance acts where lambda is between these two, None: at each step
+        (Kynkäänniemi et al. 2024, equation 5).
+        guiding_model: a weaker GaussianDiffusion in the place of the null class (Karras et al.
+        2024, "autoguidance", equation 4). It needs no classes.
         clip: x_0 to [-1, 1]. Without it the first steps amplify the network's error up to 31 times.
-        ValueError: guidance without a null class or without y, or a missing y.
+        ValueError: guidance without a null class or without y, a missing y, or another kind of
+        guiding model.
         """
         network = self.ema_model if use_ema else self.model
-        to_x_0, guided = PREDICTIONS[self.prediction].to_x_0, guidance_scale != 1
-        self.check_guidance(guidance_scale)
-        labels = self.labels(y, guided)
+        to_x_0 = PREDICTIONS[self.prediction].to_x_0
+        self.check_guidance(guidance_scale, guiding_model)
+        by_class = guidance_scale != 1 and guiding_model is None
+        guide = guiding_model and guiding_model.denoiser(y, use_ema, clip=False)
+        lowest, highest = guidance_interval or (-math.inf, math.inf)
+        labels = {doubled: self.labels(y, doubled) for doubled in {False, by_class}}
         ts = torch.arange(self.num_timesteps, device=self.betas.device)  # ts[t:t+1] is a view, not a copy to the device
 
         @torch.no_grad()
         def denoise(x, t):
+            guided = guidance_scale != 1 and lowest <= samplers.half_log_snr(self.alpha_bars[t]) <= highest
+            doubled = guided and by_class
             was_training = network.training
             if was_training:  # turns dropout off
                 network.eval()
-            batch = torch.cat((x, x)) if guided else x
-            class_ids = None if labels is None else labels.expand(len(batch))
+            batch = torch.cat((x, x)) if doubled else x
+            class_ids = None if labels[doubled] is None else labels[doubled].expand(len(batch))
             output = network(batch, ts[t : t + 1].expand(len(batch)), class_ids)
             if was_training:
                 network.train()
             output = output.float()
-            if guided:
+            if doubled:
                 conditional, null = output.chunk(2)
                 output = null + guidance_scale * (conditional - null)
             x_0 = to_x_0(output, x, self.alpha_bars[t] ** 0.5, (1 - self.alpha_bars[t]) ** 0.5)
+            if guided and guide:
+                weaker = guide(x, t)
+                x_0 = weaker + guidance_scale * (x_0 - weaker)
             return x_0.clamp(-1, 1) if clip else x_0
 
         return denoise
 
-    def check_guidance(self, guidance_scale):
-        """ValueError for guidance, a scale other than 1, without a null class."""
-        if guidance_scale != 1 and self.null_class is None:
-            raise ValueError(f"guidance_scale {guidance_scale:g} needs a model with a null class: "
-                             "train with --class_conditional True and label_dropout above 0")
+    def check_guidance(self, guidance_scale, guiding_model=None):
+        """ValueError for guidance, a scale other than 1, that has nothing to lead away from."""
+        if guiding_model is not None:
+            for name in ("img_size", "img_channels", "num_classes", "null_class", "alpha_bars"):
+                if getattr(guiding_model, name) != getattr(self, name):
+                    raise ValueError(f"the guiding model has another {name}: take an earlier file of the same run")
+        elif guidance_scale != 1 and self.null_class is None:
+            raise ValueError(f"guidance_scale {guidance_scale:g} needs a model with a null class: train with "
+                             "--class_conditional True and label_dropout above 0, or name a guiding model, an "
+                             "earlier file of the same run")
 
     def labels(self, y, guided):
         """The class ids of one network call: y, or (y, null classes) for guidance.
@@ -243,14 +262,15 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def sample_steps(self, batch_size, device, y=None, use_ema=True, *, sampler="ddpm", steps=None, spacing=None,
-                     clip=True, seeds=None, guidance_scale=1.0, noise=None, init=None, strength=1.0, known=None,
-                     mask=None, **sampler_options):
+                     clip=True, seeds=None, guidance_scale=1.0, guidance_interval=None, guiding_model=None, noise=None,
+                     init=None, strength=1.0, known=None, mask=None, **sampler_options):
         """Yields (x, x_0) after each step of the solver, each (batch_size, c, h, w).
 
         sampler, spacing: names from samplers.SAMPLERS and SPACINGS. steps: None is all timesteps
         for ddpm and 25 for the others. seeds: one integer per image, which determines its noise;
         None is torch's global generator. noise: an endless iterator of (batch_size, c, h, w) that
-        replaces seeds; its first item is x_T.
+        replaces seeds; its first item is x_T. clip, guidance_scale, guidance_interval,
+        guiding_model: of `denoiser`.
         init, strength: start from the images `init`, noised to timestep strength * T, strength in
         (0, 1] (Meng et al. 2022, "SDEdit"). known, mask: keep the images `known` where mask is 0,
         sample where mask is 1 (ddpm only). Pixels are in [-1, 1].
@@ -277,7 +297,8 @@ class GaussianDiffusion(nn.Module):
         x = self.check_images(next(noise), batch_size, device, "noise")
         if init is not None:
             x = samplers.diffuse(self.check_images(init, batch_size, device, "init"), plan[0].alpha_bar_t, iter([x]))
-        yield from solver(self.denoiser(y, use_ema, guidance_scale, clip), x, plan, noise, **sampler_options)
+        denoise = self.denoiser(y, use_ema, guidance_scale, clip, guidance_interval, guiding_model)
+        yield from solver(denoise, x, plan, noise, **sampler_options)
 
     def plan(self, sampler, steps=None, spacing=None, strength=1.0):
         """The steps of a solver, a list of samplers.Step. None: the default of the sampler."""

@@ -212,31 +212,34 @@ def conditional_diffusion(seed, classes=2):
 
 
 def test_changes_of_the_predicted_image():
-    """Against the diffusion's own guidance, and against the definitions."""
-    diffusion, weaker, t = conditional_diffusion(0), conditional_diffusion(1), 1
+    """Against their definitions."""
+    diffusion, guide, t = conditional_diffusion(0), conditional_diffusion(1), 1
     own = half_log_snr(diffusion.alpha_bars[t])
     config = denoisers.Config(scales=(1.0, 1.25), guidances=(2.0,), interval=(own - 0.1, own + 0.1))
-    inside = f"guidance 2, {own - 0.1:g} < lambda < {own + 0.1:g}"
+    where = f"{own - 0.1:g} < lambda < {own + 0.1:g}"
     x, y = 0.1 * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4) % 2
 
-    def images(t, weaker):
-        changes = denoisers.denoisers(config, diffusion, weaker)
+    def images(t):
+        changes = denoisers.denoisers(config, diffusion, guide)
         return {name: denoiser(y, True, 1.0, True)(x, t) for name, denoiser in changes.items()}
 
-    plain, guided = diffusion.denoiser(y)(x, t), diffusion.denoiser(y, guidance_scale=2.0)(x, t)
-    found, away = images(t, weaker), weaker.denoiser(y)(x, t)
-    assert max(plain.abs().max(), guided.abs().max(), away.abs().max()) < 1  # nothing is clipped
+    plain, null, away = (model.denoiser(labels)(x, t) for model, labels in
+                         ((diffusion, y), (diffusion, None), (guide, y)))  # fmt: skip
     a = diffusion.alpha_bars[t] ** 0.5
     wanted = {
         "as predicted": plain, "noise / 1": plain, "noise / 1.25": (x - (x - a * plain) / 1.25) / a,
-        "guidance 2": guided, inside: guided, "autoguidance 2": (2 * plain - away).clamp(-1, 1),
+        "guidance 2": 2 * plain - null, f"guidance 2, {where}": 2 * plain - null,
+        "autoguidance 2": 2 * plain - away, f"autoguidance 2, {where}": 2 * plain - away,
     }  # fmt: skip
+    assert max(value.abs().max() for value in wanted.values()) < 1  # nothing is clipped
+    found, elsewhere = images(t), images(t + 1)
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, msg=name)
-    torch.testing.assert_close(images(t + 1, weaker)[inside], diffusion.denoiser(y)(x, t + 1))
-    torch.testing.assert_close(images(t, diffusion)["autoguidance 2"], plain)
-    assert len({round(value.sum().item(), 4) for value in (plain, guided, wanted["noise / 1.25"], away)}) == 4
+    for name in wanted:
+        if name.endswith(where):
+            torch.testing.assert_close(elsewhere[name], diffusion.denoiser(y)(x, t + 1))
+    assert len({round(value.sum().item(), 4) for value in (plain, null, wanted["noise / 1.25"], away)}) == 4
 
 
 def test_changes_of_the_predicted_image_are_measured_on_a_checkpoint(workplace, capsys):
@@ -246,17 +249,18 @@ def test_changes_of_the_predicted_image_are_measured_on_a_checkpoint(workplace, 
         weights = conditional_diffusion(len(name), len(classes)).state_dict()
         save_checkpoint(name, {"format": 1, "config": CONDITIONAL, "classes": classes, "weights": weights,
                                "weights_kind": "full"})
-    options = ["--model_path", "model.pth", "--weaker", "weaker.pth", "--features", "net.pth", "--device", "cpu",
+    options = ["--model_path", "model.pth", "--guiding_path", "weaker.pth", "--features", "net.pth", "--device", "cpu",
                "--samples", "6", "--batch_size", "4", "--calls", "2", "--seeds", "1"]  # fmt: skip
     denoisers.main([*options, "--scales", "1.01,", "--guidances", "2,"])
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
-    names = ["as predicted", "noise / 1.01", "guidance 2", "guidance 2, -1 < lambda < 2", "autoguidance 2"]
+    names = ["as predicted", "noise / 1.01", "guidance 2", "guidance 2, -1 < lambda < 2", "autoguidance 2",
+             "autoguidance 2, -1 < lambda < 2"]
     assert [row[0] for row in rows] == [f"| {name}" for name in names]
     assert all(float(row[1].removesuffix(" |")) >= 0 for row in rows)
     other = {**CONDITIONAL, "num_timesteps": 12}
     save_checkpoint("weaker.pth", {"format": 1, "config": other, "classes": classes, "weights_kind": "full",
                                    "weights": build.from_config(other, len(classes)).state_dict()})
-    with pytest.raises(ValueError, match="weaker.pth has another alpha_bars"):
+    with pytest.raises(ValueError, match="the guiding model has another alpha_bars"):
         denoisers.main(options)
 
 

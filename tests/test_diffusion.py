@@ -340,6 +340,50 @@ def test_guidance_against_its_formula_in_one_call_of_the_network(batch):
     torch.testing.assert_close(x_0, null + 2.5 * (conditional - null))
 
 
+def test_guidance_acts_within_its_interval(batch):
+    """Outside it the network is called once for each image, as without guidance."""
+    x_t, y = batch[0], torch.tensor([0, 1, 2, 0, 1])
+    diffusion = guided(prediction="x0")
+    lambdas = [0.5 * math.log(alpha_bar / (1 - alpha_bar)) for alpha_bar in diffusion.alpha_bars]
+    interval = (lambdas[8], lambdas[6])  # it falls with t
+    denoise = diffusion.denoiser(y, guidance_scale=2.5, clip=False, guidance_interval=interval)
+    for t in range(4, 11):
+        diffusion.ema_model.calls.clear()
+        x_0, within = denoise(x_t, t), 6 <= t <= 8
+        assert [size for size, *_ in diffusion.ema_model.calls] == [10 if within else 5]
+        torch.testing.assert_close(x_0, diffusion.denoiser(y, guidance_scale=2.5 if within else 1, clip=False)(x_t, t))
+    images = [diffusion.sample(5, "cpu", y, steps=4, seeds=range(5), guidance_scale=2.5, guidance_interval=chosen)
+              for chosen in (None, (-99.0, 99.0), (98.0, 99.0))]  # fmt: skip
+    plain = diffusion.sample(5, "cpu", y, steps=4, seeds=range(5))
+    assert torch.equal(images[0], images[1]) and torch.equal(images[2], plain) and not torch.equal(images[0], plain)
+
+
+def test_a_guiding_model_against_its_formula(batch):
+    """With or without classes, and of another prediction: both are x_0."""
+    x_t, y = batch[0], torch.tensor([0, 1, 2, 0, 1])
+    for diffusion, guide, labels in (
+        (guided(prediction="x0"), guided(prediction="eps"), y), (small(prediction="x0"), small(prediction="eps"), None),
+    ):  # fmt: skip
+        guide.ema_model.weight.fill_(0.25)
+        strong, weak = (model.denoiser(labels, clip=False)(x_t, 7) for model in (diffusion, guide))
+        x_0 = diffusion.denoiser(labels, guidance_scale=1.5, clip=False, guiding_model=guide)(x_t, 7)
+        torch.testing.assert_close(x_0, weak + 1.5 * (strong - weak))
+        assert (strong - weak).abs().max() > 0.1
+        itself = diffusion.denoiser(labels, guidance_scale=1.5, guiding_model=diffusion)(x_t, 7)
+        torch.testing.assert_close(itself, diffusion.denoiser(labels)(x_t, 7))
+
+
+@pytest.mark.parametrize(("name", "other"), [
+    ("img_size", lambda: GaussianDiffusion(Scale(4), (4, 4), 3, num_classes=4, betas=BETAS, null_class=3)),
+    ("num_classes", lambda: small()),
+    ("null_class", lambda: GaussianDiffusion(Scale(4), (4, 6), 3, num_classes=4, betas=BETAS)),
+    ("alpha_bars", lambda: GaussianDiffusion(Scale(4), (4, 6), 3, num_classes=4, betas=BETAS[:-1], null_class=3)),
+])  # fmt: skip
+def test_a_guiding_model_of_another_kind_is_refused(name, other):
+    with pytest.raises(ValueError, match=f"another {name}"):
+        guided().sample(2, "cpu", torch.tensor([0, 1]), steps=2, guidance_scale=2.0, guiding_model=other())
+
+
 def test_without_labels_the_null_class_is_drawn():
     diffusion = guided()
     diffusion.sample(2, "cpu", steps=3)

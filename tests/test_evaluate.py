@@ -18,7 +18,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from nets import build
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.evaluate import __main__ as evaluate
 from utils.evaluate import inception
 from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net, train_feature_net
@@ -554,6 +554,31 @@ def test_a_checkpoint_is_drawn_from_and_its_bits_are_measured(checkpoint, folder
     again = run(monkeypatch, tmp_path, "--samples", checkpoint, "--batch_size", 12, *common)
     assert again["distances"]["frechet_distance"] == pytest.approx(found["distances"]["frechet_distance"], rel=1e-3)
     assert again["weights"] == found["weights"]
+
+
+def test_guidance_reaches_the_samples(checkpoint, folder, net_file, tmp_path, monkeypatch, capsys):
+    """An interval, a weaker model, and both: each gives other samples, and the table says which."""
+    generator = torch.Generator().manual_seed(0)
+    for name in ("model.pth", "weak.pth"):  # an untrained network has zeros where it ends
+        other = load_checkpoint(checkpoint)
+        for value in (value for key, value in other["weights"].items() if "model." in key):
+            value += 0.1 * torch.randn(value.shape, generator=generator)
+        save_checkpoint(tmp_path / name, other)
+    common = ("--samples", tmp_path / "model.pth", "--reference", folder, "--features", net_file,
+              "--num_images", 12, "--steps", 3, "--nearest", "False")  # fmt: skip
+    interval, guide = ("--guidance_interval", "-1,2"), ("--guiding_path", tmp_path / "weak.pth")
+    distances = {}
+    for options in ((), interval, guide, interval + guide):
+        found = run(monkeypatch, tmp_path, *common, "--guidance_scale", 5, *options)
+        distances[options] = found["distances"]["frechet_distance"]
+        assert ("guidance 5 for lambda from -1 to 2" in found["samples"]) == ("-1,2" in options)
+        assert (f"away from {guide[1].resolve()}" in found["samples"]) == (guide[1] in options)
+    assert len(set(distances.values())) == 4
+    for options, words in ((interval, "does nothing with a guidance_scale of 1"), (guide, "does nothing with a"),
+                           (("--guidance_scale", 2, "--guiding_path", tmp_path / "gone.pth"), "gone.pth")):
+        with pytest.raises((SystemExit, ValueError, OSError)) as error:
+            run(monkeypatch, tmp_path, *common, *options)
+        assert words in capsys.readouterr().err + str(error.value)
 
 
 def test_labels_follow_the_reference(checkpoint, folder, tmp_path):

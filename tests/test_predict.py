@@ -12,6 +12,7 @@ from PIL import Image
 
 import predict
 from nets import GaussianDiffusion, build, seeded_noise, slerp
+from nets.samplers import half_log_snr
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.convert.__main__ import export_weights
 from utils.device import memory_format
@@ -163,6 +164,39 @@ def test_one_class_and_guidance(classy):
         wanted = expected(classy, [4, 5, 6], odd, sampler="sde-dpm++", steps=3, guidance_scale=scale)
         assert all(np.array_equal(pictures[scale][4 + i], wanted[i]) for i in range(3))
     assert not np.array_equal(pictures[1][4], pictures[3][4])
+
+
+def test_guidance_within_an_interval_and_by_a_weaker_model(runs, classy, plain, capsys):
+    """Against `sample`, with classes and without; a guiding model of other classes is refused."""
+    diffusion = build.from_checkpoint(load_checkpoint(plain / "last.pth"))[0]
+    middle = half_log_snr(diffusion.plan("sde-dpm++", 3)[1].alpha_bar_t)
+    interval = (round(middle - 0.1, 3), round(middle + 0.1, 3))
+    for model, y, labels in ((classy, torch.ones(3, dtype=torch.long), ["--class_name", "odd"]), (plain, None, [])):
+        weak = load_checkpoint(model / "last.pth")
+        weak["weights"] = {name: value * 0.9 if value.ndim > 1 else value for name, value in weak["weights"].items()}
+        save_checkpoint("weak.pth", weak)
+        guide = build.from_checkpoint(weak)[0].to(memory_format=memory_format(torch.device("cpu"), "fp32"))
+        common = ["--seed", "4", "--num_images", "3", "--batch_size", "3", "--individual_files", "True",
+                  "--guidance_scale", "3", *labels]  # fmt: skip
+        choices = {"interval": {"guidance_interval": interval}, "model": {"guiding_model": guide},
+                   "both": {"guidance_interval": interval, "guiding_model": guide}}  # fmt: skip
+        for name in choices if labels else ("model", "both"):
+            options = ["--guidance_interval", "{},{}".format(*interval)] if name in ("interval", "both") else []
+            options += ["--guiding_path", "weak.pth"] if name in ("model", "both") else []
+            found = singles(draw(model, *common, *options, out=f"{model.parent.parent.name}_{name}"))
+            wanted = expected(model, [4, 5, 6], y, sampler="sde-dpm++", steps=3, guidance_scale=3, **choices[name])
+            assert all(np.array_equal(found[4 + i], wanted[i]) for i in range(3)), name
+            without = expected(model, [4, 5, 6], y, sampler="sde-dpm++", steps=3)
+            assert not np.array_equal(wanted, without), name
+            other = ["--guiding_path", model] if name != "interval" else []  # of other weights, without the interval
+            with pytest.raises(SystemExit):
+                draw(model, *common, *other, out=f"{model.parent.parent.name}_{name}")
+            differs = capsys.readouterr().err.splitlines()[-1].partition("differs in ")[2]
+            assert ("guidance_interval" in differs) == (name != "model")
+            assert ("guiding weights" in differs) == (name != "interval")
+    with pytest.raises(SystemExit):
+        draw(plain, "--guidance_scale", "2", "--guiding_path", classy)
+    assert "the guiding model has other classes" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_many_classes_take_turns(plain, capsys):

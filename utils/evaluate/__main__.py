@@ -31,6 +31,7 @@ from utils.files import atomic_write
 from utils.images import to_uint8
 from utils.run_folders import epoch_files, find_weights
 from utils.sampling.batches import last_images, sample_batches
+from utils.sampling.combinations import check_guidance
 
 ENOUGH = 10_000  # below so many samples FID's upward bias is larger than the differences of interest
 
@@ -65,6 +66,8 @@ class Config:
     spacing: Literal[("", *SPACINGS)] = ""        # of the timesteps; "": what suits the sampler
     eta: float = 0.0                              # ddim's share of fresh noise, 0 to 1
     guidance_scale: float = 1.0                   # above 1: more typical of its class, less varied
+    guidance_interval: tuple[float, float] | None = None  # lambdas between which guidance acts; None: at each step
+    guiding_path: str = ""                        # a weaker checkpoint that guidance leads away from; "": no class
     seed: int = 0                                 # of the first sample, of subsets, and of the noise in the bits
     use_ema: bool = True                          # the EMA weights; False: the last ones
 
@@ -83,6 +86,7 @@ class Model(NamedTuple):
     classes: list
     config: dict  # train.py's settings, {} for a bare state dict
     name: str
+    guide: GaussianDiffusion | None = None  # of --guiding_path
 
 
 class Samples(NamedTuple):
@@ -138,6 +142,7 @@ def check(config):
                          f"{SEEDS - 1}; lower --seed or --num_images")
     if config.eta and config.sampler != "ddim":
         raise ValueError("--eta is an option of ddim: add --sampler ddim, or leave it out")
+    check_guidance(config)
     if config.bits and not is_checkpoint(config.samples):
         raise ValueError(f"--bits needs the model itself, and {config.samples} holds pictures: name a checkpoint")
 
@@ -175,9 +180,14 @@ def load_model(config, device, precision):
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
     if config.img_channels not in (0, diffusion.img_channels):
         raise ValueError(f"--img_channels {config.img_channels}: the model draws pictures of {diffusion.img_channels}")
-    diffusion.check_guidance(config.guidance_scale)
-    diffusion = diffusion.to(device=device, memory_format=memory_format(device, precision))
-    return Model(diffusion, classes, checkpoint["config"], str(path.resolve()))
+    guide = None
+    if config.guiding_path:
+        weaker = load_checkpoint(find_weights(config.guiding_path)[0], lazily=True)
+        guide = build.guiding_model(weaker, diffusion, classes)
+    diffusion.check_guidance(config.guidance_scale, guide)
+    for part in (diffusion, guide) if guide else (diffusion,):
+        part.to(device=device, memory_format=memory_format(device, precision))
+    return Model(diffusion, classes, checkpoint["config"], str(path.resolve()), guide)
 
 
 def digest_of(config, model):
@@ -266,7 +276,8 @@ def samples_of(config, model, labels, device, precision):
     steps = len(model.diffusion.plan(config.sampler, config.steps or None, config.spacing or None, 1.0))
     settings = {
         "sampler": config.sampler, "steps": steps, "spacing": config.spacing or None,
-        "guidance_scale": config.guidance_scale, "use_ema": config.use_ema,
+        "guidance_scale": config.guidance_scale, "guidance_interval": config.guidance_interval,
+        "guiding_model": model.guide, "use_ema": config.use_ema,
         **({"eta": config.eta} if config.sampler == "ddim" else {}),
     }  # fmt: skip
 
@@ -277,7 +288,10 @@ def samples_of(config, model, labels, device, precision):
                 x = last_images(batch)
             yield torch.from_numpy(to_uint8(x)[: count - first])
 
-    guidance = f", guidance {config.guidance_scale:g}" if labels is not None else ""
+    guidance = f", guidance {config.guidance_scale:g}" if labels is not None or model.guide else ""
+    if config.guidance_interval:
+        guidance += " for lambda from {:g} to {:g}".format(*config.guidance_interval)
+    guidance += f" away from {Path(config.guiding_path).resolve()}" if model.guide else ""
     name = f"{count:,} drawn, {config.sampler}, {steps} steps{guidance}, seeds from {config.seed}, {model.name}"
     return Samples(count, blocks(), name)
 

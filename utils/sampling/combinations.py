@@ -1,12 +1,22 @@
-"""Which settings of predict.py exclude or need each other."""
+"""Which settings of predict.py exclude or need each other; those of guidance in evaluate too."""
 
 # setting -> the setting without which it does nothing
 NEEDS = {"strength": "init_image", "mask": "init_image", "resamplings": "mask", "seed_to": "interpolate"}
 OWNERS = {"eta": "ddim", "variance": "ddpm"}  # option of one solver -> that solver
 
 
+def check_guidance(config):
+    """ValueError for settings of guidance that are out of order or do nothing."""
+    if config.guidance_interval and not config.guidance_interval[0] < config.guidance_interval[1]:
+        raise ValueError(f"guidance_interval goes from the lower lambda to the higher, not {config.guidance_interval}")
+    for name in ("guidance_interval", "guiding_path"):
+        if getattr(config, name) and config.guidance_scale == 1:
+            raise ValueError(f"{name} does nothing with a guidance_scale of 1: add --guidance_scale 2, or leave it out")
+
+
 def check_combinations(config, typed):
     """ValueError for settings that do not go together. typed: the command line's, {name: value}."""
+    check_guidance(config)
     if config.batch_size > 2**16:
         raise ValueError(f"batch_size is {config.batch_size}: more than {2**16} pictures at once fit nowhere; lower it")
     if config.strength is not None and not 0 < config.strength <= 1:

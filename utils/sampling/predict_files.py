@@ -170,14 +170,18 @@ def _open_spool(folder, shape):
     return spool
 
 
-def image_texts(config, network, shape, classes, labels, settings):
-    """The function number -> dict of all that this image depends on, for its single file."""
-    text = {name: str(value) for name, value in settings.items() if name != "known"}
+def image_texts(config, networks, shape, classes, labels, settings):
+    """The function number -> dict of all that this image depends on, for its single file.
+
+    networks: the one that samples and, with a guiding model, that one's.
+    """
+    text = {name: str(value) for name, value in settings.items() if name not in ("known", "guiding_model")}
     for name in {"init", "mask"} & set(settings):  # by their values: the name of a file plays no part
         text[name] = hashlib.blake2b(settings[name][:1].contiguous().numpy(), digest_size=8).hexdigest()
     text["size"] = "x".join(map(str, shape))
     if config.individual_files:  # reading all weights takes a moment
-        text["weights"] = weights_digest(network.state_dict())
+        for name, network in zip(("weights", "guiding weights"), networks):
+            text[name] = weights_digest(network.state_dict())
 
     def text_of(number):
         label = {} if labels is None else {"class": classes[labels[number % len(labels)]]}
