@@ -1,4 +1,7 @@
 """Several processes compute what one computes."""
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import PROJECT, TINY, command, newest_run, read_history, run, run_main, torchrun
@@ -54,6 +57,27 @@ def test_accumulation_in_one_process(workplace):
     one, parts = (load_checkpoint(folder / "last.pth") for folder in (one, newest_run(workplace)))
     assert_close(one, parts)
     assert one["weights"]["model.out_conv.weight"].any()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted as Linux tells them")
+def test_no_thread_that_frees_tensors_of_python_outlives_the_script(workplace):
+    """It would abort a process that ends at that moment. Only the gradients' group stays."""
+    script = workplace / "counting.py"
+    script.write_text(
+        "import atexit, pathlib, sys, train\n"
+        "from utils import distributed\n"
+        "def count(when):\n"
+        "    names = [path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "    print(when, sum('gloo' in name for name in names), file=sys.stderr)\n"
+        "atexit.register(count, 'at exit')\n"  # registered first, it runs last
+        "leave = distributed.stop\n"
+        "distributed.stop = lambda: (count('before'), leave())\n"
+        "train.main()\n"
+    )
+    output = run(["env", f"PYTHONPATH={PROJECT}", *torchrun(2, script, *RUN, "--epochs", "1")], workplace)
+    before, at_exit = ([int(count) for count in re.findall(rf"{when} (\d+)", output)] for when in ("before", "at exit"))
+    assert len(before) == len(at_exit) == 2
+    assert all(0 < 2 * last <= first for first, last in zip(before, at_exit)), (before, at_exit)
 
 
 def test_a_rank_that_dies_ends_the_run_with_its_error(workplace):

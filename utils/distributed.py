@@ -1,6 +1,8 @@
 """The same code with and without torchrun: every function here works with a single process."""
 
+import atexit
 import ctypes
+import gc
 import inspect
 import os
 import signal
@@ -30,6 +32,7 @@ def start():
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()
+        atexit.register(gc.collect)  # its threads end with the last reference, see `wrap`
 
 
 def rank():
@@ -91,14 +94,19 @@ def from_main(value=None):
 
 
 def wrap(module):
-    """The module with gradients averaged over all processes. Buffers never differ: none is sent."""
+    """The module with gradients averaged over all processes. Buffers never differ: none is sent.
+
+    The gradients have a group of their own, as DistributedDataParallel never lets go of its group.
+    The other group's threads end with the script's last object. They free tensors of Python, and a
+    thread that does so while Python ends aborts the process.
+    """
     if not dist.is_initialized():
         return module
     # 1x1 kernels have two equal layouts: a gradient in the other one is a small copy, no warning.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     known = inspect.signature(DistributedDataParallel).parameters  # newer versions renamed the option
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(module, **{option: False})
+    return DistributedDataParallel(module, process_group=dist.new_group(timeout=PATIENCE), **{option: False})
 
 
 class Agreement:
