@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import PROJECT
 
-from benchmarks import denoisers, quality, runs, solvers
+from benchmarks import denoisers, quality, recipes, runs, solvers
 from benchmarks.solvers import Cell
 from nets import build
 from nets.samplers import half_log_snr
@@ -273,3 +273,21 @@ def test_what_a_benchmark_takes_from_a_module_is_there(path):
             module = vars(benchmark).get(node.value.id)
             if isinstance(module, types.ModuleType):
                 assert hasattr(module, node.attr), f"{path.name}, line {node.lineno}: {node.value.id}.{node.attr}"
+
+
+def test_each_variant_of_a_recipe_changes_the_training_and_leaves_nothing_behind(workplace, monkeypatch):
+    monkeypatch.setattr(recipes, "sampled", lambda judge, run: 0.0)
+    judge = types.SimpleNamespace(config=recipes.Config(size=16, images=24), annotation="train_lines.txt", channels=3,
+                                  device=torch.device("cpu"))  # fmt: skip
+
+    def losses(variant, **recipe):
+        steps, _, _, loss, *_ = recipes.measure(judge, {"variant": variant, **recipe})
+        return steps, loss
+
+    classes = {"init_lr": "1e-2", "val_split": "0.5", "class_conditional": "True", "horizontal_flip": "True", "ema_start": "0", "batch_size": "8"}
+    plain = losses("", **classes)
+    for variant in recipes.VARIANTS:
+        steps, loss = losses(variant, **classes)
+        assert steps == plain[0] == 3 and (loss != plain[1]) == bool(variant), variant
+    assert losses("", **classes) == plain
+    assert losses("half size", images="8", **classes)[0] == 1
