@@ -284,7 +284,8 @@ def test_each_variant_of_a_recipe_changes_the_training_and_leaves_nothing_behind
         steps, _, _, loss, *_ = recipes.measure(judge, {"variant": variant, **recipe})
         return steps, loss
 
-    classes = {"init_lr": "1e-2", "val_split": "0.5", "class_conditional": "True", "horizontal_flip": "True", "ema_start": "0", "batch_size": "8"}
+    classes = {"init_lr": "1e-2", "val_split": "0.5", "class_conditional": "True",
+               "horizontal_flip": "True", "ema_start": "0", "batch_size": "8"}  # fmt: skip
     plain = losses("", **classes)
     for variant in recipes.VARIANTS:
         steps, loss = losses(variant, **classes)
