@@ -1,5 +1,7 @@
 """Builds a GaussianDiffusion from settings or from a file of weights. Every script uses it."""
 
+import torch
+
 from .diffusion import GaussianDiffusion
 from .schedules import check_choice, make_betas
 from .sizes import check_input_shape
@@ -51,12 +53,16 @@ def from_checkpoint(checkpoint, input_shape=None):
 def guiding_model(checkpoint, diffusion, classes):
     """The GaussianDiffusion of a weaker checkpoint, to guide `diffusion` of these class names.
 
-    ValueError where it is of another kind.
+    ValueError where it is of another kind, or has the same EMA.
     """
     guide, names = from_checkpoint(checkpoint, diffusion.img_size)
     if names != classes:
         raise ValueError("the guiding model has other classes: take an earlier file of the same run")
     diffusion.check_guidance(1.0, guide)
+    own, others = (list(part.ema_model.parameters()) for part in (diffusion, guide))
+    if len(own) == len(others) and all(map(torch.equal, own, others)):
+        raise ValueError("the guiding model is the model itself, which leads nowhere: take an earlier file of the same "
+                         "run")
     return guide
 
 

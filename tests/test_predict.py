@@ -172,9 +172,11 @@ def test_guidance_within_an_interval_and_by_a_weaker_model(runs, classy, plain, 
     middle = half_log_snr(diffusion.plan("sde-dpm++", 3)[1].alpha_bar_t)
     interval = (round(middle - 0.1, 3), round(middle + 0.1, 3))
     for model, y, labels in ((classy, torch.ones(3, dtype=torch.long), ["--class_name", "odd"]), (plain, None, [])):
-        weak = load_checkpoint(model / "last.pth")
-        weak["weights"] = {name: value * 0.9 if value.ndim > 1 else value for name, value in weak["weights"].items()}
-        save_checkpoint("weak.pth", weak)
+        for file, factor in (("weaker.pth", 0.8), ("weak.pth", 0.9)):
+            weak = load_checkpoint(model / "last.pth")
+            for value in (value for value in weak["weights"].values() if value.ndim > 1):
+                value *= factor
+            save_checkpoint(file, weak)
         guide = build.from_checkpoint(weak)[0].to(memory_format=memory_format(torch.device("cpu"), "fp32"))
         common = ["--seed", "4", "--num_images", "3", "--batch_size", "3", "--individual_files", "True",
                   "--guidance_scale", "3", *labels]  # fmt: skip
@@ -188,15 +190,16 @@ def test_guidance_within_an_interval_and_by_a_weaker_model(runs, classy, plain, 
             assert all(np.array_equal(found[4 + i], wanted[i]) for i in range(3)), name
             without = expected(model, [4, 5, 6], y, sampler="sde-dpm++", steps=3)
             assert not np.array_equal(wanted, without), name
-            other = ["--guiding_path", model] if name != "interval" else []  # of other weights, without the interval
+            other = ["--guiding_path", "weaker.pth"] if name != "interval" else []  # without the interval
             with pytest.raises(SystemExit):
                 draw(model, *common, *other, out=f"{model.parent.parent.name}_{name}")
             differs = capsys.readouterr().err.splitlines()[-1].partition("differs in ")[2]
             assert ("guidance_interval" in differs) == (name != "model")
             assert ("guiding weights" in differs) == (name != "interval")
-    with pytest.raises(SystemExit):
-        draw(plain, "--guidance_scale", "2", "--guiding_path", classy)
-    assert "the guiding model has other classes" in capsys.readouterr().err.splitlines()[-1]
+    for path, words in ((classy, "has other classes"), (plain, "is the model itself"), ("gone.pth", "gone.pth")):
+        with pytest.raises(SystemExit):
+            draw(plain, "--guidance_scale", "2", "--guiding_path", path)
+        assert words in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_many_classes_take_turns(plain, capsys):

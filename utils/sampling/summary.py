@@ -7,7 +7,10 @@ def print_summary(config, rows, classes, device, precision, checkpoint):
     if not checkpoint["config"]:
         size = ",".join(map(str, config.input_shape))
         print(f"these weights do not say their size: drawing {size}; --input_shape sets another")
-    print(f"{describe_device(device)}, precision {precision}; {config.sampler}, {config.steps} steps; "
+    guidance = f", guidance {config.guidance_scale:g}" if config.guidance_scale != 1 else ""
+    if config.guidance_interval:
+        guidance += " for lambda from {:g} to {:g}".format(*config.guidance_interval)
+    print(f"{describe_device(device)}, precision {precision}; {config.sampler}, {config.steps} steps{guidance}; "
           f"{config.num_images} pictures from seed {config.seed} on")
     if rows:
         more = f" (and {len(classes) - len(rows)} more: --class_name draws one)" if len(classes) > len(rows) else ""
