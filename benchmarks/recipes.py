@@ -10,7 +10,7 @@ ideas that NOTES.md dropped.
 import math
 import sys
 import typing
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -25,6 +25,7 @@ from benchmarks.time_to_quality import Judge, OurRun, sampled
 from benchmarks.timing import CLOCKS, markdown
 from nets.diffusion import PREDICTIONS, GaussianDiffusion
 from nets.samplers import half_log_snr
+from nets.schedules import check_choice
 from utils.config import check_values, parse_config, parse_value, settings
 from utils.data.dataset import normalise
 from utils.device import choose_device
@@ -52,29 +53,38 @@ def main(arguments=None):
     config = parse_config(Config, __doc__, arguments)
     check_values(config, images=(1, None), size=(1, None), samples=(2, None), seeds=(1, None), threads=(1, None))
     torch.set_num_threads(config.threads)
-    rows = []
+    recipes, rows = read_recipes(config), []
     try:
         for seed in range(config.seed, config.seed + config.seeds):
             judge = Judge(replace(config, seed=seed), choose_device("cpu"))
-            for entry in config.recipes.split("|"):
-                name, _, text = entry.partition("=")
-                recipe = dict(pair.split(":") for pair in text.split(";") if pair)
-                rows.append((name, seed, *measure(judge, recipe)))
+            for name, recipe in recipes.items():
+                rows.append((name, seed, *measure(judge, **recipe)))
                 print(*rows[-1], file=sys.stderr, flush=True)
     finally:  # what was measured before Ctrl-C
         print(markdown(("recipe", "seed", "steps", "CPU seconds", "distance", "loss of v",
                         *(f"{k + 1}/{EIGHTHS} of t" for k in range(EIGHTHS))), rows))  # fmt: skip
 
 
-def measure(judge, recipe):
-    """(steps, CPU seconds, distance, loss, losses by eighth of t) of a recipe, a dict of texts."""
-    config = judge.config
-    variant, images = VARIANTS[recipe.pop("variant", "")], int(recipe.pop("images", config.images))
-    hints = typing.get_type_hints(train.Config)
-    values = BASE | {name: parse_value(name, text, hints[name]) for name, text in recipe.items()}
+def read_recipes(config):
+    """{name: arguments of `measure`}. ValueError for an unknown setting, value or variant."""
+    hints, found = typing.get_type_hints(train.Config) | {"variant": str, "images": int}, {}
+    for entry in config.recipes.split("|"):
+        name, _, text = entry.partition("=")
+        values = {"variant": "", "images": config.images}
+        for setting, _, value in (pair.partition(":") for pair in text.split(";") if pair):
+            check_choice("setting", setting, hints)
+            values[setting] = parse_value(setting, value, hints[setting])
+        check_choice("variant", values["variant"], VARIANTS)
+        found[name] = {"variant": values.pop("variant"), "images": values.pop("images"), "settings": values}
+    return found
+
+
+def measure(judge, variant, images, settings):
+    """(steps, CPU seconds, distance, loss, losses by eighth of t) of a recipe."""
+    config, values = judge.config, BASE | settings
     job = Job(judge.device, values["channel"], config.size, values["batch_size"], 0.0, None, None, DATA[config.data])
     with ExitStack() as changes:
-        for change in variant:
+        for change in VARIANTS[variant]:
             changes.enter_context(change())
         run = OurRun(job, judge.annotation, judge.channels, config.seed, values)
         run.told(images // run.parts.batch_size)
@@ -168,6 +178,10 @@ def twice_the_classes(open_dataset, *arguments, **options):
     return dataset
 
 
+def mirroring(resolve, config):
+    return resolve(replace(config, class_conditional=True, horizontal_flip=True))
+
+
 def mirrored(make_batch, config, parts, images, labels, epoch, consumed):
     """Half of the images mirrored, in classes of their own: an augmentation that does not leak."""
     x, y, draws = make_batch(config, parts, images, labels, epoch, consumed)
@@ -175,13 +189,17 @@ def mirrored(make_batch, config, parts, images, labels, epoch, consumed):
     return x, torch.where(draws.flip & (y != null), y + null // 2, y), draws
 
 
-def half_size_first(train_step, config, parts, images, labels, epoch, consumed, lr):
-    """Half of the size in the first two thirds: until a quarter of the learning rate is left."""
-    if lr > config.init_lr / 4:
-        images = F.avg_pool2d(images.movedim(3, 1).float(), 2).round().to(torch.uint8).movedim(1, 3)
-        config = replace(config, input_shape=tuple(side // 2 for side in config.input_shape))
+def half_size_first(train_step, run):
+    """Half of the size in the first two thirds of the steps."""
+    with patched(train, "train_step", at_half_size)() if 3 * run.step < 2 * run.total_steps else nullcontext():
+        train_step(run)
+
+
+def at_half_size(train_step, config, parts, images, *where):
+    images = F.avg_pool2d(images.movedim(3, 1).float(), 2).round().to(torch.uint8).movedim(1, 3)
+    config = replace(config, input_shape=tuple(side // 2 for side in config.input_shape))
     with patch.object(parts.diffusion, "img_size", config.input_shape):
-        train_step(config, parts, images, labels, epoch, consumed, lr)
+        train_step(config, parts, images, *where)
 
 
 class Muon(torch.optim.Adam):
@@ -233,8 +251,9 @@ VARIANTS = {
     "shifted": lambdas_from(shifted(-0.5)),
     "shifted up": lambdas_from(shifted(0.5)),
     "input noise": [patched(GaussianDiffusion, "perturb_x", input_noise)],
-    "mirrored": [patched(train, "open_dataset", twice_the_classes), patched(train, "make_batch", mirrored)],
-    "half size": [patched(train, "train_step", half_size_first)],
+    "mirrored": [patched(train, "resolve", mirroring), patched(train, "open_dataset", twice_the_classes),
+                 patched(train, "make_batch", mirrored)],
+    "half size": [patched(OurRun, "train_step", half_size_first)],
     "short ema": ema_of(1 / 18),
     "long ema": ema_of(1 / 4),
     "muon": [patched(train, "make_optimizer", muon)],

@@ -5,6 +5,7 @@ import ast
 import gzip
 import importlib
 import math
+import re
 import subprocess
 import sys
 import types
@@ -280,15 +281,31 @@ def test_each_variant_of_a_recipe_changes_the_training_and_leaves_nothing_behind
     judge = types.SimpleNamespace(config=recipes.Config(size=16, images=24), annotation="train_lines.txt", channels=3,
                                   device=torch.device("cpu"))  # fmt: skip
 
-    def losses(variant, **recipe):
-        steps, _, _, loss, *_ = recipes.measure(judge, {"variant": variant, **recipe})
+    def losses(variant, images=24, **settings):
+        values = {"init_lr": 1e-2, "val_split": 0.5, "ema_start": 0, "batch_size": 8, **settings}
+        steps, _, _, loss, *_ = recipes.measure(judge, variant, images, values)
         return steps, loss
 
-    classes = {"init_lr": "1e-2", "val_split": "0.5", "class_conditional": "True",
-               "horizontal_flip": "True", "ema_start": "0", "batch_size": "8"}  # fmt: skip
-    plain = losses("", **classes)
+    plain, classes = losses(""), losses("", class_conditional=True, horizontal_flip=True)
     for variant in recipes.VARIANTS:
-        steps, loss = losses(variant, **classes)
-        assert steps == plain[0] == 3 and (loss != plain[1]) == bool(variant), variant
-    assert losses("", **classes) == plain
-    assert losses("half size", images="8", **classes)[0] == 1
+        steps, loss = losses(variant)
+        assert steps == 3 and (loss != plain[1]) == bool(variant) and loss != classes[1], variant
+    assert losses("") == plain
+    assert losses("half size", images=8)[0] == 1
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("a=|b=variant:nope", "unknown variant 'nope'"), ("a=|b=batchsize:8", "unknown setting 'batchsize'"),
+    ("a=images:8e3", "--images 8e3"), ("a=warmup", "--warmup"),
+])  # fmt: skip
+def test_a_wrong_recipe_is_refused_before_the_first_training(text, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        recipes.main(["--recipes", text])
+
+
+def test_recipes_are_read():
+    config = recipes.Config(recipes="a=|b=variant:muon;images:5;init_lr:2e-3;channel_mults:1,2")
+    assert recipes.read_recipes(config) == {
+        "a": {"variant": "", "images": 8000, "settings": {}},
+        "b": {"variant": "muon", "images": 5, "settings": {"init_lr": 2e-3, "channel_mults": (1, 2)}},
+    }
