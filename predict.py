@@ -46,7 +46,7 @@ class Config:
     class_name: str = ""                          # draw this class only; "": a row of each
     guidance_scale: float = 1.0                   # above 1: more typical of its class, less varied
     guidance_interval: tuple[float, float] | None = None  # lambdas between which guidance acts; None: at each step
-    guiding_path: str = ""                        # a weaker checkpoint that guidance leads away from; "": no class
+    guiding_path: str = ""                        # a weaker checkpoint to guide away from; "": from no class
 
     # Solver
     sampler: Literal[tuple(SAMPLERS)] = "sde-dpm++"  # the solver; with a mask ddpm
@@ -88,7 +88,7 @@ def main(arguments=None):
         print(f"weights: {path.resolve()}{remark}")
     checkpoint = load_checkpoint(path, lazily=True)
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
-    guide = load_guide(config, diffusion, classes)
+    guide = load_guide(config, checkpoint, diffusion)
     check_model(config, diffusion, classes, guide)
     config = resolve(config, typed, diffusion, classes)
     options = {name: getattr(config, name) for name in ("sampler", "steps", "spacing", "guidance_scale", "use_ema")}
@@ -125,14 +125,14 @@ def check(config, typed):
     check_combinations(config, typed)
 
 
-def load_guide(config, diffusion, classes):
+def load_guide(config, checkpoint, diffusion):
     """The weaker model of guiding_path; None without. ValueError for one of another kind."""
     if not config.guiding_path:
         return None
     path = distributed.from_main(find_weights(config.guiding_path)[0] if distributed.is_main() else None)
     if distributed.is_main():
         print(f"guided away from: {path.resolve()}")
-    return build.guiding_model(load_checkpoint(path, lazily=True), diffusion, classes)
+    return build.guiding_model(load_checkpoint(path, lazily=True), checkpoint, diffusion, config.use_ema)
 
 
 def check_model(config, diffusion, classes, guide):
@@ -141,7 +141,7 @@ def check_model(config, diffusion, classes, guide):
         raise ValueError("--class_name: this model was trained without classes; train with --class_conditional True")
     if config.class_name:
         check_choice("class_name", config.class_name, classes)
-    diffusion.check_guidance(config.guidance_scale, guide)
+    diffusion.check_guidance(config.guidance_scale, guide, config.guidance_interval)
     if config.interpolate and classes and not config.class_name:
         known = ", ".join(classes)
         raise ValueError(f"--interpolate stays within one class: name it with --class_name; known: {known}")
@@ -156,6 +156,7 @@ def resolve(config, typed, diffusion, classes):
     steps = len(diffusion.plan(sampler, config.steps or None, spacing, strength))
     if config.mask and not config.steps:
         steps = min(steps, MASKED_STEPS)
+    diffusion.check_guidance(1.0, None, config.guidance_interval, diffusion.plan(sampler, steps, spacing, strength))
     num_images = config.interpolate or config.num_images
     if grid_rows(config, classes) and "num_images" not in typed and num_images == SHOWN:
         num_images = COLUMNS * grid_rows(config, classes)
@@ -183,6 +184,7 @@ def class_ids(config, classes):
 def network_calls(config):
     """The number of network calls for all batches."""
     per_step = (config.resamplings if config.mask else 1) * (2 if config.sampler == "heun" else 1)
+    per_step *= 2 if config.guiding_path else 1
     return config.steps * per_step * -(-config.num_images // config.batch_size)
 
 

@@ -8,13 +8,11 @@ import sys
 
 from benchmarks import solvers
 from benchmarks.timing import markdown
-from nets import build
 from nets.samplers import DEFAULT_STEPS
-from utils.checkpoint import load_checkpoint
 from utils.config import check_values, parse_config, settings
-from utils.device import choose_device, memory_format
+from utils.device import choose_device
 from utils.errors import run_script
-from utils.run_folders import find_weights
+from utils.evaluate import __main__ as evaluate
 
 
 @settings
@@ -37,13 +35,12 @@ class Config:
 def main(arguments=None):
     config = parse_config(Config, __doc__, arguments)
     check_values(config, calls=(1, None), samples=(2, None), seeds=(1, None), batch_size=(1, None), scales=(0.1, None))
-    if config.interval[0] >= config.interval[1]:
-        raise ValueError(f"interval goes from the lower lambda to the higher, not {config.interval}")
     device = choose_device(config.device)
     bench = solvers.Bench(solvers.Config(
         model_path=config.model_path, reference=config.reference, samples=config.samples, features=config.features,
         batch_size=config.batch_size), device)  # fmt: skip
-    guide = load_guide(config.guiding_path, bench) if config.guiding_path else None
+    both = evaluate.Config(samples=config.model_path, guiding_path=config.guiding_path)
+    guide = evaluate.load_model(both, device, bench.precision).guide
     rows = []
     try:
         for name, denoiser in denoisers(config, bench.model.diffusion, guide).items():
@@ -53,13 +50,6 @@ def main(arguments=None):
             print(*rows[-1], file=sys.stderr, flush=True)
     finally:  # what was measured before Ctrl-C
         print(markdown(("x_0", *(f"seed {seed}" for seed in range(config.seeds))), rows))
-
-
-def load_guide(path, bench):
-    """The GaussianDiffusion of a weaker checkpoint. ValueError for one of another kind."""
-    checkpoint = load_checkpoint(find_weights(path)[0], lazily=True)
-    guide = build.guiding_model(checkpoint, bench.model.diffusion, bench.model.classes)
-    return guide.to(device=bench.device, memory_format=memory_format(bench.device, bench.precision))
 
 
 def denoisers(config, diffusion, guide):

@@ -226,7 +226,7 @@ class Bench:
         self.extractor = load_extractor(config.features, reference, cache, device, config.batch_size)
         self.known = cache.collected(reference, self.extractor, 0).statistics
         self.labels, self.reference = evaluate.labels_like(reference, self.model, seed=0), reference
-        self.digest = evaluate.digest_of(wanted, self.model)
+        self.digest = evaluate.digest_of(wanted, self.model.diffusion)
         self.held_out = cache.collected(held_out, self.extractor, 0).statistics if held_out else None
         diffusion = self.model.diffusion
         if choose_compile(config.compile, device):

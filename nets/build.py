@@ -50,18 +50,24 @@ def from_checkpoint(checkpoint, input_shape=None):
     return diffusion.eval(), checkpoint["classes"] or [str(number) for number in range(named)]
 
 
-def guiding_model(checkpoint, diffusion, classes):
-    """The GaussianDiffusion of a weaker checkpoint, to guide `diffusion` of these class names.
+def guiding_model(checkpoint, own, diffusion, use_ema=True):
+    """The GaussianDiffusion of a weaker checkpoint, to guide `diffusion`, which is that of `own`.
 
-    ValueError where it is of another kind, or has the same EMA.
+    ValueError where it cannot be built, is of another kind, or has the same weights.
     """
-    guide, names = from_checkpoint(checkpoint, diffusion.img_size)
-    if names != classes:
-        raise ValueError("the guiding model has other classes: take an earlier file of the same run")
+    for name, found in (("classes", [part["classes"] for part in (checkpoint, own)]),
+                        ("input_shape", [part["config"].get("input_shape") for part in (checkpoint, own)])):
+        if all(found) and found[0] != found[1]:
+            raise ValueError(f"the guiding model learned another {name}: take an earlier file of the same run")
+    try:
+        guide, _ = from_checkpoint(checkpoint, diffusion.img_size)
+    except ValueError as error:
+        raise ValueError(f"the guiding model: {error}") from None
     diffusion.check_guidance(1.0, guide)
-    own, others = (list(part.ema_model.parameters()) for part in (diffusion, guide))
-    if len(own) == len(others) and all(map(torch.equal, own, others)):
-        raise ValueError("the guiding model is the model itself, which leads nowhere: take an earlier file of the same "
+    networks = [part.ema_model if use_ema else part.model for part in (diffusion, guide)]
+    weights, others = ([value.half() for value in network.parameters()] for network in networks)  # as small files have
+    if len(weights) == len(others) and all(map(torch.equal, weights, others)):
+        raise ValueError("the guiding model has the same weights and leads nowhere: take an earlier file of the same "
                          "run")
     return guide
 

@@ -40,6 +40,12 @@ def extract(table, t, x):
     return table[t].reshape(-1, *(1,) * (x.ndim - 1))
 
 
+def within(interval):
+    """The function lambda -> whether it lies in the interval; None: always."""
+    lowest, highest = interval or (-math.inf, math.inf)
+    return lambda value: lowest <= value <= highest
+
+
 class GaussianDiffusion(nn.Module):
     """Trains `model(x_t, t, y)` to remove noise from images, and samples with it.
 
@@ -191,25 +197,25 @@ class GaussianDiffusion(nn.Module):
         guidance_scale w: null + w (class - null), from one call on twice the batch. It is 1 + w of
         Ho & Salimans 2022, equation 6; 1 is the conditional network without guidance.
         guidance_interval: guidance acts where lambda is between these two, None: at each step
-        (Kynkäänniemi et al. 2024, equation 5).
+        (Kynkäänniemi et al. 2024, whose interval is of sigma: lambda = -log sigma).
         guiding_model: a weaker GaussianDiffusion in the place of the null class (Karras et al.
-        2024, "autoguidance", equation 4). It needs no classes.
+        2024, "autoguidance"). It needs no classes.
         clip: x_0 to [-1, 1]. Without it the first steps amplify the network's error up to 31 times.
-        ValueError: guidance without a null class or without y, a missing y, or another kind of
-        guiding model.
+        ValueError: guidance without a null class or without y, a missing y, an interval from high
+        to low, or another kind of guiding model.
         """
         network = self.ema_model if use_ema else self.model
         to_x_0 = PREDICTIONS[self.prediction].to_x_0
-        self.check_guidance(guidance_scale, guiding_model)
+        self.check_guidance(guidance_scale, guiding_model, guidance_interval)
         by_class = guidance_scale != 1 and guiding_model is None
         guide = guiding_model and guiding_model.denoiser(y, use_ema, clip=False)
-        lowest, highest = guidance_interval or (-math.inf, math.inf)
+        in_interval = within(guidance_interval)
         labels = {doubled: self.labels(y, doubled) for doubled in {False, by_class}}
         ts = torch.arange(self.num_timesteps, device=self.betas.device)  # ts[t:t+1] is a view, not a copy to the device
 
         @torch.no_grad()
         def denoise(x, t):
-            guided = guidance_scale != 1 and lowest <= samplers.half_log_snr(self.alpha_bars[t]) <= highest
+            guided = guidance_scale != 1 and in_interval(samplers.half_log_snr(self.alpha_bars[t]))
             doubled = guided and by_class
             was_training = network.training
             if was_training:  # turns dropout off
@@ -231,16 +237,24 @@ class GaussianDiffusion(nn.Module):
 
         return denoise
 
-    def check_guidance(self, guidance_scale, guiding_model=None):
-        """ValueError for guidance, a scale other than 1, that has nothing to lead away from."""
+    def check_guidance(self, guidance_scale, guiding_model=None, guidance_interval=None, plan=()):
+        """ValueError for guidance that leads nowhere. plan: the steps, as `plan` returns them."""
+        if guidance_interval and not guidance_interval[0] < guidance_interval[1]:
+            raise ValueError(f"guidance_interval goes from the lower lambda to the higher, not {guidance_interval}")
         if guiding_model is not None:
-            for name in ("img_size", "img_channels", "num_classes", "null_class", "alpha_bars"):
+            for name, words in (("img_size", "size"), ("img_channels", "number of channels"),
+                                ("num_classes", "number of classes"), ("null_class", "null class"),
+                                ("alpha_bars", "schedule")):  # fmt: skip
                 if getattr(guiding_model, name) != getattr(self, name):
-                    raise ValueError(f"the guiding model has another {name}: take an earlier file of the same run")
+                    raise ValueError(f"the guiding model has another {words}: take an earlier file of the same run")
         elif guidance_scale != 1 and self.null_class is None:
             raise ValueError(f"guidance_scale {guidance_scale:g} needs a model with a null class: train with "
-                             "--class_conditional True and label_dropout above 0, or name a guiding model, an "
-                             "earlier file of the same run")
+                             "--class_conditional True and label_dropout above 0, or name an earlier file of the same "
+                             "run as --guiding_path")
+        lambdas = [samplers.half_log_snr(step.alpha_bar_t) for step in plan]
+        if guidance_interval and plan and not any(map(within(guidance_interval), lambdas)):
+            raise ValueError(f"no step is in the guidance_interval {guidance_interval}: their lambdas go from "
+                             f"{lambdas[0]:.3g} to {lambdas[-1]:.3g}")
 
     def labels(self, y, guided):
         """The class ids of one network call: y, or (y, null classes) for guidance.
@@ -297,6 +311,7 @@ class GaussianDiffusion(nn.Module):
         x = self.check_images(next(noise), batch_size, device, "noise")
         if init is not None:
             x = samplers.diffuse(self.check_images(init, batch_size, device, "init"), plan[0].alpha_bar_t, iter([x]))
+        self.check_guidance(guidance_scale, guiding_model, guidance_interval, plan)
         denoise = self.denoiser(y, use_ema, guidance_scale, clip, guidance_interval, guiding_model)
         yield from solver(denoise, x, plan, noise, **sampler_options)
 

@@ -261,7 +261,7 @@ def test_changes_of_the_predicted_image_are_measured_on_a_checkpoint(workplace, 
     other = {**CONDITIONAL, "num_timesteps": 12}
     save_checkpoint("weaker.pth", {"format": 1, "config": other, "classes": classes, "weights_kind": "full",
                                    "weights": build.from_config(other, len(classes)).state_dict()})
-    with pytest.raises(ValueError, match="the guiding model has another alpha_bars"):
+    with pytest.raises(ValueError, match="the guiding model has another schedule"):
         denoisers.main(options)
 
 

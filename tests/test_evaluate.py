@@ -571,11 +571,15 @@ def test_guidance_reaches_the_samples(checkpoint, folder, net_file, tmp_path, mo
     for options in ((), interval, guide, interval + guide):
         found = run(monkeypatch, tmp_path, *common, "--guidance_scale", 5, *options)
         distances[options] = found["distances"]["frechet_distance"]
+        assert (found["guiding_weights"] is not None) == (guide[1] in options)
+        assert found["guiding_weights"] != found["weights"]
         assert ("guidance 5 for lambda from -1 to 2" in found["samples"]) == ("-1,2" in options)
         assert (f"away from {guide[1].resolve()}" in found["samples"]) == (guide[1] in options)
     assert len(set(distances.values())) == 4
     for options, words in ((interval, "does nothing with a guidance_scale of 1"), (guide, "does nothing with a"),
-                           (("--guidance_scale", 2, "--guiding_path", tmp_path / "gone.pth"), "gone.pth")):
+                           (("--guidance_scale", 2, "--guiding_path", tmp_path / "gone.pth"), "gone.pth"),
+                           (("--guidance_scale", 2, "--guidance_interval", "50,60"), "no step is in the"),
+                           (("--samples", folder, "--guidance_scale", 2), "--guidance_scale is of drawing")):
         with pytest.raises((SystemExit, ValueError, OSError)) as error:
             run(monkeypatch, tmp_path, *common, *options)
         assert words in capsys.readouterr().err + str(error.value)

@@ -196,10 +196,33 @@ def test_guidance_within_an_interval_and_by_a_weaker_model(runs, classy, plain, 
             differs = capsys.readouterr().err.splitlines()[-1].partition("differs in ")[2]
             assert ("guidance_interval" in differs) == (name != "model")
             assert ("guiding weights" in differs) == (name != "interval")
-    for path, words in ((classy, "has other classes"), (plain, "is the model itself"), ("gone.pth", "gone.pth")):
+
+
+def test_a_guiding_model_that_leads_nowhere_or_elsewhere_is_refused(runs, plain, capsys):
+    """Also the model's own half-precision copy; the raw weights count where they are drawn with."""
+    export_weights(plain, "half.pth")
+    checkpoint = load_checkpoint(plain / "last.pth")
+    for file, config in (("large.pth", {"input_shape": (16, 16)}), ("linear.pth", {"schedule": "cosine"}),
+                         ("deep.pth", {"channel_mults": (1, 2)})):  # fmt: skip
+        weights = build.from_config({**checkpoint["config"], **config}).state_dict()
+        save_checkpoint(file, {**checkpoint, "config": {**checkpoint["config"], **config}, "weights": weights})
+    save_checkpoint("short.pth", {**checkpoint, "weights": dict(list(checkpoint["weights"].items())[:-9])})
+    for path, words in ((runs[1], "the guiding model has another number of classes"), (plain, "has the same weights"),
+                        ("half.pth", "has the same weights"), ("gone.pth", "gone.pth"),
+                        ("large.pth", "the guiding model learned another input_shape"),
+                        ("linear.pth", "the guiding model has another schedule"),
+                        ("short.pth", "the guiding model: ")):  # fmt: skip
         with pytest.raises(SystemExit):
             draw(plain, "--guidance_scale", "2", "--guiding_path", path)
-        assert words in capsys.readouterr().err.splitlines()[-1]
+        assert words in capsys.readouterr().err.splitlines()[-1], path
+    draw(plain, "--guidance_scale", "2", "--guiding_path", "deep.pth")  # a smaller network is fine
+    assert "3 steps, guidance 2; 25 pictures" in capsys.readouterr().out
+    raw = ["--guidance_scale", "2", "--guiding_path", "half.pth", "--use_ema", "False", "--guidance_interval"]
+    draw(plain, *raw, "-9,9")
+    assert "guidance 2 for lambda from -9 to 9; 25 pictures" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        draw(plain, *raw, "50,60")
+    assert "no step is in the guidance_interval (50.0, 60.0)" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_many_classes_take_turns(plain, capsys):

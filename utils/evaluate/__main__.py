@@ -67,7 +67,7 @@ class Config:
     eta: float = 0.0                              # ddim's share of fresh noise, 0 to 1
     guidance_scale: float = 1.0                   # above 1: more typical of its class, less varied
     guidance_interval: tuple[float, float] | None = None  # lambdas between which guidance acts; None: at each step
-    guiding_path: str = ""                        # a weaker checkpoint that guidance leads away from; "": no class
+    guiding_path: str = ""                        # a weaker checkpoint to guide away from; "": from no class
     seed: int = 0                                 # of the first sample, of subsets, and of the noise in the bits
     use_ema: bool = True                          # the EMA weights; False: the last ones
 
@@ -87,6 +87,7 @@ class Model(NamedTuple):
     config: dict  # train.py's settings, {} for a bare state dict
     name: str
     guide: GaussianDiffusion | None = None  # of --guiding_path
+    guide_name: str = ""
 
 
 class Samples(NamedTuple):
@@ -117,7 +118,8 @@ def main(arguments=None):
     aside = f"{len(held_out):,} pictures, {held_out.name}" if held_out else "none: name them with --held_out"
     print_line("held out", aside)
     results = {
-        "settings": asdict(config), "weights": digest_of(config, model), "samples": samples.name,
+        "settings": asdict(config), "weights": digest_of(config, model and model.diffusion),
+        "guiding_weights": digest_of(config, model and model.guide), "samples": samples.name,
         "num_samples": samples.count, "reference": reference.name, "num_reference": len(reference),
         "held_out": held_out.name if held_out else None, **about_sizes,
     }  # fmt: skip
@@ -145,6 +147,8 @@ def check(config):
     check_guidance(config)
     if config.bits and not is_checkpoint(config.samples):
         raise ValueError(f"--bits needs the model itself, and {config.samples} holds pictures: name a checkpoint")
+    if config.guidance_scale != 1 and not is_checkpoint(config.samples):
+        raise ValueError(f"--guidance_scale is of drawing, and {config.samples} holds pictures: leave it out")
 
 
 def compare(config, samples, reference, held_out, device):
@@ -180,21 +184,22 @@ def load_model(config, device, precision):
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
     if config.img_channels not in (0, diffusion.img_channels):
         raise ValueError(f"--img_channels {config.img_channels}: the model draws pictures of {diffusion.img_channels}")
-    guide = None
+    guide, guide_path = None, None
     if config.guiding_path:
-        weaker = load_checkpoint(find_weights(config.guiding_path)[0], lazily=True)
-        guide = build.guiding_model(weaker, diffusion, classes)
-    diffusion.check_guidance(config.guidance_scale, guide)
+        guide_path = find_weights(config.guiding_path)[0].resolve()
+        print(f"guided away from: {guide_path}")
+        guide = build.guiding_model(load_checkpoint(guide_path, lazily=True), checkpoint, diffusion, config.use_ema)
+    diffusion.check_guidance(config.guidance_scale, guide, config.guidance_interval)
     for part in (diffusion, guide) if guide else (diffusion,):
         part.to(device=device, memory_format=memory_format(device, precision))
-    return Model(diffusion, classes, checkpoint["config"], str(path.resolve()), guide)
+    return Model(diffusion, classes, checkpoint["config"], str(path.resolve()), guide, str(guide_path))
 
 
-def digest_of(config, model):
-    """A short digest of the network that is measured; None without one."""
-    if model is None:
+def digest_of(config, diffusion):
+    """A short digest of the network that is used; None without one."""
+    if diffusion is None:
         return None
-    return weights_digest((model.diffusion.ema_model if config.use_ema else model.diffusion.model).state_dict())
+    return weights_digest((diffusion.ema_model if config.use_ema else diffusion.model).state_dict())
 
 
 def open_references(config, model, opened):
@@ -273,9 +278,10 @@ def labels_like(reference, model, seed):
 def samples_of(config, model, labels, device, precision):
     """The Samples of a model, equal to those of predict.py: sample i has the seed `seed` + i."""
     count = config.num_images or (ENOUGH if config.distances else config.nearest_images if config.nearest else 0)
-    steps = len(model.diffusion.plan(config.sampler, config.steps or None, config.spacing or None, 1.0))
+    plan = model.diffusion.plan(config.sampler, config.steps or None, config.spacing or None, 1.0)
+    model.diffusion.check_guidance(1.0, None, config.guidance_interval, plan)
     settings = {
-        "sampler": config.sampler, "steps": steps, "spacing": config.spacing or None,
+        "sampler": config.sampler, "steps": len(plan), "spacing": config.spacing or None,
         "guidance_scale": config.guidance_scale, "guidance_interval": config.guidance_interval,
         "guiding_model": model.guide, "use_ema": config.use_ema,
         **({"eta": config.eta} if config.sampler == "ddim" else {}),
@@ -291,8 +297,8 @@ def samples_of(config, model, labels, device, precision):
     guidance = f", guidance {config.guidance_scale:g}" if labels is not None or model.guide else ""
     if config.guidance_interval:
         guidance += " for lambda from {:g} to {:g}".format(*config.guidance_interval)
-    guidance += f" away from {Path(config.guiding_path).resolve()}" if model.guide else ""
-    name = f"{count:,} drawn, {config.sampler}, {steps} steps{guidance}, seeds from {config.seed}, {model.name}"
+    guidance += f" away from {model.guide_name}" if model.guide else ""
+    name = f"{count:,} drawn, {config.sampler}, {len(plan)} steps{guidance}, seeds from {config.seed}, {model.name}"
     return Samples(count, blocks(), name)
 
 
