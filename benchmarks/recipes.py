@@ -5,7 +5,7 @@
 Every recipe sees as many images, in train.py's own step, and takes about as long. The loss is the
 unweighted squared error of v on held-out images, by timestep, of the EMA with x_0 clipped, whatever
 a recipe is trained on. The distance is that of time_to_quality. A recipe may name a `variant` too:
-ideas that NOTES.md dropped.
+ideas that are no setting (NOTES.md).
 """
 import math
 import sys
@@ -117,7 +117,7 @@ def held_out_losses(parts):
     return losses.mean(1)
 
 
-# Ideas that were dropped. A variant is a list of patches that hold while a recipe is trained.
+# Ideas that are no setting. A variant is a list of patches that hold while a recipe is trained.
 
 
 def patched(owner, name, function):
@@ -248,8 +248,7 @@ VARIANTS = {
     "stratified": [patched(train, "draw_step", stratified)],
     "immiscible": [patched(train, "make_batch", immiscible)],
     "laplace": lambdas_from(laplace),
-    "shifted": lambdas_from(shifted(-0.5)),
-    "shifted up": lambdas_from(shifted(0.5)),
+    **{f"shifted {shift:g}": lambdas_from(shifted(shift)) for shift in (-0.5, 0.5, 0.69, 1.39)},
     "input noise": [patched(GaussianDiffusion, "perturb_x", input_noise)],
     "mirrored": [patched(train, "resolve", mirroring), patched(train, "open_dataset", twice_the_classes),
                  patched(train, "make_batch", mirrored)],
