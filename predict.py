@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from nets import build
-from nets.diffusion import check_choice
+from nets.diffusion import check_choice, check_interval
 from nets.samplers import DEFAULT_SPACING, SAMPLERS, SEEDS, SPACINGS, seeded_noise, slerp
 from utils import distributed
 from utils.checkpoint import load_checkpoint
@@ -141,7 +141,7 @@ def check_model(config, diffusion, classes, guide):
         raise ValueError("--class_name: this model was trained without classes; train with --class_conditional True")
     if config.class_name:
         check_choice("class_name", config.class_name, classes)
-    diffusion.check_guidance(config.guidance_scale, guide, config.guidance_interval)
+    diffusion.check_guidance(config.guidance_scale, guide)
     if config.interpolate and classes and not config.class_name:
         known = ", ".join(classes)
         raise ValueError(f"--interpolate stays within one class: name it with --class_name; known: {known}")
@@ -156,7 +156,7 @@ def resolve(config, typed, diffusion, classes):
     steps = len(diffusion.plan(sampler, config.steps or None, spacing, strength))
     if config.mask and not config.steps:
         steps = min(steps, MASKED_STEPS)
-    diffusion.check_guidance(1.0, None, config.guidance_interval, diffusion.plan(sampler, steps, spacing, strength))
+    check_interval(config.guidance_interval, diffusion.plan(sampler, steps, spacing, strength))
     num_images = config.interpolate or config.num_images
     if grid_rows(config, classes) and "num_images" not in typed and num_images == SHOWN:
         num_images = COLUMNS * grid_rows(config, classes)

@@ -41,9 +41,19 @@ def extract(table, t, x):
 
 
 def within(interval):
-    """The function lambda -> whether it lies in the interval; None: always."""
+    """lambda -> whether it lies in the interval; None: always. ValueError for a reversed one."""
     lowest, highest = interval or (-math.inf, math.inf)
+    if not lowest < highest:
+        raise ValueError(f"guidance_interval goes from the lower lambda to the higher, not {interval}")
     return lambda value: lowest <= value <= highest
+
+
+def check_interval(interval, plan):
+    """ValueError for a guidance interval, or None, in which none of the plan's steps lies."""
+    lambdas = [samplers.half_log_snr(step.alpha_bar_t) for step in plan]
+    if not any(map(within(interval), lambdas)):
+        raise ValueError(f"no step is in the guidance_interval {interval}: their lambdas go from "
+                         f"{lambdas[0]:.3g} to {lambdas[-1]:.3g}")
 
 
 class GaussianDiffusion(nn.Module):
@@ -206,7 +216,7 @@ class GaussianDiffusion(nn.Module):
         """
         network = self.ema_model if use_ema else self.model
         to_x_0 = PREDICTIONS[self.prediction].to_x_0
-        self.check_guidance(guidance_scale, guiding_model, guidance_interval)
+        self.check_guidance(guidance_scale, guiding_model)
         by_class = guidance_scale != 1 and guiding_model is None
         guide = guiding_model and guiding_model.denoiser(y, use_ema, clip=False)
         in_interval = within(guidance_interval)
@@ -237,10 +247,8 @@ class GaussianDiffusion(nn.Module):
 
         return denoise
 
-    def check_guidance(self, guidance_scale, guiding_model=None, guidance_interval=None, plan=()):
-        """ValueError for guidance that leads nowhere. plan: the steps, as `plan` returns them."""
-        if guidance_interval and not guidance_interval[0] < guidance_interval[1]:
-            raise ValueError(f"guidance_interval goes from the lower lambda to the higher, not {guidance_interval}")
+    def check_guidance(self, guidance_scale, guiding_model=None):
+        """ValueError for guidance, a scale other than 1, that has nothing to lead away from."""
         if guiding_model is not None:
             for name, words in (("img_size", "size"), ("img_channels", "number of channels"),
                                 ("num_classes", "number of classes"), ("null_class", "null class"),
@@ -251,10 +259,6 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"guidance_scale {guidance_scale:g} needs a model with a null class: train with "
                              "--class_conditional True and label_dropout above 0, or name an earlier file of the same "
                              "run as --guiding_path")
-        lambdas = [samplers.half_log_snr(step.alpha_bar_t) for step in plan]
-        if guidance_interval and plan and not any(map(within(guidance_interval), lambdas)):
-            raise ValueError(f"no step is in the guidance_interval {guidance_interval}: their lambdas go from "
-                             f"{lambdas[0]:.3g} to {lambdas[-1]:.3g}")
 
     def labels(self, y, guided):
         """The class ids of one network call: y, or (y, null classes) for guidance.
@@ -311,7 +315,7 @@ class GaussianDiffusion(nn.Module):
         x = self.check_images(next(noise), batch_size, device, "noise")
         if init is not None:
             x = samplers.diffuse(self.check_images(init, batch_size, device, "init"), plan[0].alpha_bar_t, iter([x]))
-        self.check_guidance(guidance_scale, guiding_model, guidance_interval, plan)
+        check_interval(guidance_interval, plan)
         denoise = self.denoiser(y, use_ema, guidance_scale, clip, guidance_interval, guiding_model)
         yield from solver(denoise, x, plan, noise, **sampler_options)
 

@@ -394,7 +394,7 @@ def test_a_guidance_interval_has_a_step():
         guided().denoiser(y, guidance_scale=2.0, guidance_interval=(1.0, -1.0))
 
 
-def test_the_guiding_model_is_its_average_or_its_last_weights_as_the_model_is(batch):
+def test_the_guiding_model_uses_its_ema_where_the_model_does(batch):
     x_t, diffusion, guide = batch[0], small(prediction="x0"), small(prediction="x0")
     values = {diffusion.model: 0.5, diffusion.ema_model: 0.4, guide.model: 0.3, guide.ema_model: 0.1}
     for network, value in values.items():

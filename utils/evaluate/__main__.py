@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from nets import GaussianDiffusion, build
+from nets.diffusion import check_interval
 from nets.samplers import SAMPLERS, SEEDS, SPACINGS
 from utils.checkpoint import load_checkpoint
 from utils.checkpoint_contents import weights_digest
@@ -32,6 +33,7 @@ from utils.images import to_uint8
 from utils.run_folders import epoch_files, find_weights
 from utils.sampling.batches import last_images, sample_batches
 from utils.sampling.combinations import check_guidance
+from utils.sampling.summary import describe_guidance
 
 ENOUGH = 10_000  # below so many samples FID's upward bias is larger than the differences of interest
 
@@ -189,10 +191,10 @@ def load_model(config, device, precision):
         guide_path = find_weights(config.guiding_path)[0].resolve()
         print(f"guided away from: {guide_path}")
         guide = build.guiding_model(load_checkpoint(guide_path, lazily=True), checkpoint, diffusion, config.use_ema)
-    diffusion.check_guidance(config.guidance_scale, guide, config.guidance_interval)
+    diffusion.check_guidance(config.guidance_scale, guide)
     for part in (diffusion, guide) if guide else (diffusion,):
         part.to(device=device, memory_format=memory_format(device, precision))
-    return Model(diffusion, classes, checkpoint["config"], str(path.resolve()), guide, str(guide_path))
+    return Model(diffusion, classes, checkpoint["config"], str(path.resolve()), guide, str(guide_path or ""))
 
 
 def digest_of(config, diffusion):
@@ -279,7 +281,7 @@ def samples_of(config, model, labels, device, precision):
     """The Samples of a model, equal to those of predict.py: sample i has the seed `seed` + i."""
     count = config.num_images or (ENOUGH if config.distances else config.nearest_images if config.nearest else 0)
     plan = model.diffusion.plan(config.sampler, config.steps or None, config.spacing or None, 1.0)
-    model.diffusion.check_guidance(1.0, None, config.guidance_interval, plan)
+    check_interval(config.guidance_interval, plan)
     settings = {
         "sampler": config.sampler, "steps": len(plan), "spacing": config.spacing or None,
         "guidance_scale": config.guidance_scale, "guidance_interval": config.guidance_interval,
@@ -294,10 +296,7 @@ def samples_of(config, model, labels, device, precision):
                 x = last_images(batch)
             yield torch.from_numpy(to_uint8(x)[: count - first])
 
-    guidance = f", guidance {config.guidance_scale:g}" if labels is not None or model.guide else ""
-    if config.guidance_interval:
-        guidance += " for lambda from {:g} to {:g}".format(*config.guidance_interval)
-    guidance += f" away from {model.guide_name}" if model.guide else ""
+    guidance = describe_guidance(config) + (f" away from {model.guide_name}" if model.guide else "")
     name = f"{count:,} drawn, {config.sampler}, {len(plan)} steps{guidance}, seeds from {config.seed}, {model.name}"
     return Samples(count, blocks(), name)
 
