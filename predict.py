@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from nets import build
-from nets.diffusion import check_choice, check_interval
+from nets.diffusion import check_choice, check_interval, within
 from nets.samplers import DEFAULT_SPACING, SAMPLERS, SEEDS, SPACINGS, seeded_noise, slerp
 from utils import distributed
 from utils.checkpoint import load_checkpoint
@@ -122,6 +122,7 @@ def check(config, typed):
     """ValueError for a setting out of range, and for settings that exclude or need each other."""
     check_values(config, num_images=(1, None), batch_size=(1, None), seed=(-1, SEEDS - 1), seed_to=(-1, SEEDS - 1),
                  steps=(0, None), eta=(0, 1), guidance_scale=(0, 1000), resamplings=(1, 10**6), interpolate=(0, 10**4))
+    within(config.guidance_interval)  # before anything is loaded
     check_combinations(config, typed)
 
 

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from nets import GaussianDiffusion, build
-from nets.diffusion import check_interval
+from nets.diffusion import check_interval, within
 from nets.samplers import SAMPLERS, SEEDS, SPACINGS
 from utils.checkpoint import load_checkpoint
 from utils.checkpoint_contents import weights_digest
@@ -146,6 +146,7 @@ def check(config):
                          f"{SEEDS - 1}; lower --seed or --num_images")
     if config.eta and config.sampler != "ddim":
         raise ValueError("--eta is an option of ddim: add --sampler ddim, or leave it out")
+    within(config.guidance_interval)  # before anything is loaded
     check_guidance(config)
     if config.bits and not is_checkpoint(config.samples):
         raise ValueError(f"--bits needs the model itself, and {config.samples} holds pictures: name a checkpoint")
