@@ -202,34 +202,6 @@ def at_half_size(train_step, config, parts, images, *where):
         train_step(config, parts, images, *where)
 
 
-class Muon(torch.optim.Adam):
-    """Muon (Jordan et al. 2024) for matrices and flattened convolutions, Adam for the rest.
-
-    Steps are scaled to Adam's size (arXiv 2502.16982), so that they share a learning rate.
-    """
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        (group,) = self.param_groups
-        for parameter in group["params"]:
-            if parameter.ndim > 1:
-                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                momentum.lerp_(parameter.grad, 0.05)
-                matrix = parameter.grad.lerp(momentum, 0.95).flatten(1)
-                size = 0.2 * group["lr"] * max(matrix.shape) ** 0.5
-                parameter.sub_(size * self.orthogonal(matrix).view(parameter.shape))
-                parameter.grad = None
-        super().step()
-
-    def orthogonal(self, matrix, a=3.4445, b=-4.7750, c=2.0315):
-        """About U V' of the matrix U S V', by five steps of Newton and Schulz."""
-        x = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T) / (matrix.norm() + 1e-7)
-        for _ in range(5):
-            square = x @ x.T
-            x = a * x + (b * square + c * square @ square) @ x
-        return x if matrix.shape[0] <= matrix.shape[1] else x.T.contiguous()
-
-
 def ema_of(share):
     """The EMA spans a share of the steps so far (Karras et al. 2024); train.py's a ninth."""
 
@@ -237,10 +209,6 @@ def ema_of(share):
         return torch.where(n < 0, 1.0, 1 / (1 + share * (1 + n)))
 
     return [patched(nets.diffusion, "ema_weight", weight)]
-
-
-def muon(make_optimizer, name, parameters, device, momentum, weight_decay):
-    return Muon(parameters, lr=0.0, betas=(momentum, 0.999), fused=True)
 
 
 VARIANTS = {
@@ -255,7 +223,6 @@ VARIANTS = {
     "half size": [patched(OurRun, "train_step", half_size_first)],
     "short ema": ema_of(1 / 18),
     "long ema": ema_of(1 / 4),
-    "muon": [patched(train, "make_optimizer", muon)],
 }
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from .unet import UNet
 from .weights import change_classes, check_fit, check_sizes, class_rows, clean_keys, read_settings, unet_arguments
 
 # train.py's settings that are arguments of the same name. A missing one leaves the default.
-SCHEDULE = ("schedule", "num_timesteps", "schedule_low", "schedule_high")
+SCHEDULE = ("schedule", "num_timesteps", "schedule_low", "schedule_high", "schedule_shift")
 OBJECTIVE = ("loss_type", "ema_decay", "ema_start", "prediction", "loss_weighting", "min_snr_gamma", "ema_warmup")
 
 

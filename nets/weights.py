@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import torch
 
-from .schedules import MAX_BETA, SCHEDULES, check_betas, schedule_tables
+from .schedules import MAX_BETA, SCHEDULES, check_betas, schedule_tables, shift_betas
 from .sizes import check_levels, choose_groups
 from .unet import MAX_GROUPS, TIME_EMB_DIM, UNet
 
@@ -173,8 +173,8 @@ def known_settings(checkpoint):
     check_sizes(checkpoint)
     # Weights do not determine num_groups. Without it in the config, it is the reference's.
     config = checkpoint["config"] or config_from_weights(checkpoint["weights"])
-    # A config without icc is of a run that ignored colour profiles.
-    config = {"num_groups": MAX_GROUPS, "icc": not checkpoint["config"], **config}
+    # A config without icc is of a run that ignored colour profiles, one without a shift had none.
+    config = {"num_groups": MAX_GROUPS, "icc": not checkpoint["config"], "schedule_shift": 0.0, **config}
     # Without ema_step the EMA is a finished one. A warm-up would replace most of it in a few steps.
     return config if "ema_step" in checkpoint else {**config, "ema_warmup": False}
 
@@ -217,4 +217,16 @@ def find_schedule(betas):
         if np.allclose(make(T, low, high), betas, rtol=1e-5, atol=1e-9):
             limits = {"schedule_low": low, "schedule_high": high} if schedule == "linear" else {}
             return {"schedule": schedule, "num_timesteps": T, **limits}
+    for schedule, make in SCHEDULES.items():
+        shift = find_shift(betas, make(T, 1e-4, 0.02))
+        if shift is not None:
+            return {"schedule": schedule, "num_timesteps": T, "schedule_shift": shift}
     raise ValueError(f"this is not one of our models: its betas match no schedule of ours ({', '.join(SCHEDULES)})")
+
+
+def find_shift(betas, unshifted):
+    """The `shift` of `shift_betas` that leads from `unshifted` to `betas`, else None."""
+    with np.errstate(all="ignore"):  # the betas of others may leave alpha_bar at 0
+        alpha_bar, before = (np.prod(1 - values[: len(values) // 2 + 1]) for values in (betas, unshifted))
+        shift = round(0.5 * float(np.log(alpha_bar / (1 - alpha_bar) * (1 - before) / before)), 5)
+        return shift if np.allclose(shift_betas(unshifted, shift), betas, rtol=1e-4, atol=1e-9) else None

@@ -54,7 +54,7 @@ def last(workplace):
     return {**load_checkpoint(run / "last.pth"), "history": read_history(run)}
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "muon"])
 def test_poisoned_steps_are_as_if_left_out(workplace, monkeypatch, optimizer):
     settings = [*RUN, "--optimizer_type", optimizer, "--ema_start", "2"]
     with monkeypatch.context() as patch:

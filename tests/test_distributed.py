@@ -49,6 +49,12 @@ def test_two_processes_compute_the_update_of_one_also_with_accumulation(workplac
     assert "broadcast_buffers" not in output  # deprecated in newer versions
 
 
+def test_two_processes_compute_the_update_of_one_with_orthogonal_steps(workplace):
+    one, _ = train_in(workplace / "one", command, "--optimizer_type", "muon")
+    two, _ = train_in(workplace / "two", lambda *arguments: torchrun(2, *arguments), "--optimizer_type", "muon")
+    assert_close(one, two)
+
+
 def test_accumulation_in_one_process(workplace):
     run_main("train.py", *RUN)
     one = newest_run(workplace)

@@ -266,7 +266,7 @@ def test_class_of_a_model_without_classes(place, capsys):
     ("--input_shape 9,8 --channel_mults 1,1", "such as (8, 8) or (10, 8)"),
     ("--schedule quadratic", "quadratic"), ("--prediction noise", "one of 'eps', 'x0', 'v'"),
     ("--loss_type l3", "one of 'l1', 'l2', 'huber'"),
-    ("--loss_weighting snr", "one of 'none', 'min_snr'"), ("--optimizer_type sgd", "one of 'adam', 'adamw'"),
+    ("--loss_weighting snr", "one of 'none', 'min_snr'"), ("--optimizer_type sgd", "one of 'adam', 'adamw', 'muon'"),
     ("--lr_decay_type exp", "one of 'cos', 'step'"),
     ("--preview_sampler euler", "one of 'ddpm', 'ddim'"), ("--resize_mode fit", "'crop', 'stretch', 'pad'"),
     ("--attention_resolutions 3,", "attention_resolutions"), ("--num_groups 12", "not a multiple of 12 groups"),

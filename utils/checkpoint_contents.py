@@ -43,8 +43,8 @@ SETTINGS = {
     "attention_resolutions": Kind(int, 0, 31, range(33)), "num_groups": Kind(int, 1, MOST, words=("auto",)),
     "dropout": Kind(float, 0, 1), "activation_checkpointing": Kind(bool), "class_conditional": Kind(bool),
     "label_dropout": Kind(float, 0, 1), "schedule": Kind(str), "num_timesteps": Kind(int, 1, MOST),
-    "schedule_low": Kind(float, 0, 1e6), "schedule_high": Kind(float, 0, 1e6), "prediction": Kind(str),
-    "loss_type": Kind(str), "loss_weighting": Kind(str), "min_snr_gamma": Kind(float, 0, 1e6),
+    "schedule_low": Kind(float, 0, 1e6), "schedule_high": Kind(float, 0, 1e6), "schedule_shift": Kind(float, -20, 20),
+    "prediction": Kind(str), "loss_type": Kind(str), "loss_weighting": Kind(str), "min_snr_gamma": Kind(float, 0, 1e6),
     "ema_decay": Kind(float, 0, 1), "ema_start": COUNT, "ema_warmup": Kind(bool), "resize_mode": Kind(str),
     "background": Kind(int, 0, 255, range(3, 4)), "val_split": Kind(float, 0, 1),
 }  # fmt: skip
@@ -99,9 +99,10 @@ def check_training(checkpoint, parts):
 def check_training_fits(checkpoint, parts):
     """ValueError unless moments, sums, scaler and position fit the weights."""
     parameters = [parameter for group in parts.optimizer.param_groups for parameter in group["params"]]
+    muon = checkpoint["config"].get("optimizer_type") == "muon"
     sums, scaler, position = checkpoint["sums"], parts.scaler.state_dict(), checkpoint["position"]
     fits = {
-        "optimizer": all(number in range(len(parameters)) and are_moments(kept, parameters[number])
+        "optimizer": all(number in range(len(parameters)) and are_moments(kept, parameters[number], muon)
                          for number, kept in checkpoint["optimizer"]["state"].items()),
         "sums": sums is None or (len(sums) > 0 and sums.shape[1:] == parts.meter.sums.shape),
         "scaler": not checkpoint["scaler"] or set(scaler) <= set(checkpoint["scaler"]),
@@ -113,9 +114,13 @@ def check_training_fits(checkpoint, parts):
                          "training of its weights")
 
 
-def are_moments(kept, parameter):
-    """Whether `kept` is what Adam keeps of a parameter: a step count, and moments of its shape."""
-    shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+def are_moments(kept, parameter, muon):
+    """Whether `kept` is what Adam keeps of a parameter: a step count, and moments of its shape.
+
+    muon: the optimizer is Muon, which keeps no second moment of a convolution's weight.
+    """
+    names = ("exp_avg",) if muon and parameter.ndim == 4 else ("exp_avg", "exp_avg_sq")
+    shapes = {"step": (), **dict.fromkeys(names, parameter.shape)}
     return isinstance(kept, dict) and all(torch.is_tensor(kept.get(name)) and kept[name].shape == shape
                                           for name, shape in shapes.items())
 

@@ -1,16 +1,18 @@
-"""Adam and AdamW, the learning rate, and a step that a bad gradient cannot reach."""
+"""The optimizers, the learning rate, and a step that a bad gradient cannot reach."""
 import math
 
 import torch
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+from utils.training.muon import Muon
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
 MAX_WARMUP_STEPS = 1000
 # "auto": LEARNING_RATE at CHANNELS channels, as 1/width, up to HIGHEST.
 LEARNING_RATE, CHANNELS, HIGHEST = 2e-4, 128, 1e-3
 
 
 def make_optimizer(name, parameters, device, momentum=0.9, weight_decay=0.0):
-    """A fused Adam or AdamW. momentum is its beta 1. `train_step` sets the learning rate."""
+    """A fused Adam, AdamW or Muon. momentum is Adam's beta 1. `train_step` sets the learning rate."""
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer_type {name!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
     fused = device.type in ("cpu", "cuda")

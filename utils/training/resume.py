@@ -19,7 +19,8 @@ BEGINNING = ("preset", "start_from")  # how a run began; older ones have neither
 # What a run is built from. label_dropout > 0 adds the null class: it cannot come or go either.
 FIXED = (
     "input_shape", "img_channels", "channel", "channel_mults", "num_res_blocks", "attention_resolutions", "num_groups",
-    "class_conditional", "schedule", "num_timesteps", "schedule_low", "schedule_high", "prediction", *BEGINNING,
+    "class_conditional", "schedule", "num_timesteps", "schedule_low", "schedule_high", "schedule_shift", "prediction",
+    *BEGINNING,
 )  # fmt: skip
 
 
@@ -80,7 +81,12 @@ def restore(checkpoint, source, parts, config):
             print(f"a file of weights alone: a run of its own starts from them at epoch 1; a {LAST} would go on")
         return Start()
     check_training(checkpoint, parts)
-    restore_optimizer(parts.optimizer, checkpoint["optimizer"])
+    before = checkpoint["config"].get("optimizer_type", config.optimizer_type)
+    if "muon" in {before, config.optimizer_type} and before != config.optimizer_type:
+        if distributed.is_main():
+            print(f"the optimizer was {before} and is {config.optimizer_type}: its moments begin anew")
+    else:
+        restore_optimizer(parts.optimizer, checkpoint["optimizer"])
     if checkpoint["scaler"]:
         parts.scaler.load_state_dict(checkpoint["scaler"])
     if all(checkpoint["config"].get(name) == getattr(config, name) for name in ("init_lr", "grad_clip", "precision")):

@@ -25,6 +25,7 @@ def print_summary(config, parts, preset):
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     used = "" if config.class_conditional or not classes else " (not used: --class_conditional True learns them)"
     count = sum(parameter.numel() for parameter in parts.diffusion.model.parameters())
+    shifted = f" shifted by {config.schedule_shift:g}" if config.schedule_shift else ""
     height, width = config.input_shape
     if preset:
         values = ", ".join(f"{name} {as_option(getattr(config, name))}" for name in preset)
@@ -33,7 +34,7 @@ def print_summary(config, parts, preset):
     print(f"device     {device}, precision {config.precision}, compile {config.compile}{processes}")
     print(f"pictures   {len(dataset):,} of {height}x{width}, {config.img_channels} channels{aside}{classes}{used}")
     print(f"network    {count / 1e6:.2f} million parameters, {config.num_groups} groups; {config.prediction}, "
-          f"{config.schedule} schedule, T = {config.num_timesteps}")
+          f"{config.schedule} schedule{shifted}, T = {config.num_timesteps}")
     print(f"training   {config.epochs} epochs of {steps} steps of {parts.batch_size}, {total:,} steps in all, "
           f"learning rate up to {config.init_lr:g}")
     seen = total * parts.batch_size / len(dataset)

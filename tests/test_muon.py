@@ -1,0 +1,140 @@
+"""Muon: its steps are orthogonal, a bad gradient changes nothing, and its runs resume."""
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, assert_same_state, run_main
+
+from nets import UNet
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.training.muon import ADAM_SIZE, Muon, orthogonal
+from utils.training.optimizer import make_optimizer
+
+NETWORK = {"img_channels": 3, "base_channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1, "time_emb_dim": 16,
+           "num_groups": 2, "num_classes": 3, "attention_resolutions": (1,)}  # fmt: skip
+
+
+def gradients(network, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (7, 4), (5, 5), (1, 9), (64, 576)])
+def test_singular_values_become_those_of_the_iterated_polynomial(shape):
+    """By singular values and the scalar polynomial, in float64."""
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    matrices[1] *= 100
+    u, s, v = torch.linalg.svd(matrices.double(), full_matrices=False)
+    s = s / s.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    found = orthogonal(matrices)
+    torch.testing.assert_close(found.double(), u @ torch.diag_embed(s) @ v, rtol=0, atol=1e-3)
+    assert 0.65 < s.min() <= s.max() < 1.25
+
+
+def test_no_gradient_is_no_step():
+    assert not orthogonal(torch.zeros(2, 3, 4)).any()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch 2.9 or newer")
+def test_matrices_as_pytorchs_own():
+    """1x1 convolutions: PyTorch takes matrices alone. It computes in bf16."""
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(6, 10, generator=generator)
+    one, other = (torch.nn.Parameter(start.clone().view(shape)) for shape in ((6, 10, 1, 1), (6, 10)))
+    ours = Muon([one], lr=0.1, weight_decay=0.1, fused=True)
+    theirs = torch.optim.Muon([other], lr=0.1, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        other.grad = torch.randn(6, 10, generator=generator)
+        one.grad = other.grad.clone().view_as(one)
+        ours.step()
+        theirs.step()
+    assert (other - start).norm() > 0.3
+    torch.testing.assert_close(one.view_as(other), other, rtol=0, atol=0.02)
+
+
+def test_everything_else_is_adamws_and_steps_are_of_adams_size():
+    torch.manual_seed(0)
+    network, twin = UNet(**NETWORK), UNet(**NETWORK)
+    twin.load_state_dict(network.state_dict())
+    ours = make_optimizer("muon", network.parameters(), torch.device("cpu"))
+    theirs = make_optimizer("adamw", twin.parameters(), torch.device("cpu"))
+    for seed in range(3):
+        for optimizer, trained in ((ours, network), (theirs, twin)):
+            gradients(trained, seed)
+            optimizer.param_groups[0]["lr"] = 0.01 if seed == 2 else 0.0
+            if seed == 2 and trained is network:
+                start = {name: value.clone() for name, value in network.state_dict().items()}
+            optimizer.step()
+            optimizer.zero_grad()
+    convolutions = {f"{name}.weight" for name, layer in network.named_modules() if isinstance(layer, torch.nn.Conv2d)}
+    for name, value in network.state_dict().items():
+        if name not in convolutions:
+            torch.testing.assert_close(value, twin.state_dict()[name], rtol=0, atol=0)
+            continue
+        step = (value - start[name]).flatten(1)
+        rank = torch.linalg.matrix_rank(step)
+        expected = ADAM_SIZE * 0.01 * max(step.shape) ** 0.5
+        assert rank == min(step.shape), name
+        assert 0.6 * expected < torch.linalg.matrix_norm(step, 2) < 1.3 * expected, name
+
+
+def test_a_bad_gradient_changes_nothing():
+    torch.manual_seed(0)
+    network = UNet(**NETWORK)
+    optimizer = make_optimizer("muon", network.parameters(), torch.device("cpu"), weight_decay=0.1)
+    optimizer.param_groups[0]["lr"] = 0.01
+    gradients(network, 0)
+    optimizer.step()
+    before = [value.clone() for value in network.parameters()]
+    moments = {number: {name: value.clone() for name, value in state.items()}
+               for number, state in optimizer.state_dict()["state"].items()}
+    gradients(network, 1)
+    next(network.parameters()).grad.fill_(float("nan"))
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    for value, was in zip(network.parameters(), before, strict=True):
+        assert torch.equal(value, was)
+    for number, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, moments[number][name]) for name, value in state.items())
+
+
+RUN = [*TINY, "--class_conditional", "True", "--optimizer_type", "muon", "--weight_decay", "0.01"]
+
+
+def last(folder):
+    return next(Path(folder).glob("*/last.pth"))
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(workplace):
+    constant = ["--init_lr", "1e-3", "--min_lr", "1e-3", "--warmup", "0"]
+    run_main("train.py", *RUN, *constant, "--epochs", "4", "--save_dir", "whole")
+    run_main("train.py", *RUN, *constant, "--epochs", "2", "--save_dir", "broken")
+    run_main("train.py", "--resume", "latest", "--epochs", "4", "--save_dir", "broken")
+    assert_same_state(*(load_checkpoint(last(folder)) for folder in ("whole", "broken")))
+
+
+@pytest.mark.parametrize("kinds", [("adam", "muon"), ("muon", "adamw")])
+def test_another_optimizer_begins_with_moments_of_its_own(workplace, capsys, kinds):
+    run_main("train.py", *RUN, "--epochs", "1", "--optimizer_type", kinds[0])
+    run_main("train.py", "--resume", "latest", "--epochs", "3", "--optimizer_type", kinds[1])
+    assert f"the optimizer was {kinds[0]} and is {kinds[1]}: its moments begin anew" in capsys.readouterr().out
+    run_main("train.py", "--resume", "latest", "--epochs", "4")
+    assert "begin anew" not in capsys.readouterr().out
+    checkpoint = load_checkpoint(last("logs"))
+    assert checkpoint["config"]["optimizer_type"] == kinds[1] and checkpoint["position"]["epoch"] == 4
+    kept = {frozenset(state) for state in checkpoint["optimizer"]["state"].values()}
+    adams = frozenset(("step", "exp_avg", "exp_avg_sq"))
+    assert kept == ({adams, frozenset(("step", "exp_avg"))} if kinds[1] == "muon" else {adams})
+
+
+def test_moments_of_another_optimizer_than_the_settings_name_are_refused(workplace, capsys):
+    run_main("train.py", *RUN, "--epochs", "1")
+    checkpoint = load_checkpoint(last("logs"))
+    checkpoint["config"]["optimizer_type"] = "adam"
+    save_checkpoint("edited.pth", checkpoint)
+    with pytest.raises(SystemExit) as end:
+        run_main("train.py", "--resume", "edited.pth", "--epochs", "2")
+    assert end.value.code == 1 and "its optimizer cannot be those of a training" in capsys.readouterr().err
