@@ -139,6 +139,15 @@ def edited(path, change):
     return path.with_name("edited.pth")
 
 
+def test_a_file_that_knows_no_shift_of_the_schedule_has_none(workplace, capsys):
+    run_main("train.py", *RUN, "--epochs", "1")
+    old = edited(newest_run(workplace) / "last.pth", lambda checkpoint: checkpoint["config"].pop("schedule_shift"))
+    with pytest.raises(SystemExit):
+        run_main("train.py", "--resume", old, "--epochs", "2", "--schedule_shift", "0.5")
+    assert "built with schedule_shift = 0.0, which cannot change" in capsys.readouterr().err
+    run_main("train.py", "--resume", old, "--epochs", "2")
+
+
 def test_a_file_that_knows_no_groups_has_the_references(workplace, capsys):
     run_main("train.py", *RUN, "--epochs", "1", "--num_groups", "32")
     old = edited(newest_run(workplace) / "last.pth", lambda checkpoint: checkpoint["config"].pop("num_groups"))

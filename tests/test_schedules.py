@@ -99,6 +99,33 @@ def test_a_schedule_is_found_by_its_betas(name, T):
         find_schedule(made**1.1)
 
 
+def lambdas(betas):
+    """Half the log of alpha_bar / (1 - alpha_bar)."""
+    return 0.5 * np.log(alpha_bar(betas) / (1 - alpha_bar(betas)))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("shift", [0.5, -0.7])
+def test_a_shift_is_added_to_lambda(name, shift):
+    made, shifted = make_betas(name, 500), make_betas(name, 500, schedule_shift=shift)
+    free = shifted < 0.999
+    assert free[:-1].all()
+    np.testing.assert_allclose(lambdas(shifted)[free], lambdas(made)[free] + shift, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(make_betas(name, 500, schedule_shift=0.0), made)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("shift", [0.5, -0.7, 1.25])
+def test_a_shifted_schedule_is_found_by_its_betas(name, shift):
+    found = find_schedule(make_betas(name, 1000, schedule_shift=shift).astype(np.float32))
+    assert found == {"schedule": name, "num_timesteps": 1000, "schedule_shift": shift}
+
+
+def test_betas_of_others_whose_alpha_bar_is_zero_are_refused():
+    with pytest.raises(ValueError, match="no schedule of ours"):
+        find_schedule([0.9] * 500 + [0.5] * 500)
+
+
 def test_a_single_beta_is_a_schedule_too():
     for beta in (0.5, 0.999):
         limit = pytest.approx(beta / 1000)

@@ -22,18 +22,20 @@ class Muon(torch.optim.AdamW):
         return super().step(closure)  # of the weights that have their gradients still
 
     def step_matrices(self, weights, lr, momentum, weight_decay):
-        """One step of weights of one shape. It takes their gradients away."""
-        gradients, states = torch.stack([weight.grad for weight in weights]), list(map(self.state_of, weights))
-        averages = torch.stack([state["exp_avg"] for state in states]).lerp_(gradients, 1 - momentum)
-        matrices = gradients.lerp(averages, momentum).flatten(2)  # (n, out, in*h*w)
-        size = ADAM_SIZE * lr * max(matrices.shape[1:]) ** 0.5
-        bad = getattr(self, "found_inf", gradients.new_zeros(())) > 0
-        for weight, state, average, change in zip(weights, states, averages, orthogonal(matrices)):
-            change = change.view_as(weight) * size + weight * (lr * weight_decay)
-            weight.sub_(change.masked_fill(bad, 0))
-            state["exp_avg"].copy_(torch.where(bad, state["exp_avg"], average))
-            state["step"] += ~bad
+        """One step of weights of one shape. It uses up their gradients."""
+        good = 1 - getattr(self, "found_inf", weights[0].new_zeros(()))  # multiplies all that is added
+        matrices = []
+        for weight in weights:
+            state, gradient = self.state_of(weight), weight.grad.masked_fill_(good == 0, 0)
+            average = state["exp_avg"].lerp_(gradient, good * (1 - momentum))
+            state["step"] += good
+            matrices.append(as_matrix(gradient.lerp_(average, momentum), weight))
             weight.grad = None
+        size = ADAM_SIZE * max(matrices[0].shape) ** 0.5
+        for weight, step in zip(weights, orthogonal(torch.stack(matrices), good * lr * size)):
+            if weight_decay:
+                weight.mul_(1 - good * lr * weight_decay)
+            weight.sub_(as_weight(step, weight))
 
     def state_of(self, weight):
         """Its number of steps and its momentum, under AdamW's names."""
@@ -51,20 +53,36 @@ def by_shape(parameters):
     return shapes.values()
 
 
-def orthogonal(matrices):
-    """About U V' of the matrices U S V', (n, rows, columns): singular values from 0.7 to 1.2.
+def as_matrix(tensor, weight):
+    """(out, in, h, w) -> (out, in*h*w), the columns as `weight` lies in memory: that copies least.
 
-    Newton and Schulz's iteration X <- (a + b X X' + c (X X')^2) X begins with X / |X|. The factors
-    are polynomials of the first X X', which commute: they are multiplied first, as X is larger.
+    Their order does not matter: U V' has the same.
+    """
+    return (tensor if weight.is_contiguous() else tensor.permute(0, 2, 3, 1)).reshape(len(tensor), -1)
+
+
+def as_weight(matrix, weight):
+    """The way back from `as_matrix`."""
+    channels, height, width = weight.shape[1:]
+    contiguous = weight.is_contiguous()
+    return matrix.view_as(weight) if contiguous else matrix.view(-1, height, width, channels).permute(0, 3, 1, 2)
+
+
+def orthogonal(matrices, size=1.0):
+    """About `size` U V' of the matrices U S V', (n, rows, columns): singular values 0.7 to 1.2.
+
+    Newton and Schulz's iteration X <- (a + b X X' + c (X X')^2) X begins with X / |X|. All factors
+    are polynomials of the first X X' and commute. They are multiplied first, as X is larger.
     """
     a, b, c = COEFFICIENTS
     x = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     square, product = x @ x.mT, None
-    for iteration in range(ITERATIONS):
+    norm = square.diagonal(dim1=1, dim2=2).sum(1).sqrt().clamp_min(1e-7)[:, None, None]
+    square = square / norm**2
+    for _ in range(ITERATIONS):
         factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
         factor.diagonal(dim1=1, dim2=2).add_(a)
         product = factor if product is None else factor @ product
         square = factor @ square @ factor
-    x = product @ x
+    x = (product * (size / norm)) @ x
     return x if matrices.shape[1] <= matrices.shape[2] else x.mT

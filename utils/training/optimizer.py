@@ -12,7 +12,7 @@ LEARNING_RATE, CHANNELS, HIGHEST = 2e-4, 128, 1e-3
 
 
 def make_optimizer(name, parameters, device, momentum=0.9, weight_decay=0.0):
-    """A fused Adam, AdamW or Muon. momentum is Adam's beta 1. `train_step` sets the learning rate."""
+    """A fused Adam, AdamW or Muon. momentum is beta 1. `train_step` sets the learning rate."""
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer_type {name!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
     fused = device.type in ("cpu", "cuda")
