@@ -83,7 +83,8 @@ def parts(workplace, gpu, monkeypatch):
         diffusion = to_fake_module(gpu, built.diffusion, keep)
         trained = [parameter for parameter in diffusion.parameters() if parameter.requires_grad]
         with gpu:
-            optimizer, meter = make_optimizer("adam", trained, CUDA), Meter(CUDA, config.num_timesteps)
+            optimizer = make_optimizer(config.optimizer_type, trained, CUDA)
+            meter = Meter(CUDA, config.num_timesteps)
         fills = {"grad": lambda: [setattr(p, "grad", torch.zeros_like(p)) for p in trained]}
         monkeypatch.setattr(torch.Tensor, "backward", lambda self: fills["grad"]())
         return config, built._replace(
@@ -103,7 +104,7 @@ def one_step(config, parts):
 @pytest.mark.parametrize("settings", [
     {}, {"class_conditional": True}, {"accumulate": 2, "horizontal_flip": True},
     {"prediction": "v", "loss_weighting": "min_snr"},
-    {"activation_checkpointing": True},
+    {"activation_checkpointing": True}, {"optimizer_type": "muon"},
 ])  # fmt: skip
 def test_a_training_step_stays_on_the_gpu(parts, gpu, monkeypatch, precision, settings):
     config, built = parts(precision=precision, **settings)
