@@ -118,19 +118,18 @@ class Config:
 PRESETS = {
     # The article's settings, as the block has them.
     "": {},
-    # Minutes without a GPU. v with the cosine schedule, moved to less noise, learns soonest; Muon's
-    # steps teach most, and those of few images most for their time; a narrow network has time for
-    # many.
+    # Minutes without a GPU. v with the cosine schedule learns soonest, Muon's steps teach most, steps
+    # of few images most for their time, and a narrow network has time for many.
     "quick": {
         "channel": 32, "num_res_blocks": 1, "dropout": 0.0, "prediction": "v", "schedule": "cosine",
-        "schedule_shift": 0.5, "epochs": 8, "batch_size": 16, "init_lr": 1.2e-3, "warmup": 0.01,
+        "epochs": 8, "batch_size": 16, "init_lr": 1.2e-3, "warmup": 0.01,
         "optimizer_type": "muon", "ema_start": 100,
     },
     # An hour on one core, minutes on a GPU: more channels where the images are small, which cost
     # little there. Its network is that of the weights in the box.
     "small": {
         "channel": 32, "channel_mults": (1, 2, 4, 4), "num_res_blocks": 1, "attention_resolutions": (2,),
-        "dropout": 0.0, "prediction": "v", "schedule": "cosine", "schedule_shift": 0.5,
+        "dropout": 0.0, "prediction": "v", "schedule": "cosine",
         "epochs": 60, "batch_size": 16, "init_lr": 1e-3, "optimizer_type": "muon", "ema_start": 500, "ema_decay": 0.999,
     },
 }  # fmt: skip
