@@ -81,6 +81,26 @@ def test_everything_else_is_adamws_and_steps_are_of_adams_size():
         assert 0.6 * expected < torch.linalg.matrix_norm(step, 2) < 1.3 * expected, name
 
 
+def test_the_order_in_memory_changes_nothing_but_rounding():
+    """Also where gradients lie in another order than the weights."""
+    def flat(network):
+        return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        network = UNet(**NETWORK).to(memory_format=layout)
+        before = flat(network)
+        optimizer = make_optimizer("muon", network.parameters(), torch.device("cpu"))
+        optimizer.param_groups[0]["lr"] = 0.01
+        for seed in range(2):
+            gradients(network, seed)
+            optimizer.step()
+        results.append(flat(network) - before)
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+    assert results[0].abs().max() > 1e-3
+
+
 def test_a_bad_gradient_changes_nothing():
     torch.manual_seed(0)
     network = UNet(**NETWORK)
@@ -91,8 +111,10 @@ def test_a_bad_gradient_changes_nothing():
     before = [value.clone() for value in network.parameters()]
     moments = {number: {name: value.clone() for name, value in state.items()}
                for number, state in optimizer.state_dict()["state"].items()}
+    assert {state["step"].item() for state in moments.values()} == {1}
     gradients(network, 1)
-    next(network.parameters()).grad.fill_(float("nan"))
+    for number, parameter in enumerate(network.parameters()):
+        parameter.grad.fill_(float("nan") if number % 2 else float("inf"))
     optimizer.found_inf = torch.ones(())
     optimizer.step()
     for value, was in zip(network.parameters(), before, strict=True):
@@ -101,17 +123,18 @@ def test_a_bad_gradient_changes_nothing():
         assert all(torch.equal(value, moments[number][name]) for name, value in state.items())
 
 
-RUN = [*TINY, "--class_conditional", "True", "--optimizer_type", "muon", "--weight_decay", "0.01"]
+RUN = [*TINY, "--class_conditional", "True", "--optimizer_type", "muon"]
 
 
 def last(folder):
     return next(Path(folder).glob("*/last.pth"))
 
 
-def test_a_resumed_run_ends_as_one_that_was_not_stopped(workplace):
-    constant = ["--init_lr", "1e-3", "--min_lr", "1e-3", "--warmup", "0"]
-    run_main("train.py", *RUN, *constant, "--epochs", "4", "--save_dir", "whole")
-    run_main("train.py", *RUN, *constant, "--epochs", "2", "--save_dir", "broken")
+@pytest.mark.parametrize("settings", [["--weight_decay", "0.01"], ["--preset", "quick"], ["--preset", "small"]])
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(workplace, settings):
+    constant = [*RUN, *settings, "--init_lr", "1e-3", "--min_lr", "1e-3", "--warmup", "0"]
+    run_main("train.py", *constant, "--epochs", "4", "--save_dir", "whole")
+    run_main("train.py", *constant, "--epochs", "2", "--save_dir", "broken")
     run_main("train.py", "--resume", "latest", "--epochs", "4", "--save_dir", "broken")
     assert_same_state(*(load_checkpoint(last(folder)) for folder in ("whole", "broken")))
 
