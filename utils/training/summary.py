@@ -36,7 +36,7 @@ def print_summary(config, parts, preset):
     print(f"network    {count / 1e6:.2f} million parameters, {config.num_groups} groups; {config.prediction}, "
           f"{config.schedule} schedule{shifted}, T = {config.num_timesteps}")
     print(f"training   {config.epochs} epochs of {steps} steps of {parts.batch_size}, {total:,} steps in all, "
-          f"learning rate up to {config.init_lr:g}")
+          f"{config.optimizer_type}, learning rate up to {config.init_lr:g}")
     seen = total * parts.batch_size / len(dataset)
     print(f"           each picture is seen about {seen:,.0f} times")
     if seen > SEEN_OFTEN:
