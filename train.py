@@ -70,7 +70,7 @@ class Config:
     num_timesteps: int = 1000                            # T
     schedule_low: float = 1e-4                           # first beta of the linear schedule, at T = 1000
     schedule_high: float = 0.02                          # last beta of the linear schedule, at T = 1000
-    schedule_shift: float = 0.0                          # added to lambda, half the log-SNR: above 0 is less noise
+    schedule_shift: float = 0.0                          # added to lambda of cosine or sigmoid: above 0 is less noise
     prediction: Literal[tuple(PREDICTIONS)] = "eps"      # what the network predicts: eps is the noise, x0 the image
     loss_type: Literal[tuple(LOSSES)] = "l2"             # how errors of the prediction are counted
     loss_weighting: Literal[tuple(LOSS_WEIGHTINGS)] = "none"  # how timesteps are weighted
@@ -126,7 +126,8 @@ PRESETS = {
         "optimizer_type": "muon", "ema_start": 100,
     },
     # An hour on one core, minutes on a GPU: more channels where the images are small, which cost
-    # little there, and a batch that makes Muon's part small. The network of the weights in the box.
+    # little there, and batches that make Muon's share of the time small. Its network is that of the
+    # weights in the box.
     "small": {
         "channel": 32, "channel_mults": (1, 2, 4, 4), "num_res_blocks": 1, "attention_resolutions": (2,),
         "dropout": 0.0, "prediction": "v", "schedule": "cosine",
@@ -191,7 +192,7 @@ def check(config):
     check_values(
         config, input_shape=(1, 2**14), background=(0, 255), num_workers=(0, 1024),
         channel=(1, 2**16), channel_mults=(1, 1024), num_res_blocks=(1, 1024), num_groups=(1, None), dropout=(0, 0.99),
-        label_dropout=(0, 0.99), num_timesteps=(1, 10**6), schedule_shift=(-10, 10), min_snr_gamma=(0, None),
+        label_dropout=(0, 0.99), num_timesteps=(1, 10**6), schedule_shift=(-5, 5), min_snr_gamma=(0, None),
         epochs=(1, None), batch_size=(1, None), accumulate=(1, None), init_lr=(0, None), min_lr=(0, None),
         warmup=(0, 1), momentum=(0, 0.9999), weight_decay=(0, None), grad_clip=(0, None), max_bad_steps=(1, None),
         ema_decay=(0, 1), ema_start=(0, None), save_period=(1, None), save_minutes=(0, None), keep_last=(0, None),

@@ -7,7 +7,6 @@ unweighted squared error of v on held-out images, by timestep, of the EMA with x
 a recipe is trained on. The distance is that of time_to_quality. A recipe may name a `variant` too:
 ideas that are no setting (NOTES.md).
 """
-import math
 import sys
 import typing
 from contextlib import ExitStack, nullcontext
@@ -162,11 +161,6 @@ def laplace(u):
     return -0.25 * (u - 0.5).sign() * torch.log1p(-2 * (u - 0.5).abs())
 
 
-def shifted(shift):
-    """The cosine schedule's lambda, moved by `shift` (Hoogeboom et al. 2023)."""
-    return lambda u: shift - torch.log(torch.tan(math.pi / 2 * u))
-
-
 def input_noise(perturb_x, diffusion, x, t, noise):
     """x_t of the noise and 0.1 of another one (Ning et al. 2023, "input perturbation")."""
     return perturb_x(diffusion, x, t, noise + 0.1 * torch.randn_like(noise))
@@ -216,7 +210,6 @@ VARIANTS = {
     "stratified": [patched(train, "draw_step", stratified)],
     "immiscible": [patched(train, "make_batch", immiscible)],
     "laplace": lambdas_from(laplace),
-    **{f"shifted {shift:g}": lambdas_from(shifted(shift)) for shift in (-0.5, 0.5, 0.69, 1.39)},
     "input noise": [patched(GaussianDiffusion, "perturb_x", input_noise)],
     "mirrored": [patched(train, "resolve", mirroring), patched(train, "open_dataset", twice_the_classes),
                  patched(train, "make_batch", mirrored)],

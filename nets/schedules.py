@@ -47,34 +47,38 @@ SCHEDULES = {
 
 
 def shift_betas(betas, shift):
-    """Betas up to 0.999 whose lambda, half the log-SNR, is `shift` higher at every timestep.
+    """Betas whose lambda, half the log-SNR, is `shift` higher at every timestep but those at 0.999.
 
     Hoogeboom et al. 2023 ("simple diffusion", section 3.1) lower it for large images, which need
     more noise. The SNR is alpha_bar / (1 - alpha_bar).
     """
     alpha_bar = np.cumprod(np.concatenate(([1.0], 1 - betas)))
     factor = np.exp(2 * shift)
-    return betas_from_alpha_bar(factor * alpha_bar / (factor * alpha_bar + 1 - alpha_bar)) if shift else betas
+    return betas_from_alpha_bar(factor * alpha_bar / (factor * alpha_bar + 1 - alpha_bar))
 
 
 def make_betas(schedule="linear", num_timesteps=1000, schedule_low=1e-4, schedule_high=0.02, schedule_shift=0.0):
     """The (T,) float64 betas of the named schedule.
 
     schedule_low, schedule_high: the first and last beta of the linear schedule for T = 1000.
-    schedule_shift: what is added to lambda (`shift_betas`).
-    ValueError: an unknown name, T < 1, or betas outside (0, 1). A warning: alpha_bar_T > 0.01. Then
-    x_T keeps a part of the image, but sampling starts from pure noise.
+    schedule_shift: what is added to lambda (`shift_betas`); the linear schedule has its limits
+    instead. ValueError: an unknown name, T < 1, betas outside (0, 1), or a shift of the linear
+    schedule. A warning: alpha_bar_T > 0.01. Then x_T keeps a part of the image, but sampling starts
+    from pure noise.
     """
     check_choice("schedule", schedule, SCHEDULES)
     if num_timesteps != int(num_timesteps) or num_timesteps < 1:
         raise ValueError(f"num_timesteps must be a whole number of at least 1, not {num_timesteps}")
+    if schedule == "linear" and schedule_shift:
+        raise ValueError("schedule_shift moves the cosine and the sigmoid schedule: set schedule, or move the linear one "
+                         "by schedule_low and schedule_high")
     betas = check_betas(SCHEDULES[schedule](int(num_timesteps), schedule_low, schedule_high))
-    betas = check_betas(shift_betas(betas, schedule_shift))
+    betas = check_betas(shift_betas(betas, schedule_shift)) if schedule_shift else betas
     alpha_bar_T = float(np.prod(1 - betas))
     if alpha_bar_T > 0.01:
+        remedy = "lower schedule_shift" if schedule_shift > 0 else "raise schedule_high, or use the cosine schedule"
         warnings.warn(f"the {schedule} schedule has alpha_bar_T = {alpha_bar_T:.3g} > 0.01: x_T is not pure noise; "
-                      "raise schedule_high or num_timesteps, lower schedule_shift, or use the cosine schedule",
-                      stacklevel=2)
+                      f"raise num_timesteps, {remedy}", stacklevel=2)
     return betas
 
 

@@ -217,16 +217,15 @@ def find_schedule(betas):
         if np.allclose(make(T, low, high), betas, rtol=1e-5, atol=1e-9):
             limits = {"schedule_low": low, "schedule_high": high} if schedule == "linear" else {}
             return {"schedule": schedule, "num_timesteps": T, **limits}
-    for schedule, make in SCHEDULES.items():
-        shift = find_shift(betas, make(T, 1e-4, 0.02))
-        if shift is not None:
+    for schedule in ("cosine", "sigmoid"):
+        shift = find_shift(betas, SCHEDULES[schedule](T, low, high))
+        if shift:
             return {"schedule": schedule, "num_timesteps": T, "schedule_shift": shift}
     raise ValueError(f"this is not one of our models: its betas match no schedule of ours ({', '.join(SCHEDULES)})")
 
 
 def find_shift(betas, unshifted):
     """The `shift` of `shift_betas` that leads from `unshifted` to `betas`, else None."""
-    with np.errstate(all="ignore"):  # the betas of others may leave alpha_bar at 0
-        alpha_bar, before = (np.prod(1 - values[: len(values) // 2 + 1]) for values in (betas, unshifted))
-        shift = round(0.5 * float(np.log(alpha_bar / (1 - alpha_bar) * (1 - before) / before)), 5)
-        return shift if np.allclose(shift_betas(unshifted, shift), betas, rtol=1e-4, atol=1e-9) else None
+    odds, before = ((1 - values[0]) / values[0] for values in (betas, unshifted))  # the SNR of timestep 0
+    shift = round(0.5 * float(np.log(odds / before)), 6)
+    return shift if np.allclose(shift_betas(unshifted, shift), betas, rtol=1e-5, atol=1e-9) else None

@@ -304,8 +304,8 @@ def test_a_wrong_recipe_is_refused_before_the_first_training(text, words):
 
 
 def test_recipes_are_read():
-    config = recipes.Config(recipes="a=|b=variant:muon;images:5;init_lr:2e-3;channel_mults:1,2")
+    config = recipes.Config(recipes="a=|b=variant:laplace;images:5;init_lr:2e-3;channel_mults:1,2")
     assert recipes.read_recipes(config) == {
         "a": {"variant": "", "images": 8000, "settings": {}},
-        "b": {"variant": "muon", "images": 5, "settings": {"init_lr": 2e-3, "channel_mults": (1, 2)}},
+        "b": {"variant": "laplace", "images": 5, "settings": {"init_lr": 2e-3, "channel_mults": (1, 2)}},
     }

@@ -213,6 +213,7 @@ def loaded(path):
 
 SETTINGS = [
     {}, {"schedule": "cosine", "prediction": "v"}, {"schedule": "sigmoid", "prediction": "x0", "num_timesteps": 1000},
+    {"schedule": "cosine", "schedule_shift": -0.7, "num_timesteps": 1000},
     {"num_timesteps": 1000, "schedule_low": 2e-4, "schedule_high": 0.015, "dropout": 0.25},
     {"input_shape": (8, 12), "img_channels": 1, "channel_mults": (1, 3), "num_res_blocks": 2,
      "attention_resolutions": (0, 1)},

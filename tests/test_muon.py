@@ -8,7 +8,7 @@ from conftest import TINY, assert_same_state, run_main
 from nets import UNet
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.training.muon import ADAM_SIZE, Muon, orthogonal
-from utils.training.optimizer import make_optimizer
+from utils.training.optimizer import make_optimizer, restore_optimizer, step_unless_bad
 
 NETWORK = {"img_channels": 3, "base_channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1, "time_emb_dim": 16,
            "num_groups": 2, "num_classes": 3, "attention_resolutions": (1,)}  # fmt: skip
@@ -101,9 +101,77 @@ def test_the_order_in_memory_changes_nothing_but_rounding():
     assert results[0].abs().max() > 1e-3
 
 
-def test_a_bad_gradient_changes_nothing():
+def test_weight_decay_alone_shrinks_by_the_learning_rate():
+    weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3))
+    start = weight.detach().clone()
+    optimizer = make_optimizer("muon", [weight], torch.device("cpu"), weight_decay=0.1)
+    optimizer.param_groups[0]["lr"] = 0.2
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), start * (1 - 0.2 * 0.1), rtol=0, atol=1e-7)
+
+
+def test_its_products_are_in_full_precision_whatever_was_chosen(monkeypatch):
+    seen, product = [], torch.baddbmm
+    monkeypatch.setattr(torch, "baddbmm", lambda *a, **k: seen.append(torch.get_float32_matmul_precision())
+                        or product(*a, **k))
+    weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3))
+    weight.grad = torch.randn_like(weight)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        make_optimizer("muon", [weight], torch.device("cpu")).step()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {"highest"}
+
+
+def test_with_a_gradient_scaler_and_a_closure():
+    """A step that overflowed in fp16 is left out; the next one is that of the plain gradients."""
+    results = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        network = UNet(**NETWORK)
+        optimizer = make_optimizer("muon", network.parameters(), torch.device("cpu"))
+        optimizer.param_groups[0]["lr"] = 0.01
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=4.0)
+        scaler.scale(torch.zeros(1))  # makes its tensor
+        for bad in (True, False) if scaled else (False,):
+            gradients(network, 0)
+            for parameter in network.parameters():
+                parameter.grad *= (float("inf") if bad else 4.0) if scaled else 1.0
+            scaler.unscale_(optimizer)
+            step_unless_bad(optimizer, scaler, torch.tensor(float(bad)))
+            scaler.update(4.0)
+        results.append([parameter.detach() for parameter in network.parameters()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    weight = torch.nn.Parameter(torch.ones(2, 2, 1, 1))
+    optimizer = make_optimizer("muon", [weight], torch.device("cpu"))
+
+    def closure():
+        optimizer.zero_grad()
+        (loss := weight.square().sum()).backward()
+        return loss
+
+    assert optimizer.step(closure) == 4 and set(optimizer.state[weight]) == {"step", "exp_avg"}
+
+
+def test_without_a_fused_step_the_state_lies_beside_the_weights():
+    """As on MPS: a file's step counts begin on the CPU."""
+    weight = torch.nn.Parameter(torch.randn(2, 3, 3, 3, device="meta"))
+    optimizer = Muon([weight], lr=0.1, fused=False)
+    state = {"step": torch.ones(()), "exp_avg": torch.zeros(2, 3, 3, 3)}
+    restore_optimizer(optimizer, {"state": {0: state}})
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert {value.device.type for value in optimizer.state[weight].values()} == {"meta"}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_bad_gradient_changes_nothing(layout):
     torch.manual_seed(0)
-    network = UNet(**NETWORK)
+    network = UNet(**NETWORK).to(memory_format=layout)
     optimizer = make_optimizer("muon", network.parameters(), torch.device("cpu"), weight_decay=0.1)
     optimizer.param_groups[0]["lr"] = 0.01
     gradients(network, 0)

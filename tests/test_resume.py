@@ -140,7 +140,7 @@ def edited(path, change):
 
 
 def test_a_file_that_knows_no_shift_of_the_schedule_has_none(workplace, capsys):
-    run_main("train.py", *RUN, "--epochs", "1")
+    run_main("train.py", *RUN, "--epochs", "1", "--schedule", "cosine")
     old = edited(newest_run(workplace) / "last.pth", lambda checkpoint: checkpoint["config"].pop("schedule_shift"))
     with pytest.raises(SystemExit):
         run_main("train.py", "--resume", old, "--epochs", "2", "--schedule_shift", "0.5")

@@ -104,26 +104,38 @@ def lambdas(betas):
     return 0.5 * np.log(alpha_bar(betas) / (1 - alpha_bar(betas)))
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("shift", [0.5, -0.7])
-def test_a_shift_is_added_to_lambda(name, shift):
-    made, shifted = make_betas(name, 500), make_betas(name, 500, schedule_shift=shift)
-    free = shifted < 0.999
-    assert free[:-1].all()
-    np.testing.assert_allclose(lambdas(shifted)[free], lambdas(made)[free] + shift, rtol=1e-9, atol=1e-9)
-    np.testing.assert_array_equal(make_betas(name, 500, schedule_shift=0.0), made)
+SHIFTED = ("cosine", "sigmoid")
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.filterwarnings("ignore:.*x_T is not pure noise")
+@pytest.mark.parametrize("name", SHIFTED)
+@pytest.mark.parametrize("shift", [0.5, -0.7, 5, -5])
+@pytest.mark.parametrize("T", [50, 1000, 4000])
+def test_a_shift_is_added_to_lambda(name, shift, T):
+    made, shifted = make_betas(name, T), make_betas(name, T, schedule_shift=shift)
+    free = np.cumprod(shifted < 0.999).astype(bool)  # before the first capped one
+    assert free[: T // 4].all()
+    np.testing.assert_allclose(lambdas(shifted)[free], lambdas(made)[free] + shift, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(make_betas(name, T, schedule_shift=0.0), made)
+
+
+@pytest.mark.parametrize("name", SHIFTED)
 @pytest.mark.parametrize("shift", [0.5, -0.7, 1.25])
-def test_a_shifted_schedule_is_found_by_its_betas(name, shift):
-    found = find_schedule(make_betas(name, 1000, schedule_shift=shift).astype(np.float32))
-    assert found == {"schedule": name, "num_timesteps": 1000, "schedule_shift": shift}
+@pytest.mark.parametrize("T", [10, 1000])
+def test_a_shifted_schedule_is_found_by_its_betas(name, shift, T):
+    found = find_schedule(make_betas(name, T, schedule_shift=shift).astype(np.float32))
+    assert found == {"schedule": name, "num_timesteps": T, "schedule_shift": shift}
 
 
-def test_betas_of_others_whose_alpha_bar_is_zero_are_refused():
-    with pytest.raises(ValueError, match="no schedule of ours"):
-        find_schedule([0.9] * 500 + [0.5] * 500)
+def test_betas_close_to_a_schedule_but_not_of_it_have_no_shift():
+    for betas in (make_betas("cosine", 1000) * (1 + 5e-5 * np.arange(1000) / 1000), [0.9] * 500 + [0.5] * 500):
+        with pytest.raises(ValueError, match="no schedule of ours"):
+            find_schedule(betas)
+
+
+def test_the_linear_schedule_has_limits_instead_of_a_shift():
+    with pytest.raises(ValueError, match="schedule_low and schedule_high"):
+        make_betas("linear", 1000, schedule_shift=0.5)
 
 
 def test_a_single_beta_is_a_schedule_too():

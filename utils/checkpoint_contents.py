@@ -43,7 +43,7 @@ SETTINGS = {
     "attention_resolutions": Kind(int, 0, 31, range(33)), "num_groups": Kind(int, 1, MOST, words=("auto",)),
     "dropout": Kind(float, 0, 1), "activation_checkpointing": Kind(bool), "class_conditional": Kind(bool),
     "label_dropout": Kind(float, 0, 1), "schedule": Kind(str), "num_timesteps": Kind(int, 1, MOST),
-    "schedule_low": Kind(float, 0, 1e6), "schedule_high": Kind(float, 0, 1e6), "schedule_shift": Kind(float, -20, 20),
+    "schedule_low": Kind(float, 0, 1e6), "schedule_high": Kind(float, 0, 1e6), "schedule_shift": Kind(float, -5, 5),
     "prediction": Kind(str), "loss_type": Kind(str), "loss_weighting": Kind(str), "min_snr_gamma": Kind(float, 0, 1e6),
     "ema_decay": Kind(float, 0, 1), "ema_start": COUNT, "ema_warmup": Kind(bool), "resize_mode": Kind(str),
     "background": Kind(int, 0, 255, range(3, 4)), "val_split": Kind(float, 0, 1),

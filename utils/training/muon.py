@@ -1,4 +1,6 @@
 """Muon: orthogonal steps for the weights of convolutions, AdamW for everything else."""
+from contextlib import contextmanager
+
 import torch
 
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5  # a, b, c of Jordan et al. 2024
@@ -16,10 +18,16 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        for group in self.param_groups:
-            for weights in by_shape(group["params"]):
-                self.step_matrices(weights, group["lr"], group["betas"][0], group["weight_decay"])
-        return super().step(closure)  # of the weights that have their gradients still
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with full_precision():
+            for group in self.param_groups:
+                for weights in by_shape(group["params"]):
+                    self.step_matrices(weights, group["lr"], group["betas"][0], group["weight_decay"])
+        super().step()  # of the weights that have their gradients still
+        return loss
 
     def step_matrices(self, weights, lr, momentum, weight_decay):
         """One step of weights of one shape. It uses up their gradients."""
@@ -27,9 +35,9 @@ class Muon(torch.optim.AdamW):
         matrices = []
         for weight in weights:
             state, gradient = self.state_of(weight), weight.grad.masked_fill_(good == 0, 0)
-            average = state["exp_avg"].lerp_(gradient, good * (1 - momentum))
-            state["step"] += good
-            matrices.append(as_matrix(gradient.lerp_(average, momentum), weight))
+            ema = state["exp_avg"].lerp_(gradient, good * (1 - momentum))
+            state["step"] = state["step"].to(good.device) + good  # a file's is on the CPU
+            matrices.append(as_matrix(gradient.lerp_(ema, momentum), weight))
             weight.grad = None
         size = ADAM_SIZE * max(matrices[0].shape) ** 0.5
         for weight, step in zip(weights, orthogonal(torch.stack(matrices), good * lr * size)):
@@ -38,7 +46,7 @@ class Muon(torch.optim.AdamW):
             weight.sub_(as_weight(step, weight))
 
     def state_of(self, weight):
-        """Its number of steps and its momentum, under AdamW's names."""
+        """The weight's number of steps and the EMA of its gradient, under AdamW's names."""
         if not self.state[weight]:
             self.state[weight] = {"step": weight.new_zeros(()), "exp_avg": torch.zeros_like(weight)}
         return self.state[weight]
@@ -54,9 +62,9 @@ def by_shape(parameters):
 
 
 def as_matrix(tensor, weight):
-    """(out, in, h, w) -> (out, in*h*w), the columns as `weight` lies in memory: that copies least.
+    """(out, in, h, w) -> (out, in*h*w), with the columns in the order of `weight` in memory.
 
-    Their order does not matter: U V' has the same.
+    That saves a copy, and any order will do: U V' has the same.
     """
     return (tensor if weight.is_contiguous() else tensor.permute(0, 2, 3, 1)).reshape(len(tensor), -1)
 
@@ -66,6 +74,17 @@ def as_weight(matrix, weight):
     channels, height, width = weight.shape[1:]
     contiguous = weight.is_contiguous()
     return matrix.view_as(weight) if contiguous else matrix.view(-1, height, width, channels).permute(0, 3, 1, 2)
+
+
+@contextmanager
+def full_precision():
+    """Products of float32 in float32: `orthogonal` amplifies what bf16 would round off."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)
 
 
 def orthogonal(matrices, size=1.0):

@@ -81,7 +81,7 @@ def restore(checkpoint, source, parts, config):
             print(f"a file of weights alone: a run of its own starts from them at epoch 1; a {LAST} would go on")
         return Start()
     check_training(checkpoint, parts)
-    before = checkpoint["config"].get("optimizer_type", config.optimizer_type)
+    before = checkpoint["config"].get("optimizer_type", "adam")
     if "muon" in {before, config.optimizer_type} and before != config.optimizer_type:
         if distributed.is_main():
             print(f"the optimizer was {before} and is {config.optimizer_type}: its moments begin anew")
@@ -89,7 +89,8 @@ def restore(checkpoint, source, parts, config):
         restore_optimizer(parts.optimizer, checkpoint["optimizer"])
     if checkpoint["scaler"]:
         parts.scaler.load_state_dict(checkpoint["scaler"])
-    if all(checkpoint["config"].get(name) == getattr(config, name) for name in ("init_lr", "grad_clip", "precision")):
+    steps = ("init_lr", "grad_clip", "precision", "optimizer_type")  # a bad gradient may be their fault
+    if all(checkpoint["config"].get(name) == getattr(config, name) for name in steps):
         parts.meter.bad_in_row.fill_(checkpoint["bad_in_row"])  # else it has a new chance
     position = checkpoint["position"]
     epoch, images, batch_size = (position[name] for name in ("epoch", "images", "batch_size"))
