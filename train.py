@@ -118,8 +118,8 @@ class Config:
 PRESETS = {
     # The article's settings, as the block has them.
     "": {},
-    # Minutes without a GPU. v with the cosine schedule learns soonest, Muon's steps teach most, steps
-    # of few images most for their time, and a narrow network has time for many.
+    # Minutes without a GPU. v with the cosine schedule learns soonest, Muon's steps teach most, and
+    # a narrow network and small batches leave time for many.
     "quick": {
         "channel": 32, "num_res_blocks": 1, "dropout": 0.0, "prediction": "v", "schedule": "cosine",
         "epochs": 8, "batch_size": 16, "init_lr": 1.2e-3, "warmup": 0.01,

@@ -70,8 +70,8 @@ def make_betas(schedule="linear", num_timesteps=1000, schedule_low=1e-4, schedul
     if num_timesteps != int(num_timesteps) or num_timesteps < 1:
         raise ValueError(f"num_timesteps must be a whole number of at least 1, not {num_timesteps}")
     if schedule == "linear" and schedule_shift:
-        raise ValueError("schedule_shift moves the cosine and the sigmoid schedule: set schedule, or move the linear one "
-                         "by schedule_low and schedule_high")
+        raise ValueError("schedule_shift is for the cosine and the sigmoid schedule; move the linear one by "
+                         "schedule_low and schedule_high")
     betas = check_betas(SCHEDULES[schedule](int(num_timesteps), schedule_low, schedule_high))
     betas = check_betas(shift_betas(betas, schedule_shift)) if schedule_shift else betas
     alpha_bar_T = float(np.prod(1 - betas))

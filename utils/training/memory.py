@@ -7,7 +7,7 @@ from utils import distributed
 from utils.device import autocast
 
 USABLE = 0.9  # share of a device's memory that training can fill: the rest goes to libraries and gaps
-# Of the weights, whatever the batch. Muon keeps one moment of most, but computes in about as much again.
+# Of the weights, whatever the batch. Muon keeps one moment of most, and computes in about as much.
 COPIES = {"weights and EMA": 2, "gradients": 1, "moments": 2}
 
 
