@@ -374,7 +374,7 @@ def plot(report, path):
                   marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel="minutes of training", ylabel="Frechet distance")
     axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=3)
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
