@@ -282,7 +282,8 @@ def test_each_variant_of_a_recipe_changes_the_training_and_leaves_nothing_behind
                                   device=torch.device("cpu"))  # fmt: skip
 
     def losses(variant, images=24, **settings):
-        values = {"init_lr": 1e-2, "val_split": 0.5, "ema_start": 0, "batch_size": 8, **settings}
+        values = {"init_lr": 1e-2, "optimizer_type": "adam", "val_split": 0.5, "ema_start": 0, "batch_size": 8,
+                  **settings}
         steps, _, _, loss, *_ = recipes.measure(judge, variant, images, values)
         return steps, loss
 
