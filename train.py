@@ -83,7 +83,7 @@ class Config:
     init_lr: Literal["auto"] | float = "auto"            # highest learning rate; auto: 2e-4 * 128 / channel, up to 1e-3
     min_lr: float = 2e-6                                 # last learning rate
     warmup: float = 0.05                                 # share of all steps with a rising learning rate, at most 1000
-    optimizer_type: Literal[tuple(OPTIMIZERS)] = "adam"  # the optimizer
+    optimizer_type: Literal[tuple(OPTIMIZERS)] = "adam"  # the optimizer; muon: steps that teach more and take longer
     momentum: float = 0.9                                # beta 1 of the optimizer
     weight_decay: float = 0.0                            # weight decay of the optimizer
     lr_decay_type: Literal[tuple(DECAYS)] = "cos"        # how the learning rate falls
