@@ -1,4 +1,4 @@
-"""The mathematics of denoising diffusion. Read first schedules, then unet, diffusion, samplers."""
+"""The mathematics of denoising diffusion. Read first schedules, then unet, samplers, diffusion."""
 
 from .build import from_config, from_weights, load_weights
 from .diffusion import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, GaussianDiffusion

@@ -1,7 +1,6 @@
 """GaussianDiffusion: forward process, loss, EMA and sampling for a network (x_t, t, y)."""
 
 import copy
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import samplers
+from . import guidance, samplers
 from .ema import ema_weight, update_
 from .schedules import check_betas, check_choice, make_betas, schedule_tables
 
@@ -38,22 +37,6 @@ LOSS_WEIGHTINGS = {"none": None, "min_snr": np.minimum}  # Hang et al. 2023 ("Mi
 def extract(table, t, x):
     """table (T,), t (b,) -> table[t] as (b, 1, 1, 1), which broadcasts to the images x."""
     return table[t].reshape(-1, *(1,) * (x.ndim - 1))
-
-
-def within(interval):
-    """lambda -> whether it lies in the interval; None: always. ValueError for a reversed one."""
-    lowest, highest = interval or (-math.inf, math.inf)
-    if not lowest < highest:
-        raise ValueError(f"guidance_interval goes from the lower lambda to the higher, not {interval}")
-    return lambda value: lowest <= value <= highest
-
-
-def check_interval(interval, plan):
-    """ValueError for a guidance interval, or None, in which none of the plan's steps lies."""
-    lambdas = [samplers.half_log_snr(step.alpha_bar_t) for step in plan]
-    if not any(map(within(interval), lambdas)):
-        raise ValueError(f"no step is in the guidance_interval {interval}: their lambdas go from "
-                         f"{lambdas[0]:.3g} to {lambdas[-1]:.3g}")
 
 
 class GaussianDiffusion(nn.Module):
@@ -204,8 +187,8 @@ class GaussianDiffusion(nn.Module):
         """The function denoise(x_t, t: int) -> x_0 (float32) that the solvers call.
 
         y: class ids (b,). None is the null class, where the network has classes.
-        guidance_scale w: null + w (class - null), from one call on twice the batch. It is 1 + w of
-        Ho & Salimans 2022, equation 6; 1 is the conditional network without guidance.
+        guidance_scale: of guidance.lead_away, away from the null class, from one call on twice the
+        batch. 1 is the conditional network without guidance.
         guidance_interval: guidance acts where lambda is between these two, None: at each step
         (Kynkäänniemi et al. 2024, whose interval is of sigma: lambda = -log sigma).
         guiding_model: a weaker GaussianDiffusion in the place of the null class (Karras et al.
@@ -216,10 +199,10 @@ class GaussianDiffusion(nn.Module):
         """
         network = self.ema_model if use_ema else self.model
         to_x_0 = PREDICTIONS[self.prediction].to_x_0
-        self.check_guidance(guidance_scale, guiding_model)
+        guidance.check_weaker(self, guidance_scale, guiding_model)
         by_class = guidance_scale != 1 and guiding_model is None
         guide = guiding_model and guiding_model.denoiser(y, use_ema, clip=False)
-        in_interval = within(guidance_interval)
+        in_interval = guidance.within(guidance_interval)
         labels = {doubled: self.labels(y, doubled) for doubled in {False, by_class}}
         ts = torch.arange(self.num_timesteps, device=self.betas.device)  # ts[t:t+1] is a view, not a copy to the device
 
@@ -238,27 +221,13 @@ class GaussianDiffusion(nn.Module):
             output = output.float()
             if doubled:
                 conditional, null = output.chunk(2)
-                output = null + guidance_scale * (conditional - null)
+                output = guidance.lead_away(conditional, null, guidance_scale)
             x_0 = to_x_0(output, x, self.alpha_bars[t] ** 0.5, (1 - self.alpha_bars[t]) ** 0.5)
             if guided and guide:
-                weaker = guide(x, t)
-                x_0 = weaker + guidance_scale * (x_0 - weaker)
+                x_0 = guidance.lead_away(x_0, guide(x, t), guidance_scale)
             return x_0.clamp(-1, 1) if clip else x_0
 
         return denoise
-
-    def check_guidance(self, guidance_scale, guiding_model=None):
-        """ValueError for guidance, a scale other than 1, that has nothing to lead away from."""
-        if guiding_model is not None:
-            for name, words in (("img_size", "size"), ("img_channels", "number of channels"),
-                                ("num_classes", "number of classes"), ("null_class", "null class"),
-                                ("alpha_bars", "schedule")):  # fmt: skip
-                if getattr(guiding_model, name) != getattr(self, name):
-                    raise ValueError(f"the guiding model has another {words}: take an earlier file of the same run")
-        elif guidance_scale != 1 and self.null_class is None:
-            raise ValueError(f"guidance_scale {guidance_scale:g} needs a model with a null class: train with "
-                             "--class_conditional True and label_dropout above 0, or name an earlier file of the same "
-                             "run as --guiding_path")
 
     def labels(self, y, guided):
         """The class ids of one network call: y, or (y, null classes) for guidance.
@@ -315,7 +284,7 @@ class GaussianDiffusion(nn.Module):
         x = self.check_images(next(noise), batch_size, device, "noise")
         if init is not None:
             x = samplers.diffuse(self.check_images(init, batch_size, device, "init"), plan[0].alpha_bar_t, iter([x]))
-        check_interval(guidance_interval, plan)
+        guidance.check_interval(guidance_interval, plan)
         denoise = self.denoiser(y, use_ema, guidance_scale, clip, guidance_interval, guiding_model)
         yield from solver(denoise, x, plan, noise, **sampler_options)
 
