@@ -131,7 +131,7 @@ PRESETS = {
     "small": {
         "channel": 32, "channel_mults": (1, 2, 4, 4), "num_res_blocks": 1, "attention_resolutions": (2,),
         "dropout": 0.0, "prediction": "v", "schedule": "cosine",
-        "epochs": 60, "batch_size": 32, "init_lr": 1.4e-3, "optimizer_type": "muon", "ema_start": 500,
+        "epochs": 60, "batch_size": 32, "init_lr": 1.4e-3, "optimizer_type": "muon", "ema_start": 100,
         "ema_decay": 0.999,
     },
 }  # fmt: skip
