@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from nets import build
-from nets.guidance import check_interval, check_weaker, within
+from nets.guidance import check_interval, check_weaker_model, within
 from nets.samplers import DEFAULT_SPACING, SAMPLERS, SEEDS, SPACINGS, seeded_noise, slerp
 from nets.schedules import check_choice
 from utils import distributed
@@ -143,7 +143,7 @@ def check_model(config, diffusion, classes, guide):
         raise ValueError("--class_name: this model was trained without classes; train with --class_conditional True")
     if config.class_name:
         check_choice("class_name", config.class_name, classes)
-    check_weaker(diffusion, config.guidance_scale, guide)
+    check_weaker_model(diffusion, config.guidance_scale, guide)
     if config.interpolate and classes and not config.class_name:
         known = ", ".join(classes)
         raise ValueError(f"--interpolate stays within one class: name it with --class_name; known: {known}")

@@ -1,4 +1,4 @@
-"""Draws the figures of docs/how_it_works.md again, from the weights in the box.
+"""Draws the figures of docs/how_it_works.md again, most from the weights in the box.
 
 python -m docs.figures [NAME ...]     all of them, or those named
 """

@@ -1,4 +1,4 @@
-"""The example of docs/training.md: forty pictures, minutes, from the weights in the box.
+"""The example of docs/training.md: forty pictures, a few minutes from the weights in the box.
 
 python -m docs.fine_tuning FOLDER     draws the pictures there (CC0), trains, and draws the figure
 """

@@ -1,4 +1,4 @@
-"""The mathematics of denoising diffusion. Read first schedules, then unet, samplers, diffusion."""
+"""The mathematics of denoising diffusion. Read schedules, unet, samplers, diffusion."""
 
 from .build import from_config, from_weights, load_weights
 from .diffusion import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, GaussianDiffusion

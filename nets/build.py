@@ -3,7 +3,7 @@
 import torch
 
 from .diffusion import GaussianDiffusion
-from .guidance import check_weaker
+from .guidance import check_weaker_model
 from .schedules import check_choice, make_betas
 from .sizes import check_input_shape
 from .unet import UNet
@@ -64,7 +64,7 @@ def guiding_model(checkpoint, own, diffusion, use_ema=True):
         guide, _ = from_checkpoint(checkpoint, diffusion.img_size)
     except ValueError as error:
         raise ValueError(f"the guiding model: {error}") from None
-    check_weaker(diffusion, 1.0, guide)
+    check_weaker_model(diffusion, 1.0, guide)
     networks = [part.ema_model if use_ema else part.model for part in (diffusion, guide)]
     weights, others = ([value.half() for value in network.parameters()] for network in networks)  # as small files have
     if len(weights) == len(others) and all(map(torch.equal, weights, others)):

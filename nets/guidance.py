@@ -1,4 +1,4 @@
-"""Guidance: leads the prediction away from that of a weaker model.
+"""Guidance leads a prediction away from that of a weaker model.
 
 The weaker model is the network without a class (Ho & Salimans 2022, "classifier-free guidance"), or
 an earlier state of its training (Karras et al. 2024, "autoguidance").
@@ -33,10 +33,10 @@ def check_interval(interval, plan):
                          f"{lambdas[0]:.3g} to {lambdas[-1]:.3g}")
 
 
-def check_weaker(diffusion, scale, guiding_model=None):
-    """ValueError for guidance, a scale other than 1, without a weaker model of the same kind.
+def check_weaker_model(diffusion, scale, guiding_model=None):
+    """ValueError for a guiding model, a GaussianDiffusion, of another kind than the guided one.
 
-    guiding_model: a GaussianDiffusion. None: the network itself, without a class.
+    Without one: for a scale other than 1 where the network has no null class.
     """
     if guiding_model is not None:
         for name, words in (("img_size", "size"), ("img_channels", "number of channels"),

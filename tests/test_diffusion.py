@@ -1,4 +1,4 @@
-"""The forward process, the objectives, the moving average, guidance."""
+"""The forward process, the objectives, the EMA, labels."""
 
 import math
 
@@ -49,6 +49,10 @@ class Oracle(nn.Module):
 
 def small(model=None, betas=BETAS, **settings):
     return GaussianDiffusion(Scale() if model is None else model, (4, 6), 3, betas=betas, **settings)
+
+
+def guided(**settings):
+    return GaussianDiffusion(Scale(classes=4), (4, 6), 3, num_classes=4, betas=BETAS, null_class=3, **settings)
 
 
 @pytest.fixture
@@ -313,95 +317,7 @@ def test_the_average_is_never_trained():
     assert diffusion.ema_model.weight.grad is None and diffusion.model.weight.grad is not None
 
 
-# Guidance and labels
-
-
-def guided(**settings):
-    return GaussianDiffusion(Scale(classes=4), (4, 6), 3, num_classes=4, betas=BETAS, null_class=3, **settings)
-
-
-def test_guidance_one_is_the_plain_conditional_network(batch):
-    x_t = batch[0]
-    diffusion, y = guided(), torch.tensor([0, 1, 2, 0, 1])
-    x_0 = diffusion.denoiser(y, guidance_scale=1.0, clip=False)(x_t, 7)
-    assert diffusion.ema_model.calls == [(5, [7] * 5, y.tolist())]
-    with torch.no_grad():
-        plain = diffusion.ema_model(x_t, torch.full((5,), 7), y)
-    a, s = diffusion.alpha_bars[7] ** 0.5, (1 - diffusion.alpha_bars[7]) ** 0.5
-    torch.testing.assert_close(x_0, (x_t - s * plain) / a)
-
-
-def test_guidance_against_its_formula_in_one_call_of_the_network(batch):
-    x_t = batch[0]
-    diffusion, y = guided(prediction="x0"), torch.tensor([0, 1, 2, 0, 1])
-    x_0 = diffusion.denoiser(y, guidance_scale=2.5, clip=False)(x_t, 7)
-    assert diffusion.ema_model.calls == [(10, [7] * 10, y.tolist() + [3] * 5)]
-    conditional, null = 0.5 * x_t + y[:, None, None, None], 0.5 * x_t + 3
-    torch.testing.assert_close(x_0, null + 2.5 * (conditional - null))
-
-
-def test_guidance_acts_within_its_interval(batch):
-    """Outside it the network is called once for each image, as without guidance."""
-    x_t, y = batch[0], torch.tensor([0, 1, 2, 0, 1])
-    diffusion = guided(prediction="x0")
-    lambdas = [0.5 * math.log(alpha_bar / (1 - alpha_bar)) for alpha_bar in diffusion.alpha_bars]
-    interval = (lambdas[8], lambdas[6])  # it falls with t
-    denoise = diffusion.denoiser(y, guidance_scale=2.5, clip=False, guidance_interval=interval)
-    for t in range(4, 11):
-        diffusion.ema_model.calls.clear()
-        x_0, within = denoise(x_t, t), 6 <= t <= 8
-        assert [size for size, *_ in diffusion.ema_model.calls] == [10 if within else 5]
-        torch.testing.assert_close(x_0, diffusion.denoiser(y, guidance_scale=2.5 if within else 1, clip=False)(x_t, t))
-    images = [diffusion.sample(5, "cpu", y, steps=4, seeds=range(5), guidance_scale=2.5, guidance_interval=chosen)
-              for chosen in (None, (-99.0, 99.0), (0.0, 99.0))]  # fmt: skip
-    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
-
-
-def test_a_guiding_model_against_its_formula(batch):
-    """With or without classes, and of another prediction: both are x_0."""
-    x_t, y = batch[0], torch.tensor([0, 1, 2, 0, 1])
-    for diffusion, guide, labels in (
-        (guided(prediction="x0"), guided(prediction="eps"), y), (small(prediction="x0"), small(prediction="eps"), None),
-    ):  # fmt: skip
-        guide.ema_model.weight.fill_(0.25)
-        strong, weak = (model.denoiser(labels, clip=False)(x_t, 7) for model in (diffusion, guide))
-        x_0 = diffusion.denoiser(labels, guidance_scale=1.5, clip=False, guiding_model=guide)(x_t, 7)
-        torch.testing.assert_close(x_0, weak + 1.5 * (strong - weak))
-        assert (strong - weak).abs().max() > 0.1
-        itself = diffusion.denoiser(labels, guidance_scale=1.5, guiding_model=diffusion)(x_t, 7)
-        torch.testing.assert_close(itself, diffusion.denoiser(labels)(x_t, 7))
-
-
-@pytest.mark.parametrize(("words", "other"), [
-    ("size", {"img_size": (4, 4)}), ("number of channels", {"img_channels": 1}),
-    ("number of classes", {"num_classes": None, "null_class": None}), ("null class", {"null_class": None}),
-    ("schedule", {"betas": BETAS[:-1]}),
-])  # fmt: skip
-def test_a_guiding_model_of_another_kind_is_refused(words, other):
-    settings = {"img_size": (4, 6), "img_channels": 3, "num_classes": 4, "betas": BETAS, "null_class": 3}
-    diffusion, guide = (GaussianDiffusion(Scale(4), **{**settings, **changes}) for changes in ({}, other))
-    options = {"steps": 2, "guidance_scale": 2.0, "guiding_model": guide}
-    with pytest.raises(ValueError, match=f"the guiding model has another {words}"):
-        diffusion.sample(2, "cpu", torch.tensor([0, 1]), **options)
-
-
-def test_a_guidance_interval_has_a_step():
-    y = torch.tensor([0, 1])
-    for interval, words in (((1.0, -1.0), "from the lower lambda to the higher"), ((50.0, 60.0), "no step is in the")):
-        with pytest.raises(ValueError, match=words):
-            guided().sample(2, "cpu", y, sampler="ddim", steps=4, guidance_scale=2.0, guidance_interval=interval)
-    with pytest.raises(ValueError, match="from the lower lambda to the higher"):
-        guided().denoiser(y, guidance_scale=2.0, guidance_interval=(1.0, -1.0))
-
-
-def test_the_guiding_model_uses_its_ema_where_the_model_does(batch):
-    x_t, diffusion, guide = batch[0], small(prediction="x0"), small(prediction="x0")
-    values = {diffusion.model: 0.5, diffusion.ema_model: 0.4, guide.model: 0.3, guide.ema_model: 0.1}
-    for network, value in values.items():
-        network.weight.data.fill_(value)
-    for use_ema, own, away in ((True, 0.4, 0.1), (False, 0.5, 0.3)):
-        x_0 = diffusion.denoiser(None, use_ema, 2.0, clip=False, guiding_model=guide)(x_t, 7)
-        torch.testing.assert_close(x_0, (2 * own - away) * x_t)
+# Labels
 
 
 def test_without_labels_the_null_class_is_drawn():

@@ -419,7 +419,7 @@ def test_fewer_timesteps_than_the_default_steps_are_all_walked():
 
 
 def test_clipping_is_of_x_0_not_of_x_t():
-    """Without it the first cosine step amplifies an error 31 times.
+    """Without it the first of 50 cosine steps amplifies an error 632 times.
 
     Of x_t it would grey the picture.
     """

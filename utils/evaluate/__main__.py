@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from nets import GaussianDiffusion, build
-from nets.guidance import check_interval, check_weaker, within
+from nets.guidance import check_interval, check_weaker_model, within
 from nets.samplers import SAMPLERS, SEEDS, SPACINGS
 from utils.checkpoint import load_checkpoint
 from utils.checkpoint_contents import weights_digest
@@ -192,7 +192,7 @@ def load_model(config, device, precision):
         guide_path = find_weights(config.guiding_path)[0].resolve()
         print(f"guided away from: {guide_path}")
         guide = build.guiding_model(load_checkpoint(guide_path, lazily=True), checkpoint, diffusion, config.use_ema)
-    check_weaker(diffusion, config.guidance_scale, guide)
+    check_weaker_model(diffusion, config.guidance_scale, guide)
     for part in (diffusion, guide) if guide else (diffusion,):
         part.to(device=device, memory_format=memory_format(device, precision))
     return Model(diffusion, classes, checkpoint["config"], str(path.resolve()), guide, str(guide_path or ""))
