@@ -119,7 +119,8 @@ PRESETS = {
     # The article's settings, as the block has them.
     "": {},
     # Minutes without a GPU. v with the cosine schedule learns soonest, Muon's steps teach most, and
-    # a narrow network and small batches leave time for many.
+    # a narrow network and small batches leave time for many. The EMA begins early, as the
+    # run is short.
     "quick": {
         "channel": 32, "num_res_blocks": 1, "dropout": 0.0, "prediction": "v", "schedule": "cosine",
         "epochs": 8, "batch_size": 16, "init_lr": 1.2e-3, "warmup": 0.01,
@@ -127,7 +128,7 @@ PRESETS = {
     },
     # An hour on one core, minutes on a GPU: more channels where the images are small, which cost
     # little there, and batches that make Muon's share of the time small. Its network is that of the
-    # weights in the box.
+    # weights in the box. 60 epochs suit a few thousand images.
     "small": {
         "channel": 32, "channel_mults": (1, 2, 4, 4), "num_res_blocks": 1, "attention_resolutions": (2,),
         "dropout": 0.0, "prediction": "v", "schedule": "cosine",
