@@ -319,6 +319,7 @@ def test_a_list_saved_by_a_windows_editor_is_read(tmp_path):
     ("\0\1\2binary", None, "line 1: expected"),
     ("2;/d/a.png\n", "cats\ndogs\n", "uses class id 2, but .* names 2 classes only"),
     ("0;/d/a.png\n", None, "is missing or empty: run"),
+    ("0;/d/a.png\n", "cats\ndogs\r\ncats\n", "names cats twice: run"),
 ])
 def test_a_list_that_cannot_be_used_is_one_clear_line(tmp_path, text, classes, message):
     for name, content in (("train_lines.txt", text), ("train_classes.txt", classes)):

@@ -80,7 +80,7 @@ def test_values_are_written_as_in_python(name, text, value):
     ("mults", "1,x", "one alone as '1,'"), ("mults", "1,2.0", "int values"), ("mults", "1 2", "int values"),
     ("limit", "x", "a whole number or None"), ("limit", "9" * 400, "a whole number or None"),
     ("batch_size", str(2**63), "a whole number"),
-    ("init_lr", "9" * 400, "a number"),
+    ("init_lr", "9" * 400, "a number"), ("init_lr", "1e30", "a number"), ("init_lr", "1e999", "a number"),
 ])  # fmt: skip
 def test_other_values_are_refused_with_what_was_expected(name, text, words):
     with pytest.raises(ValueError, match=f"^--{name} ") as raised:
@@ -136,7 +136,7 @@ def test_each_default_of_the_scripts_can_be_typed(script):
 def test_values_out_of_range():
     check_values(Settings(), batch_size=(1, None), shape=(1, 64), init_lr=(0, 1))
     for values, name in (({"batch_size": 0}, "batch_size"), ({"shape": (8, 65)}, "shape"),
-                         ({"init_lr": float("nan")}, "init_lr")):
+                         ({"init_lr": 2.0}, "init_lr")):
         with pytest.raises(ValueError, match=f"{name} is .*: it must be "):
             check_values(Settings(**values), batch_size=(1, None), shape=(1, 64), init_lr=(0, 1))
     with pytest.raises(ValueError, match="between 1 and 64"):
@@ -145,7 +145,8 @@ def test_values_out_of_range():
 
 @pytest.mark.parametrize(("values", "words"), [
     ({"compile": "maybe"}, "compile is 'maybe': expected one of 'auto' or True or False"),
-    ({"batch_size": "64"}, "a whole number"),
+    ({"batch_size": "64"}, "a whole number"), ({"init_lr": float("nan")}, "init_lr is nan: expected a number"),
+    ({"init_lr": 1e30}, "a number"), ({"init_lr": float("inf")}, "a number"),
     ({"shape": (8, 8, 8)}, "2 int values"), ({"limit": 1.5}, "a whole number or None"), ({"loss_type": 2}, "text"),
 ])
 def test_an_edited_block_is_checked_like_typed_options(values, words):

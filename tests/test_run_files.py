@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ENVIRONMENT, PROJECT, TINY, command, newest_run, read_history, run, run_main, write_pictures
 
+import train
 from utils.checkpoint import load_checkpoint
 from utils.files import locked
 from utils.training import saving
@@ -198,3 +201,18 @@ def test_a_lock_refuses_another_process_only_while_it_is_held(tmp_path):
     with locked(tmp_path, "busy"):
         assert b"ValueError: busy" in subprocess.run([sys.executable, "-c", script], capture_output=True).stderr
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+
+
+def test_other_checkpoints_do_not_put_off_last_pth(tmp_path, monkeypatch):
+    """Short epochs with a best.pth each, or an epoch file, would keep it from being written."""
+    monkeypatch.setattr(saving, "images_fingerprint", lambda dataset: "")
+    monkeypatch.setattr(saving, "save_checkpoint", lambda path, state: None)
+    parts = SimpleNamespace(dataset=SimpleNamespace(classes=[]), diffusion=torch.nn.Linear(1, 1))
+    parts.diffusion.ema_step = 0
+    config = train.Config(save_minutes=10)
+    checkpoints = saving.Checkpoints(tmp_path, config, parts, lambda name, write: write() is None)
+    checkpoints.saved, checkpoints.seconds = time.monotonic() - 3600, 100.0
+    for name in ("best.pth", "epoch_0001.pth"):
+        assert checkpoints.write(name) and checkpoints.is_cheap()
+    assert checkpoints.is_due()
+    assert checkpoints.write("last.pth") and not checkpoints.is_due() and checkpoints.seconds < 100

@@ -101,8 +101,7 @@ def parse_value(name, text, expected):
 
 def fit_saved(name, value, expected, source):
     """A value of a file as its setting's type; lists become tuples. ValueError names `source`."""
-    finite = not isinstance(value, (int, float)) or abs(value) < LARGEST  # NaN is no smaller either
-    return _fitted(f"{source}: {name} is {shown(value)}", value if finite else _NO_FIT, expected)
+    return _fitted(f"{source}: {name} is {shown(value)}", value, expected)
 
 
 def shown(value):
@@ -143,7 +142,7 @@ def _fit(value, kind, text):
                      if type(choice) is type(found) and choice == found), _NO_FIT)
     if kind is str:
         return value if isinstance(value, str) else _NO_FIT if text is None else text
-    if type(value) is int and abs(value) >= LARGEST:  # PyTorch counts in 64 bits
+    if type(value) in (int, float) and not abs(value) < LARGEST:  # PyTorch counts in 64 bits; NaN is no smaller
         return _NO_FIT
     if kind is float and type(value) is int:
         return float(value)

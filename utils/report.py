@@ -115,7 +115,10 @@ def settings_table(config):
     """Name, value and train.py's own value, where they differ. Its block is read, not run."""
     nodes = ast.parse(SCRIPT.read_text(encoding="utf-8")).body
     block = next(node for node in nodes if getattr(node, "name", "") == "Config")
-    values = {line.target.id: ast.literal_eval(line.value) for line in block.body if isinstance(line, ast.AnnAssign)}
+    values = {}
+    for line in block.body:
+        with suppress(ValueError, AttributeError):  # an expression, 10 ** 3; no setting, a docstring
+            values[line.target.id] = ast.literal_eval(line.value)
     values = json.loads(json.dumps(values))  # tuples as lists, as in the run's file
     rows = [(name, config[name], value) for name, value in values.items() if config.get(name, value) != value]
     return table([("", "this run", "train.py"), *rows] if rows else [])

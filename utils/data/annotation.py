@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,9 @@ def read_annotation(annotation_path):
     if len(classes) <= max(labels):
         raise ValueError(f"{annotation_path} uses class id {max(labels)}, but {names_path} "
                          f"{f'names {len(classes)} classes only' if classes else 'is missing or empty'}: {RUN_AGAIN}")
+    again = next((name for name, times in Counter(classes).items() if times > 1), None)
+    if again is not None:  # a checkpoint with such names could not be loaded
+        raise ValueError(f"{names_path} names {printable(again)} twice: {RUN_AGAIN}")
     return Annotation(list(paths), labels, classes)
 
 

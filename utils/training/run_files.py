@@ -114,7 +114,9 @@ class RunFiles:
         self.bar.close()
         shown = "" if loss is None else f", loss {loss:.4f}"
         if not self.attempt.failed:
-            print(f"done{shown}: weights in {(self.folder / LAST).resolve()}; `python predict.py` draws with them")
+            model = "" if self.folder.resolve().parent == Path("logs").resolve() else f" --model_path {self.folder}"
+            print(f"done{shown}: weights in {(self.folder / LAST).resolve()}; "
+                  f"`python predict.py{model}` draws with them")
             _, epoch = self.history.lowest("val_loss")
             if epoch:
                 print(f"the validation loss was lowest after epoch {epoch}: `python predict.py --model_path "

@@ -18,7 +18,7 @@ class Checkpoints:
     def __init__(self, folder, config, parts, attempt):
         self.folder, self.config, self.parts, self.attempt = folder, config, parts, attempt
         self.fingerprint = images_fingerprint(parts.dataset)
-        self.saved, self.seconds = time.monotonic(), 0.0  # when the last save ended, and how long it took
+        self.saved, self.seconds = time.monotonic(), 0.0  # when last.pth was written, and how long it took
 
     def is_due(self):
         """Whether `save_minutes` are over. True once: other processes hear of it later."""
@@ -63,5 +63,6 @@ class Checkpoints:
         else:
             self.attempt.failed.add(name)
             tqdm.write(f"NOT SAVED: the weights hold NaN or infinity; {self.folder / name} stays as it was")
-        self.saved, self.seconds = time.monotonic(), time.monotonic() - began
+        if name == LAST:  # best.pth or an epoch file does not put it off
+            self.saved, self.seconds = time.monotonic(), time.monotonic() - began
         return written
