@@ -105,3 +105,11 @@ def test_a_browser_shows_the_preview_of_the_slider(finished, tmp_path):
     done = subprocess.run([BROWSER, *options, page.as_uri()], capture_output=True, text=True, timeout=120)
     first = report.embedded(Path("results/train_out", finished.name, "epoch_0001.png"))
     assert f"<title>epoch 0001 {len(first)}</title>" in done.stdout
+
+
+def test_an_expression_in_the_block_is_left_out_of_the_table(tmp_path, monkeypatch):
+    script = tmp_path / "train.py"
+    script.write_text("class Config:\n    epochs: int = 10 ** 3\n    seed: int = 0\n")
+    monkeypatch.setattr(report, "SCRIPT", script)
+    table = report.settings_table({"epochs": 5, "seed": 1})
+    assert "<td>seed</td><td>1</td><td>0</td>" in table and "epochs" not in table

@@ -216,3 +216,11 @@ def test_other_checkpoints_do_not_put_off_last_pth(tmp_path, monkeypatch):
         assert checkpoints.write(name) and checkpoints.is_cheap()
     assert checkpoints.is_due()
     assert checkpoints.write("last.pth") and not checkpoints.is_due() and checkpoints.seconds < 100
+
+
+@pytest.mark.parametrize(("save_dir", "command"), [("logs", "python predict.py"),
+                                                   ("runs", "python predict.py --model_path runs/")])
+def test_the_end_of_a_run_names_a_command_that_draws_with_it(workplace, capsys, save_dir, command):
+    run_main("train.py", *TINY, "--epochs", "1", "--save_dir", save_dir)
+    named = capsys.readouterr().out.split("`")[1]
+    assert named.startswith(command) and ("--model_path" in named) == (save_dir != "logs")

@@ -116,8 +116,8 @@ def settings_table(config):
     nodes = ast.parse(SCRIPT.read_text(encoding="utf-8")).body
     block = next(node for node in nodes if getattr(node, "name", "") == "Config")
     values = {}
-    for line in block.body:
-        with suppress(ValueError, AttributeError):  # an expression, 10 ** 3; no setting, a docstring
+    for line in (line for line in block.body if isinstance(line, ast.AnnAssign)):
+        with suppress(ValueError):  # an expression, like 10 ** 3
             values[line.target.id] = ast.literal_eval(line.value)
     values = json.loads(json.dumps(values))  # tuples as lists, as in the run's file
     rows = [(name, config[name], value) for name, value in values.items() if config.get(name, value) != value]
