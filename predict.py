@@ -1,4 +1,5 @@
 """Draw new pictures with a trained model. Each setting is an option: --num_images 100."""
+
 import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is no traceback)
 
 # isort: split
@@ -33,6 +34,7 @@ MASKED_STEPS = 250  # with 10 resamplings as in the RePaint paper, section 5.1; 
 CALLS_WORTH_COMPILING = 5000  # compiling takes about a minute
 
 
+# fmt: off
 @settings
 class Config:
     # Model
@@ -75,6 +77,7 @@ class Config:
     device: str = "auto"                          # auto, cuda, mps or cpu
     precision: Literal[("auto", *DTYPES)] = "auto"  # numbers that the network computes in
     compile: Literal["auto"] | bool = "auto"      # compile the network: pays for thousands of network calls
+# fmt: on
 
 
 def main(arguments=None):
@@ -121,8 +124,18 @@ def main(arguments=None):
 
 def check(config, typed):
     """ValueError for a setting out of range, and for settings that exclude or need each other."""
-    check_values(config, num_images=(1, None), batch_size=(1, None), seed=(-1, SEEDS - 1), seed_to=(-1, SEEDS - 1),
-                 steps=(0, None), eta=(0, 1), guidance_scale=(0, 1000), resamplings=(1, 10**6), interpolate=(0, 10**4))
+    check_values(
+        config,
+        num_images=(1, None),
+        batch_size=(1, None),
+        seed=(-1, SEEDS - 1),
+        seed_to=(-1, SEEDS - 1),
+        steps=(0, None),
+        eta=(0, 1),
+        guidance_scale=(0, 1000),
+        resamplings=(1, 10**6),
+        interpolate=(0, 10**4),
+    )
     within(config.guidance_interval)  # before anything is loaded
     check_combinations(config, typed)
 
@@ -163,11 +176,22 @@ def resolve(config, typed, diffusion, classes):
     if grid_rows(config, classes) and "num_images" not in typed and num_images == SHOWN:
         num_images = COLUMNS * grid_rows(config, classes)
     if not config.interpolate and seed + num_images > SEEDS:
-        raise ValueError(f"seed {seed}: the last of {num_images} pictures would have the seed {seed + num_images - 1}, "
-                         f"and they end at {SEEDS - 1}: lower --seed or --num_images")
+        raise ValueError(
+            f"seed {seed}: the last of {num_images} pictures would have the seed {seed + num_images - 1}, "
+            f"and they end at {SEEDS - 1}: lower --seed or --num_images"
+        )
     seed_to = config.seed_to if config.seed_to >= 0 else seed + 1
-    return replace(config, seed=seed, seed_to=seed_to, sampler=sampler, spacing=spacing, strength=strength, steps=steps,
-                   num_images=num_images, input_shape=diffusion.img_size)
+    return replace(
+        config,
+        seed=seed,
+        seed_to=seed_to,
+        sampler=sampler,
+        spacing=spacing,
+        strength=strength,
+        steps=steps,
+        num_images=num_images,
+        input_shape=diffusion.img_size,
+    )
 
 
 def grid_rows(config, classes):
@@ -196,8 +220,9 @@ def sample(config, diffusion, labels, options, files):
     batches = range(0, config.num_images, size)[rank::processes]
     noise = (lambda numbers: noise_between_seeds(config, diffusion, numbers)) if config.interpolate else None
     pause = 0.1 if sys.stderr.isatty() else 10  # seconds between two states of the progress bar
-    with tqdm(total=len(batches) * config.steps, unit="step", disable=rank > 0, dynamic_ncols=True,
-              mininterval=pause) as bar:
+    with tqdm(
+        total=len(batches) * config.steps, unit="step", disable=rank > 0, dynamic_ncols=True, mininterval=pause
+    ) as bar:
         firsts = list(unfinished(batches, config, files, bar))  # a file that is not ours ends it before the first step
         done, began = 0, time.monotonic()
         for first, steps in sample_batches(diffusion, firsts, size, config.seed, labels, noise, **options):

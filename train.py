@@ -1,4 +1,5 @@
 """Train a DDPM on the pictures of train_lines.txt. Each setting is an option: --batch_size 32."""
+
 import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is no traceback)
 
 # isort: split
@@ -40,6 +41,7 @@ from utils.training.summary import print_dry_run, print_summary
 from utils.training.validation import validation_loss
 
 
+# fmt: off
 @settings
 class Config:
     preset: "Literal[tuple(PRESETS)]" = ""               # settings by one name, see PRESETS; "": the article's
@@ -135,7 +137,8 @@ PRESETS = {
         "epochs": 60, "batch_size": 32, "init_lr": 1.4e-3, "optimizer_type": "muon", "ema_start": 100,
         "ema_decay": 0.999,
     },
-}  # fmt: skip
+}
+# fmt: on
 
 
 class Parts(NamedTuple):
@@ -191,14 +194,38 @@ def read_settings(arguments=None):
 def check(config):
     """ValueError now for a setting out of range: it would fail later."""
     check_values(
-        config, input_shape=(1, 2**14), background=(0, 255), num_workers=(0, 1024),
-        channel=(1, 2**16), channel_mults=(1, 1024), num_res_blocks=(1, 1024), num_groups=(1, None), dropout=(0, 0.99),
-        label_dropout=(0, 0.99), num_timesteps=(1, 10**6), schedule_shift=(-5, 5), min_snr_gamma=(0, None),
-        epochs=(1, None), batch_size=(1, None), accumulate=(1, None), init_lr=(0, None), min_lr=(0, None),
-        warmup=(0, 1), momentum=(0, 0.9999), weight_decay=(0, None), grad_clip=(0, None), max_bad_steps=(1, None),
-        ema_decay=(0, 1), ema_start=(0, None), save_period=(1, None), save_minutes=(0, None), keep_last=(0, None),
-        preview_period=(0, None), preview_steps=(1, None), val_split=(0, 0.9),
-    )  # fmt: skip
+        config,
+        input_shape=(1, 2**14),
+        background=(0, 255),
+        num_workers=(0, 1024),
+        channel=(1, 2**16),
+        channel_mults=(1, 1024),
+        num_res_blocks=(1, 1024),
+        num_groups=(1, None),
+        dropout=(0, 0.99),
+        label_dropout=(0, 0.99),
+        num_timesteps=(1, 10**6),
+        schedule_shift=(-5, 5),
+        min_snr_gamma=(0, None),
+        epochs=(1, None),
+        batch_size=(1, None),
+        accumulate=(1, None),
+        init_lr=(0, None),
+        min_lr=(0, None),
+        warmup=(0, 1),
+        momentum=(0, 0.9999),
+        weight_decay=(0, None),
+        grad_clip=(0, None),
+        max_bad_steps=(1, None),
+        ema_decay=(0, 1),
+        ema_start=(0, None),
+        save_period=(1, None),
+        save_minutes=(0, None),
+        keep_last=(0, None),
+        preview_period=(0, None),
+        preview_steps=(1, None),
+        val_split=(0, 0.9),
+    )
     if config.lr_decay_type == "step" and not (config.init_lr and config.min_lr):
         raise ValueError("lr_decay_type step falls by a factor and cannot reach 0: set init_lr and min_lr above 0")
     check_levels(config.channel_mults, config.attention_resolutions)
@@ -209,18 +236,27 @@ def resolve(config):
     """(Config with every "auto" replaced by what fits this machine, torch.device)."""
     device = choose_device(config.device, distributed.local_rank(), distributed.world_size())
     return replace(
-        config, device=str(device) if distributed.world_size() == 1 else device.type,
-        precision=choose_precision(config.precision, device), compile=choose_compile(config.compile, device),
+        config,
+        device=str(device) if distributed.world_size() == 1 else device.type,
+        precision=choose_precision(config.precision, device),
+        compile=choose_compile(config.compile, device),
         num_groups=choose_groups(config.num_groups, config.channel),
         init_lr=choose_learning_rate(config.init_lr, config.channel),
-    ), device  # fmt: skip
+    ), device
 
 
 def prepare(config, device, checkpoint=None):
     """The Parts, with the checkpoint's weights where there is one."""
     with distributed.one_per_machine_first():
-        images = open_dataset(config.annotation_path, config.input_shape, config.img_channels, config.resize_mode,
-                              config.background, config.num_workers, icc=config.icc)  # fmt: skip
+        images = open_dataset(
+            config.annotation_path,
+            config.input_shape,
+            config.img_channels,
+            config.resize_mode,
+            config.background,
+            config.num_workers,
+            icc=config.icc,
+        )
     if checkpoint and config.start_from and "position" not in checkpoint:
         checkpoint = build.with_classes(checkpoint, asdict(config), images.classes)
     check_classes(config, images.classes, checkpoint)
@@ -236,19 +272,32 @@ def prepare(config, device, checkpoint=None):
     diffusion = diffusion.to(device=device, memory_format=layout).train()
     trained = [parameter for parameter in diffusion.parameters() if parameter.requires_grad]
     return Parts(
-        device, layout, dataset, validation, batch_size, diffusion, model=distributed.wrap(diffusion),
+        device,
+        layout,
+        dataset,
+        validation,
+        batch_size,
+        diffusion,
+        model=distributed.wrap(diffusion),
         optimizer=make_optimizer(config.optimizer_type, trained, device, config.momentum, config.weight_decay),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        meter=Meter(device, config.num_timesteps), generator=torch.Generator(device),
-    )  # fmt: skip
+        meter=Meter(device, config.num_timesteps),
+        generator=torch.Generator(device),
+    )
 
 
 def train(config, parts, folder, start):
     """The training loop, from the position in `start` to the last epoch, or to a signal."""
     rank, world_size, batch_size = distributed.rank(), distributed.world_size(), parts.batch_size
     steps_per_epoch = len(parts.dataset) // batch_size
-    learning_rate_at = partial(learning_rate, total_steps=config.epochs * steps_per_epoch, init_lr=config.init_lr,
-                               min_lr=config.min_lr, warmup=config.warmup, decay=config.lr_decay_type)  # fmt: skip
+    learning_rate_at = partial(
+        learning_rate,
+        total_steps=config.epochs * steps_per_epoch,
+        init_lr=config.init_lr,
+        min_lr=config.min_lr,
+        warmup=config.warmup,
+        decay=config.lr_decay_type,
+    )
     compile_network(config, parts.diffusion)
     agreement = distributed.Agreement()
     with StopSignal() as stop, RunFiles(folder, config, parts, start) as files:

@@ -1,4 +1,5 @@
 """List the images below datasets/ in train_lines.txt, for train.py."""
+
 import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is no traceback)
 
 # isort: split
@@ -13,6 +14,7 @@ from utils.errors import run_script
 from utils.terminal import printable
 
 
+# fmt: off
 @settings
 class Config:
     datasets_path: str = "datasets"           # folder of the images; folders below their common root are classes
@@ -20,6 +22,7 @@ class Config:
     verify: bool = True                       # decode every image and leave out the bad ones (False: read headers only)
     num_workers: int = 0                      # threads that decode; 0 = all cores
     download: str = ""                        # fetch flowers102 cifar10 fashion_mnist mnist celeba oxford_pets or stl10
+# fmt: on
 
 
 def main(arguments=None):

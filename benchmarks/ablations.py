@@ -1,7 +1,8 @@
 """The candidates of NOTES.md, each beside the path that it would replace.
 
-    python -m benchmarks.ablations --sections step
+python -m benchmarks.ablations --sections step
 """
+
 import copy
 import functools
 from dataclasses import replace
@@ -27,15 +28,15 @@ CHANNELS_LAST = torch.channels_last
 class Config:
     # what is compared, with commas between
     sections: str = "step,parts,norm,dropout,attention,upsample,drawing,checkpointing"
-    channel: int = 64                       # width of the network
-    batch_size: int = 16                    # pictures a step, 32x32
-    rounds: int = 7                         # interleaved rounds
-    threads: int = 1                        # of PyTorch; 0: one a core
+    channel: int = 64  # width of the network
+    batch_size: int = 16  # pictures a step, 32x32
+    rounds: int = 7  # interleaved rounds
+    threads: int = 1  # of PyTorch; 0: one a core
     # cpu: this process's own time, with one thread undisturbed by other programs
     clock: Literal["wall", "cpu"] = "cpu"
-    device: str = "auto"                    # auto, cuda or cpu
-    precision: str = "auto"                 # auto, fp32 or bf16, of whole networks
-    profile: bool = False                   # print where the network's time goes instead
+    device: str = "auto"  # auto, cuda or cpu
+    precision: str = "auto"  # auto, fp32 or bf16, of whole networks
+    profile: bool = False  # print where the network's time goes instead
 
 
 def main():
@@ -75,12 +76,14 @@ def plain(norm, activation, x, conv, dropout=None):
 
 def backward(config, network, batch, norm_act_conv=DISPATCH):
     """The forward and backward pass of norm, activation, dropout and convolution by one path."""
+
     def step():
         unet.norm_act_conv = norm_act_conv
         with autocast(batch[0].device, config.precision):
             loss = network(*batch).float().square().mean()
         loss.backward()
         unet.norm_act_conv = DISPATCH
+
     return step
 
 
@@ -101,9 +104,12 @@ def parts_section(config, device):
     optimizer = make_optimizer("adam", trained, device)
     step()
     diffusion.ema_step = diffusion.ema_start
-    return {"network, forward and backward": step, "clipping": lambda: clip_grad_norm_(trained, 1.0),
-            "fused Adam": optimizer.step,
-            "moving average": diffusion.update_ema}
+    return {
+        "network, forward and backward": step,
+        "clipping": lambda: clip_grad_norm_(trained, 1.0),
+        "fused Adam": optimizer.step,
+        "moving average": diffusion.update_ema,
+    }
 
 
 def print_profile(config, device):
@@ -116,8 +122,12 @@ def print_profile(config, device):
             step()
     events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
-    print(markdown(("operation", "share of the time"),
-                   [(event.key, f"{event.self_cpu_time_total / total:.1%}") for event in events[:16]]))
+    print(
+        markdown(
+            ("operation", "share of the time"),
+            [(event.key, f"{event.self_cpu_time_total / total:.1%}") for event in events[:16]],
+        )
+    )
 
 
 def gradients(function, *tensors):
@@ -206,8 +216,10 @@ def drawing_section(config, device):
     network = network_of(config, device, CHANNELS_LAST).eval().requires_grad_(False)
     own, rounded = network_of(config, device).eval().requires_grad_(False), copy.deepcopy(network)
     round_weights(rounded, "bf16")
-    batch, one = batch_of(config, device, CHANNELS_LAST), [tensor[:1]
-                                                           for tensor in batch_of(config, device, CHANNELS_LAST)]
+    batch, one = (
+        batch_of(config, device, CHANNELS_LAST),
+        [tensor[:1] for tensor in batch_of(config, device, CHANNELS_LAST)],
+    )
 
     def half(network, batch, norm_act_conv=DISPATCH):
         def call():
@@ -215,30 +227,40 @@ def drawing_section(config, device):
             with torch.no_grad(), autocast(device, "bf16"):
                 network(*batch)
             unet.norm_act_conv = DISPATCH
+
         return call
 
     return {
         "fp32, PyTorch's own layout": torch.no_grad()(lambda: own(*batch)),
         "fp32, channels_last": torch.no_grad()(lambda: network(*batch)),
         "fp32, channels_last, inference_mode": torch.inference_mode()(lambda: network(*batch)),
-        "bf16, plain": half(rounded, batch, plain), "bf16, fused norm": half(rounded, batch),
-        "bf16, one picture": half(network, one), "bf16, one picture, rounded weights": half(rounded, one),
-    }  # fmt: skip
+        "bf16, plain": half(rounded, batch, plain),
+        "bf16, fused norm": half(rounded, batch),
+        "bf16, one picture": half(network, one),
+        "bf16, one picture, rounded weights": half(rounded, one),
+    }
 
 
 def checkpointing_section(config, device):
     network, batch = network_of(config, device, CHANNELS_LAST), batch_of(config, device, CHANNELS_LAST)
     saving = copy.deepcopy(network)
     saving.activation_checkpointing = True
-    return {"all activations kept": backward(config, network, batch),
-            "activation checkpointing": backward(config, saving, batch)}
+    return {
+        "all activations kept": backward(config, network, batch),
+        "activation checkpointing": backward(config, saving, batch),
+    }
 
 
 SECTIONS = {
-    "step": step_section, "parts": parts_section, "norm": norm_section, "dropout": dropout_section,
-    "attention": attention_section, "upsample": upsample_section, "drawing": drawing_section,
+    "step": step_section,
+    "parts": parts_section,
+    "norm": norm_section,
+    "dropout": dropout_section,
+    "attention": attention_section,
+    "upsample": upsample_section,
+    "drawing": drawing_section,
     "checkpointing": checkpointing_section,
-}  # fmt: skip
+}
 
 
 if __name__ == "__main__":

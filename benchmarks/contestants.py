@@ -8,6 +8,7 @@ and bf16 there too as a contestant of its own); denoising-diffusion-pytorch runs
 float32 on a CPU unless `cpu_precision` says otherwise. A package that is missing is a
 ModuleNotFoundError here.
 """
+
 import copy
 import functools
 from dataclasses import dataclass
@@ -56,10 +57,15 @@ class Ours:
         paths = find_images(job.images)
         write_annotation(job.scratch / "train_lines.txt", paths)
         self.config = train.Config(
-            annotation_path=str(job.scratch / "train_lines.txt"), input_shape=(job.size, job.size), channel=job.channel,
-            dropout=job.dropout, batch_size=job.batch_size, device=job.device.type, img_channels=job.img_channels,
+            annotation_path=str(job.scratch / "train_lines.txt"),
+            input_shape=(job.size, job.size),
+            channel=job.channel,
+            dropout=job.dropout,
+            batch_size=job.batch_size,
+            device=job.device.type,
+            img_channels=job.img_channels,
             num_groups=32,  # as diffusers has
-        )  # fmt: skip
+        )
         with quiet():
             self.config, _ = train.resolve(self.config)
             self.parts = train.prepare(self.config, job.device)
@@ -75,8 +81,9 @@ class Ours:
     def train_step(self):
         """A batch and the step of train.py's loop."""
         images, labels = next(self.batches)
-        lr = learning_rate(self.step, 10_000, self.config.init_lr, self.config.min_lr, self.config.warmup,
-                           self.config.lr_decay_type)
+        lr = learning_rate(
+            self.step, 10_000, self.config.init_lr, self.config.min_lr, self.config.warmup, self.config.lr_decay_type
+        )
         train.train_step(self.config, self.parts, images, labels, 0, self.step * self.parts.batch_size, lr)
         self.parts.meter.latest()
         self.step += 1
@@ -93,8 +100,9 @@ class Ours:
     def denoise_step(self):
         """One step of ddpm, as `sample` takes it."""
         if not hasattr(self, "steps"):
-            self.steps = forever(lambda: self.drawing.sample_steps(self.job.batch_size, self.job.device,
-                                                                   sampler="ddpm"))
+            self.steps = forever(
+                lambda: self.drawing.sample_steps(self.job.batch_size, self.job.device, sampler="ddpm")
+            )
         with autocast(self.job.device, self.precision):
             next(self.steps)
 
@@ -120,10 +128,15 @@ class Files(torch.utils.data.Dataset):
 
         self.mode = "L" if img_channels == 1 else "RGB"
         self.paths = find_images(folder)
-        self.transform = transforms.Compose([
-            transforms.Resize(size, interpolation=transforms.InterpolationMode.BILINEAR), transforms.CenterCrop(size),
-            transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize([0.5], [0.5]),
-        ])  # fmt: skip
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize(size, interpolation=transforms.InterpolationMode.BILINEAR),
+                transforms.CenterCrop(size),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize([0.5], [0.5]),
+            ]
+        )
 
     def __len__(self):
         return len(self.paths)
@@ -153,12 +166,25 @@ class Diffusers:
         down, up = ["DownBlock2D"] * len(MULTS), ["UpBlock2D"] * len(MULTS)
         down[1], up[-2] = "AttnDownBlock2D", "AttnUpBlock2D"
         model = UNet2DModel(
-            sample_size=job.size, in_channels=job.img_channels, out_channels=job.img_channels, layers_per_block=2,
-            block_out_channels=tuple(job.channel * mult for mult in MULTS), dropout=job.dropout,
-            down_block_types=tuple(down), up_block_types=tuple(up), attention_head_dim=None,
-        )  # fmt: skip
-        self.ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75,
-                            model_cls=UNet2DModel, model_config=model.config)
+            sample_size=job.size,
+            in_channels=job.img_channels,
+            out_channels=job.img_channels,
+            layers_per_block=2,
+            block_out_channels=tuple(job.channel * mult for mult in MULTS),
+            dropout=job.dropout,
+            down_block_types=tuple(down),
+            up_block_types=tuple(up),
+            attention_head_dim=None,
+        )
+        self.ema = EMAModel(
+            model.parameters(),
+            decay=0.9999,
+            use_ema_warmup=True,
+            inv_gamma=1.0,
+            power=0.75,
+            model_cls=UNet2DModel,
+            model_config=model.config,
+        )
         self.scheduler = DDPMScheduler(num_train_timesteps=1000)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
         files = Files(job.images, job.size, job.img_channels)
@@ -234,15 +260,23 @@ class Lucidrains:
         from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
 
         self.job = job
-        self.network = Unet(dim=job.channel, dim_mults=MULTS, dropout=job.dropout, channels=job.img_channels,
-                            flash_attn=True)
+        self.network = Unet(
+            dim=job.channel, dim_mults=MULTS, dropout=job.dropout, channels=job.img_channels, flash_attn=True
+        )
         diffusion = GaussianDiffusion(self.network, image_size=job.size, timesteps=1000).to(job.device)
         self.precision = "bf16" if job.device.type == "cuda" else self.cpu_precision
         self.trainer = Trainer(
-            diffusion, str(job.images), train_batch_size=job.batch_size, train_lr=8e-5, train_num_steps=0,
-            calculate_fid=False, amp=self.precision == "bf16", mixed_precision_type="bf16",
-            save_and_sample_every=10**9, results_folder=str(job.scratch / "results"),
-        )  # fmt: skip
+            diffusion,
+            str(job.images),
+            train_batch_size=job.batch_size,
+            train_lr=8e-5,
+            train_num_steps=0,
+            calculate_fid=False,
+            amp=self.precision == "bf16",
+            mixed_precision_type="bf16",
+            save_and_sample_every=10**9,
+            results_folder=str(job.scratch / "results"),
+        )
         self.diffusion = diffusion
 
     def train_step(self):

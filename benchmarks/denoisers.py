@@ -4,6 +4,7 @@
 
 The solver is predict.py's default. Every number is a Frechet distance as in benchmarks.solvers.
 """
+
 import sys
 
 from benchmarks import solvers
@@ -17,35 +18,44 @@ from utils.evaluate import __main__ as evaluate
 
 @settings
 class Config:
-    model_path: str = "logs/emoji.pth"    # a checkpoint, or a run's folder
-    reference: str = ""                   # its pictures; "": the list that it was trained on
-    guiding_path: str = ""                # an earlier epoch_XXXX.pth of the same run, for autoguidance; "": without
-    calls: int = DEFAULT_STEPS            # steps of the solver
-    samples: int = 2000                   # pictures a cell
-    seeds: int = 2                        # cells of each kind, each from other noise
+    model_path: str = "logs/emoji.pth"  # a checkpoint, or a run's folder
+    reference: str = ""  # its pictures; "": the list that it was trained on
+    guiding_path: str = ""  # an earlier epoch_XXXX.pth of the same run, for autoguidance; "": without
+    calls: int = DEFAULT_STEPS  # steps of the solver
+    samples: int = 2000  # pictures a cell
+    seeds: int = 2  # cells of each kind, each from other noise
     scales: tuple[float, ...] = (1.005, 1.01, 1.02)  # of the predicted noise, which is divided by them
     guidances: tuple[float, ...] = (1.25, 1.5, 2.0)  # weights of guidance and autoguidance
     # lambda between which guidance acts: half the logarithm of the signal-to-noise ratio
     interval: tuple[float, float] = (-1.0, 2.0)
-    features: str = "classifier"          # classifier, inception, or the file of a feature net
-    batch_size: int = 100                 # pictures drawn at once
-    device: str = "auto"                  # auto, cuda, mps or cpu
+    features: str = "classifier"  # classifier, inception, or the file of a feature net
+    batch_size: int = 100  # pictures drawn at once
+    device: str = "auto"  # auto, cuda, mps or cpu
 
 
 def main(arguments=None):
     config = parse_config(Config, __doc__, arguments)
     check_values(config, calls=(1, None), samples=(2, None), seeds=(1, None), batch_size=(1, None), scales=(0.1, None))
     device = choose_device(config.device)
-    bench = solvers.Bench(solvers.Config(
-        model_path=config.model_path, reference=config.reference, samples=config.samples, features=config.features,
-        batch_size=config.batch_size), device)  # fmt: skip
+    bench = solvers.Bench(
+        solvers.Config(
+            model_path=config.model_path,
+            reference=config.reference,
+            samples=config.samples,
+            features=config.features,
+            batch_size=config.batch_size,
+        ),
+        device,
+    )
     both = evaluate.Config(samples=config.model_path, guiding_path=config.guiding_path)
     guide = evaluate.load_model(both, device, bench.precision).guide
     rows = []
     try:
         for name, denoiser in denoisers(config, bench.model.diffusion, guide).items():
-            cells = (solvers.Cell("sde-dpm++", "clipped_logsnr", config.calls, config.calls, seed)
-                     for seed in range(config.seeds))
+            cells = (
+                solvers.Cell("sde-dpm++", "clipped_logsnr", config.calls, config.calls, seed)
+                for seed in range(config.seeds)
+            )
             rows.append((name, *(f"{bench.measure(cell, denoiser)['distance']:.3f}" for cell in cells)))
             print(*rows[-1], file=sys.stderr, flush=True)
     finally:  # what was measured before Ctrl-C

@@ -7,6 +7,7 @@ Through train.py, predict.py and utils.evaluate, as a user would. Loss curves, F
 and hardware go to benchmarks/results/. The same command goes on where it was stopped; other data or
 variants with otherwise equal settings are added to the table.
 """
+
 import json
 import re
 import shutil
@@ -48,34 +49,37 @@ WAYS = ("data", "variants", "averages", "data_root", "name", "device")  # settin
 @settings
 class Config:
     # What is trained
-    data: str = ",".join(DATA)            # fashion_mnist and emoji, with commas between
+    data: str = ",".join(DATA)  # fashion_mnist and emoji, with commas between
     # of eps, v, eps+min_snr and v+min_snr, with commas between: a training of each
     variants: str = "eps"
-    averages: str = ",".join(AVERAGES)    # ema: the averaged weights are measured; last: those that were trained too
-    minutes: float = 20.0                 # time of each training
-    epochs: int = 0                       # epochs instead; 0: as many as fit into the minutes
-    size: int = 0                         # height and width of the pictures; 0: 32 on a GPU, 16 elsewhere
-    channel: int = 0                      # width of the first level; 0: 128 on a GPU, 32 elsewhere
-    class_conditional: bool = False       # learn the classes; pictures are then drawn in the classes' shares
-    data_root: str = ""                   # a torchvision root with FashionMNIST/raw; "": fetched
+    averages: str = ",".join(AVERAGES)  # ema: the averaged weights are measured; last: those that were trained too
+    minutes: float = 20.0  # time of each training
+    epochs: int = 0  # epochs instead; 0: as many as fit into the minutes
+    size: int = 0  # height and width of the pictures; 0: 32 on a GPU, 16 elsewhere
+    channel: int = 0  # width of the first level; 0: 128 on a GPU, 32 elsewhere
+    class_conditional: bool = False  # learn the classes; pictures are then drawn in the classes' shares
+    data_root: str = ""  # a torchvision root with FashionMNIST/raw; "": fetched
 
     # What is measured
-    samples: int = 0                      # pictures drawn for the distances; 0: 10,000 on a GPU, 2,000 elsewhere
+    samples: int = 0  # pictures drawn for the distances; 0: 10,000 on a GPU, 2,000 elsewhere
     # held-out pictures for the bits per dimension; 0: 1,000 on a GPU, 100 elsewhere
     bits_images: int = 0
 
     # Machine and output
-    device: str = "auto"                  # auto, cuda, mps or cpu
-    name: str = ""                        # of the files in benchmarks/results; "": the device's
+    device: str = "auto"  # auto, cuda, mps or cpu
+    name: str = ""  # of the files in benchmarks/results; "": the device's
 
 
 def main():
     config = parse_config(Config, __doc__)
     device = choose_device(config.device)
     gpu = device.type == "cuda"
-    config = replace(config, samples=config.samples or (10_000 if gpu else 2000),
-                     bits_images=config.bits_images or (1000 if gpu else 100),
-                     name=config.name or device.type)  # fmt: skip
+    config = replace(
+        config,
+        samples=config.samples or (10_000 if gpu else 2000),
+        bits_images=config.bits_images or (1000 if gpu else 100),
+        name=config.name or device.type,
+    )
     check(config)
     stop_with_children()
     path = RESULTS / f"quality_{config.name}.json"
@@ -93,8 +97,15 @@ def main():
 
 def check(config):
     """ValueError for a setting out of range or unknown."""
-    check_values(config, minutes=(0, None), epochs=(0, None), size=(0, None), channel=(0, None), samples=(2, None),
-                 bits_images=(1, None))
+    check_values(
+        config,
+        minutes=(0, None),
+        epochs=(0, None),
+        size=(0, None),
+        channel=(0, None),
+        samples=(2, None),
+        bits_images=(1, None),
+    )
     for name, known in (("data", DATA), ("variants", VARIANTS), ("averages", AVERAGES)):
         unknown = [word for word in getattr(config, name).split(",") if word not in known]
         if unknown:
@@ -119,9 +130,14 @@ def opened(path, config):
 
 def measured(config, device, data, variant, annotation, path):
     """One training and all that is measured of it: {training, grid, averages: {name: {...}}}."""
-    options = {**network_options(device, config.size, config.channel), **VARIANTS[variant], "img_channels": DATA[data],
-               "val_split": VAL_SPLIT, "device": device.type,
-               **({"class_conditional": True} if config.class_conditional else {})}
+    options = {
+        **network_options(device, config.size, config.channel),
+        **VARIANTS[variant],
+        "img_channels": DATA[data],
+        "val_split": VAL_SPLIT,
+        "device": device.type,
+        **({"class_conditional": True} if config.class_conditional else {}),
+    }
     weights, training = trained(WORK / data / variant, annotation, options, config.minutes, config.epochs)
     grid = path.with_name(f"{path.stem}_{data}_{variant}.png")
     draw_grid(weights, device, grid)
@@ -132,8 +148,11 @@ def measured(config, device, data, variant, annotation, path):
 def draw_grid(weights, device, path):
     """predict.py's grid from seed 0, as a file of the results."""
     folder = weights.parent / "predict_out"
-    run_project("predict.py", {"model_path": str(weights), "seed": 0, "save_dir": str(folder), "device": device.type},
-                weights.parent)
+    run_project(
+        "predict.py",
+        {"model_path": str(weights), "seed": 0, "save_dir": str(folder), "device": device.type},
+        weights.parent,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "predict_5x5_results.png", path)
 
@@ -144,13 +163,20 @@ def evaluated(config, device, weights, annotation, average):
     found = folder / "evaluate_results.json"
     if not found.is_file():
         options = {
-            "samples": str(weights), "reference": str(annotation), "num_images": config.samples,
+            "samples": str(weights),
+            "reference": str(annotation),
+            "num_images": config.samples,
             "features": "classifier",
-            "nearest": average == "ema", "nearest_images": min(config.samples, 1000), "bits": average == "ema",
-            "bits_images": config.bits_images, "use_ema": AVERAGES[average], "save_dir": str(folder),
+            "nearest": average == "ema",
+            "nearest_images": min(config.samples, 1000),
+            "bits": average == "ema",
+            "bits_images": config.bits_images,
+            "use_ema": AVERAGES[average],
+            "save_dir": str(folder),
             "device": device.type,
-            "batch_size": 500 if device.type == "cuda" else 100, "sampler": SAMPLER,
-        }  # fmt: skip
+            "batch_size": 500 if device.type == "cuda" else 100,
+            "sampler": SAMPLER,
+        }
         run_project("utils.evaluate", options, weights.parent)
     results = json.loads(found.read_text("utf-8"))
     results["distances"]["features"] = re.sub(r", [^,]*\.pth$", "", results["distances"]["features"])
@@ -173,22 +199,34 @@ def store(report, path):
 def as_text(report):
     """The report for people, in Markdown."""
     on, settings = report["machine"], report["settings"]
-    versions = ", ".join(f"{name} {value}" for name, value in on["versions"].items()
-                         if name in ("torch", "torchvision"))
+    versions = ", ".join(
+        f"{name} {value}" for name, value in on["versions"].items() if name in ("torch", "torchvision")
+    )
     given = f"{settings['epochs']} epochs" if settings["epochs"] else f"{settings['minutes']:g} minutes"
     lines = [
         f"{on['gpu'] or on['cpu']}, {on['threads']} of {on['cores']} cores, load {on['load']:.1f}, {on['precision']}; "
         f"{versions}. "
         f"{given} of training each, {settings['samples']:,} samples by predict.py's solver ({SAMPLER}, "
         f"{DEFAULT_STEPS} steps).",
-        table(report), "\n".join(notes(report)),
-    ]  # fmt: skip
+        table(report),
+        "\n".join(notes(report)),
+    ]
     return "\n\n".join(lines)
 
 
-COLUMNS = ("data", "variant", "weights", "Frechet distance", "kernel distance x 1000", "precision", "recall",
-           "bits/dim", "held-out loss",
-           "steps", "minutes")
+COLUMNS = (
+    "data",
+    "variant",
+    "weights",
+    "Frechet distance",
+    "kernel distance x 1000",
+    "precision",
+    "recall",
+    "bits/dim",
+    "held-out loss",
+    "steps",
+    "minutes",
+)
 
 
 def table(report):
@@ -199,14 +237,24 @@ def table(report):
         validation = training["history"][-1]["val_loss"]
         for average, found in run["averages"].items():
             distances, bits = found["distances"], found.get("bits")
-            lines.append((
-                data, variant, average, f"{distances['frechet_distance']:.3f}",
-                f"{1000 * distances['kernel_distance']:.2f} ± {1000 * distances['kernel_distance_std']:.2f}",
-                f"{distances['precision']:.3f}", f"{distances['recall']:.3f}", bits_of(bits) if bits else "",
-                f"{validation:.4f}" if average == "ema" else "", f"{training['steps']:,}", f"{training['minutes']:.1f}",
-            ))  # fmt: skip
-    return markdown(COLUMNS,
-                    lines) + "\n\nLosses compare within a variant only: each weighs the timesteps in its own way."
+            lines.append(
+                (
+                    data,
+                    variant,
+                    average,
+                    f"{distances['frechet_distance']:.3f}",
+                    f"{1000 * distances['kernel_distance']:.2f} ± {1000 * distances['kernel_distance_std']:.2f}",
+                    f"{distances['precision']:.3f}",
+                    f"{distances['recall']:.3f}",
+                    bits_of(bits) if bits else "",
+                    f"{validation:.4f}" if average == "ema" else "",
+                    f"{training['steps']:,}",
+                    f"{training['minutes']:.1f}",
+                )
+            )
+    return (
+        markdown(COLUMNS, lines) + "\n\nLosses compare within a variant only: each weighs the timesteps in its own way."
+    )
 
 
 def bits_of(bits):
@@ -221,14 +269,18 @@ def notes(report):
     """
     for key, run in report["runs"].items():
         training, found = run["training"], next(iter(run["averages"].values()))
-        yield (f"- {key}: {training['epochs']} epochs, {training['images_per_second']:,.0f} images/s; "
-               f"{found['num_reference']:,} reference "
-               f"pictures, {found['distances']['features']}. `{training['command']}` ![{key}]({run['grid']})")
+        yield (
+            f"- {key}: {training['epochs']} epochs, {training['images_per_second']:,.0f} images/s; "
+            f"{found['num_reference']:,} reference "
+            f"pictures, {found['distances']['features']}. `{training['command']}` ![{key}]({run['grid']})"
+        )
         if found["nearest"]:
             share, first = found["nearest"]["share_closer_than_first_quantile"], found["nearest"]["quantiles"][0]
-            yield (f"  {share:.1%} of the samples are closer to a training picture than the closest {first:.0%} of "
-                   "held-out ones are; "
-                   f"chance gives {first:.0%}.")
+            yield (
+                f"  {share:.1%} of the samples are closer to a training picture than the closest {first:.0%} of "
+                "held-out ones are; "
+                f"chance gives {first:.0%}."
+            )
         if training["steps"] <= EMA_START:
             yield f"  The average begins at step {EMA_START:,}: here it is the last weights."
 

@@ -7,6 +7,7 @@ unweighted squared error of v on held-out images, by timestep, of the EMA with x
 a recipe is trained on. The distance is that of time_to_quality. A recipe may name a `variant` too:
 ideas that are no setting (NOTES.md).
 """
+
 import sys
 import typing
 from contextlib import ExitStack, nullcontext
@@ -37,15 +38,15 @@ BASE = {**train.PRESETS["quick"], "val_split": 0.1, "compile": False}
 
 @settings
 class Config:
-    recipes: str = "base="      # name=setting:value;setting:value|name=...
-    data: str = "emoji"         # fashion_mnist or emoji
-    data_root: str = ""         # a torchvision root with FashionMNIST/raw; "": fetched
-    images: int = 8000          # that each recipe sees; a recipe may have its own number
-    size: int = 16              # height and width
-    samples: int = 1000         # for the distance
-    seed: int = 0               # of a recipe's first training, each next has the next
-    seeds: int = 1              # trainings of each recipe
-    threads: int = 1            # of PyTorch
+    recipes: str = "base="  # name=setting:value;setting:value|name=...
+    data: str = "emoji"  # fashion_mnist or emoji
+    data_root: str = ""  # a torchvision root with FashionMNIST/raw; "": fetched
+    images: int = 8000  # that each recipe sees; a recipe may have its own number
+    size: int = 16  # height and width
+    samples: int = 1000  # for the distance
+    seed: int = 0  # of a recipe's first training, each next has the next
+    seeds: int = 1  # trainings of each recipe
+    threads: int = 1  # of PyTorch
 
 
 def main(arguments=None):
@@ -60,8 +61,20 @@ def main(arguments=None):
                 rows.append((name, seed, *measure(judge, **recipe)))
                 print(*rows[-1], file=sys.stderr, flush=True)
     finally:  # what was measured before Ctrl-C
-        print(markdown(("recipe", "seed", "steps", "CPU seconds", "distance", "loss of v",
-                        *(f"{k + 1}/{EIGHTHS} of t" for k in range(EIGHTHS))), rows))  # fmt: skip
+        print(
+            markdown(
+                (
+                    "recipe",
+                    "seed",
+                    "steps",
+                    "CPU seconds",
+                    "distance",
+                    "loss of v",
+                    *(f"{k + 1}/{EIGHTHS} of t" for k in range(EIGHTHS)),
+                ),
+                rows,
+            )
+        )
 
 
 def read_recipes(config):
@@ -92,8 +105,13 @@ def measure(judge, variant, images, settings):
             run.train_step()
         seconds = CLOCKS["cpu"]() - began
     losses = held_out_losses(run.parts)
-    return (run.total_steps, f"{seconds:.0f}", f"{sampled(judge, run):.2f}", f"{losses.mean():.4f}",
-            *(f"{loss:.4f}" for loss in losses.tolist()))  # fmt: skip
+    return (
+        run.total_steps,
+        f"{seconds:.0f}",
+        f"{sampled(judge, run):.2f}",
+        f"{losses.mean():.4f}",
+        *(f"{loss:.4f}" for loss in losses.tolist()),
+    )
 
 
 @torch.no_grad()
@@ -211,8 +229,11 @@ VARIANTS = {
     "immiscible": [patched(train, "make_batch", immiscible)],
     "laplace": lambdas_from(laplace),
     "input noise": [patched(GaussianDiffusion, "perturb_x", input_noise)],
-    "mirrored": [patched(train, "resolve", mirroring), patched(train, "open_dataset", twice_the_classes),
-                 patched(train, "make_batch", mirrored)],
+    "mirrored": [
+        patched(train, "resolve", mirroring),
+        patched(train, "open_dataset", twice_the_classes),
+        patched(train, "make_batch", mirrored),
+    ],
     "half size": [patched(OurRun, "train_step", half_size_first)],
     "short ema": ema_of(1 / 18),
     "long ema": ema_of(1 / 4),

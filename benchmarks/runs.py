@@ -4,6 +4,7 @@ datasets/ and logs/ stay as they are.
 All of it goes on where it was stopped: what is unpacked, listed, measured or trained is not done
 again.
 """
+
 import csv
 import gzip
 import json
@@ -97,8 +98,9 @@ def trained(folder, annotation, options, minutes, epochs=0):
     folder.mkdir(parents=True, exist_ok=True)
     plan = folder / "epochs.json"
     if not plan.is_file():
-        epochs = epochs or epochs_within(minutes, images_a_second(folder / "speed", annotation, options), annotation,
-                                         options)
+        epochs = epochs or epochs_within(
+            minutes, images_a_second(folder / "speed", annotation, options), annotation, options
+        )
         write_json(plan, {"epochs": epochs})
     epochs = json.loads(plan.read_text("utf-8"))["epochs"]
     settings |= {"epochs": epochs, "preview_period": max(1, epochs // 4), "save_period": epochs}
@@ -107,17 +109,22 @@ def trained(folder, annotation, options, minutes, epochs=0):
         run_project("train.py", {**settings, "resume": "latest"}, folder)
     path, _ = newest_last(folder / "logs")
     shown = {name: value for name, value in settings.items() if name != "annotation_path"}
-    return path, {"command": " ".join(["python train.py", *as_options(shown)]), "epochs": epochs,
-                  **record_of(path.parent)}
+    return path, {
+        "command": " ".join(["python train.py", *as_options(shown)]),
+        "epochs": epochs,
+        **record_of(path.parent),
+    }
 
 
 def record_of(folder):
     """What a run's tables say: its length, and the rows of its history."""
     history, speed = (read_table(folder / name) for name in ("epoch_loss.csv", "speed.csv"))
     return {
-        "steps": int(history[-1]["step"]), "minutes": sum(row["seconds"] for row in speed) / 60,
-        "images_per_second": statistics.median(row["images_per_second"] for row in speed), "history": history,
-    }  # fmt: skip
+        "steps": int(history[-1]["step"]),
+        "minutes": sum(row["seconds"] for row in speed) / 60,
+        "images_per_second": statistics.median(row["images_per_second"] for row in speed),
+        "history": history,
+    }
 
 
 def epochs_within(minutes, rate, annotation, options):
@@ -139,8 +146,12 @@ def images_a_second(folder, annotation, options):
     write_annotation(folder / "train_lines.txt", few)
     epochs = 3 * max(1, steps * batch // len(few))
     kept = {name: value for name, value in options.items() if name not in ("class_conditional", "val_split")}
-    kept |= {"annotation_path": str(folder / "train_lines.txt"), "epochs": epochs, "preview_period": 0,
-             "save_period": epochs}
+    kept |= {
+        "annotation_path": str(folder / "train_lines.txt"),
+        "epochs": epochs,
+        "preview_period": 0,
+        "save_period": epochs,
+    }
     run_project("train.py", kept, folder)
     rates = [row["images_per_second"] for row in read_table(newest_last(folder / "logs")[0].parent / "speed.csv")]
     shutil.rmtree(folder)
@@ -155,8 +166,11 @@ def run_project(script, options, folder):
 
     Whatever ends this process ends that one too, by a signal on which train.py saves its state.
     """
-    command = [sys.executable, *([str(PROJECT / script)] if script.endswith(".py") else ["-m", script]),
-               *as_options(options)]
+    command = [
+        sys.executable,
+        *([str(PROJECT / script)] if script.endswith(".py") else ["-m", script]),
+        *as_options(options),
+    ]
     with subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(PROJECT)}) as process:
         try:
             code = process.wait()
@@ -170,6 +184,7 @@ def run_project(script, options, folder):
 
 def as_options(options):
     """{name: value} as a command line that the scripts read: a tuple of one as 1, ."""
+
     def text(value):
         return ",".join(map(str, value)) + "," * (len(value) == 1) if isinstance(value, tuple) else str(value)
 
@@ -178,6 +193,7 @@ def as_options(options):
 
 def stop_with_children():
     """Let SIGTERM unwind this process as Ctrl-C does, so that what it started stops too."""
+
     def leave(number, _frame):
         raise SystemExit(128 + number)
 

@@ -4,6 +4,7 @@ processes. python -m benchmarks.scale
 Writes a table, JSON and a plot (with matplotlib) into benchmarks/results/. The data set is
 synthetic: its cache is written directly.
 """
+
 import json
 import subprocess
 import sys
@@ -44,18 +45,18 @@ PROJECT = RESULTS.parent.parent
 @settings
 class Config:
     sections: str = "pictures,resolution,channels,processes"  # what is measured, with commas between
-    pictures: tuple[int, ...] = (1_000, 10_000, 100_000)       # pictures of 64x64 in the data set
-    resolutions: tuple[int, ...] = (32, 64, 128, 256)          # heights and widths
-    channels: tuple[int, ...] = (32, 64, 96, 128)              # widths of the first level
-    processes: tuple[int, ...] = (1, 2)                        # on one machine; on GPUs one a GPU
-    channel: int = 32                                          # width where something else changes; 128 for a GPU
-    batch_size: int = 4                                        # pictures a step; 64 or more for a GPU
-    rounds: int = 3                                            # measurements of each point
-    threads: int = 0                                           # of PyTorch; 0: one a core
+    pictures: tuple[int, ...] = (1_000, 10_000, 100_000)  # pictures of 64x64 in the data set
+    resolutions: tuple[int, ...] = (32, 64, 128, 256)  # heights and widths
+    channels: tuple[int, ...] = (32, 64, 96, 128)  # widths of the first level
+    processes: tuple[int, ...] = (1, 2)  # on one machine; on GPUs one a GPU
+    channel: int = 32  # width where something else changes; 128 for a GPU
+    batch_size: int = 4  # pictures a step; 64 or more for a GPU
+    rounds: int = 3  # measurements of each point
+    threads: int = 0  # of PyTorch; 0: one a core
     # cpu: this process's own time, with threads 1; not for processes
     clock: Literal["wall", "cpu"] = "wall"
-    device: str = "auto"                                       # auto, cuda or cpu
-    name: str = ""                                             # of the files in benchmarks/results; "": the device's
+    device: str = "auto"  # auto, cuda or cpu
+    name: str = ""  # of the files in benchmarks/results; "": the device's
     # used by the script itself: measure one process of several
     worker: bool = False
 
@@ -88,9 +89,11 @@ def pictures_section(config, device):
         folder = Path(folder)
         for count in config.pictures:
             annotation = synthetic_dataset(folder, count)
+
             def start(annotation=annotation):
                 with quiet():
                     return open_dataset(annotation, (64, 64), cache_path=folder)
+
             data = start()
             epochs = iter(range(1000))
 
@@ -98,10 +101,13 @@ def pictures_section(config, device):
                 for _ in data.batches(epoch_batches(len(data), 64, seed=0, epoch=next(epochs))):
                     pass
 
-            seconds = interleave({"start-up": start, "epoch of batches": epoch}, config.rounds, warm_up=1,
-                                 clock=config.clock)
-            rows += [row("pictures in the data set", count, what, "us a picture", values, count / 1e6)
-                     for what, values in seconds.items()]
+            seconds = interleave(
+                {"start-up": start, "epoch of batches": epoch}, config.rounds, warm_up=1, clock=config.clock
+            )
+            rows += [
+                row("pictures in the data set", count, what, "us a picture", values, count / 1e6)
+                for what, values in seconds.items()
+            ]
     return rows
 
 
@@ -140,8 +146,9 @@ def channels_section(config, device):
 def training_step(channel, size, config, device):
     """A function that trains one step: network, loss, gradients, fused Adam, average."""
     layout, precision = memory_format(device, choose_precision("auto", device)), choose_precision("auto", device)
-    diffusion = GaussianDiffusion(UNet(3, base_channels=channel), (size, size), 3).to(device,
-        memory_format=layout).train()
+    diffusion = (
+        GaussianDiffusion(UNet(3, base_channels=channel), (size, size), 3).to(device, memory_format=layout).train()
+    )
     optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=1e-4, fused=device.type in ("cpu", "cuda"))
     x = torch.randn(config.batch_size, 3, size, size, device=device).to(memory_format=layout)
 
@@ -157,19 +164,37 @@ def training_step(channel, size, config, device):
 
 def step_rows(axis, steps, config, device):
     seconds = interleave(steps, config.rounds, device, warm_up=1, clock=config.clock)
-    return [row(axis, value, "training step", "ms a picture", values, config.batch_size / 1e3)
-            for value, values in seconds.items()]
+    return [
+        row(axis, value, "training step", "ms a picture", values, config.batch_size / 1e3)
+        for value, values in seconds.items()
+    ]
 
 
 def processes_section(config, device):
     """Processes that train on their shares of a batch and average gradients, by torchrun."""
     rows = []
     for count in config.processes:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "-m",
-                   "benchmarks.scale",
-                   "--worker", "True", "--channel", str(config.channel), "--batch_size", str(config.batch_size),
-                   "--device", device.type,
-                   "--rounds", str(config.rounds), "--threads", str(config.threads)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={count}",
+            "-m",
+            "benchmarks.scale",
+            "--worker",
+            "True",
+            "--channel",
+            str(config.channel),
+            "--batch_size",
+            str(config.batch_size),
+            "--device",
+            device.type,
+            "--rounds",
+            str(config.rounds),
+            "--threads",
+            str(config.threads),
+        ]
         done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
         if done.returncode:
             print(f"processes: {count} left out ({done.stderr.strip().splitlines()[-1]})")
@@ -202,25 +227,44 @@ def measure_worker(config, device):
 
 def row(axis, value, what, unit, seconds, divisor):
     """A point of a curve: seconds of each round, divided into the unit's."""
-    return {"axis": axis, "value": value, "what": what, "unit": unit,
-            **{name: time / divisor for name, time in spread(seconds).items()}}
+    return {
+        "axis": axis,
+        "value": value,
+        "what": what,
+        "unit": unit,
+        **{name: time / divisor for name, time in spread(seconds).items()},
+    }
 
 
-SECTIONS = {"pictures": pictures_section, "resolution": resolution_section, "channels": channels_section,
-            "processes": processes_section}
+SECTIONS = {
+    "pictures": pictures_section,
+    "resolution": resolution_section,
+    "channels": channels_section,
+    "processes": processes_section,
+}
 
 
 def as_text(report):
     """The table, in Markdown."""
     about, settings = report["machine"], report["settings"]
-    head = (f"{about['cpu']}, {about['threads']} of {about['cores']} cores, load {about['load']:.1f}; "
-            f"{about['gpu'] or 'no CUDA GPU here: the same command measures one where there is one'}.\n"
-            f"{settings['channel']} channels, batch {settings['batch_size']}, 32x32 where the row does not say "
-            "otherwise; PyTorch "
-            f"{about['versions']['torch']}; medians of {settings['rounds']} rounds, "
-            f"{'wall time' if about['clock'] == 'wall' else 'CPU time of one process, but wall time for several'}.\n")
-    cells = [(point["axis"], f"{point['value']:,}", point["what"], f"{point['median']:,.4g} {point['unit']}",
-              f"{point['low']:,.4g} to {point['high']:,.4g}") for point in report["rows"]]
+    head = (
+        f"{about['cpu']}, {about['threads']} of {about['cores']} cores, load {about['load']:.1f}; "
+        f"{about['gpu'] or 'no CUDA GPU here: the same command measures one where there is one'}.\n"
+        f"{settings['channel']} channels, batch {settings['batch_size']}, 32x32 where the row does not say "
+        "otherwise; PyTorch "
+        f"{about['versions']['torch']}; medians of {settings['rounds']} rounds, "
+        f"{'wall time' if about['clock'] == 'wall' else 'CPU time of one process, but wall time for several'}.\n"
+    )
+    cells = [
+        (
+            point["axis"],
+            f"{point['value']:,}",
+            point["what"],
+            f"{point['median']:,.4g} {point['unit']}",
+            f"{point['low']:,.4g} to {point['high']:,.4g}",
+        )
+        for point in report["rows"]
+    ]
     return head + "\n" + markdown(("axis", "value", "what", "median", "spread"), cells)
 
 

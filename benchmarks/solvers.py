@@ -7,6 +7,7 @@ classifier that is trained on the same data first. Table, JSON and plot go to be
 cell is stored as soon as it is measured; the same command goes on. The first seed of all cells
 comes first, the cheap ones before the costly: a table that was broken off is of use.
 """
+
 import json
 import statistics
 import sys
@@ -62,29 +63,29 @@ class Config:
     model_path: str = ""
     # its pictures, a list or folder of class folders; "": the list that it was trained on
     reference: str = ""
-    solvers: str = ",".join(SOLVERS)      # rows, with commas between
-    spacings: str = ",".join(SPACINGS)    # rows, with commas between
+    solvers: str = ",".join(SOLVERS)  # rows, with commas between
+    spacings: str = ",".join(SPACINGS)  # rows, with commas between
     # columns: network calls a picture; ddpm's full walk is always there
     calls: tuple[int, ...] = (5, 10, 15, 20, 25, 50, 100, 250, 1000)
-    samples: int = 10_000                 # pictures a cell
-    seeds: int = 3                        # cells of each kind, each from other noise
-    features: str = "classifier"          # classifier, inception, or the file of a feature net
+    samples: int = 10_000  # pictures a cell
+    seeds: int = 3  # cells of each kind, each from other noise
+    features: str = "classifier"  # classifier, inception, or the file of a feature net
 
     # The network that is trained where none is named
-    minutes: float = 20.0                 # time of its training
-    epochs: int = 0                       # epochs instead; 0: as many as fit into the minutes
-    size: int = 0                         # height and width of its pictures; 0: 32 on a GPU, 16 elsewhere
-    channel: int = 0                      # width of its first level; 0: 128 on a GPU, 32 elsewhere
-    data_root: str = ""                   # a torchvision root with FashionMNIST/raw; "": fetched
+    minutes: float = 20.0  # time of its training
+    epochs: int = 0  # epochs instead; 0: as many as fit into the minutes
+    size: int = 0  # height and width of its pictures; 0: 32 on a GPU, 16 elsewhere
+    channel: int = 0  # width of its first level; 0: 128 on a GPU, 32 elsewhere
+    data_root: str = ""  # a torchvision root with FashionMNIST/raw; "": fetched
 
     # Machine and output
-    batch_size: int = 0                   # pictures drawn at once; 0: 500 on a GPU, 100 elsewhere
+    batch_size: int = 0  # pictures drawn at once; 0: 500 on a GPU, 100 elsewhere
     # cpu: this process's own time, for a machine that others use too; with one thread
     clock: Literal["wall", "cpu"] = "wall"
-    device: str = "auto"                  # auto, cuda, mps or cpu
+    device: str = "auto"  # auto, cuda, mps or cpu
     precision: Literal[("auto", *DTYPES)] = "auto"  # of the diffusion network
     compile: Literal["auto"] | bool = "auto"  # compile the diffusion network
-    name: str = ""                        # of the files in benchmarks/results; "": the device's
+    name: str = ""  # of the files in benchmarks/results; "": the device's
 
 
 class Cell(NamedTuple):
@@ -107,8 +108,9 @@ def main():
     check(config)
     stop_with_children()
     device = choose_device(config.device)
-    config = replace(config, batch_size=config.batch_size or (500 if device.type == "cuda" else 100),
-                     name=config.name or device.type)
+    config = replace(
+        config, batch_size=config.batch_size or (500 if device.type == "cuda" else 100), name=config.name or device.type
+    )
     if not config.model_path:
         config = replace(config, model_path=str(train_one(config, device)))
     bench = Bench(config, device)
@@ -126,9 +128,17 @@ def main():
 
 def check(config):
     """ValueError for a setting out of range or unknown."""
-    check_values(config, calls=(1, None), samples=(2, SEED_STRIDE), seeds=(1, None), minutes=(0, None),
-                 epochs=(0, None), size=(0, None),
-                 channel=(0, None), batch_size=(0, None))  # fmt: skip
+    check_values(
+        config,
+        calls=(1, None),
+        samples=(2, SEED_STRIDE),
+        seeds=(1, None),
+        minutes=(0, None),
+        epochs=(0, None),
+        size=(0, None),
+        channel=(0, None),
+        batch_size=(0, None),
+    )
     for given, known in ((config.solvers, SOLVERS), (config.spacings, SPACINGS)):
         unknown = [name for name in given.split(",") if name not in known]
         if unknown:
@@ -138,9 +148,12 @@ def check(config):
 def train_one(config, device):
     """The checkpoint of a network trained on Fashion-MNIST for the stated time."""
     annotation = list_pictures("fashion_mnist", WORK, config.data_root)
-    options = {**network_options(device, config.size, config.channel), "img_channels": DATA["fashion_mnist"],
-               "val_split": VAL_SPLIT,
-               "device": device.type}
+    options = {
+        **network_options(device, config.size, config.channel),
+        "img_channels": DATA["fashion_mnist"],
+        "val_split": VAL_SPLIT,
+        "device": device.type,
+    }
     return trained(WORK / "fashion_mnist" / "eps", annotation, options, config.minutes, config.epochs)[0]
 
 
@@ -169,8 +182,9 @@ def wanted_cells(config, T):
                 if steps <= T:
                     kinds[solver, EVERY if steps == T else spacing, calls, steps] = None
     cells = [Cell(*kind, seed) for seed in range(config.seeds) for kind in kinds]
-    return sorted(cells, key=lambda cell: (cell.seed,
-                                           cell.made if not is_yardstick(cell._asdict(), T) else CHEAP + 0.5))
+    return sorted(
+        cells, key=lambda cell: (cell.seed, cell.made if not is_yardstick(cell._asdict(), T) else CHEAP + 0.5)
+    )
 
 
 def is_yardstick(cell, T):
@@ -219,8 +233,9 @@ class Bench:
         self.model = evaluate.load_model(wanted, device, self.precision)
         wanted.reference = config.reference or self.model.config.get("annotation_path", "")
         if not wanted.reference:
-            raise ValueError(f"{config.model_path} does not say what it was trained on: name its pictures with "
-                             "--reference")
+            raise ValueError(
+                f"{config.model_path} does not say what it was trained on: name its pictures with --reference"
+            )
         reference, held_out = evaluate.open_references(wanted, self.model, evaluate.opener(wanted, self.model)[0])
         cache = FeatureCache(annotation_path=wanted.reference)
         self.extractor = load_extractor(config.features, reference, cache, device, config.batch_size)
@@ -239,24 +254,48 @@ class Bench:
     def about(self):
         """What the cells of one table have in common."""
         real = statistics_distance(self.held_out, self.known) if self.held_out else None
-        trained_with = {name: self.model.config.get(name) for name in
-                        ("input_shape", "img_channels", "channel", "channel_mults", "num_res_blocks", "prediction",
-                         "schedule", "epochs")}
+        trained_with = {
+            name: self.model.config.get(name)
+            for name in (
+                "input_shape",
+                "img_channels",
+                "channel",
+                "channel_mults",
+                "num_res_blocks",
+                "prediction",
+                "schedule",
+                "epochs",
+            )
+        }
         return {
-            "weights": self.digest, "features_digest": self.extractor.key, "reference_digest": self.reference.key(),
-            "samples": self.config.samples, "precision": self.precision, "T": self.model.diffusion.num_timesteps,
-            "features": self.extractor.name.rsplit(", /", 1)[0], "num_reference": len(self.reference),
+            "weights": self.digest,
+            "features_digest": self.extractor.key,
+            "reference_digest": self.reference.key(),
+            "samples": self.config.samples,
+            "precision": self.precision,
+            "T": self.model.diffusion.num_timesteps,
+            "features": self.extractor.name.rsplit(", /", 1)[0],
+            "num_reference": len(self.reference),
             "trained_with": trained_with,
             "parameters": sum(p.numel() for p in self.model.diffusion.model.parameters()),
-            "held_out_distance": real, "num_held_out": self.held_out.count if self.held_out else 0,
-        }  # fmt: skip
+            "held_out_distance": real,
+            "num_held_out": self.held_out.count if self.held_out else 0,
+        }
 
     def batches(self, cell):
         """Yields (first, steps) for the cell's batches, as `sample_batches` does."""
         firsts = range(0, self.config.samples, self.config.batch_size)
         spacing = None if cell.spacing == EVERY else cell.spacing
-        return sample_batches(self.model.diffusion, firsts, self.config.batch_size, cell.seed * SEED_STRIDE,
-                              self.labels, steps=cell.steps, spacing=spacing, **SOLVERS[cell.solver])
+        return sample_batches(
+            self.model.diffusion,
+            firsts,
+            self.config.batch_size,
+            cell.seed * SEED_STRIDE,
+            self.labels,
+            steps=cell.steps,
+            spacing=spacing,
+            **SOLVERS[cell.solver],
+        )
 
     def last_images(self, steps):
         """A batch in [-1, 1], in the benchmark's precision."""
@@ -285,8 +324,11 @@ class Bench:
             del self.model.diffusion.denoiser
         assert denoiser or calls == cell.made * batches, (calls, cell)
         a_picture = seconds / (batches * self.config.batch_size)
-        return {"distance": statistics_distance(found, self.known), "seconds_a_picture": a_picture,
-                "network_share": network / seconds}
+        return {
+            "distance": statistics_distance(found, self.known),
+            "seconds_a_picture": a_picture,
+            "network_share": network / seconds,
+        }
 
 
 # The report
@@ -304,8 +346,9 @@ def opened(path, about):
     keys = ("weights", "features_digest", "reference_digest", "samples", "precision")
     differing = [key for key in keys if report["about"][key] != about[key]]
     if differing:
-        raise ValueError(f"{path} is there already and differs in {', '.join(differing)}: choose another --name, or "
-                         "delete it")
+        raise ValueError(
+            f"{path} is there already and differs in {', '.join(differing)}: choose another --name, or delete it"
+        )
     return report
 
 
@@ -332,9 +375,17 @@ def summaries(report):
     found = {}
     for cell in report["cells"]:
         key = cell["solver"], cell["spacing"], cell["steps"]
-        row = found.setdefault(key, {**dict(zip(("solver", "spacing", "steps"), key)), "made": cell["made"],
-                                     "columns": set(),
-                                     "distances": {}, "seconds": [], "shares": []})  # fmt: skip
+        row = found.setdefault(
+            key,
+            {
+                **dict(zip(("solver", "spacing", "steps"), key)),
+                "made": cell["made"],
+                "columns": set(),
+                "distances": {},
+                "seconds": [],
+                "shares": [],
+            },
+        )
         row["columns"].add(cell["calls"])
         row["distances"][cell["seed"]] = cell["distance"]
         row["seconds"].append(cell["seconds_a_picture"])
@@ -369,9 +420,11 @@ def verdict(rows, T):
     if chosen is None:
         return f"What is as good as ddpm with all {T} steps is not known yet: that has not been measured."
     row, value = chosen
-    what = (f"{row['solver']}, {row['spacing']} spacing, {row['made']} network calls ({row['steps']} steps), "
-            f"{value:.3f} times "
-            "its distance")
+    what = (
+        f"{row['solver']}, {row['spacing']} spacing, {row['made']} network calls ({row['steps']} steps), "
+        f"{value:.3f} times "
+        "its distance"
+    )
     fewest = f"The fewest calls within {TOLERANCE - 1:.0%} of ddpm with all {T} steps: {what}."
     return fewest if row["made"] <= CHEAP else f"{fewest} Nothing with {CHEAP} calls or fewer comes so close."
 
@@ -437,8 +490,10 @@ def distance_table(rows, columns):
     for solver in SOLVERS:
         mine = [row for row in rows if row["solver"] == solver]
         for spacing in dict.fromkeys(row["spacing"] for row in sorted(mine, key=lambda row: row["spacing"] == EVERY)):
-            cells = [next((row for row in mine if row["spacing"] == spacing and column in row["columns"]), None)
-                     for column in columns]
+            cells = [
+                next((row for row in mine if row["spacing"] == spacing and column in row["columns"]), None)
+                for column in columns
+            ]
             lines.append((solver, spacing, *(mean_and_spread(row) if row else "" for row in cells)))
     note = "heun makes 2N - 1 calls in N steps, so in an even column one fewer."
     return "By network calls; " + note + "\n\n" + markdown(("solver", "spacing", *map(str, columns)), lines)
@@ -450,13 +505,15 @@ def time_table(rows, columns):
     for solver in SOLVERS:
         mine = [row for row in rows if row["solver"] == solver]
         if mine:
-            times = [[second for row in mine if column in row["columns"] for second in row["seconds"]]
-                     for column in columns]
+            times = [
+                [second for row in mine if column in row["columns"] for second in row["seconds"]] for column in columns
+            ]
             shares = [share for row in mine for share in row["shares"]]
             cells = [f"{1000 * statistics.median(values):.3g}" if values else "" for values in times]
             lines.append((solver, *cells, f"{statistics.median(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})"))
     return "Milliseconds a picture, and the network's share of the time:\n\n" + markdown(
-        ("solver", *map(str, columns), "network's share"), lines)
+        ("solver", *map(str, columns), "network's share"), lines
+    )
 
 
 def plot(report, path):
@@ -471,14 +528,20 @@ def plot(report, path):
     figure = Figure(figsize=(13, 5.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
-    for place, label, x_of in ((axes[0], "network calls a picture", lambda row: row["made"]),
-                               (axes[1], "milliseconds a picture",
-                                lambda row: 1000 * statistics.median(row["seconds"]))):
+    for place, label, x_of in (
+        (axes[0], "network calls a picture", lambda row: row["made"]),
+        (axes[1], "milliseconds a picture", lambda row: 1000 * statistics.median(row["seconds"])),
+    ):
         draw_lines(place, rows, x_of)
         for row in rows:
             if is_yardstick(row, T):
-                place.axhspan(0, mean(row) * TOLERANCE, color="black", alpha=0.07,
-                              label=f"within {TOLERANCE - 1:.0%} of ddpm, {T} steps")
+                place.axhspan(
+                    0,
+                    mean(row) * TOLERANCE,
+                    color="black",
+                    alpha=0.07,
+                    label=f"within {TOLERANCE - 1:.0%} of ddpm, {T} steps",
+                )
         place.set(xlabel=label, xscale="log", yscale="log")
         place.grid(True, which="both", alpha=0.2)
     columns = sorted({cell["calls"] for cell in report["cells"]})
@@ -501,10 +564,17 @@ def draw_lines(place, rows, x_of):
         for dash, spacing in zip(("-", "--", ":", "-."), SPACINGS):
             line = sorted([row for row in mine if row["spacing"] == spacing] + last, key=lambda row: row["made"])
             if len(line) > len(last):
-                place.errorbar([x_of(row) for row in line], [mean(row) for row in line],
-                               yerr=[spread_of(row) for row in line],
-                               color=f"C{number}", linestyle=dash, marker=".", linewidth=1, capsize=2,
-                               label=f"{solver}, {spacing}")
+                place.errorbar(
+                    [x_of(row) for row in line],
+                    [mean(row) for row in line],
+                    yerr=[spread_of(row) for row in line],
+                    color=f"C{number}",
+                    linestyle=dash,
+                    marker=".",
+                    linewidth=1,
+                    capsize=2,
+                    label=f"{solver}, {spacing}",
+                )
 
 
 if __name__ == "__main__":

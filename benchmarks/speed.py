@@ -5,6 +5,7 @@
 Writes a table and JSON into benchmarks/results/. Every row says what a line of it costs; ratios are
 of medians.
 """
+
 import json
 import subprocess
 import sys
@@ -46,20 +47,20 @@ PROJECT = RESULTS.parent.parent
 @settings
 class Config:
     sections: str = "train,denoise,sample,data,cache,start,memory"  # what is measured, with commas between
-    rounds: int = 7                       # rounds of each section, after the warm-up
-    channel: int = 0                      # width of the first level; 0: 128 on a GPU, 64 on a CPU
-    size: int = 32                        # height and width of the pictures
-    batch_size: int = 0                   # pictures a step; 0: 128 on a GPU, 16 on a CPU
-    memory_batch: int = 64                # pictures a step where memory is measured
-    dropout: float = 0.1                  # of all networks
-    num_images: int = 512                 # pictures that are trained on
-    num_jpegs: int = 200                  # 640x480 photographs that the cache is built from
-    threads: int = 0                      # of PyTorch; 0: one a core
+    rounds: int = 7  # rounds of each section, after the warm-up
+    channel: int = 0  # width of the first level; 0: 128 on a GPU, 64 on a CPU
+    size: int = 32  # height and width of the pictures
+    batch_size: int = 0  # pictures a step; 0: 128 on a GPU, 16 on a CPU
+    memory_batch: int = 64  # pictures a step where memory is measured
+    dropout: float = 0.1  # of all networks
+    num_images: int = 512  # pictures that are trained on
+    num_jpegs: int = 200  # 640x480 photographs that the cache is built from
+    threads: int = 0  # of PyTorch; 0: one a core
     # cpu: this process's own time, for a machine that others use too; with threads 1
     clock: Literal["wall", "cpu"] = "wall"
-    device: str = "auto"                  # auto, cuda or cpu
-    name: str = ""                        # of the files in benchmarks/results; "": the device's
-    memory_of: str = ""                   # used by the script itself: print the peak memory of this contestant
+    device: str = "auto"  # auto, cuda or cpu
+    name: str = ""  # of the files in benchmarks/results; "": the device's
+    memory_of: str = ""  # used by the script itself: print the peak memory of this contestant
 
 
 def main():
@@ -67,8 +68,9 @@ def main():
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or usable_cores())
     gpu = device.type == "cuda"
-    config = replace(config, channel=config.channel or (128 if gpu else 64),
-                     batch_size=config.batch_size or (128 if gpu else 16))
+    config = replace(
+        config, channel=config.channel or (128 if gpu else 64), batch_size=config.batch_size or (128 if gpu else 16)
+    )
     chosen = config.sections.split(",")
     check_sections(chosen, SECTIONS)
     if config.memory_of:
@@ -78,8 +80,10 @@ def main():
     with TemporaryDirectory() as scratch:
         job = make_job(config, device, Path(scratch))
         contestants = installed(job)
-        report = {"machine": machine(device, choose_precision("auto", device), config.clock),
-                  "settings": asdict(config)}
+        report = {
+            "machine": machine(device, choose_precision("auto", device), config.clock),
+            "settings": asdict(config),
+        }
         for name in chosen:
             started = time.perf_counter()
             rows = [{"section": name, **row} for row in SECTIONS[name](config, job, contestants)]
@@ -111,9 +115,14 @@ def rows_of(what, unit, seconds, per_call, flops=None):
     ours = spread(seconds[Ours.name])["median"] / per_call[Ours.name] if Ours.name in seconds else None
     for name, values in seconds.items():
         time_of = spread(values)
-        row = {"what": what, "who": name, "unit": unit, "rate": per_call[name] / time_of["median"],
-               "seconds_a_call": time_of,
-               "ours_is_faster": time_of["median"] / per_call[name] / ours if ours else None}
+        row = {
+            "what": what,
+            "who": name,
+            "unit": unit,
+            "rate": per_call[name] / time_of["median"],
+            "seconds_a_call": time_of,
+            "ours_is_faster": time_of["median"] / per_call[name] / ours if ours else None,
+        }
         if flops:
             row["flops_a_second"] = flops[name] / time_of["median"]
         rows.append(row)
@@ -155,10 +164,18 @@ def measure_peaks(config, job, precision):
     with torch.no_grad():
         functions = {"matrix product": lambda: a @ a, "3x3 convolution": lambda: torch.conv2d(x, weight, padding=1)}
         seconds = timed(config, job, functions, warm_up=3)
-    return [{"what": f"peak, {precision}", "who": name, "precision": precision, "unit": "FLOP/s",
-             "seconds_a_call": spread(values),
-             "rate": flops[name] / min(values), "flops_a_second": flops[name] / min(values)}
-            for name, values in seconds.items()]
+    return [
+        {
+            "what": f"peak, {precision}",
+            "who": name,
+            "precision": precision,
+            "unit": "FLOP/s",
+            "seconds_a_call": spread(values),
+            "rate": flops[name] / min(values),
+            "flops_a_second": flops[name] / min(values),
+        }
+        for name, values in seconds.items()
+    ]
 
 
 def denoise_section(config, job, contestants):
@@ -174,6 +191,7 @@ def sample_section(config, job, contestants):
     def drawing(name):
         def draw():
             shares[name] = contestants[name].draw(25)
+
         return draw
 
     rounds = replace(config, rounds=max(2, config.rounds // 2))
@@ -193,6 +211,7 @@ def data_section(config, job, contestants):
         def load():
             for _ in range(count):
                 one.batch()
+
         return load
 
     seconds = timed(config, job, {name: loading(one) for name, one in contestants.items()})
@@ -229,8 +248,9 @@ def cache_section(config, job, contestants):
             picture = Image.open(path).convert("RGB").crop((80, 0, 560, 480))
             np.asarray(picture.resize((config.size, config.size), Image.Resampling.BICUBIC))
 
-    seconds = interleave({Ours.name: ours, "a plain Pillow loop": pillow}, max(3, config.rounds // 2), warm_up=1,
-                         clock=config.clock)
+    seconds = interleave(
+        {Ours.name: ours, "a plain Pillow loop": pillow}, max(3, config.rounds // 2), warm_up=1, clock=config.clock
+    )
     rows = rows_of("cache build from 640x480 JPEGs", "images/s", seconds, dict.fromkeys(seconds, len(paths)))
     cores = usable_cores() if config.clock == "wall" else 1  # CPU time is the sum over the cores
     rows[0]["note"] = f"{usable_cores()} cores, Pillow's loop has one" if config.clock == "wall" else "a core"
@@ -251,8 +271,16 @@ def start_section(config, job, contestants):
     """Wall time from `python predict.py` to its first network call, and of importing PyTorch."""
     weights, out = job.scratch / "weights.pth", str(job.scratch / "pictures")
     torch.save(contestants[Ours.name].diffusion.state_dict(), weights)
-    options = ["--model_path", str(weights), "--save_dir", out, "--device", job.device.type, "--input_shape",
-               f"{job.size},{job.size}"]
+    options = [
+        "--model_path",
+        str(weights),
+        "--save_dir",
+        out,
+        "--device",
+        job.device.type,
+        "--input_shape",
+        f"{job.size},{job.size}",
+    ]
     commands = {
         "python predict.py": [sys.executable, "-c", START, *options],
         "import torch, torchvision": [sys.executable, "-c", "import torch, torchvision"],
@@ -261,9 +289,17 @@ def start_section(config, job, contestants):
     functions = {name: lambda command=command: run_alone(command) for name, command in commands.items()}
     seconds = {name: spread(values) for name, values in interleave(functions, config.rounds, warm_up=1).items()}
     ours = seconds["python predict.py"]["median"]
-    return [{"what": "start, to the first network call", "who": name, "unit": "s", "rate": values["median"],
-             "seconds_a_call": values,
-             "predict_takes_of_it": ours / values["median"]} for name, values in seconds.items()]
+    return [
+        {
+            "what": "start, to the first network call",
+            "who": name,
+            "unit": "s",
+            "rate": values["median"],
+            "seconds_a_call": values,
+            "predict_takes_of_it": ours / values["median"],
+        }
+        for name, values in seconds.items()
+    ]
 
 
 def run_alone(command):
@@ -278,14 +314,34 @@ def memory_section(config, job, contestants):
     """Peak memory of training, each contestant in its own process: the GPU's, or the process's."""
     rows = []
     for name in contestants:
-        command = [sys.executable, "-m", "benchmarks.speed", "--memory_of", name, "--device", job.device.type, "--size",
-                   str(config.size),
-                   "--channel", str(config.channel), "--batch_size", str(config.memory_batch), "--dropout",
-                   str(config.dropout),
-                   "--threads", str(torch.get_num_threads())]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.speed",
+            "--memory_of",
+            name,
+            "--device",
+            job.device.type,
+            "--size",
+            str(config.size),
+            "--channel",
+            str(config.channel),
+            "--batch_size",
+            str(config.memory_batch),
+            "--dropout",
+            str(config.dropout),
+            "--threads",
+            str(torch.get_num_threads()),
+        ]
         output = run_alone(command)
-        rows.append({"what": f"peak memory, training, batch {config.memory_batch}", "who": name, "unit": "MiB",
-                     **json.loads(output.splitlines()[-1])})
+        rows.append(
+            {
+                "what": f"peak memory, training, batch {config.memory_batch}",
+                "who": name,
+                "unit": "MiB",
+                **json.loads(output.splitlines()[-1]),
+            }
+        )
     for row in rows:
         row["ours_takes_of_it"] = rows[0]["rate"] / row["rate"]
     return rows
@@ -301,10 +357,14 @@ def measure_memory(config, device):
 
 
 SECTIONS = {
-    "train": train_section, "denoise": denoise_section, "sample": sample_section, "data": data_section,
+    "train": train_section,
+    "denoise": denoise_section,
+    "sample": sample_section,
+    "data": data_section,
     "cache": cache_section,
-    "start": start_section, "memory": memory_section,
-}  # fmt: skip
+    "start": start_section,
+    "memory": memory_section,
+}
 
 
 SHOWN = ("training step", "denoising step", "25 pictures")  # the rows of the plot, as multiples of diffusers
@@ -321,8 +381,11 @@ def plot(report, path):
     figure = Figure(figsize=(8, 2.2), dpi=110, layout="constrained")
     for panel, (what, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
         times = [row["rate"] / rows["diffusers"]["rate"] for row in rows.values()][::-1]
-        bars = panel.barh([name.replace("denoising-diffusion-pytorch", "d.-d.-pytorch") for name in rows][::-1], times,
-                          color=["C7"] * (len(rows) - 1) + ["C0"])  # fmt: skip
+        bars = panel.barh(
+            [name.replace("denoising-diffusion-pytorch", "d.-d.-pytorch") for name in rows][::-1],
+            times,
+            color=["C7"] * (len(rows) - 1) + ["C0"],
+        )
         panel.bar_label(bars, [f"{value:.3g}x" for value in times], padding=2)
         panel.set(title=what, xlim=(0, 1.4 * max(times)), xticks=[])
         panel.tick_params(labelleft=panel is figure.axes[0], left=False)
@@ -343,10 +406,14 @@ def as_text(report):
         f"dropout {settings['dropout']}; this project in {about['precision']}, the others as their documentation has "
         f"it{theirs}; "
         f"medians of {settings['rounds']} interleaved rounds, {clock}.",
-        f"Python {about['python']}, {versions}.", "",
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n" + markdown(("what", "who", "rate", "a call (quartiles)", "ratio", "notes"),
-                                              map(cells, report["rows"]))
+        f"Python {about['python']}, {versions}.",
+        "",
+    ]
+    return (
+        "\n".join(lines)
+        + "\n"
+        + markdown(("what", "who", "rate", "a call (quartiles)", "ratio", "notes"), map(cells, report["rows"]))
+    )
 
 
 def cells(row):
@@ -362,8 +429,11 @@ def cells(row):
     return row["what"], row["who"], rate, call, ratio, "; ".join(notes)
 
 
-RATIOS = (("ours_is_faster", "ours is", "x as fast"), ("predict_takes_of_it", "predict.py takes", "x of it"),
-          ("ours_takes_of_it", "ours takes", " of it"))
+RATIOS = (
+    ("ours_is_faster", "ours is", "x as fast"),
+    ("predict_takes_of_it", "predict.py takes", "x of it"),
+    ("ours_takes_of_it", "ours takes", " of it"),
+)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ images is written down, in the features of a classifier of the same data. The cl
 alone. A mark is stored as soon as it is measured; the same command goes on from there. Table, JSON
 and curves go to benchmarks/results/.
 """
+
 import json
 import typing
 from dataclasses import asdict, replace
@@ -40,33 +41,38 @@ MEASURED_STEPS = 12  # after two of warm-up, for the number of steps that fit in
 
 @settings
 class Config:
-    data: str = "fashion_mnist"           # fashion_mnist or emoji
+    data: str = "fashion_mnist"  # fashion_mnist or emoji
     # names with commas between; "": all, and ours with the article's settings and each preset
     contestants: str = ""
-    extra: str = ""                       # further settings of ours: name=setting:value;setting:value|name=...
-    minutes: float = 10.0                 # of training, each
+    extra: str = ""  # further settings of ours: name=setting:value;setting:value|name=...
+    minutes: float = 10.0  # of training, each
     marks: tuple[float, ...] = (0.5, 1, 2, 3, 5, 10)  # minutes at which the distance is measured
-    size: int = 0                         # height and width; 0: 16 for fashion_mnist, 32 for emoji, 32 on a GPU
+    size: int = 0  # height and width; 0: 16 for fashion_mnist, 32 for emoji, 32 on a GPU
     # width of the first level, of those that no preset decides; 0: 128 on a GPU, 32 elsewhere
     channel: int = 0
-    batch_size: int = 64                  # likewise
-    samples: int = 0                      # for each distance; 0: 10,000 on a GPU, 1,000 elsewhere
-    seed: int = 0                         # of our trainings, and of the samples
+    batch_size: int = 64  # likewise
+    samples: int = 0  # for each distance; 0: 10,000 on a GPU, 1,000 elsewhere
+    seed: int = 0  # of our trainings, and of the samples
     # cpu: this process's own time, with one thread undisturbed by other programs
     clock: Literal["wall", "cpu"] = "wall"
-    data_root: str = ""                   # a torchvision root with FashionMNIST/raw; "": fetched
-    device: str = "auto"                  # auto, cuda or cpu
-    name: str = ""                        # of the files in benchmarks/results; "": the device's
+    data_root: str = ""  # a torchvision root with FashionMNIST/raw; "": fetched
+    device: str = "auto"  # auto, cuda or cpu
+    name: str = ""  # of the files in benchmarks/results; "": the device's
 
 
 class OurRun:
     """train.py's step under a set of settings."""
 
     def __init__(self, job, annotation, channels, seed, overrides):
-        shared = {"input_shape": (job.size, job.size), "channel": job.channel, "batch_size": job.batch_size,
-                  "img_channels": channels}
-        config = train.Config(annotation_path=str(annotation), device=job.device.type, seed=seed,
-                              **{**shared, **overrides})
+        shared = {
+            "input_shape": (job.size, job.size),
+            "channel": job.channel,
+            "batch_size": job.batch_size,
+            "img_channels": channels,
+        }
+        config = train.Config(
+            annotation_path=str(annotation), device=job.device.type, seed=seed, **{**shared, **overrides}
+        )
         with quiet():
             self.config, device = train.resolve(config)
             self.parts = train.prepare(self.config, device)
@@ -78,8 +84,9 @@ class OurRun:
         """An epoch from where the step is."""
         per_epoch = len(self.parts.dataset) // self.parts.batch_size
         epoch, done = divmod(self.step, per_epoch)
-        batches = epoch_batches(len(self.parts.dataset), self.parts.batch_size, self.config.seed, epoch,
-                               done * self.parts.batch_size)
+        batches = epoch_batches(
+            len(self.parts.dataset), self.parts.batch_size, self.config.seed, epoch, done * self.parts.batch_size
+        )
         for position, (images, labels) in enumerate(self.parts.dataset.batches(batches), done):
             yield epoch, position * self.parts.batch_size, images, labels
 
@@ -102,8 +109,11 @@ class OurRun:
 
     def state(self):
         diffusion = self.diffusion
-        return {"weights": diffusion.state_dict(), "ema_step": diffusion.ema_step,
-                "optimizer": self.parts.optimizer.state_dict()}
+        return {
+            "weights": diffusion.state_dict(),
+            "ema_step": diffusion.ema_step,
+            "optimizer": self.parts.optimizer.state_dict(),
+        }
 
     def restore(self, state, step):
         self.diffusion.load_state_dict(state["weights"])
@@ -130,8 +140,9 @@ class DiffusersRun(InOurPrecision, Diffusers):
         from diffusers.optimization import get_scheduler
 
         warmup = min(500, total_steps // 10)  # its 500 would be most of a short training
-        rate = get_scheduler("cosine", optimizer=self.optimizer, num_warmup_steps=warmup,
-                             num_training_steps=total_steps)
+        rate = get_scheduler(
+            "cosine", optimizer=self.optimizer, num_warmup_steps=warmup, num_training_steps=total_steps
+        )
         self.rate = self.accelerator.prepare(rate)
 
     def denoiser(self, numbers):
@@ -197,16 +208,19 @@ PEERS = {"diffusers": DiffusersRun, "denoising-diffusion-pytorch": LucidrainsRun
 
 def main():
     config = parse_config(Config, __doc__)
-    check_values(config, minutes=(0.01, None), size=(0, None), channel=(0, None), batch_size=(1, None),
-                 samples=(0, None))
+    check_values(
+        config, minutes=(0.01, None), size=(0, None), channel=(0, None), batch_size=(1, None), samples=(0, None)
+    )
     device = choose_device(config.device)
     gpu = device.type == "cuda"
     config = replace(
-        config, size=config.size or (32 if gpu or config.data == "emoji" else 16),
+        config,
+        size=config.size or (32 if gpu or config.data == "emoji" else 16),
         channel=config.channel or (128 if gpu else 32),
-        samples=config.samples or (10_000 if gpu else 1000), name=config.name or device.type,
+        samples=config.samples or (10_000 if gpu else 1000),
+        name=config.name or device.type,
         marks=tuple(mark for mark in config.marks if mark < config.minutes) + (config.minutes,),
-    )  # fmt: skip
+    )
     path = RESULTS / f"time_to_quality_{config.name}_{config.data}"
     report = opened(path.with_suffix(".json"), config)
     report["machine"] = machine(device, choose_precision("auto", device), config.clock)
@@ -229,8 +243,11 @@ def ours(config):
 
 def opened(path, config):
     """The report to add to, or a new one where the settings differ."""
-    about = {name: value for name, value in asdict(config).items()
-             if name not in ("contestants", "extra", "data_root", "name", "device")}
+    about = {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in ("contestants", "extra", "data_root", "name", "device")
+    }
     about["marks"] = list(config.marks)
     if path.is_file():
         report = json.loads(path.read_text("utf-8"))
@@ -280,8 +297,10 @@ def measure(config, device, judge, name, report, path):
     job = Job(device, config.channel, config.size, config.batch_size, 0.1, judge.folder, folder, judge.channels)
     known = ours(config)
     run = PEERS[name](job) if name in PEERS else OurRun(job, judge.annotation, judge.channels, config.seed, known[name])
-    about = {"settings": None if name in PEERS else json.loads(json.dumps(known[name])),  # as the file has them
-             "precision": choose_precision("auto", device)}
+    about = {
+        "settings": None if name in PEERS else json.loads(json.dumps(known[name])),  # as the file has them
+        "precision": choose_precision("auto", device),
+    }
     entry = report["contestants"].get(name, {})
     if {key: entry.get(key) for key in about} != about:  # a preset that changed, or another machine
         entry = report["contestants"][name] = {**about, "marks": []}
@@ -292,11 +311,14 @@ def measure(config, device, judge, name, report, path):
     else:
         entry["total_steps"], entry["steps_a_minute"] = plan(config, run)
         del run
-        run = PEERS[name](job) if name in PEERS else OurRun(job, judge.annotation, judge.channels, config.seed,
-                                                            known[name])
+        run = (
+            PEERS[name](job)
+            if name in PEERS
+            else OurRun(job, judge.annotation, judge.channels, config.seed, known[name])
+        )
         run.told(entry["total_steps"])
     clock = CLOCKS[config.clock]
-    for mark in config.marks[len(entry["marks"]):]:
+    for mark in config.marks[len(entry["marks"]) :]:
         before = entry["marks"][-1] if entry["marks"] else {"steps": 0, "minutes": 0.0}
         steps = round(entry["total_steps"] * mark / config.minutes)
         began = clock()
@@ -347,8 +369,9 @@ def as_text(report):
     rows = []
     for name, entry in report["contestants"].items():
         found = {mark["mark"]: mark["distance"] for mark in entry["marks"]}
-        rows.append((name, f"{entry['total_steps']:,}",
-                     *(f"{found[mark]:.2f}" if mark in found else "" for mark in marks)))
+        rows.append(
+            (name, f"{entry['total_steps']:,}", *(f"{found[mark]:.2f}" if mark in found else "" for mark in marks))
+        )
     chosen = report["settings"]
     size = f"{chosen['size']}x{chosen['size']}"
     lines = [
@@ -357,8 +380,9 @@ def as_text(report):
         f"all training in {about['precision']} (the others' networks sample in fp32),",
         f"{chosen['channel']} channels and batch {chosen['batch_size']} unless a preset decides otherwise.",
         f"Frechet distance of {chosen['samples']:,} samples ({SAMPLER}, {STEPS} steps, the EMA) after minutes of",
-        "training; lower is better.", "",
-    ]  # fmt: skip
+        "training; lower is better.",
+        "",
+    ]
     return "\n".join(lines) + "\n" + markdown(("", "steps", *(f"{mark:g} min" for mark in marks)), rows)
 
 
@@ -370,8 +394,12 @@ def plot(report, path):
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, entry in report["contestants"].items():
-        axes.plot([mark["minutes"] for mark in entry["marks"]], [mark["distance"] for mark in entry["marks"]],
-                  marker="o", label=name)
+        axes.plot(
+            [mark["minutes"] for mark in entry["marks"]],
+            [mark["distance"] for mark in entry["marks"]],
+            marker="o",
+            label=name,
+        )
     axes.set(xscale="log", yscale="log", xlabel="minutes of training", ylabel="Frechet distance")
     axes.grid(True, which="both", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=3)

@@ -1,4 +1,5 @@
 """Functions timed side by side, and what they ran on."""
+
 import contextlib
 import importlib.metadata
 import json
@@ -50,8 +51,9 @@ def quiet():
 
 def spread(values):
     """{median, low, high}: the quartiles, or with fewer than four values the extremes."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) >= 4 else (min(values), None,
-        max(values))
+    low, _, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) >= 4 else (min(values), None, max(values))
+    )
     return {"median": statistics.median(values), "low": low, "high": high}
 
 
@@ -59,12 +61,19 @@ def machine(device, precision, clock):
     """Hardware and versions, for the record."""
     packages = ("torch", "torchvision", "numpy", "pillow", "diffusers", "denoising-diffusion-pytorch", "accelerate")
     return {
-        "cpu": cpu_name(), "cores": usable_cores(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
+        "cpu": cpu_name(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "device": device.type, "precision": precision, "clock": clock, "python": platform.python_version(),
+        "device": device.type,
+        "precision": precision,
+        "clock": clock,
+        "python": platform.python_version(),
         "system": platform.platform(),
-        "cuda": torch.version.cuda, "versions": {name: version for name in packages if (version := version_of(name))},
-    }  # fmt: skip
+        "cuda": torch.version.cuda,
+        "versions": {name: version for name in packages if (version := version_of(name))},
+    }
 
 
 def cpu_name():
@@ -72,8 +81,9 @@ def cpu_name():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-                platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def usable_cores():
@@ -118,10 +128,14 @@ def rows_of_before(report, path):
     if not path.exists():
         return []
     before = json.loads(path.read_text(encoding="utf-8"))
-    same = all(before["settings"].get(key) == json_like(value) for key, value in report["settings"].items()
-               if key != "sections")
-    same = same and all(before["machine"].get(key) == value for key, value in report["machine"].items()
-                        if key != "load")
+    same = all(
+        before["settings"].get(key) == json_like(value)
+        for key, value in report["settings"].items()
+        if key != "sections"
+    )
+    same = same and all(
+        before["machine"].get(key) == value for key, value in report["machine"].items() if key != "load"
+    )
     return before["rows"] if same else []
 
 

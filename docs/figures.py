@@ -2,6 +2,7 @@
 
 python -m docs.figures [NAME ...]     all of them, or those named
 """
+
 import io
 import sys
 from dataclasses import asdict
@@ -130,10 +131,18 @@ def posterior():
     betas = make_betas("linear")
     alpha_bar = np.cumprod(1 - betas)
     before = np.concatenate(([1.0], alpha_bar[:-1]))
-    weights = {"of x_0": np.sqrt(before) * betas / (1 - alpha_bar),
-               "of x_t": np.sqrt(1 - betas) * (1 - before) / (1 - alpha_bar)}  # fmt: skip
-    curves("posterior", {name: (np.arange(1000), values) for name, values in weights.items()}, "t", "weight",
-           yscale="log", ylim=(5e-5, 2))  # fmt: skip
+    weights = {
+        "of x_0": np.sqrt(before) * betas / (1 - alpha_bar),
+        "of x_t": np.sqrt(1 - betas) * (1 - before) / (1 - alpha_bar),
+    }
+    curves(
+        "posterior",
+        {name: (np.arange(1000), values) for name, values in weights.items()},
+        "t",
+        "weight",
+        yscale="log",
+        ylim=(5e-5, 2),
+    )
 
 
 def loss():
@@ -153,8 +162,17 @@ def loss():
 
 def ema(steps=240):
     """A short training at a constant learning rate: the loss of the weights, and of their EMA."""
-    config = train.Config(input_shape=(16, 16), channel=16, channel_mults=(1, 2), num_res_blocks=1, num_groups=4,
-                          prediction="v", schedule="cosine", ema_start=0, ema_decay=0.95)  # fmt: skip
+    config = train.Config(
+        input_shape=(16, 16),
+        channel=16,
+        channel_mults=(1, 2),
+        num_res_blocks=1,
+        num_groups=4,
+        prediction="v",
+        schedule="cosine",
+        ema_start=0,
+        ema_decay=0.95,
+    )
     torch.manual_seed(0)
     diffusion = build.from_config(asdict(config))
     optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=3e-3)
@@ -171,8 +189,9 @@ def ema(steps=240):
                 with torch.no_grad():
                     value = diffusion(held_out, t=t, noise=noise_like(held_out), use_ema=bool(use_ema))
                 values.append((step + 1, value.item()))
-    curves("ema", {name: zip(*values) for name, values in found.items()}, "step", "loss of held-out images",
-           yscale="log")  # fmt: skip
+    curves(
+        "ema", {name: zip(*values) for name, values in found.items()}, "step", "loss of held-out images", yscale="log"
+    )
 
 
 def clipping():
@@ -180,6 +199,7 @@ def clipping():
     diffusion, classes = load()
     rows, answer = [], diffusion.denoiser(torch.arange(7), clip=False)
     for most in (1.0, float("inf")):
+
         def denoise(x, t, most=most):
             a, s = diffusion.alpha_bars[t] ** 0.5, (1 - diffusion.alpha_bars[t]) ** 0.5
             eps = ((x - a * answer(x, t)) / s).bfloat16().float()
@@ -205,8 +225,10 @@ def guidance():
     """The same seeds at guidance scales of 1 to 5."""
     diffusion, classes = load()
     y = torch.arange(7)
-    rows = [diffusion.sample(7, CPU, y, sampler="dpm++", steps=25, seeds=range(7), guidance_scale=scale)
-            for scale in (1, 2, 3, 5)]  # fmt: skip
+    rows = [
+        diffusion.sample(7, CPU, y, sampler="dpm++", steps=25, seeds=range(7), guidance_scale=scale)
+        for scale in (1, 2, 3, 5)
+    ]
     panels("guidance", rows, ["1", "2", "3", "5"], classes)
 
 
@@ -219,8 +241,10 @@ def nearest():
     panels("nearest", [x, normalise(bank[found[:, 0]], CPU)], ["sample", "nearest"], classes)
 
 
-FIGURES = {function.__name__: function for function in (
-    noising, schedules, answers, film, posterior, loss, ema, clipping, solvers, guidance, nearest)}  # fmt: skip
+FIGURES = {
+    function.__name__: function
+    for function in (noising, schedules, answers, film, posterior, loss, ema, clipping, solvers, guidance, nearest)
+}
 
 
 def main():

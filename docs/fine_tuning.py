@@ -2,6 +2,7 @@
 
 python -m docs.fine_tuning FOLDER     draws the pictures there (CC0), trains, and draws the figure
 """
+
 import os
 import sys
 import time
@@ -59,8 +60,20 @@ def main():
     os.chdir(folder)
     txt_annotation.main([])
     began = time.monotonic()
-    train.main(["--start_from", str(WEIGHTS), "--preset", "quick", "--batch_size", "8", "--epochs", "100",
-                "--preview_period", "0"])
+    train.main(
+        [
+            "--start_from",
+            str(WEIGHTS),
+            "--preset",
+            "quick",
+            "--batch_size",
+            "8",
+            "--epochs",
+            "100",
+            "--preview_period",
+            "0",
+        ]
+    )
     print(f"{time.monotonic() - began:.0f} seconds of training")
     predict.main(["--seed", "1", "--num_images", "8", "--individual_files", "True"])
     drawn = sorted(Path("results/predict_out").glob("seed_*.png"))

@@ -56,8 +56,10 @@ def guiding_model(checkpoint, own, diffusion, use_ema=True):
 
     ValueError where it cannot be built, is of another kind, or has the same weights.
     """
-    for name, found in (("classes", [part["classes"] for part in (checkpoint, own)]),
-                        ("input_shape", [part["config"].get("input_shape") for part in (checkpoint, own)])):
+    for name, found in (
+        ("classes", [part["classes"] for part in (checkpoint, own)]),
+        ("input_shape", [part["config"].get("input_shape") for part in (checkpoint, own)]),
+    ):
         if all(found) and found[0] != found[1]:
             raise ValueError(f"the guiding model learned another {name}: take an earlier file of the same run")
     try:
@@ -68,8 +70,9 @@ def guiding_model(checkpoint, own, diffusion, use_ema=True):
     networks = [part.ema_model if use_ema else part.model for part in (diffusion, guide)]
     weights, others = ([value.half() for value in network.parameters()] for network in networks)  # as small files have
     if len(weights) == len(others) and all(map(torch.equal, weights, others)):
-        raise ValueError("the guiding model has the same weights and leads nowhere: take an earlier file of the same "
-                         "run")
+        raise ValueError(
+            "the guiding model has the same weights and leads nowhere: take an earlier file of the same run"
+        )
     return guide
 
 

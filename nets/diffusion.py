@@ -50,9 +50,24 @@ class GaussianDiffusion(nn.Module):
     computes float64 tables from these float32 betas, so a loaded file gives the same images.
     """
 
-    def __init__(self, model, img_size, img_channels, num_classes=None, betas=None, loss_type="l2", ema_decay=0.9999,
-                 ema_start=2000, ema_update_rate=1, *, prediction="eps", loss_weighting="none", min_snr_gamma=5.0,
-                 ema_warmup=False, null_class=None):
+    def __init__(
+        self,
+        model,
+        img_size,
+        img_channels,
+        num_classes=None,
+        betas=None,
+        loss_type="l2",
+        ema_decay=0.9999,
+        ema_start=2000,
+        ema_update_rate=1,
+        *,
+        prediction="eps",
+        loss_weighting="none",
+        min_snr_gamma=5.0,
+        ema_warmup=False,
+        null_class=None,
+    ):
         super().__init__()
         check_choice("loss_type", loss_type, LOSSES)
         check_choice("prediction", prediction, PREDICTIONS)
@@ -249,9 +264,28 @@ class GaussianDiffusion(nn.Module):
         return x
 
     @torch.no_grad()
-    def sample_steps(self, batch_size, device, y=None, use_ema=True, *, sampler="ddpm", steps=None, spacing=None,
-                     clip=True, seeds=None, guidance_scale=1.0, guidance_interval=None, guiding_model=None, noise=None,
-                     init=None, strength=1.0, known=None, mask=None, **sampler_options):
+    def sample_steps(
+        self,
+        batch_size,
+        device,
+        y=None,
+        use_ema=True,
+        *,
+        sampler="ddpm",
+        steps=None,
+        spacing=None,
+        clip=True,
+        seeds=None,
+        guidance_scale=1.0,
+        guidance_interval=None,
+        guiding_model=None,
+        noise=None,
+        init=None,
+        strength=1.0,
+        known=None,
+        mask=None,
+        **sampler_options,
+    ):
         """Yields (x, x_0) after each step of the solver, each (batch_size, c, h, w).
 
         sampler, spacing: names from samplers.SAMPLERS and SPACINGS. steps: None is all timesteps

@@ -29,8 +29,10 @@ def check_interval(interval, plan):
     """ValueError for a guidance interval, or None, in which none of the plan's steps lies."""
     lambdas = [half_log_snr(step.alpha_bar_t) for step in plan]
     if not any(map(within(interval), lambdas)):
-        raise ValueError(f"no step is in the guidance_interval {interval}: their lambdas go from "
-                         f"{lambdas[0]:.3g} to {lambdas[-1]:.3g}")
+        raise ValueError(
+            f"no step is in the guidance_interval {interval}: their lambdas go from "
+            f"{lambdas[0]:.3g} to {lambdas[-1]:.3g}"
+        )
 
 
 def check_weaker_model(diffusion, scale, guiding_model=None):
@@ -39,12 +41,18 @@ def check_weaker_model(diffusion, scale, guiding_model=None):
     Without one: for a scale other than 1 where the network has no null class.
     """
     if guiding_model is not None:
-        for name, words in (("img_size", "size"), ("img_channels", "number of channels"),
-                            ("num_classes", "number of classes"), ("null_class", "null class"),
-                            ("alpha_bars", "schedule")):  # fmt: skip
+        for name, words in (
+            ("img_size", "size"),
+            ("img_channels", "number of channels"),
+            ("num_classes", "number of classes"),
+            ("null_class", "null class"),
+            ("alpha_bars", "schedule"),
+        ):
             if getattr(guiding_model, name) != getattr(diffusion, name):
                 raise ValueError(f"the guiding model has another {words}: take an earlier file of the same run")
     elif scale != 1 and diffusion.null_class is None:
-        raise ValueError(f"guidance_scale {scale:g} needs a model with a null class: train with "
-                         "--class_conditional True and label_dropout above 0, or name an earlier file of the same "
-                         "run as --guiding_path")
+        raise ValueError(
+            f"guidance_scale {scale:g} needs a model with a null class: train with "
+            "--class_conditional True and label_dropout above 0, or name an earlier file of the same "
+            "run as --guiding_path"
+        )

@@ -150,9 +150,12 @@ def half_log_snr(alpha_bar):
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp, "sde-dpm++": sde_dpm_solver_pp, "heun": heun}
 # The best with 25 network calls, or close to it (benchmarks/results/solvers_cpu.md).
 DEFAULT_SPACING = {
-    "ddpm": "trailing", "ddim": "trailing", "dpm++": "clipped_logsnr", "sde-dpm++": "clipped_logsnr",
+    "ddpm": "trailing",
+    "ddim": "trailing",
+    "dpm++": "clipped_logsnr",
+    "sde-dpm++": "clipped_logsnr",
     "heun": "clipped_logsnr",
-}  # fmt: skip
+}
 # For all solvers but ddpm, which takes every timestep. The Frechet distance of sde-dpm++ with 25
 # steps is within 5 % of ddpm's. No solver without new noise was so close with up to 100 calls.
 DEFAULT_STEPS = 25

@@ -70,15 +70,20 @@ def make_betas(schedule="linear", num_timesteps=1000, schedule_low=1e-4, schedul
     if num_timesteps != int(num_timesteps) or num_timesteps < 1:
         raise ValueError(f"num_timesteps must be a whole number of at least 1, not {num_timesteps}")
     if schedule == "linear" and schedule_shift:
-        raise ValueError("schedule_shift is for the cosine and the sigmoid schedule; move the linear one by "
-                         "schedule_low and schedule_high")
+        raise ValueError(
+            "schedule_shift is for the cosine and the sigmoid schedule; move the linear one by "
+            "schedule_low and schedule_high"
+        )
     betas = check_betas(SCHEDULES[schedule](int(num_timesteps), schedule_low, schedule_high))
     betas = check_betas(shift_betas(betas, schedule_shift)) if schedule_shift else betas
     alpha_bar_T = float(np.prod(1 - betas))
     if alpha_bar_T > 0.01:
         remedy = "lower schedule_shift" if schedule_shift > 0 else "raise schedule_high, or use the cosine schedule"
-        warnings.warn(f"the {schedule} schedule has alpha_bar_T = {alpha_bar_T:.3g} > 0.01: x_T is not pure noise; "
-                      f"raise num_timesteps, {remedy}", stacklevel=2)
+        warnings.warn(
+            f"the {schedule} schedule has alpha_bar_T = {alpha_bar_T:.3g} > 0.01: x_T is not pure noise; "
+            f"raise num_timesteps, {remedy}",
+            stacklevel=2,
+        )
     return betas
 
 

@@ -32,8 +32,10 @@ def check_input_shape(input_shape, levels):
     factor = 2 ** (levels - 1)
     if any(size < 1 or size % factor for size in input_shape):
         near = [tuple(max(rounded(n / factor), 1) * factor for n in input_shape) for rounded in (math.floor, math.ceil)]
-        raise ValueError(f"input_shape {tuple(input_shape)} does not fit {levels} levels: height and width must be "
-                         f"multiples of {factor}, such as {' or '.join(str(shape) for shape in dict.fromkeys(near))}")
+        raise ValueError(
+            f"input_shape {tuple(input_shape)} does not fit {levels} levels: height and width must be "
+            f"multiples of {factor}, such as {' or '.join(str(shape) for shape in dict.fromkeys(near))}"
+        )
 
 
 def count_parameters(arguments):

@@ -122,8 +122,18 @@ class ResidualBlock(nn.Module):
     such shift. ValueError: a missing time_emb or y.
     """
 
-    def __init__(self, in_channels, out_channels, dropout, time_emb_dim=None, num_classes=None, activation=F.relu,
-                 norm="gn", num_groups=MAX_GROUPS, use_attention=False):
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        dropout,
+        time_emb_dim=None,
+        num_classes=None,
+        activation=F.relu,
+        norm="gn",
+        num_groups=MAX_GROUPS,
+        use_attention=False,
+    ):
         super().__init__()
         self.activation = activation
         self.norm_1 = get_norm(norm, in_channels, num_groups)
@@ -168,10 +178,24 @@ class UNet(nn.Module):
     computes activations again, in a third more time and a fraction of the memory.
     """
 
-    def __init__(self, img_channels, base_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2,
-                 time_emb_dim=TIME_EMB_DIM, time_emb_scale=1.0, num_classes=None, activation=F.silu, dropout=0.1,
-                 attention_resolutions=(1,), norm="gn", num_groups=MAX_GROUPS, initial_pad=0, *,
-                 activation_checkpointing=False):
+    def __init__(
+        self,
+        img_channels,
+        base_channels=128,
+        channel_mults=(1, 2, 2, 2),
+        num_res_blocks=2,
+        time_emb_dim=TIME_EMB_DIM,
+        time_emb_scale=1.0,
+        num_classes=None,
+        activation=F.silu,
+        dropout=0.1,
+        attention_resolutions=(1,),
+        norm="gn",
+        num_groups=MAX_GROUPS,
+        initial_pad=0,
+        *,
+        activation_checkpointing=False,
+    ):
         super().__init__()
         self.activation = activation
         self.initial_pad = initial_pad
@@ -186,8 +210,15 @@ class UNet(nn.Module):
                 nn.Linear(time_emb_dim, time_emb_dim),
             )
         self.init_conv = nn.Conv2d(img_channels, base_channels, 3, padding=1)
-        block = partial(ResidualBlock, dropout=dropout, time_emb_dim=time_emb_dim, num_classes=num_classes,
-                        activation=activation, norm=norm, num_groups=num_groups)
+        block = partial(
+            ResidualBlock,
+            dropout=dropout,
+            time_emb_dim=time_emb_dim,
+            num_classes=num_classes,
+            activation=activation,
+            norm=norm,
+            num_groups=num_groups,
+        )
 
         widths = [base_channels * mult for mult in channel_mults]
         channels = base_channels

@@ -13,10 +13,16 @@ from .unet import MAX_GROUPS, TIME_EMB_DIM, UNet
 
 # Settings of train.py -> arguments of the UNet. A missing one leaves the argument's own default.
 NETWORK = {
-    "channel": "base_channels", "channel_mults": "channel_mults", "num_res_blocks": "num_res_blocks",
-    "attention_resolutions": "attention_resolutions", "num_groups": "num_groups", "time_emb_dim": "time_emb_dim",
-    "norm": "norm", "dropout": "dropout", "activation_checkpointing": "activation_checkpointing",
-}  # fmt: skip
+    "channel": "base_channels",
+    "channel_mults": "channel_mults",
+    "num_res_blocks": "num_res_blocks",
+    "attention_resolutions": "attention_resolutions",
+    "num_groups": "num_groups",
+    "time_emb_dim": "time_emb_dim",
+    "norm": "norm",
+    "dropout": "dropout",
+    "activation_checkpointing": "activation_checkpointing",
+}
 TABLES = tuple(schedule_tables(np.full(1, 0.5)))  # the buffers' names
 # The weights that an architecture is read off.
 READ = re.compile(r"^init_conv\.weight|^time_mlp\.1\.weight|\.class_bias\.weight|^downs\.\d+\.conv_1\.weight")
@@ -91,12 +97,15 @@ def check_claims(config, num_classes, weights):
         "channel": (config.get("channel", 128) * max(mults, default=1), values),
         "img_channels": (config.get("img_channels", 3), values),
         "num_timesteps": (config.get("num_timesteps", 1000), values),
-        "num_res_blocks": (blocks * len(mults), len(weights)), "classes": (num_classes, values),
-    }  # fmt: skip
+        "num_res_blocks": (blocks * len(mults), len(weights)),
+        "classes": (num_classes, values),
+    }
     for name, (claimed, most) in claims.items():
         if claimed > most:
-            raise ValueError(f"the weights do not fit this network: {name} is {config.get(name, num_classes)}, and the "
-                             f"file holds {values:,} numbers in {len(weights):,} tensors")
+            raise ValueError(
+                f"the weights do not fit this network: {name} is {config.get(name, num_classes)}, and the "
+                f"file holds {values:,} numbers in {len(weights):,} tensors"
+            )
 
 
 def unet_arguments(config, num_classes):
@@ -114,8 +123,11 @@ def check_fit(own, weights):
     problems = {
         "unknown": [key for key in weights if key not in own],
         "missing": [key for key in own if key not in weights],
-        "of another shape": [f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
-                             for key, value in weights.items() if key in own and value.shape != own[key].shape],
+        "of another shape": [
+            f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+            for key, value in weights.items()
+            if key in own and value.shape != own[key].shape
+        ],
     }
     if any(problems.values()):
         found = "; ".join(f"{len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys)
@@ -127,8 +139,9 @@ def class_rows(config, num_classes):
     if not config.get("class_conditional", False):
         return None, None
     if num_classes < 1:
-        raise ValueError("class_conditional is on, but the images have no classes: sort them into class folders and "
-                         "list them again")
+        raise ValueError(
+            "class_conditional is on, but the images have no classes: sort them into class folders and list them again"
+        )
     return (num_classes + 1, num_classes) if config.get("label_dropout", 0.0) > 0 else (num_classes, None)
 
 
@@ -184,8 +197,10 @@ def config_from_weights(state_dict):
     settings, _ = read_settings(clean_keys(state_dict))
     time_emb_dim, norm = settings.pop("time_emb_dim"), settings.pop("norm")
     if time_emb_dim != TIME_EMB_DIM or norm != "gn":
-        raise ValueError(f"train.py cannot train a network with time_emb_dim {time_emb_dim} and norm {norm!r}: "
-                         f"it needs {TIME_EMB_DIM} and 'gn'. predict.py can sample with it.")
+        raise ValueError(
+            f"train.py cannot train a network with time_emb_dim {time_emb_dim} and norm {norm!r}: "
+            f"it needs {TIME_EMB_DIM} and 'gn'. predict.py can sample with it."
+        )
     if "schedule" not in settings:
         warnings.warn("the betas of these weights match no known schedule: they are used unchanged", stacklevel=2)
     return settings

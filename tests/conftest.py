@@ -1,4 +1,5 @@
 """What the tests share: tiny pictures, and the scripts run as a user runs them."""
+
 import csv
 import os
 import subprocess
@@ -18,8 +19,18 @@ torch.set_num_threads(1)
 
 # The smallest network that has all kinds of blocks.
 TINY = (
-    *("--input_shape", "8,8", "--channel", "32", "--channel_mults", "1,", "--num_res_blocks", "1",
-      "--attention_resolutions", "()"),
+    *(
+        "--input_shape",
+        "8,8",
+        "--channel",
+        "32",
+        "--channel_mults",
+        "1,",
+        "--num_res_blocks",
+        "1",
+        "--attention_resolutions",
+        "()",
+    ),
     *("--num_timesteps", "20", "--batch_size", "8", "--preview_period", "0", "--ema_start", "3", "--device", "cpu"),
 )
 
@@ -48,10 +59,15 @@ def command(script, *arguments):
 
 def torchrun(processes, script, *arguments):
     return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
         str(PROJECT / script),
         *map(str, arguments),
-    ]  # fmt: skip
+    ]
 
 
 def run(arguments, cwd, expect=0, timeout=240):

@@ -5,6 +5,7 @@ Each case has a folder of its own. It fails by a traceback, an error of more tha
 raw control characters, more than 20 s, more than 2.5 GB, a file outside its folder, or values that
 are not those of the file.
 """
+
 import argparse
 import contextlib
 import io
@@ -40,24 +41,112 @@ from utils.terminal import printable
 SECONDS, MEMORY, ADDRESS_SPACE = 20, 2.5 * 2**30, 6 * 2**30
 CASES_A_WORKER = 50
 COUNTS = {
-    "pictures": 2000, "lists": 200, "options_txt_annotation": 500, "options_train": 500, "options_predict": 500,
+    "pictures": 2000,
+    "lists": 200,
+    "options_txt_annotation": 500,
+    "options_train": 500,
+    "options_predict": 500,
     "checkpoints": 300,
-    "folders": 60, "npz": 60, "flips": 200, "kills": 60,
-}  # fmt: skip
+    "folders": 60,
+    "npz": 60,
+    "flips": 200,
+    "kills": 60,
+}
 PICTURES_A_CASE = 20  # one run of txt_annotation.py looks at so many
-DRAW = ["--device", "cpu", "--precision", "fp32", "--num_images", "1", "--batch_size", "1", "--steps", "1", "--seed",
-        "1"]
+DRAW = [
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--num_images",
+    "1",
+    "--batch_size",
+    "1",
+    "--steps",
+    "1",
+    "--seed",
+    "1",
+]
 NASTY = (
-    "", "--", "-1", "0", "1", "1e400", "nan", "-inf", "9" * 400, "None", "True", "[]", "{}", "()", "1,", "1,2",
-    "1,2,3,4", "'", '"', "\\",
-    "\x1b[31mred", "猫", "\udce9", ".", "..", "a/b", "x" * 300, "meta", "xla", "hpu", "cuda:99", "cpu", "latest",
-    str(10**9), str(2**63),
-    "-0.5", "0.5", "3", "a;b", "%s%n", "train_lines.txt", "datasets",
-)  # fmt: skip
-NUMBERS = ("-1", "0", "1", "3", "7", "1e400", "nan", "-inf", "9" * 400, str(10**9), str(2**63), "-0.5", "0.5", "1e-300",
-           "1,2", "0,", "8,8")
-WRONG = (None, -1, 10**9, "x", [], {}, float("nan"), 10**400, True, (1,) * 40, 0.5, b"x", "\x1b[2J", torch.zeros(2, 3),
-         2**70)
+    "",
+    "--",
+    "-1",
+    "0",
+    "1",
+    "1e400",
+    "nan",
+    "-inf",
+    "9" * 400,
+    "None",
+    "True",
+    "[]",
+    "{}",
+    "()",
+    "1,",
+    "1,2",
+    "1,2,3,4",
+    "'",
+    '"',
+    "\\",
+    "\x1b[31mred",
+    "猫",
+    "\udce9",
+    ".",
+    "..",
+    "a/b",
+    "x" * 300,
+    "meta",
+    "xla",
+    "hpu",
+    "cuda:99",
+    "cpu",
+    "latest",
+    str(10**9),
+    str(2**63),
+    "-0.5",
+    "0.5",
+    "3",
+    "a;b",
+    "%s%n",
+    "train_lines.txt",
+    "datasets",
+)
+NUMBERS = (
+    "-1",
+    "0",
+    "1",
+    "3",
+    "7",
+    "1e400",
+    "nan",
+    "-inf",
+    "9" * 400,
+    str(10**9),
+    str(2**63),
+    "-0.5",
+    "0.5",
+    "1e-300",
+    "1,2",
+    "0,",
+    "8,8",
+)
+WRONG = (
+    None,
+    -1,
+    10**9,
+    "x",
+    [],
+    {},
+    float("nan"),
+    10**400,
+    True,
+    (1,) * 40,
+    0.5,
+    b"x",
+    "\x1b[2J",
+    torch.zeros(2, 3),
+    2**70,
+)
 
 
 class TooLong(BaseException):
@@ -74,8 +163,15 @@ def pictures(draw, base):
         original = draw.choice(originals)
         Path("datasets", f"{number:02d}{original.suffix}").write_bytes(mutated(draw, original.read_bytes()))
     listing = ["--verify", draw.choice(["True", "False"])]
-    reading = [*TINY, "--dry_run", "True", "--resize_mode", draw.choice(["crop", "stretch", "pad"]), "--batch_size",
-               "1"]
+    reading = [
+        *TINY,
+        "--dry_run",
+        "True",
+        "--resize_mode",
+        draw.choice(["crop", "stretch", "pad"]),
+        "--batch_size",
+        "1",
+    ]
     return [(txt_annotation, listing), (train, reading)]
 
 
@@ -85,15 +181,30 @@ def lists(draw, base):
     lines = [f"{draw.randrange(2)};{path}" for path in paths]
     for _ in range(draw.randrange(1, 4)):
         place = draw.randrange(len(lines))
-        lines[place] = draw.choice([
-            "", "x" * 10_000, "\0", f'"{paths[0]}"', "relative.png", f"999999999999;{paths[0]}", paths[0],
-            f"-1;{paths[0]}", "1;", ";",
-            f" {lines[place]}", f"1;{base}", f"{lines[place]}\r", "\x1b[31m", "1;" + "/".join("a" * 3000),
-            f"{10**400};{paths[0]}",
-        ])  # fmt: skip
+        lines[place] = draw.choice(
+            [
+                "",
+                "x" * 10_000,
+                "\0",
+                f'"{paths[0]}"',
+                "relative.png",
+                f"999999999999;{paths[0]}",
+                paths[0],
+                f"-1;{paths[0]}",
+                "1;",
+                ";",
+                f" {lines[place]}",
+                f"1;{base}",
+                f"{lines[place]}\r",
+                "\x1b[31m",
+                "1;" + "/".join("a" * 3000),
+                f"{10**400};{paths[0]}",
+            ]
+        )
     text = "\n".join(lines)
-    content = draw.choice([lambda: text.encode(), lambda: text.encode("utf-16"),
-                           lambda: mutated(draw, text.encode())])()
+    content = draw.choice(
+        [lambda: text.encode(), lambda: text.encode("utf-16"), lambda: mutated(draw, text.encode())]
+    )()
     Path("train_lines.txt").write_bytes(content)
     if draw.random() < 0.8:
         Path("train_classes.txt").write_bytes(draw.choice([b"even\nodd\n", b"", b"one\n", b"\xff\xfe\n\n", b"a\na\n"]))
@@ -145,10 +256,12 @@ def checkpoints(draw, base):
     shutil.copy(base / "workplace" / "train_classes.txt", ".")
     shutil.copy(base / "workplace" / "train_lines.txt", ".")
     commands = [
-        (predict, ["--model_path", "last.pth", *DRAW]), (train, ["--resume", "last.pth", "--dry_run", "True"]),
+        (predict, ["--model_path", "last.pth", *DRAW]),
+        (train, ["--resume", "last.pth", "--dry_run", "True"]),
         (train, ["--resume", "last.pth", "--epochs", "2", "--preview_period", "0"]),
-        (convert, ["weights", "last.pth", "small.pth"]), (convert, ["reference", "last.pth", "bare.pth"]),
-    ]  # fmt: skip
+        (convert, ["weights", "last.pth", "small.pth"]),
+        (convert, ["reference", "last.pth", "bare.pth"]),
+    ]
     return [draw.choice(commands)]
 
 
@@ -162,8 +275,9 @@ def folders(draw, base):
                 values = json.loads(path.read_text())
             except ValueError:
                 continue
-            values[draw.choice(sorted(values))] = draw.choice([None, -1, 10**9, "x", [], {}, 0.5, True, [1] * 40,
-                                                               10**30])
+            values[draw.choice(sorted(values))] = draw.choice(
+                [None, -1, 10**9, "x", [], {}, 0.5, True, [1] * 40, 10**30]
+            )
             path.write_text(json.dumps(values))
         elif way < 0.9:
             path.write_bytes(mutated(draw, path.read_bytes()))
@@ -173,14 +287,15 @@ def folders(draw, base):
 
 
 def npz(draw, base):
-    shape = draw.choice([(6, 8, 8, 3), (6, 8, 8, 1), (0, 8, 8, 3), (6, 8, 8), (6, 8, 8, 4), (1, 1, 1, 3),
-                         (6, 300, 2, 3)])
+    shape = draw.choice(
+        [(6, 8, 8, 3), (6, 8, 8, 1), (0, 8, 8, 3), (6, 8, 8), (6, 8, 8, 4), (1, 1, 1, 3), (6, 300, 2, 3)]
+    )
     kind = draw.choice([np.uint8, np.uint8, np.uint8, np.float32, np.int64, object])
     array = np.zeros(shape, kind)
     content = io.BytesIO()
-    draw.choice([np.savez, np.savez_compressed])(content,
-                                                 **{draw.choice(["arr_0", "arr_0",
-                                                                 "images"]): np.asfortranarray(array)})
+    draw.choice([np.savez, np.savez_compressed])(
+        content, **{draw.choice(["arr_0", "arr_0", "images"]): np.asfortranarray(array)}
+    )
     content = content.getvalue()
     Path("samples.npz").write_bytes(mutated(draw, content) if draw.random() < 0.6 else content)
     shutil.copytree(base / "workplace" / "datasets", "datasets")
@@ -204,11 +319,16 @@ def flips(draw, base):
 
 
 KINDS = {
-    "pictures": pictures, "lists": lists, "options_txt_annotation": options(txt_annotation, {}),
+    "pictures": pictures,
+    "lists": lists,
+    "options_txt_annotation": options(txt_annotation, {}),
     "options_train": options(train, {**as_pairs(TINY), "dry_run": "True"}),
     "options_predict": options(predict, as_pairs(DRAW)),
-    "checkpoints": checkpoints, "folders": folders, "npz": npz, "flips": flips,
-}  # fmt: skip
+    "checkpoints": checkpoints,
+    "folders": folders,
+    "npz": npz,
+    "flips": flips,
+}
 
 
 def mutated(draw, content):
@@ -264,8 +384,9 @@ def work(kind, numbers, seed, base, results):
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     for number in numbers:
         print(json.dumps({"case": number}), file=results, flush=True)
-        failure, refused = run_case(KINDS[kind], random.Random(f"{kind} {seed} {number}"), base,
-                                    base / f"{kind}_{number}")
+        failure, refused = run_case(
+            KINDS[kind], random.Random(f"{kind} {seed} {number}"), base, base / f"{kind}_{number}"
+        )
         print(json.dumps({"case": number, "failure": failure, "refused": refused}), file=results, flush=True)
 
 
@@ -362,10 +483,16 @@ def where(error):
 
 def listing(base, folder):
     """What lies beside the case's folder, and in the project."""
-    found = {path.name for path in base.iterdir() if path != folder
-             and not path.name.startswith(("run_", folder.name.rsplit("_", 1)[0]))}
-    return found, frozenset(path.name for path in PROJECT.iterdir()), frozenset(path.name
-        for path in (PROJECT / "datasets").iterdir())
+    found = {
+        path.name
+        for path in base.iterdir()
+        if path != folder and not path.name.startswith(("run_", folder.name.rsplit("_", 1)[0]))
+    }
+    return (
+        found,
+        frozenset(path.name for path in PROJECT.iterdir()),
+        frozenset(path.name for path in (PROJECT / "datasets").iterdir()),
+    )
 
 
 # The parent
@@ -397,11 +524,12 @@ def run_kills(_, count, seed, base):
     folder = base / "run_kills"
     shutil.copytree(base / "workplace", folder)
     commands = [
-        ["txt_annotation.py"], ["train.py", *TINY, "--epochs", "2", "--save_minutes", "0", "--resume", "latest"],
+        ["txt_annotation.py"],
+        ["train.py", *TINY, "--epochs", "2", "--save_minutes", "0", "--resume", "latest"],
         ["predict.py", *DRAW, "--npz", "True"],
         ["-m", "utils.convert", "weights", str(base / "workplace" / "logs"), "small.pth"],
         ["-m", "utils.evaluate", "--samples", "datasets", "--distances", "False"],
-    ]  # fmt: skip
+    ]
     run = str(next(Path(base, "workplace", "logs").glob("*")))
     for number in range(count):
         words = [run if word.endswith("logs") else word for word in draw.choice(commands)]
@@ -409,8 +537,13 @@ def run_kills(_, count, seed, base):
         for path in folder.glob("small.pth"):
             path.unlink()
         environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-        options = {"cwd": folder, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE,
-                   "text": True}
+        options = {
+            "cwd": folder,
+            "env": environment,
+            "stdout": subprocess.DEVNULL,
+            "stderr": subprocess.PIPE,
+            "text": True,
+        }
         process = subprocess.Popen([sys.executable, *words], **options)
         time.sleep(draw.uniform(0.5, 6))
         process.kill()
@@ -418,8 +551,10 @@ def run_kills(_, count, seed, base):
         again = subprocess.run([sys.executable, *words], **options, timeout=120)
         left = [path.name for path in folder.rglob(".*.tmp")]
         if again.returncode not in (0, 1) or "Traceback" in again.stderr or left:
-            failures.append(f"case {number}: {words[:3]} after a kill: code {again.returncode}, "
-                            f"{again.stderr[-300:]!r}, left {left}")
+            failures.append(
+                f"case {number}: {words[:3]} after a kill: code {again.returncode}, "
+                f"{again.stderr[-300:]!r}, left {left}"
+            )
         if again.returncode == 1 and "is there already" not in again.stderr:
             failures.append(f"case {number}: {words[:3]} after a kill: {again.stderr[-300:]!r}")
     return count, 0, failures

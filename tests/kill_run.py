@@ -3,6 +3,7 @@
 
 A second number seeds the moments of the kills.
 """
+
 import contextlib
 import os
 import random
@@ -32,11 +33,13 @@ def kill_while_training(arguments, folder, after):
 
     Whether it was alive then.
     """
-    process = subprocess.Popen(arguments, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        arguments, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     began, deadline = time.time_ns(), time.monotonic() + 120
-    while process.poll() is None and not any(path.stat().st_mtime_ns > began
-                                             for path in folder.glob("logs/*/last.pth")):
+    while process.poll() is None and not any(
+        path.stat().st_mtime_ns > began for path in folder.glob("logs/*/last.pth")
+    ):
         assert time.monotonic() < deadline, "the run saves nothing"
         time.sleep(0.005)
     time.sleep(after)
@@ -65,8 +68,9 @@ def kill_and_compare(whole, broken, settings, processes, kills, epochs, seed=3):
     run(build("train.py", *settings), whole, timeout=240 + 2 * epochs)
     moments = random.Random(seed)
     for number in range(kills):
-        hit = kill_while_training([*build("train.py", *settings), "--resume", "latest"], broken,
-                                  moments.uniform(0, 0.1))
+        hit = kill_while_training(
+            [*build("train.py", *settings), "--resume", "latest"], broken, moments.uniform(0, 0.1)
+        )
         assert hit, f"kill {number + 1} came after the end of the run"
     run([*build("train.py", *settings), "--resume", "latest"], broken, timeout=240 + 2 * epochs)
     (one, one_csv), (other, other_csv) = result(whole), result(broken)
@@ -83,8 +87,9 @@ def main(kills=200, seed=3):
             Path(name).mkdir()
         settings = [*RUN, "--annotation_path", Path("train_lines.txt").resolve()]
         kill_and_compare(Path("whole"), Path("broken"), settings, 1, kills, 5 * kills, seed)
-        print(f"{kills} kills, {5 * kills} epochs: weights, averages, moments and losses are those of the undisturbed "
-              "run")
+        print(
+            f"{kills} kills, {5 * kills} epochs: weights, averages, moments and losses are those of the undisturbed run"
+        )
 
 
 if __name__ == "__main__":

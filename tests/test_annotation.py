@@ -1,4 +1,5 @@
 """Finding, checking and listing images, and the script that does it."""
+
 import errno
 import io
 import os
@@ -34,6 +35,7 @@ def relative(paths, root):
 
 
 # Finding
+
 
 def test_every_extension_in_any_case_at_any_depth(tmp_path):
     names = [f"d{i}/deeper/a{ending}" for i, ending in enumerate((*EXTENSIONS, ".PNG", ".JpEg", ".TIFF"))]
@@ -110,6 +112,7 @@ def test_a_root_that_is_no_folder_is_an_error_that_names_it(tmp_path):
 
 # Checking
 
+
 def test_each_bad_file_is_left_out_with_its_reason(tmp_path):
     good = [make_image(tmp_path / "a.png", (8, 6)), make_image(tmp_path / "b.png", (5, 9))]
     (tmp_path / "empty.png").touch()
@@ -129,12 +132,23 @@ def test_a_name_with_a_line_break_is_left_out(tmp_path):
     assert check_images([path])[1][0][0] == path
 
 
-@pytest.mark.parametrize("error, line", [
-    (MemoryError(), "out of memory while decoding {path}: lower num_workers, or end other programs; nothing was kept"),
-    *[(OSError(number, os.strerror(number)),
-       f"{{path}} cannot be read now ({os.strerror(number)}): see to the disk or the system and run "
-       "this again; nothing was kept") for number in (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
-                                                      errno.ESTALE)]])
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (
+            MemoryError(),
+            "out of memory while decoding {path}: lower num_workers, or end other programs; nothing was kept",
+        ),
+        *[
+            (
+                OSError(number, os.strerror(number)),
+                f"{{path}} cannot be read now ({os.strerror(number)}): see to the disk or the system and run "
+                "this again; nothing was kept",
+            )
+            for number in (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+        ],
+    ],
+)
 def test_a_failure_of_the_system_ends_the_pass(tmp_path, monkeypatch, error, line):
     """The image may be whole: it must not be left out."""
     paths = [make_image(tmp_path / f"{i}.png") for i in range(3)]
@@ -161,12 +175,21 @@ def test_a_file_that_may_not_be_read_is_left_out(tmp_path, monkeypatch, number):
 
 # Printing
 
-@pytest.mark.parametrize("text, shown", [
-    ("plain name.png", "plain name.png"), ("gâteau 蛋糕 👩\u200d🚀.png", "gâteau 蛋糕 👩\u200d🚀.png"),
-    ("\x1b]0;owned\x07\x1b[31mred", r"\x1b]0;owned\x07\x1b[31mred"), ("a\nb\rc\td\0", r"a\nb\rc\td\x00"),
-    ("\x9b31m\x7f", r"\x9b31m\x7f"),
-    (Path("/d/\x1bc"), r"/d/\x1bc"), ("bytes\udcff", r"bytes\udcff"),
-    ("\u202egnp.exe\u2066", r"\u202egnp.exe\u2066"), ("a\u2028b", r"a\u2028b")])
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("plain name.png", "plain name.png"),
+        ("gâteau 蛋糕 👩\u200d🚀.png", "gâteau 蛋糕 👩\u200d🚀.png"),
+        ("\x1b]0;owned\x07\x1b[31mred", r"\x1b]0;owned\x07\x1b[31mred"),
+        ("a\nb\rc\td\0", r"a\nb\rc\td\x00"),
+        ("\x9b31m\x7f", r"\x9b31m\x7f"),
+        (Path("/d/\x1bc"), r"/d/\x1bc"),
+        ("bytes\udcff", r"bytes\udcff"),
+        ("\u202egnp.exe\u2066", r"\u202egnp.exe\u2066"),
+        ("a\u2028b", r"a\u2028b"),
+    ],
+)
 def test_what_a_terminal_would_act_on_is_escaped(monkeypatch, text, shown):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
     assert printable(text) == shown
@@ -181,15 +204,19 @@ def test_what_the_terminal_lacks_is_escaped(monkeypatch):
 
 # Classes
 
-@pytest.mark.parametrize("paths, labels, classes", [
-    (["/d/cats/1.png", "/d/cats/2.png", "/d/dogs/1.png"], [0, 0, 1], ["cats", "dogs"]),
-    (["/d/set/dogs/old/1.png", "/d/set/cats/x/y/2.png", "/d/set/dogs/3.png"], [1, 0, 1], ["cats", "dogs"]),
-    (["/d/1.png", "/d/2.png"], None, []),
-    (["/d/deep/er/1.png", "/d/deep/er/2.png"], None, []),  # one folder alone holds no classes
-    (["/d/1.png", "/d/cats/2.png"], None, []),
-    (["/d/cats/2.png"], None, []),
-    (["/d/cat/1.png", "/d/cats/1.png"], [0, 1], ["cat", "cats"]),  # a common prefix of names is no folder
-])
+
+@pytest.mark.parametrize(
+    "paths, labels, classes",
+    [
+        (["/d/cats/1.png", "/d/cats/2.png", "/d/dogs/1.png"], [0, 0, 1], ["cats", "dogs"]),
+        (["/d/set/dogs/old/1.png", "/d/set/cats/x/y/2.png", "/d/set/dogs/3.png"], [1, 0, 1], ["cats", "dogs"]),
+        (["/d/1.png", "/d/2.png"], None, []),
+        (["/d/deep/er/1.png", "/d/deep/er/2.png"], None, []),  # one folder alone holds no classes
+        (["/d/1.png", "/d/cats/2.png"], None, []),
+        (["/d/cats/2.png"], None, []),
+        (["/d/cat/1.png", "/d/cats/1.png"], [0, 1], ["cat", "cats"]),  # a common prefix of names is no folder
+    ],
+)
 def test_the_class_is_the_folder_below_the_common_root(paths, labels, classes):
     assert label_by_folder(paths) == (labels, classes)
 
@@ -215,10 +242,20 @@ def test_the_shipped_emoji_make_way_for_other_images():
 
 # The list
 
-ODD_NAMES = ["with space.png", " b, c.png", "ü/日本/é.png", "1;b.png", "12;/x.png", "a;b;c.png",
-             "x\u2028y\x85z\x0b.png",
-             "\ufeff.png",
-             "tab\t'\"#%\\n.png", "car\rriage.png", "bytes\udcff.png", "end .png "]
+ODD_NAMES = [
+    "with space.png",
+    " b, c.png",
+    "ü/日本/é.png",
+    "1;b.png",
+    "12;/x.png",
+    "a;b;c.png",
+    "x\u2028y\x85z\x0b.png",
+    "\ufeff.png",
+    "tab\t'\"#%\\n.png",
+    "car\rriage.png",
+    "bytes\udcff.png",
+    "end .png ",
+]
 
 
 @pytest.mark.parametrize("labels", [None, [i % 3 for i in range(len(ODD_NAMES))]])
@@ -304,23 +341,27 @@ def test_a_full_disk_leaves_list_and_names_untouched(tmp_path):
 def test_a_list_saved_by_a_windows_editor_is_read(tmp_path):
     (tmp_path / "train_lines.txt").write_bytes("\ufeff1;/d/ü.png\r\n0;/d/b.png\r\n\r\n".encode())
     (tmp_path / "train_classes.txt").write_bytes("\ufeffcats\r\ndogs\r\n".encode())
-    assert read_annotation(tmp_path / "train_lines.txt") == Annotation(["/d/ü.png", "/d/b.png"], [1, 0],
-                                                                       ["cats", "dogs"])
+    assert read_annotation(tmp_path / "train_lines.txt") == Annotation(
+        ["/d/ü.png", "/d/b.png"], [1, 0], ["cats", "dogs"]
+    )
 
 
-@pytest.mark.parametrize("text, classes, message", [
-    (None, None, "is not there: run `python txt_annotation.py`"),
-    ("", None, "lists no image: run `python txt_annotation.py`"),
-    ("\n\n", None, "lists no image"),
-    ("/d/a.png\n0;/d/b.png\n", "cats\n", "line 2: expected"),
-    ("0;/d/a.png\n/d/b.png\n", "cats\n", "line 2: expected"),
-    ("\n/d/a.png\nb.png\n", None, "line 3: expected"),
-    ("/d/a.png 1,2,3\nsome text\n", None, "line 2: expected"),
-    ("\0\1\2binary", None, "line 1: expected"),
-    ("2;/d/a.png\n", "cats\ndogs\n", "uses class id 2, but .* names 2 classes only"),
-    ("0;/d/a.png\n", None, "is missing or empty: run"),
-    ("0;/d/a.png\n", "cats\ndogs\r\ncats\n", "names cats twice: run"),
-])
+@pytest.mark.parametrize(
+    "text, classes, message",
+    [
+        (None, None, "is not there: run `python txt_annotation.py`"),
+        ("", None, "lists no image: run `python txt_annotation.py`"),
+        ("\n\n", None, "lists no image"),
+        ("/d/a.png\n0;/d/b.png\n", "cats\n", "line 2: expected"),
+        ("0;/d/a.png\n/d/b.png\n", "cats\n", "line 2: expected"),
+        ("\n/d/a.png\nb.png\n", None, "line 3: expected"),
+        ("/d/a.png 1,2,3\nsome text\n", None, "line 2: expected"),
+        ("\0\1\2binary", None, "line 1: expected"),
+        ("2;/d/a.png\n", "cats\ndogs\n", "uses class id 2, but .* names 2 classes only"),
+        ("0;/d/a.png\n", None, "is missing or empty: run"),
+        ("0;/d/a.png\n", "cats\ndogs\r\ncats\n", "names cats twice: run"),
+    ],
+)
 def test_a_list_that_cannot_be_used_is_one_clear_line(tmp_path, text, classes, message):
     for name, content in (("train_lines.txt", text), ("train_classes.txt", classes)):
         if content is not None:
@@ -330,15 +371,21 @@ def test_a_list_that_cannot_be_used_is_one_clear_line(tmp_path, text, classes, m
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text, fault", [
-    ("images/a.png", r"line 1: expected .* not a relative path or another text \(images/a.png\)"),
-    ('"/d/a.png"', "line 1: expected .* not a path in quotes"),
-    ("0;'/d/a.png'", "line 1: expected .* not a path in quotes"),
-    ("/d/a.png\n0;b.png", r"line 2: expected .* not a relative path or another text \(b.png\)"),
-    ("evil\x1b[31m.png", r"another text \(evil\\x1b\[31m.png\)"),
-    pytest.param(r"C:\d\a.png", "line 1: expected .* not a path of Windows",
-                 marks=pytest.mark.skipif(os.name == "nt", reason="it is one")),
-])
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ("images/a.png", r"line 1: expected .* not a relative path or another text \(images/a.png\)"),
+        ('"/d/a.png"', "line 1: expected .* not a path in quotes"),
+        ("0;'/d/a.png'", "line 1: expected .* not a path in quotes"),
+        ("/d/a.png\n0;b.png", r"line 2: expected .* not a relative path or another text \(b.png\)"),
+        ("evil\x1b[31m.png", r"another text \(evil\\x1b\[31m.png\)"),
+        pytest.param(
+            r"C:\d\a.png",
+            "line 1: expected .* not a path of Windows",
+            marks=pytest.mark.skipif(os.name == "nt", reason="it is one"),
+        ),
+    ],
+)
 def test_what_is_wrong_with_a_path_is_said(tmp_path, text, fault):
     (tmp_path / "train_lines.txt").write_text(text + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=fault):
@@ -375,11 +422,13 @@ def test_a_list_never_replaces_an_image(tmp_path, monkeypatch):
 
 # The script
 
+
 def run_script(folder, *options):
     command = [sys.executable, str(PROJECT / "txt_annotation.py"), *options]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8",
-                          timeout=120)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=120
+    )
 
 
 def test_the_script_lists_what_is_good_and_says_what_it_did(tmp_path):
@@ -389,11 +438,19 @@ def test_the_script_lists_what_is_good_and_says_what_it_did(tmp_path):
     done = run_script(tmp_path)
     assert done.returncode == 0, done.stderr
     listed = read_annotation(tmp_path / "train_lines.txt")
-    assert relative(listed.paths, tmp_path / "datasets") == ["my set/cats/1.PNG", "my set/dögs/1.jpg",
-                                                             "my set/dögs/2.png"]
+    assert relative(listed.paths, tmp_path / "datasets") == [
+        "my set/cats/1.PNG",
+        "my set/dögs/1.jpg",
+        "my set/dögs/2.png",
+    ]
     assert (listed.labels, listed.classes) == ([0, 1, 1], ["cats", "dögs"])
-    for said in ("3 images, all 8x6", "2 classes: cats (1), dögs (2)", "bad.png: not a picture", "the 1 shipped ones",
-                 str(tmp_path / "train_lines.txt")):
+    for said in (
+        "3 images, all 8x6",
+        "2 classes: cats (1), dögs (2)",
+        "bad.png: not a picture",
+        "the 1 shipped ones",
+        str(tmp_path / "train_lines.txt"),
+    ):
         assert said in done.stdout
     assert "checking images" in done.stderr
 
@@ -421,15 +478,23 @@ def test_the_script_says_what_it_does_not_read_and_why_there_are_no_classes(tmp_
     assert done.returncode == 0, done.stderr
     assert "not read: " in done.stdout and "1 .xyz" in done.stdout
     assert "2 .heic" in done.stdout or ".heic" in EXTENSIONS
-    assert (r"no classes, as stray.png lies beside the folders \x1b]0;x\x07, cats, dogs: the images are unlabelled"
-            in done.stdout)
+    assert (
+        r"no classes, as stray.png lies beside the folders \x1b]0;x\x07, cats, dogs: the images are unlabelled"
+        in done.stdout
+    )
     assert r"bad\x1b[31m.png: not a picture" in done.stdout and "pipe.png: no regular file" in done.stdout
     assert "\x1b" not in done.stdout
 
 
-@pytest.mark.parametrize("variables", [
-    {"LANG": "C", "LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252", "LANG": "C"},
-    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"LANG": "C", "LC_ALL": "C"},
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "cp1252", "LANG": "C"},
+        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    ],
+)
 def test_names_that_the_terminal_cannot_show_end_nothing(tmp_path, monkeypatch, variables):
     folder = os.fsencode(tmp_path / "datasets")
     for name in ("猫".encode(), b"bytes\xff", b"-dash"):
@@ -457,6 +522,7 @@ def test_a_list_at_a_wrong_place_is_one_line(tmp_path, name):
 
 
 # Threads
+
 
 def test_a_budget_is_never_exceeded_and_a_large_job_gets_its_turn():
     budget, held, most, lock = Budget(10), [0], [0], threading.Lock()

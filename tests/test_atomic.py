@@ -1,6 +1,7 @@
 """Files are whole or not there: every system call of `atomic_write` is made to fail, and to be the
 last one before a kill.
 """
+
 import errno
 import os
 import re
@@ -308,8 +309,14 @@ def test_every_writer_goes_through_atomic_write():
     project = Path(__file__).resolve().parent.parent
     sources = [*project.glob("*.py"), *project.glob("utils/**/*.py"), *project.glob("nets/*.py")]
     assert len(sources) > 20
-    banned = (r"\.write_text\(", r"\.write_bytes\(", r"torch\.save\(checkpoint, path", r'\.savefig\("',
-              r"np\.savez?\((?!file, )")  # an open file is atomic_write's
-    found = [(path.name, word) for path in sources for word in banned
-             if re.search(word, path.read_text(encoding="utf-8"))]
+    banned = (
+        r"\.write_text\(",
+        r"\.write_bytes\(",
+        r"torch\.save\(checkpoint, path",
+        r'\.savefig\("',
+        r"np\.savez?\((?!file, )",
+    )  # an open file is atomic_write's
+    found = [
+        (path.name, word) for path in sources for word in banned if re.search(word, path.read_text(encoding="utf-8"))
+    ]
     assert found == []

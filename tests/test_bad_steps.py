@@ -1,4 +1,5 @@
 """Steps whose gradient is not finite reach neither weights nor moments nor the average."""
+
 import pytest
 import torch
 from conftest import TINY, assert_equal, newest_run, read_history, run_main
@@ -39,8 +40,9 @@ def leave_out(patch, bad_steps):
         optimizer.zero_grad()
 
     patch.setattr(train, "step_unless_bad", step)
-    patch.setattr(GaussianDiffusion, "update_ema", lambda self,
-                  skip=None: None if now[0] in bad_steps else update_ema(self))
+    patch.setattr(
+        GaussianDiffusion, "update_ema", lambda self, skip=None: None if now[0] in bad_steps else update_ema(self)
+    )
 
 
 @pytest.fixture(autouse=True)

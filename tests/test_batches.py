@@ -1,4 +1,5 @@
 """Batches of one size: every image is a function of its seed and its number, not of its batch."""
+
 import torch
 from torch.testing import assert_close
 

@@ -1,6 +1,7 @@
 """What the benchmarks decide by themselves: which cells, which default, what is measured again,
 and how runs are started.
 """
+
 import ast
 import gzip
 import importlib
@@ -28,20 +29,44 @@ T = 1000
 def a_report(distances, T=T):
     """A report of {(solver, spacing, steps): [distance of each seed]}."""
     cells = [
-        {"solver": solver, "spacing": spacing, "calls": steps, "steps": steps, "seed": seed, "distance": distance,
-         "made": solvers.calls_of(solver, steps), "seconds_a_picture": 0.1, "network_share": 0.97}
-        for (solver, spacing, steps), values in distances.items() for seed, distance in enumerate(values)
-    ]  # fmt: skip
+        {
+            "solver": solver,
+            "spacing": spacing,
+            "calls": steps,
+            "steps": steps,
+            "seed": seed,
+            "distance": distance,
+            "made": solvers.calls_of(solver, steps),
+            "seconds_a_picture": 0.1,
+            "network_share": 0.97,
+        }
+        for (solver, spacing, steps), values in distances.items()
+        for seed, distance in enumerate(values)
+    ]
     about = {
-        "weights": "w", "features_digest": "f", "reference_digest": "r", "samples": 100, "precision": "fp32", "T": T,
+        "weights": "w",
+        "features_digest": "f",
+        "reference_digest": "r",
+        "samples": 100,
+        "precision": "fp32",
+        "T": T,
         "features": "some",
-        "num_reference": 5, "trained_with": {"channel": 32}, "parameters": 7, "held_out_distance": 0.5,
+        "num_reference": 5,
+        "trained_with": {"channel": 32},
+        "parameters": 7,
+        "held_out_distance": 0.5,
         "num_held_out": 3,
-    }  # fmt: skip
+    }
     machine = {
-        "clock": "wall", "gpu": None, "cpu": "a processor", "threads": 1, "cores": 2, "load": 0.0, "precision": "fp32",
+        "clock": "wall",
+        "gpu": None,
+        "cpu": "a processor",
+        "threads": 1,
+        "cores": 2,
+        "load": 0.0,
+        "precision": "fp32",
         "versions": {},
-    }  # fmt: skip
+    }
     return {"about": about, "machine": machine, "cells": cells, "wanted": len(cells)}
 
 
@@ -78,15 +103,22 @@ def test_the_yardstick_is_always_there_and_steps_beyond_T_never():
 
 def test_the_default_is_the_fewest_calls_within_five_per_cent():
     yardstick = {("ddpm", "every", T): [10.0, 10.0]}
-    rows = {("ddim", "uniform", 10): [10.6, 10.6], ("dpm++", "logsnr", 20): [10.4, 10.4],
-            ("heun", "logsnr", 13): [9, 9]}
+    rows = {
+        ("ddim", "uniform", 10): [10.6, 10.6],
+        ("dpm++", "logsnr", 20): [10.4, 10.4],
+        ("heun", "logsnr", 13): [9, 9],
+    }
     assert choose(yardstick | rows)[:2] == ("dpm++", 20)
     # Of equal cost the better one.
-    assert choose(yardstick | {("ddim", "uniform", 20): [10.3, 10.3],
-                               ("dpm++", "logsnr", 20): [10.1, 10.1]})[:2] == ("dpm++", 20)
+    assert choose(yardstick | {("ddim", "uniform", 20): [10.3, 10.3], ("dpm++", "logsnr", 20): [10.1, 10.1]})[:2] == (
+        "dpm++",
+        20,
+    )
     # None that is cheap: the one that it takes, in the end the yardstick itself.
-    assert choose(yardstick | {("ddim", "uniform", 20): [12, 12], ("ddim", "uniform", 250): [10, 10.2]})[:2] == ("ddim",
-        250)
+    assert choose(yardstick | {("ddim", "uniform", 20): [12, 12], ("ddim", "uniform", 250): [10, 10.2]})[:2] == (
+        "ddim",
+        250,
+    )
     assert choose(yardstick) == ("ddpm", T, 1.0)
     assert solvers.choose_default(solvers.summaries(a_report({("ddim", "uniform", 20): [12]})), T) is None
 
@@ -97,8 +129,9 @@ def test_ratios_are_taken_over_the_seeds_that_both_have():
 
 
 def test_the_verdict_says_where_nothing_cheap_is_good_enough():
-    rows = solvers.summaries(a_report({("ddpm", "every", T): [10.0], ("ddim", "trailing", 50): [10.2],
-                                       ("ddim", "trailing", 25): [11.0]}))
+    rows = solvers.summaries(
+        a_report({("ddpm", "every", T): [10.0], ("ddim", "trailing", 50): [10.2], ("ddim", "trailing", 25): [11.0]})
+    )
     verdict = solvers.verdict(rows, T)
     assert "50 network calls" in verdict and "Nothing with 25 calls or fewer comes so close" in verdict
     assert "not known yet" in solvers.verdict(rows[1:], T)
@@ -145,7 +178,13 @@ def test_as_many_epochs_as_fit_into_the_time_but_one_at_least(tmp_path):
 
 def test_options_are_written_as_the_scripts_read_them():
     assert runs.as_options({"input_shape": (8, 8), "channel_mults": (1,), "name": "v"}) == [
-        "--input_shape", "8,8", "--channel_mults", "1,", "--name", "v"]  # fmt: skip
+        "--input_shape",
+        "8,8",
+        "--channel_mults",
+        "1,",
+        "--name",
+        "v",
+    ]
 
 
 def test_what_a_benchmark_started_ends_with_it(tmp_path, monkeypatch):
@@ -155,11 +194,14 @@ def test_what_a_benchmark_started_ends_with_it(tmp_path, monkeypatch):
     (tmp_path / "child.py").write_text(
         "import os, pathlib, signal, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path('saved').touch(), os._exit(3)))\n"
-        "time.sleep(0.5)\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n", "utf-8")  # fmt: skip
+        "time.sleep(0.5)\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n",
+        "utf-8",
+    )
     (tmp_path / "parent.py").write_text(
         f"import sys, pathlib\nsys.path.insert(0, {str(runs.PROJECT)!r})\nfrom benchmarks import runs\n"
         "runs.PROJECT = pathlib.Path.cwd()\nruns.stop_with_children()\nruns.run_project('child.py', {}, '.')\n",
-        "utf-8")  # fmt: skip
+        "utf-8",
+    )
     assert subprocess.run([sys.executable, "parent.py"], cwd=tmp_path, timeout=60).returncode == 128 + 15
     assert (tmp_path / "saved").exists()
 
@@ -169,8 +211,9 @@ def test_quality_replaces_a_report_of_other_settings_and_adds_to_one_of_the_same
     report = quality.opened(path, config)
     report["runs"]["emoji/eps"] = {"found": 1}
     runs.write_json(path, report)
-    assert quality.opened(path, quality.Config(samples=100, variants="v",
-                                               data="fashion_mnist"))["runs"] == {"emoji/eps": {"found": 1}}
+    assert quality.opened(path, quality.Config(samples=100, variants="v", data="fashion_mnist"))["runs"] == {
+        "emoji/eps": {"found": 1}
+    }
     assert quality.opened(path, quality.Config(samples=200))["runs"] == {}
 
 
@@ -188,11 +231,20 @@ def test_archives_that_were_compressed_anew_are_taken_from_a_root_and_the_root_s
 
 
 def test_a_cell_is_measured_on_a_checkpoint(workplace):
-    settings = {"annotation_path": "train_lines.txt", "input_shape": (8, 8), "channel": 8, "channel_mults": (1,),
-                "num_res_blocks": 1, "attention_resolutions": (), "num_groups": 4, "num_timesteps": 10}  # fmt: skip
+    settings = {
+        "annotation_path": "train_lines.txt",
+        "input_shape": (8, 8),
+        "channel": 8,
+        "channel_mults": (1,),
+        "num_res_blocks": 1,
+        "attention_resolutions": (),
+        "num_groups": 4,
+        "num_timesteps": 10,
+    }
     weights = build.from_config(settings).state_dict()
-    save_checkpoint("small.pth", {"format": 1, "config": settings, "classes": [], "weights": weights,
-                                  "weights_kind": "full"})
+    save_checkpoint(
+        "small.pth", {"format": 1, "config": settings, "classes": [], "weights": weights, "weights_kind": "full"}
+    )
     save_feature_net("net.pth", FeatureNet(3, 2))
     config = solvers.Config(model_path="small.pth", features="net.pth", samples=6, batch_size=4, compile=False)
     bench = solvers.Bench(config, torch.device("cpu"))
@@ -200,9 +252,18 @@ def test_a_cell_is_measured_on_a_checkpoint(workplace):
     assert found["distance"] > 0 and found["seconds_a_picture"] > 0 and bench.about()["num_reference"] == 24
 
 
-CONDITIONAL = {"annotation_path": "train_lines.txt", "input_shape": (8, 8), "channel": 8, "channel_mults": (1,),
-               "num_res_blocks": 1, "num_groups": 4, "attention_resolutions": (), "num_timesteps": 10,
-               "class_conditional": True, "label_dropout": 0.1}  # fmt: skip
+CONDITIONAL = {
+    "annotation_path": "train_lines.txt",
+    "input_shape": (8, 8),
+    "channel": 8,
+    "channel_mults": (1,),
+    "num_res_blocks": 1,
+    "num_groups": 4,
+    "attention_resolutions": (),
+    "num_timesteps": 10,
+    "class_conditional": True,
+    "label_dropout": 0.1,
+}
 
 
 def conditional_diffusion(seed, classes=2):
@@ -224,14 +285,19 @@ def test_changes_of_the_predicted_image():
         changes = denoisers.denoisers(config, diffusion, guide)
         return {name: denoiser(y, True, 1.0, True)(x, t) for name, denoiser in changes.items()}
 
-    plain, null, away = (model.denoiser(labels)(x, t) for model, labels in
-                         ((diffusion, y), (diffusion, None), (guide, y)))  # fmt: skip
+    plain, null, away = (
+        model.denoiser(labels)(x, t) for model, labels in ((diffusion, y), (diffusion, None), (guide, y))
+    )
     a = diffusion.alpha_bars[t] ** 0.5
     wanted = {
-        "as predicted": plain, "noise / 1": plain, "noise / 1.25": (x - (x - a * plain) / 1.25) / a,
-        "guidance 2": 2 * plain - null, f"guidance 2, {where}": 2 * plain - null,
-        "autoguidance 2": 2 * plain - away, f"autoguidance 2, {where}": 2 * plain - away,
-    }  # fmt: skip
+        "as predicted": plain,
+        "noise / 1": plain,
+        "noise / 1.25": (x - (x - a * plain) / 1.25) / a,
+        "guidance 2": 2 * plain - null,
+        f"guidance 2, {where}": 2 * plain - null,
+        "autoguidance 2": 2 * plain - away,
+        f"autoguidance 2, {where}": 2 * plain - away,
+    }
     assert max(value.abs().max() for value in wanted.values()) < 1  # nothing is clipped
     found, elsewhere = images(t), images(t + 1)
     assert found.keys() == wanted.keys()
@@ -248,19 +314,50 @@ def test_changes_of_the_predicted_image_are_measured_on_a_checkpoint(workplace, 
     save_feature_net("net.pth", FeatureNet(3, 2))
     for name in ("model.pth", "weaker.pth"):
         weights = conditional_diffusion(len(name), len(classes)).state_dict()
-        save_checkpoint(name, {"format": 1, "config": CONDITIONAL, "classes": classes, "weights": weights,
-                               "weights_kind": "full"})
-    options = ["--model_path", "model.pth", "--guiding_path", "weaker.pth", "--features", "net.pth", "--device", "cpu",
-               "--samples", "6", "--batch_size", "4", "--calls", "2", "--seeds", "1"]  # fmt: skip
+        save_checkpoint(
+            name, {"format": 1, "config": CONDITIONAL, "classes": classes, "weights": weights, "weights_kind": "full"}
+        )
+    options = [
+        "--model_path",
+        "model.pth",
+        "--guiding_path",
+        "weaker.pth",
+        "--features",
+        "net.pth",
+        "--device",
+        "cpu",
+        "--samples",
+        "6",
+        "--batch_size",
+        "4",
+        "--calls",
+        "2",
+        "--seeds",
+        "1",
+    ]
     denoisers.main([*options, "--scales", "1.01,", "--guidances", "2,"])
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
-    names = ["as predicted", "noise / 1.01", "guidance 2", "guidance 2, -1 < lambda < 2", "autoguidance 2",
-             "autoguidance 2, -1 < lambda < 2"]
+    names = [
+        "as predicted",
+        "noise / 1.01",
+        "guidance 2",
+        "guidance 2, -1 < lambda < 2",
+        "autoguidance 2",
+        "autoguidance 2, -1 < lambda < 2",
+    ]
     assert [row[0] for row in rows] == [f"| {name}" for name in names]
     assert all(float(row[1].removesuffix(" |")) >= 0 for row in rows)
     other = {**CONDITIONAL, "num_timesteps": 12}
-    save_checkpoint("weaker.pth", {"format": 1, "config": other, "classes": classes, "weights_kind": "full",
-                                   "weights": build.from_config(other, len(classes)).state_dict()})
+    save_checkpoint(
+        "weaker.pth",
+        {
+            "format": 1,
+            "config": other,
+            "classes": classes,
+            "weights_kind": "full",
+            "weights": build.from_config(other, len(classes)).state_dict(),
+        },
+    )
     with pytest.raises(ValueError, match="the guiding model has another schedule"):
         denoisers.main(options)
 
@@ -278,12 +375,19 @@ def test_what_a_benchmark_takes_from_a_module_is_there(path):
 
 def test_each_variant_of_a_recipe_changes_the_training_and_leaves_nothing_behind(workplace, monkeypatch):
     monkeypatch.setattr(recipes, "sampled", lambda judge, run: 0.0)
-    judge = types.SimpleNamespace(config=recipes.Config(size=16, images=24), annotation="train_lines.txt", channels=3,
-                                  device=torch.device("cpu"))  # fmt: skip
+    judge = types.SimpleNamespace(
+        config=recipes.Config(size=16, images=24), annotation="train_lines.txt", channels=3, device=torch.device("cpu")
+    )
 
     def losses(variant, images=24, **settings):
-        values = {"init_lr": 1e-2, "optimizer_type": "adam", "val_split": 0.5, "ema_start": 0, "batch_size": 8,
-                  **settings}
+        values = {
+            "init_lr": 1e-2,
+            "optimizer_type": "adam",
+            "val_split": 0.5,
+            "ema_start": 0,
+            "batch_size": 8,
+            **settings,
+        }
         steps, _, _, loss, *_ = recipes.measure(judge, variant, images, values)
         return steps, loss
 
@@ -295,10 +399,15 @@ def test_each_variant_of_a_recipe_changes_the_training_and_leaves_nothing_behind
     assert losses("half size", images=8)[0] == 1
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("a=|b=variant:nope", "unknown variant 'nope'"), ("a=|b=batchsize:8", "unknown setting 'batchsize'"),
-    ("a=images:8e3", "--images 8e3"), ("a=warmup", "--warmup"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a=|b=variant:nope", "unknown variant 'nope'"),
+        ("a=|b=batchsize:8", "unknown setting 'batchsize'"),
+        ("a=images:8e3", "--images 8e3"),
+        ("a=warmup", "--warmup"),
+    ],
+)
 def test_a_wrong_recipe_is_refused_before_the_first_training(text, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         recipes.main(["--recipes", text])

@@ -30,20 +30,40 @@ def test_no_settings_are_the_references_defaults():
     diffusion = from_config({})
     reference = GaussianDiffusion(UNet(3), (32, 32), 3)
     assert shapes(diffusion) == shapes(reference)
-    for name in ("img_size", "img_channels", "num_classes", "loss_type", "prediction", "loss_weighting", "ema_decay",
-                 "ema_start",
-                 "ema_update_rate", "ema_warmup", "null_class"):
+    for name in (
+        "img_size",
+        "img_channels",
+        "num_classes",
+        "loss_type",
+        "prediction",
+        "loss_weighting",
+        "ema_decay",
+        "ema_start",
+        "ema_update_rate",
+        "ema_warmup",
+        "null_class",
+    ):
         assert getattr(diffusion, name) == getattr(reference, name), name
     torch.testing.assert_close(diffusion.betas, torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).float())
     assert diffusion.model.downs[0].conv_2[0].p == 0.1
 
 
 def test_each_setting_arrives():
-    settings = {"dropout": 0.3, "attention_resolutions": (0,), "num_groups": 4, "img_channels": 1, "schedule": "cosine",
-                "prediction": "v",
-                "loss_type": "huber", "loss_weighting": "min_snr", "min_snr_gamma": 3.0, "ema_decay": 0.99,
-                "ema_start": 7,
-                "ema_warmup": True, "activation_checkpointing": True}
+    settings = {
+        "dropout": 0.3,
+        "attention_resolutions": (0,),
+        "num_groups": 4,
+        "img_channels": 1,
+        "schedule": "cosine",
+        "prediction": "v",
+        "loss_type": "huber",
+        "loss_weighting": "min_snr",
+        "min_snr_gamma": 3.0,
+        "ema_decay": 0.99,
+        "ema_start": 7,
+        "ema_warmup": True,
+        "activation_checkpointing": True,
+    }
     diffusion = from_config(SMALL | settings)
     for name in ("prediction", "loss_type", "loss_weighting", "min_snr_gamma", "ema_decay", "ema_start", "ema_warmup"):
         assert getattr(diffusion, name) == settings[name], name
@@ -54,8 +74,9 @@ def test_each_setting_arrives():
     torch.testing.assert_close(diffusion.betas, torch.from_numpy(generate_cosine_schedule(50)).float())
 
 
-@pytest.mark.parametrize("channel, groups", [(128, 32), (256, 32), (64, 16), (32, 8), (40, 10), (150, 30), (7, 1),
-                                             (3, 1)])
+@pytest.mark.parametrize(
+    "channel, groups", [(128, 32), (256, 32), (64, 16), (32, 8), (40, 10), (150, 30), (7, 1), (3, 1)]
+)
 def test_auto_groups_divide_the_width_and_keep_four_channels(channel, groups):
     assert choose_groups("auto", channel) == groups
     assert choose_groups(5, channel) == 5
@@ -68,24 +89,36 @@ def test_a_narrow_network_sees_time_and_class_at_its_first_level():
         network = from_config(SMALL | {"num_groups": groups, "class_conditional": True}, num_classes=2).model.eval()
         block = network.downs[0]
         torch.nn.init.normal_(block.conv_2[1].weight)
-        there, elsewhere = (block(x, network.embed_time(torch.tensor([t, t])), torch.tensor([y, y]))
-                            for t, y in ((3, 0), (40, 1)))
+        there, elsewhere = (
+            block(x, network.embed_time(torch.tensor([t, t])), torch.tensor([y, y])) for t, y in ((3, 0), (40, 1))
+        )
         assert ((there - elsewhere).abs().max() > 1e-3) == seen
 
 
-@pytest.mark.parametrize("settings, rows, null", [({"class_conditional": False, "label_dropout": 0.1}, None, None),
-                                                  ({"class_conditional": True}, 7, None),
-                                                  ({"class_conditional": True, "label_dropout": 0.1}, 8, 7)])
+@pytest.mark.parametrize(
+    "settings, rows, null",
+    [
+        ({"class_conditional": False, "label_dropout": 0.1}, None, None),
+        ({"class_conditional": True}, 7, None),
+        ({"class_conditional": True, "label_dropout": 0.1}, 8, 7),
+    ],
+)
 def test_label_dropout_adds_a_row_for_the_null_class(settings, rows, null):
     diffusion = from_config(SMALL | settings, num_classes=7)
     assert (diffusion.num_classes, diffusion.null_class, diffusion.model.num_classes) == (rows, null, rows)
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"class_conditional": True}, "no classes"), ({"schedule": "cubic"}, "known: linear"),
-    ({"channel_mults": ()}, "at least one level"),
-    ({"attention_resolutions": (1, 2)}, r"levels from 0 to 1 .* not \[2\]"), ({"channel": 40}, "multiple of 32"),
-    ({"input_shape": (8, 9)}, r"\(8, 9\) .* multiples of 2, such as \(8, 8\) or \(8, 10\)")])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"class_conditional": True}, "no classes"),
+        ({"schedule": "cubic"}, "known: linear"),
+        ({"channel_mults": ()}, "at least one level"),
+        ({"attention_resolutions": (1, 2)}, r"levels from 0 to 1 .* not \[2\]"),
+        ({"channel": 40}, "multiple of 32"),
+        ({"input_shape": (8, 9)}, r"\(8, 9\) .* multiples of 2, such as \(8, 8\) or \(8, 10\)"),
+    ],
+)
 def test_settings_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         from_config(SMALL | settings)
@@ -103,17 +136,21 @@ def test_input_shapes_that_fit_and_the_nearest_ones_that_do():
 # From weights
 
 ARCHITECTURES = [
-    {}, {"channel_mults": (1, 2, 1), "num_res_blocks": 2, "attention_resolutions": (0, 2)},
+    {},
+    {"channel_mults": (1, 2, 1), "num_res_blocks": 2, "attention_resolutions": (0, 2)},
     {"num_classes": 4, "time_emb_dim": 48},
-    {"time_emb_dim": None}, {"norm": "bn"}, {"norm": None},
+    {"time_emb_dim": None},
+    {"norm": "bn"},
+    {"norm": None},
     {"img_channels": 1, "base_channels": 64, "attention_resolutions": ()},
 ]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 def test_a_bare_state_dict_brings_its_network_and_schedule_back(architecture):
-    network = UNet(**{"img_channels": 3, "base_channels": 32, "channel_mults": (1, 2), "num_res_blocks": 1,
-                      **architecture})
+    network = UNet(
+        **{"img_channels": 3, "base_channels": 32, "channel_mults": (1, 2), "num_res_blocks": 1, **architecture}
+    )
     torch.nn.init.normal_(network.out_conv.weight)
     source = wrapped(network, betas=generate_cosine_schedule(30)).eval()
     source.ema_model.out_conv.bias.fill_(0.5)
@@ -136,8 +173,11 @@ def test_a_bare_state_dicts_average_is_not_overwritten_by_the_first_update():
 
 def test_averages_alone_in_half_precision_are_enough():
     source = from_config(SMALL)
-    half = {key: value.half() if key.startswith("ema_model.") else value
-            for key, value in source.state_dict().items() if not key.startswith("model.")}
+    half = {
+        key: value.half() if key.startswith("ema_model.") else value
+        for key, value in source.state_dict().items()
+        if not key.startswith("model.")
+    }
     for built in (from_weights(half, (8, 12)), from_config(SMALL)):
         load_weights(built, half, kind="ema")
         for name, value in source.ema_model.state_dict().items():
@@ -153,9 +193,18 @@ def test_input_shape_is_the_users_and_checked():
         from_weights(weights, (9, 8))
 
 
-@pytest.mark.parametrize("foreign, message", [
-    ({"conv1.weight": torch.zeros(3)}, "not a state dict of a GaussianDiffusion: it has no betas, .*init_conv.weight"),
-    ({}, "it has no betas"), ({"epoch": 3}, "map names to tensors"), ([1, 2], "map names to tensors")])
+@pytest.mark.parametrize(
+    "foreign, message",
+    [
+        (
+            {"conv1.weight": torch.zeros(3)},
+            "not a state dict of a GaussianDiffusion: it has no betas, .*init_conv.weight",
+        ),
+        ({}, "it has no betas"),
+        ({"epoch": 3}, "map names to tensors"),
+        ([1, 2], "map names to tensors"),
+    ],
+)
 def test_something_else_is_refused(foreign, message):
     with pytest.raises(ValueError, match=message):
         from_weights(foreign)
@@ -181,9 +230,16 @@ def test_settings_read_off_weights_build_the_same_network():
 # Putting weights in
 
 
-@pytest.mark.parametrize("prefix, inner", [("module.", ""), ("_orig_mod.", ""), ("module._orig_mod.", ""),
-                                           ("", "_orig_mod."),
-                                           ("module.", "module._orig_mod.")])
+@pytest.mark.parametrize(
+    "prefix, inner",
+    [
+        ("module.", ""),
+        ("_orig_mod.", ""),
+        ("module._orig_mod.", ""),
+        ("", "_orig_mod."),
+        ("module.", "module._orig_mod."),
+    ],
+)
 def test_prefixes_of_wrappers_are_understood(prefix, inner):
     source, target = from_config(SMALL), from_config(SMALL)
     weights = {prefix + key.replace("model.", "model." + inner, 1): value for key, value in source.state_dict().items()}

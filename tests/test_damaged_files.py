@@ -1,6 +1,7 @@
 """What a file may hold: damage, edited values and claims of any size end in one line before
 anything is built.
 """
+
 import math
 import os
 import random
@@ -19,8 +20,20 @@ from utils.evaluate.features import Extractor, FeatureCache
 from utils.run_folders import find_weights, newest_last
 from utils.torch_files import load_tensors
 
-PREDICT = ["--device", "cpu", "--precision", "fp32", "--num_images", "1", "--batch_size", "1", "--steps", "1", "--seed",
-           "1"]
+PREDICT = [
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--num_images",
+    "1",
+    "--batch_size",
+    "1",
+    "--steps",
+    "1",
+    "--seed",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +53,10 @@ def trained(tmp_path_factory):
 def small(folder):
     """A checkpoint of a few kB."""
     weights = {f"layer{number}": torch.arange(40.0) + number for number in range(4)}
-    save_checkpoint(folder / "small.pth", {"format": 1, "weights": weights, "config": {"channel": 32, "epochs": 7},
-                                           "classes": ["a", "b"]})
+    save_checkpoint(
+        folder / "small.pth",
+        {"format": 1, "weights": weights, "config": {"channel": 32, "epochs": 7}, "classes": ["a", "b"]},
+    )
     return folder / "small.pth"
 
 
@@ -58,8 +73,9 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, lazily):
     content, whole = path.read_bytes(), load_checkpoint(path)
     values = content.index(torch.arange(40.0).numpy().tobytes()) * 8
     draw = random.Random(0)
-    bits = [draw.randrange(len(content) * 8) for _ in range(200)] + [values + draw.randrange(40 * 32)
-                                                                     for _ in range(100)]
+    bits = [draw.randrange(len(content) * 8) for _ in range(200)] + [
+        values + draw.randrange(40 * 32) for _ in range(100)
+    ]
     refused = 0
     for number, bit in enumerate(bits):
         path = tmp_path / f"{number}.pth"  # a new name: what is mapped stays mapped
@@ -114,11 +130,15 @@ def test_parts_of_one_name_and_compressed_parts_are_refused(tmp_path):
         load_tensors(path)
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n", "run `git lfs pull`"),
-    ("\n<!DOCTYPE html>\n<html><title>Файл</title></html>", "a web page instead of the weights"),
-    ("weights are elsewhere", "a text file, no "), ("й" * 600, "a text file, no "),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n", "run `git lfs pull`"),
+        ("\n<!DOCTYPE html>\n<html><title>Файл</title></html>", "a web page instead of the weights"),
+        ("weights are elsewhere", "a text file, no "),
+        ("й" * 600, "a text file, no "),
+    ],
+)
 def test_text_in_place_of_a_checkpoint(tmp_path, text, words):
     (tmp_path / "text.pth").write_text(text, encoding="utf-8")
     for read in (load_checkpoint, load_feature_net):
@@ -177,8 +197,11 @@ def mutants(checkpoint, count, seed):
     """
     draw = random.Random(seed)
     places = [("config", name) for name in checkpoint["config"]] * 2 + [(name,) for name in checkpoint]
-    places += [("position", name) for name in checkpoint["position"]] * 3 + [("classes", 0), ("optimizer", "state"),
-        ("scaler", "scale")]
+    places += [("position", name) for name in checkpoint["position"]] * 3 + [
+        ("classes", 0),
+        ("optimizer", "state"),
+        ("scaler", "scale"),
+    ]
     places += [("weights", "betas"), ("weights", "model.init_conv.weight"), ("optimizer", "state", 3)]
     places += [("optimizer", "state", 3, "exp_avg")]
     for _ in range(count):
@@ -204,8 +227,9 @@ def test_values_of_a_wrong_kind_end_in_one_line(trained, workplace, capsys, monk
     path, refused = workplace / "run" / "last.pth", 0
     for name, mutant in mutants(checkpoint, 120, seed=script == "train.py"):
         torch.save(mutant, path)
-        options = ("--model_path", path, *PREDICT) if script == "predict.py" else ("--resume", path, "--dry_run",
-            "True")
+        options = (
+            ("--model_path", path, *PREDICT) if script == "predict.py" else ("--resume", path, "--dry_run", "True")
+        )
         try:
             refused += bool(error_of(capsys, script, *options, expect=(0, 1)))
         except Exception as error:
@@ -217,23 +241,37 @@ def test_the_training_state_is_held_against_the_weights(trained, workplace, caps
     """A dry run ends before it; a run of one epoch more does not."""
     checkpoint, path = load_checkpoint(trained), workplace / "last.pth"
     draw, refused = random.Random(2), 0
-    places = [("optimizer", "state", 3), ("optimizer", "state", 3, "exp_avg"), ("optimizer", "state", 3, "step"),
-              ("optimizer", "state")]
-    places += [("optimizer",), ("sums",), ("scaler",), ("bad_in_row",), ("position", "images"),
-               ("position", "batch_size")]
+    places = [
+        ("optimizer", "state", 3),
+        ("optimizer", "state", 3, "exp_avg"),
+        ("optimizer", "state", 3, "step"),
+        ("optimizer", "state"),
+    ]
+    places += [
+        ("optimizer",),
+        ("sums",),
+        ("scaler",),
+        ("bad_in_row",),
+        ("position", "images"),
+        ("position", "batch_size"),
+    ]
     for place in places:
         for value in draw.sample((*WRONG, torch.zeros(3), torch.zeros(2, 3), {99: {}}, {0: {"step": 1}}), 5):
             torch.save(with_value(checkpoint, place, value), path)
-            line = error_of(capsys, "train.py", "--resume", path, "--epochs", "2", "--preview_period", "0",
-                            expect=(0, 1))
+            line = error_of(
+                capsys, "train.py", "--resume", path, "--epochs", "2", "--preview_period", "0", expect=(0, 1)
+            )
             refused += bool(line)
     assert refused > 40
 
 
 def test_nan_in_weights_is_refused_by_name(trained, workplace, capsys):
     checkpoint = load_checkpoint(trained)
-    for name, value in (("model.mid.0.conv_1.bias", math.nan), ("ema_model.out_conv.weight", -math.inf),
-                        ("sigma", math.nan)):
+    for name, value in (
+        ("model.mid.0.conv_1.bias", math.nan),
+        ("ema_model.out_conv.weight", -math.inf),
+        ("sigma", math.nan),
+    ):
         bad = checkpoint["weights"][name].clone()
         bad[(-1,) * bad.ndim] = value
         save_checkpoint("bad.pth", {**checkpoint, "weights": {**checkpoint["weights"], name: bad}})
@@ -261,8 +299,15 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
-CLAIMS = [{"channel": 10**6}, {"channel_mults": (10**6,)}, {"num_res_blocks": 10**9}, {"img_channels": 10**8},
-          {"num_timesteps": 10**9}, {"channel": 4096}, {"channel": 2**50, "channel_mults": (2**50,)}]
+CLAIMS = [
+    {"channel": 10**6},
+    {"channel_mults": (10**6,)},
+    {"num_res_blocks": 10**9},
+    {"img_channels": 10**8},
+    {"num_timesteps": 10**9},
+    {"channel": 4096},
+    {"channel": 2**50, "channel_mults": (2**50,)},
+]
 
 
 def test_a_claim_of_any_size_is_refused_in_little_memory(trained, tmp_path):
@@ -286,11 +331,14 @@ def test_a_bare_state_dict_that_claims_more_than_it_has(trained, tmp_path):
     """Each size that is read off one tensor sets the size of many others."""
     weights = {name: value.clone() for name, value in load_checkpoint(trained)["weights"].items()}
     claims = {
-        "time_mlp.1.weight": torch.zeros(10**6, 1), "downs.0.class_bias.weight": torch.zeros(10**6, 1),
-        "downs.0.conv_1.weight": torch.zeros(32 * 10**4, 1, 1, 1), "init_conv.weight": torch.zeros(10**6, 1, 1, 1),
-        "mid.0.conv_1.weight": torch.zeros(1), "init_conv.weight ": torch.zeros(0, 3),
+        "time_mlp.1.weight": torch.zeros(10**6, 1),
+        "downs.0.class_bias.weight": torch.zeros(10**6, 1),
+        "downs.0.conv_1.weight": torch.zeros(32 * 10**4, 1, 1, 1),
+        "init_conv.weight": torch.zeros(10**6, 1, 1, 1),
+        "mid.0.conv_1.weight": torch.zeros(1),
+        "init_conv.weight ": torch.zeros(0, 3),
         "init_conv.weight  ": torch.zeros(1).expand(10**5, 10**5),
-    }  # fmt: skip
+    }
     paths = []
     for number, (name, value) in enumerate(claims.items()):
         paths.append(str(tmp_path / f"bare_{number}.pth"))

@@ -1,6 +1,7 @@
 """The cache and the batches: what is decoded, when it is decoded again, and the order of the
 data.
 """
+
 import errno
 import hashlib
 import json
@@ -54,9 +55,17 @@ def open_listed(listed, **settings):
 
 # What is in the cache
 
-@pytest.mark.parametrize("settings", [
-    {}, {"img_channels": 1}, {"resize_mode": "pad", "background": (9, 0, 200)}, {"input_shape": (16, 4)},
-    {"num_workers": 3}])
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"img_channels": 1},
+        {"resize_mode": "pad", "background": (9, 0, 200)},
+        {"input_shape": (16, 4)},
+        {"num_workers": 3},
+    ],
+)
 def test_the_cache_holds_what_load_image_gives(listed, settings):
     data = open_listed(listed, **settings)
     shape = settings.get("input_shape", (8, 16))
@@ -91,11 +100,11 @@ def test_unlabelled_images_have_label_zero(listed):
 
 # When it is built again
 
+
 def test_an_unchanged_list_is_decoded_once(listed, decoded):
     first, second = open_listed(listed), open_listed(listed)
     assert len(decoded) == 40
-    assert torch.equal(first.batch(range(40))[0],
-                       second.batch(range(40))[0]) and first.hashes == second.hashes
+    assert torch.equal(first.batch(range(40))[0], second.batch(range(40))[0]) and first.hashes == second.hashes
 
 
 def test_other_labels_need_no_decoding(listed, decoded):
@@ -105,14 +114,16 @@ def test_other_labels_need_no_decoding(listed, decoded):
     assert len(decoded) == 40 and data.labels.tolist() == [0] * 39 + [1] and data.classes == ["c", "d"]
 
 
-@pytest.mark.parametrize("settings", [
-    {"input_shape": (16, 8)}, {"img_channels": 1}, {"resize_mode": "stretch"}, {"background": (0, 0, 0)}])
+@pytest.mark.parametrize(
+    "settings", [{"input_shape": (16, 8)}, {"img_channels": 1}, {"resize_mode": "stretch"}, {"background": (0, 0, 0)}]
+)
 def test_another_setting_is_another_cache(listed, decoded, settings):
     open_listed(listed)
     data = open_listed(listed, **settings)
     assert len(decoded) == 80
-    assert torch.equal(data.images([0])[0], torch.from_numpy(load_image(listed[1][0],
-        **{"input_shape": (8, 16), **settings})))
+    assert torch.equal(
+        data.images([0])[0], torch.from_numpy(load_image(listed[1][0], **{"input_shape": (8, 16), **settings}))
+    )
     open_listed(listed)
     assert len(decoded) == 80  # the first one is still there
 
@@ -137,6 +148,7 @@ def test_an_added_and_a_removed_file_are_noticed(listed):
 
 # Builds that do not end well
 
+
 def damage_index(pixels, index):
     index.write_text(index.read_text()[:-5])
 
@@ -146,7 +158,7 @@ def edit_index(index, **changes):
 
 
 def forget_an_image(pixels, index):
-    pixels.write_bytes(pixels.read_bytes()[:39 * 8 * 16 * 3])
+    pixels.write_bytes(pixels.read_bytes()[: 39 * 8 * 16 * 3])
     edit_index(index, shape=[39, 8, 16, 3], hashes=["0"] * 39)
 
 
@@ -174,9 +186,19 @@ def remove_pixels(pixels, index):
     pixels.unlink()
 
 
-@pytest.mark.parametrize("damage", [
-    damage_index, empty_index, remove_index, forget_an_image, forget_a_hash, cut_pixels, lengthen_pixels,
-    remove_pixels])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_index,
+        empty_index,
+        remove_index,
+        forget_an_image,
+        forget_a_hash,
+        cut_pixels,
+        lengthen_pixels,
+        remove_pixels,
+    ],
+)
 def test_a_damaged_cache_is_built_again(listed, decoded, damage):
     whole = open_listed(listed).batch(range(40))[0]
     (pixels,), (index,) = listed[2].glob("*.pixels"), listed[2].glob("*.json")
@@ -219,6 +241,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(listed, capsys):
 
 # Files that went bad or are gone
 
+
 def test_files_gone_bad_are_named_and_left_out(listed, capsys, decoded):
     Path(listed[1][5]).write_bytes(b"no longer a picture")
     Path(listed[1][30]).write_bytes(Path(listed[1][30]).read_bytes()[:100])
@@ -245,6 +268,7 @@ def test_a_bad_file_made_good_again_comes_back(listed):
 def test_a_failure_that_may_pass_ends_the_build_and_keeps_nothing(listed, monkeypatch, error):
     annotation, paths = listed[0], listed[1]
     with monkeypatch.context() as patch:
+
         def fail(*arguments, **settings):
             raise error
 
@@ -292,6 +316,7 @@ def test_an_unknown_setting_is_refused_before_any_work(listed, decoded):
 
 # Where it is
 
+
 def test_the_cache_lies_in_the_datasets_folder_beside_the_list(listed):
     (listed[0].parent / "datasets").mkdir()
     open_listed(listed, cache_path=None)
@@ -338,6 +363,7 @@ def test_caches_used_within_the_hour_stay(listed):
 
 # Batches
 
+
 def test_an_epoch_takes_every_image_once_and_drops_the_rest():
     batches = epoch_batches(23, 5, seed=1, epoch=0)
     taken = np.concatenate(list(batches))
@@ -348,6 +374,7 @@ def test_an_epoch_takes_every_image_once_and_drops_the_rest():
 def test_the_order_is_a_function_of_seed_and_epoch():
     def order(seed, epoch):
         return np.concatenate(list(epoch_batches(1000, 10, seed, epoch))).tolist()
+
     torch.manual_seed(0)
     first = order(3, 4)
     torch.manual_seed(1)
@@ -358,7 +385,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 @pytest.mark.parametrize("start", [0, 8, 16, 24])
 def test_an_epoch_goes_on_where_it_was_left(start):
     whole, rest = epoch_batches(30, 8, 0, 2), epoch_batches(30, 8, 0, 2, start=start)
-    assert [batch.tolist() for batch in rest] == [batch.tolist() for batch in whole][start // 8:]
+    assert [batch.tolist() for batch in rest] == [batch.tolist() for batch in whole][start // 8 :]
     assert len(rest) == 3 - start // 8
 
 
@@ -373,17 +400,18 @@ def test_the_batches_of_a_subset_hold_its_images_only(listed):
     data, numbers = open_listed(listed), [3, 5, 8, 13, 21, 34]
     subset = data.subset(numbers)
     batches = list(subset.batches(epoch_batches(len(subset), 3, 0, 0)))
-    found = sorted((image.numpy().tobytes(), label) for images, labels in batches
-                   for image, label in zip(images, labels.tolist()))
+    found = sorted(
+        (image.numpy().tobytes(), label) for images, labels in batches for image, label in zip(images, labels.tolist())
+    )
     assert found == sorted((data.images([number])[0].numpy().tobytes(), number % 2) for number in numbers)
     order = np.concatenate(list(epoch_batches(len(subset), 3, 0, 0)))
     assert [numbers[i] for i in order] == [13, 8, 34, 21, 3, 5]  # pinned: exact resume depends on it
     assert torch.equal(batches[0][0], data.images([13, 8, 34]))
 
 
-@pytest.mark.parametrize("pin_memory", [False,
-                                        pytest.param(True, marks=pytest.mark.skipif(not torch.cuda.is_available(),
-                                            reason="CUDA"))])
+@pytest.mark.parametrize(
+    "pin_memory", [False, pytest.param(True, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA"))]
+)
 def test_the_loader_gives_whole_batches_of_its_order(listed, pin_memory):
     data, batches = open_listed(listed), epoch_batches(40, 16, 0, 0)
     for indices, (images, labels) in zip(batches, data.batches(batches, pin_memory), strict=True):
@@ -407,6 +435,7 @@ def test_a_batch_is_one_gather():
 
 # Sizes
 
+
 def test_the_batch_shrinks_to_the_images_there_are(capsys):
     assert fit_batch_size(100, 64) == 64 and capsys.readouterr().out == ""
     assert fit_batch_size(10, 64) == 10
@@ -414,9 +443,17 @@ def test_the_batch_shrinks_to_the_images_there_are(capsys):
     assert fit_batch_size(10, 64, multiple=4) == 8
 
 
-@pytest.mark.parametrize("images, batch_size, multiple, message", [
-    (100, 10, 4, "use 8 or 12"), (100, 3, 4, "use 4"), (100, 0, 1, "use 1"), (100, -5, 2, "use 2"),
-    (3, 8, 4, "3 images are too few"), (0, 8, 1, "0 images are too few")])
+@pytest.mark.parametrize(
+    "images, batch_size, multiple, message",
+    [
+        (100, 10, 4, "use 8 or 12"),
+        (100, 3, 4, "use 4"),
+        (100, 0, 1, "use 1"),
+        (100, -5, 2, "use 2"),
+        (3, 8, 4, "3 images are too few"),
+        (0, 8, 1, "0 images are too few"),
+    ],
+)
 def test_batch_sizes_that_cannot_be_are_refused_with_what_can(images, batch_size, multiple, message):
     with pytest.raises(ValueError, match=message):
         fit_batch_size(images, batch_size, multiple)

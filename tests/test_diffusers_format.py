@@ -1,4 +1,5 @@
 """Models as folders of diffusers, and back, against diffusers itself."""
+
 import json
 import shutil
 import subprocess
@@ -26,9 +27,13 @@ diffusers.utils.logging.disable_progress_bar()
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMALL = {
-    "input_shape": (8, 8), "channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "num_timesteps": 40,
+    "input_shape": (8, 8),
+    "channel": 32,
+    "channel_mults": (1, 2),
+    "num_res_blocks": 1,
+    "num_timesteps": 40,
     "num_groups": 8,
-}  # fmt: skip
+}
 CLASSES = ["cats", "dogs", "old trees"]
 
 
@@ -39,8 +44,11 @@ def scramble(network):
     generator = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data = noise * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3 * noise + ("norm" in name
-            and "weight" in name)
+        parameter.data = (
+            noise * parameter[0].numel() ** -0.5
+            if parameter.ndim > 1
+            else 0.3 * noise + ("norm" in name and "weight" in name)
+        )
 
 
 def write_checkpoint(path, classes=(), **settings):
@@ -69,11 +77,12 @@ def assert_equal_networks(ours, theirs, label=None, **shape):
 # To diffusers
 
 ARCHITECTURES = [
-    {}, {"channel_mults": (1, 2, 1, 3), "num_res_blocks": 2, "attention_resolutions": (0, 2)},
+    {},
+    {"channel_mults": (1, 2, 1, 3), "num_res_blocks": 2, "attention_resolutions": (0, 2)},
     {"img_channels": 1, "attention_resolutions": ()},
     {"channel_mults": (1,), "attention_resolutions": (0,), "channel": 64},
     {"input_shape": (8, 12)},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
@@ -93,9 +102,17 @@ def test_a_class_is_folded_in_and_the_null_class_unless_named(tmp_path, name, la
     assert_equal_networks(ours.ema_model, theirs, label)
 
 
-@pytest.mark.parametrize("settings", [{}, {"schedule": "cosine"}, {"prediction": "x0", "schedule": "sigmoid"},
-                                      {"prediction": "v"},
-                                      {"input_shape": (8, 12), "img_channels": 1}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"schedule": "cosine"},
+        {"prediction": "x0", "schedule": "sigmoid"},
+        {"prediction": "v"},
+        {"input_shape": (8, 12), "img_channels": 1},
+    ],
+    ids=str,
+)
 def test_the_pipeline_draws_what_our_ddpm_draws(tmp_path, settings):
     ours = write_checkpoint(tmp_path / "a.pth", **settings)
     export_model(tmp_path / "a.pth", tmp_path / "out")
@@ -142,25 +159,37 @@ def test_pytorchs_format_is_read_and_nothing_in_it_runs(tmp_path):
     ours = write_checkpoint(tmp_path / "a.pth")
     export_model(tmp_path / "a.pth", tmp_path / "out")
     diffusers.DDPMPipeline.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "bin", safe_serialization=False)
-    assert [path.name for path in sorted((tmp_path / "bin" / "unet").iterdir())] == ["config.json",
-        "diffusion_pytorch_model.bin"]
+    assert [path.name for path in sorted((tmp_path / "bin" / "unet").iterdir())] == [
+        "config.json",
+        "diffusion_pytorch_model.bin",
+    ]
     import_model(tmp_path / "bin", tmp_path / "back.pth")
     torch.save({"conv_in.bias": Trap(tmp_path / "ran")}, tmp_path / "bin" / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match="could run code"):
         import_model(tmp_path / "bin", tmp_path / "other.pth")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "other.pth").exists()
-    torch.testing.assert_close(loaded(tmp_path / "back.pth").ema_model.state_dict(), ours.ema_model.state_dict(),
-                               rtol=0, atol=0)
+    torch.testing.assert_close(
+        loaded(tmp_path / "back.pth").ema_model.state_dict(), ours.ema_model.state_dict(), rtol=0, atol=0
+    )
 
 
-@pytest.mark.parametrize("arguments, part", [
-    ({"norm": "in"}, "norm InstanceNorm2d"), ({"norm": "bn"}, "norm BatchNorm2d"), ({"norm": None}, "norm None"),
-    ({"initial_pad": 2}, "initial_pad 2"), ({"time_emb_scale": 2.0}, "time_emb_scale"),
-    ({"time_emb_dim": None}, "time_emb_dim None"),
-    ({"activation": F.relu}, "activation relu"), ({"channel_mults": (2, 2)}, r"channel_mults \(2, 2\)")])
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        ({"norm": "in"}, "norm InstanceNorm2d"),
+        ({"norm": "bn"}, "norm BatchNorm2d"),
+        ({"norm": None}, "norm None"),
+        ({"initial_pad": 2}, "initial_pad 2"),
+        ({"time_emb_scale": 2.0}, "time_emb_scale"),
+        ({"time_emb_dim": None}, "time_emb_dim None"),
+        ({"activation": F.relu}, "activation relu"),
+        ({"channel_mults": (2, 2)}, r"channel_mults \(2, 2\)"),
+    ],
+)
 def test_what_diffusers_cannot_express_is_named(arguments, part):
-    network = UNet(**{"img_channels": 3, "base_channels": 32, "channel_mults": (1, 2), "num_res_blocks": 1,
-                      **arguments})
+    network = UNet(
+        **{"img_channels": 3, "base_channels": 32, "channel_mults": (1, 2), "num_res_blocks": 1, **arguments}
+    )
     with pytest.raises(ValueError, match=f"cannot express this network: {part}"):
         to_unet2d(network, (8, 8))
 
@@ -178,9 +207,11 @@ def test_classes_that_do_not_fit_are_refused(tmp_path):
     write_checkpoint(tmp_path / "null.pth", CLASSES)
     write_checkpoint(tmp_path / "classes.pth", CLASSES, label_dropout=0.0)
     write_checkpoint(tmp_path / "plain.pth")
-    for file, name, message in [("null", "birds", "known: cats, dogs, old trees"),
-                                ("classes", "", "no null class.* cats, dogs, old trees"),
-                                ("plain", "cats", "without classes")]:
+    for file, name, message in [
+        ("null", "birds", "known: cats, dogs, old trees"),
+        ("classes", "", "no null class.* cats, dogs, old trees"),
+        ("plain", "cats", "without classes"),
+    ]:
         with pytest.raises(ValueError, match=message):
             export_model(tmp_path / f"{file}.pth", tmp_path / "out", name)
     assert not (tmp_path / "out").exists()
@@ -212,12 +243,19 @@ def loaded(path):
 
 
 SETTINGS = [
-    {}, {"schedule": "cosine", "prediction": "v"}, {"schedule": "sigmoid", "prediction": "x0", "num_timesteps": 1000},
+    {},
+    {"schedule": "cosine", "prediction": "v"},
+    {"schedule": "sigmoid", "prediction": "x0", "num_timesteps": 1000},
     {"schedule": "cosine", "schedule_shift": -0.7, "num_timesteps": 1000},
     {"num_timesteps": 1000, "schedule_low": 2e-4, "schedule_high": 0.015, "dropout": 0.25},
-    {"input_shape": (8, 12), "img_channels": 1, "channel_mults": (1, 3), "num_res_blocks": 2,
-     "attention_resolutions": (0, 1)},
-]  # fmt: skip
+    {
+        "input_shape": (8, 12),
+        "img_channels": 1,
+        "channel_mults": (1, 3),
+        "num_res_blocks": 2,
+        "attention_resolutions": (0, 1),
+    },
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -236,10 +274,16 @@ def test_there_and_back_is_the_same_model(tmp_path, settings):
 
 def foreign(folder, unet=(), scheduler=()):
     """A pipeline that is ours but for these settings, as diffusers writes it."""
-    settings = {"sample_size": 8, "block_out_channels": (32, 64),
-                "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-                "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1, "attention_head_dim": None,
-                "flip_sin_to_cos": False, "time_embedding_dim": 512}
+    settings = {
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "attention_head_dim": None,
+        "flip_sin_to_cos": False,
+        "time_embedding_dim": 512,
+    }
     network = diffusers.UNet2DModel(**settings | dict(unet))
     diffusers.DDPMPipeline(network, diffusers.DDPMScheduler(**dict(scheduler))).save_pretrained(folder)
     return network
@@ -255,18 +299,28 @@ def test_a_model_made_with_diffusers_comes_in(tmp_path, settings, schedule):
     assert_equal_networks(back.ema_model, theirs.eval())
 
 
-@pytest.mark.parametrize("unet, part", [
-    ({"flip_sin_to_cos": True}, "flip_sin_to_cos is True"), ({"freq_shift": 1}, "freq_shift is 1"),
-    ({"norm_eps": 1e-6}, "norm_eps is 1e-06"), ({"out_channels": 6}, "out_channels is 6"),
-    ({"attention_head_dim": 8}, "attention_head_dim is 8"), ({"time_embedding_dim": None}, "time_embedding_dim is 128"),
-    ({"downsample_padding": 0}, "downsample_padding is 0"), ({"num_class_embeds": 4}, "num_class_embeds is 4"),
-    ({"act_fn": "relu"}, "act_fn is 'relu'"),
-    ({"block_out_channels": (64, 96)}, "block_out_channels is"),
-    ({"up_block_types": ("UpBlock2D", "UpBlock2D")}, "up_block_types is"),
-    ({"down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D")},
-     r"down_block_types is \('ResnetDownsampleBlock2D', 'AttnDownBlock2D'\) \(ours: \('DownBlock2D', "),
-    ({"add_attention": False}, "add_attention is False"),
-    ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift is")])
+@pytest.mark.parametrize(
+    "unet, part",
+    [
+        ({"flip_sin_to_cos": True}, "flip_sin_to_cos is True"),
+        ({"freq_shift": 1}, "freq_shift is 1"),
+        ({"norm_eps": 1e-6}, "norm_eps is 1e-06"),
+        ({"out_channels": 6}, "out_channels is 6"),
+        ({"attention_head_dim": 8}, "attention_head_dim is 8"),
+        ({"time_embedding_dim": None}, "time_embedding_dim is 128"),
+        ({"downsample_padding": 0}, "downsample_padding is 0"),
+        ({"num_class_embeds": 4}, "num_class_embeds is 4"),
+        ({"act_fn": "relu"}, "act_fn is 'relu'"),
+        ({"block_out_channels": (64, 96)}, "block_out_channels is"),
+        ({"up_block_types": ("UpBlock2D", "UpBlock2D")}, "up_block_types is"),
+        (
+            {"down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D")},
+            r"down_block_types is \('ResnetDownsampleBlock2D', 'AttnDownBlock2D'\) \(ours: \('DownBlock2D', ",
+        ),
+        ({"add_attention": False}, "add_attention is False"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift is"),
+    ],
+)
 def test_the_part_that_is_not_ours_is_named(tmp_path, unet, part):
     foreign(tmp_path / "in", unet)
     with pytest.raises(ValueError, match=f"not one of our networks: {part}[^;]*$"):
@@ -274,10 +328,16 @@ def test_the_part_that_is_not_ours_is_named(tmp_path, unet, part):
     assert not (tmp_path / "back.pth").exists()
 
 
-@pytest.mark.parametrize("scheduler, part", [
-    ({"beta_schedule": "scaled_linear"}, "scaled_linear"), ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
-    ({"trained_betas": [0.1, 0.3, 0.2]}, "its betas"), ({"prediction_type": "score"}, "prediction_type is 'score'"),
-    ({"trained_betas": [0.1, 0.3, 1.2]}, "between 0 and 1")])
+@pytest.mark.parametrize(
+    "scheduler, part",
+    [
+        ({"beta_schedule": "scaled_linear"}, "scaled_linear"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"trained_betas": [0.1, 0.3, 0.2]}, "its betas"),
+        ({"prediction_type": "score"}, "prediction_type is 'score'"),
+        ({"trained_betas": [0.1, 0.3, 1.2]}, "between 0 and 1"),
+    ],
+)
 def test_a_schedule_or_prediction_that_is_not_ours_is_named(tmp_path, scheduler, part):
     foreign(tmp_path / "in", scheduler=scheduler)
     with pytest.raises(ValueError, match=part):
@@ -296,18 +356,22 @@ def test_settings_that_a_file_leaves_out_are_diffusers_own(tmp_path):
     foreign(tmp_path / "in")
     path = tmp_path / "in" / "unet" / "config.json"
     settings = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in settings.items()
-                                if name not in ("attention_head_dim", "flip_sin_to_cos")}))
+    path.write_text(
+        json.dumps(
+            {name: value for name, value in settings.items() if name not in ("attention_head_dim", "flip_sin_to_cos")}
+        )
+    )
     with pytest.raises(ValueError, match="flip_sin_to_cos is True .*; attention_head_dim is 8"):
         import_model(tmp_path / "in", tmp_path / "back.pth")
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
     network = foreign(tmp_path / "in")
-    for change, message in [(lambda w: w.pop("conv_in.bias"), "lack conv_in.bias"),
-                            (lambda w: w.update(extra=torch.zeros(1)), "hold extra"),
-                            (lambda w: w.update({"conv_in.bias": torch.zeros(7)}),
-                             r"conv_in.bias have the shape \(7,\), ours \(32,\)")]:
+    for change, message in [
+        (lambda w: w.pop("conv_in.bias"), "lack conv_in.bias"),
+        (lambda w: w.update(extra=torch.zeros(1)), "hold extra"),
+        (lambda w: w.update({"conv_in.bias": torch.zeros(7)}), r"conv_in.bias have the shape \(7,\), ours \(32,\)"),
+    ]:
         weights = dict(network.state_dict())
         change(weights)
         (tmp_path / "in" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(safetensors.torch.save(weights))
@@ -317,8 +381,10 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 
 def test_damaged_and_missing_files_are_named(tmp_path):
     foreign(tmp_path / "in")
-    for name, message in [("unet/diffusion_pytorch_model.safetensors", "damaged"),
-                          ("scheduler/scheduler_config.json", "damaged: no JSON")]:
+    for name, message in [
+        ("unet/diffusion_pytorch_model.safetensors", "damaged"),
+        ("scheduler/scheduler_config.json", "damaged: no JSON"),
+    ]:
         (tmp_path / "in" / name).write_bytes(b"\x07")
         with pytest.raises(ValueError, match=message):
             import_model(tmp_path / "in", tmp_path / "back.pth")
@@ -326,13 +392,27 @@ def test_damaged_and_missing_files_are_named(tmp_path):
         import_model(tmp_path / "nowhere", tmp_path / "back.pth")
 
 
-@pytest.mark.parametrize("unet", [
-    {"block_out_channels": 32}, {"block_out_channels": []}, {"block_out_channels": [32, -64]}, {"in_channels": "three"},
-    {"layers_per_block": 10**12}, {"layers_per_block": 1.5}, {"sample_size": [8, 8, 8]}, {"sample_size": "small"},
-    {"dropout": None},
-    {"norm_num_groups": 0}, {"down_block_types": [1, 2]}, {"down_block_types": ["DownBlock2D"]},
-    {"block_out_channels": [10**9, 10**9]},
-    {"_class_name": "UNet2DConditionModel"}, {"_class_name": None}], ids=str)
+@pytest.mark.parametrize(
+    "unet",
+    [
+        {"block_out_channels": 32},
+        {"block_out_channels": []},
+        {"block_out_channels": [32, -64]},
+        {"in_channels": "three"},
+        {"layers_per_block": 10**12},
+        {"layers_per_block": 1.5},
+        {"sample_size": [8, 8, 8]},
+        {"sample_size": "small"},
+        {"dropout": None},
+        {"norm_num_groups": 0},
+        {"down_block_types": [1, 2]},
+        {"down_block_types": ["DownBlock2D"]},
+        {"block_out_channels": [10**9, 10**9]},
+        {"_class_name": "UNet2DConditionModel"},
+        {"_class_name": None},
+    ],
+    ids=str,
+)
 def test_an_odd_network_is_refused_in_one_line(tmp_path, unet):
     foreign(tmp_path / "in")
     path = tmp_path / "in" / "unet" / "config.json"
@@ -341,10 +421,19 @@ def test_an_odd_network_is_refused_in_one_line(tmp_path, unet):
     assert_refused(tmp_path, "not one of our networks|not of one of our networks")
 
 
-@pytest.mark.parametrize("scheduler", [
-    {"num_train_timesteps": -1}, {"num_train_timesteps": "many"}, {"beta_start": None}, {"trained_betas": "none"},
-    {"trained_betas": []},
-    {"trained_betas": [[0.1, 0.2]]}, {"_class_name": 3}], ids=str)
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {"num_train_timesteps": -1},
+        {"num_train_timesteps": "many"},
+        {"beta_start": None},
+        {"trained_betas": "none"},
+        {"trained_betas": []},
+        {"trained_betas": [[0.1, 0.2]]},
+        {"_class_name": 3},
+    ],
+    ids=str,
+)
 def test_an_odd_scheduler_is_refused_in_one_line(tmp_path, scheduler):
     foreign(tmp_path / "in")
     path = tmp_path / "in" / "scheduler" / "scheduler_config.json"
@@ -390,8 +479,10 @@ def test_the_network_is_never_asked(tmp_path, monkeypatch):
 def test_without_diffusers_one_line_says_so(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "a.pth")
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    for call in (lambda: export_model(tmp_path / "a.pth", tmp_path / "out"),
-                 lambda: import_model(tmp_path, tmp_path / "back.pth")):
+    for call in (
+        lambda: export_model(tmp_path / "a.pth", tmp_path / "out"),
+        lambda: import_model(tmp_path, tmp_path / "back.pth"),
+    ):
         with pytest.raises(ValueError, match="need the package diffusers: pip install diffusers"):
             call()
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
@@ -402,8 +493,16 @@ def test_without_diffusers_one_line_says_so(tmp_path, monkeypatch):
 
 def test_the_command_exports_and_imports(tmp_path, monkeypatch, capsys):
     ours = write_checkpoint(tmp_path / "run" / "last.pth", CLASSES)
-    command = [sys.executable, "-m", "utils.convert", "diffusers", tmp_path / "run", tmp_path / "out", "--class_name",
-               "old trees"]
+    command = [
+        sys.executable,
+        "-m",
+        "utils.convert",
+        "diffusers",
+        tmp_path / "run",
+        tmp_path / "out",
+        "--class_name",
+        "old trees",
+    ]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0 and "num_inference_steps=40" in done.stdout, done.stderr
     monkeypatch.setattr(sys, "argv", ["convert", "import", str(tmp_path / "out"), str(tmp_path / "back.pth")])

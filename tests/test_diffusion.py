@@ -95,8 +95,9 @@ def test_solvers_tables_are_float64_and_follow_loaded_betas():
     assert diffusion.alpha_bars == source.alpha_bars
     torch.testing.assert_close(diffusion.loss_weight, source.loss_weight, rtol=0, atol=0)
     np.testing.assert_allclose(diffusion.alpha_bars[:-1], np.cumprod(1 - other)[:-1], rtol=1e-4)
-    np.testing.assert_allclose(diffusion.alpha_bars, np.cumprod(1 - other.astype(np.float32).astype(np.float64)),
-                               rtol=1e-12)
+    np.testing.assert_allclose(
+        diffusion.alpha_bars, np.cumprod(1 - other.astype(np.float32).astype(np.float64)), rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("betas", [[0.1, 1.0], [0.0, 0.1], [[0.1]], [0.1, math.nan]])
@@ -155,15 +156,18 @@ def test_remove_noise_never_clips(batch):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_min_snr_weights_against_their_formulas(prediction, batch):
     x, t, noise = batch
-    plain, weighted = (small(prediction=prediction, loss_weighting=name, min_snr_gamma=5.0).eval()
-                       for name in ("none", "min_snr"))
+    plain, weighted = (
+        small(prediction=prediction, loss_weighting=name, min_snr_gamma=5.0).eval() for name in ("none", "min_snr")
+    )
     alpha_bar = np.cumprod(1 - BETAS)[t.numpy()]
     snr = alpha_bar / (1 - alpha_bar)
     assert snr[0] > 5 > snr[-1]
-    expected = {"eps": np.minimum(snr, 5) / snr, "x0": np.minimum(snr, 5),
-                "v": np.minimum(snr, 5) / (snr + 1)}[prediction]
-    ratio = (weighted.get_losses(x, t, None, noise=noise, reduction="none") / plain.get_losses(x, t, None, noise=noise,
-        reduction="none"))
+    expected = {"eps": np.minimum(snr, 5) / snr, "x0": np.minimum(snr, 5), "v": np.minimum(snr, 5) / (snr + 1)}[
+        prediction
+    ]
+    ratio = weighted.get_losses(x, t, None, noise=noise, reduction="none") / plain.get_losses(
+        x, t, None, noise=noise, reduction="none"
+    )
     np.testing.assert_allclose(ratio.detach().numpy(), expected, rtol=1e-5)
 
 
@@ -224,10 +228,14 @@ def test_images_of_another_size_are_refused():
         small()(torch.zeros(1, 3, 6, 4))
 
 
-@pytest.mark.parametrize("setting, message", [({"loss_type": "l3"}, "loss_type 'l3'; known: l1, l2, huber"),
-                                              ({"prediction": "x"}, "prediction 'x'; known: eps, x0, v"),
-                                              ({"loss_weighting": "snr"},
-                                               "loss_weighting 'snr'; known: none, min_snr")])
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"loss_type": "l3"}, "loss_type 'l3'; known: l1, l2, huber"),
+        ({"prediction": "x"}, "prediction 'x'; known: eps, x0, v"),
+        ({"loss_weighting": "snr"}, "loss_weighting 'snr'; known: none, min_snr"),
+    ],
+)
 def test_unknown_names_list_the_known_ones(setting, message):
     with pytest.raises(ValueError, match=message):
         small(**setting)
@@ -291,8 +299,16 @@ def test_ema_step_can_be_set_and_is_not_stored():
     assert diffusion.ema_step == 11
     torch.testing.assert_close(diffusion.ema_model.weight.item(), 0.9 * 0.5 + 0.1 * 1.5)
     stored = [key for key in diffusion.state_dict() if not key.startswith(("model.", "ema_model."))]
-    assert stored == ["betas", "alphas", "alphas_cumprod", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
-                      "reciprocal_sqrt_alphas", "remove_noise_coeff", "sigma"]
+    assert stored == [
+        "betas",
+        "alphas",
+        "alphas_cumprod",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "reciprocal_sqrt_alphas",
+        "remove_noise_coeff",
+        "sigma",
+    ]
 
 
 def test_batch_norms_buffers_are_copied_and_a_poisoned_one_is_not():

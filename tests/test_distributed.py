@@ -1,4 +1,5 @@
 """Several processes compute what one computes."""
+
 import re
 from pathlib import Path
 
@@ -9,9 +10,21 @@ from conftest import PROJECT, TINY, command, newest_run, read_history, run, run_
 from utils.checkpoint import load_checkpoint
 
 # In float32 on every machine: in bf16 sums of another order are other sums.
-RUN = [*TINY, "--epochs", "5", "--dropout", "0", "--horizontal_flip", "True", "--class_conditional", "True",
-       "--val_split", "0.2",
-       "--precision", "fp32"]  # fmt: skip
+RUN = [
+    *TINY,
+    "--epochs",
+    "5",
+    "--dropout",
+    "0",
+    "--horizontal_flip",
+    "True",
+    "--class_conditional",
+    "True",
+    "--val_split",
+    "0.2",
+    "--precision",
+    "fp32",
+]
 
 
 def train_in(folder, build, *settings):

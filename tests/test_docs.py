@@ -1,4 +1,5 @@
 """What the documents say: links lead somewhere, options exist, both languages say the same."""
+
 import ast
 import re
 import subprocess
@@ -12,8 +13,14 @@ import train
 import txt_annotation
 from utils.evaluate import __main__ as evaluate
 
-ENGLISH = [PROJECT / "README.md", *(path for path in sorted((PROJECT / "docs").glob("*.md"))
-                                    if "zh-CN" not in path.name and path.name != "contributing.md")]
+ENGLISH = [
+    PROJECT / "README.md",
+    *(
+        path
+        for path in sorted((PROJECT / "docs").glob("*.md"))
+        if "zh-CN" not in path.name and path.name != "contributing.md"
+    ),
+]
 ALL = [*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md"), *(PROJECT / "logs").glob("*.md")]
 OPTIONS = {name for module in (train, predict, txt_annotation, evaluate) for name in module.Config.__dataclass_fields__}
 
@@ -51,8 +58,9 @@ def test_links_lead_somewhere(path):
 @by_name(ENGLISH)
 def test_both_languages_have_the_same_headings_commands_and_code(path):
     english, other = text_of(path), text_of(chinese(path))
-    levels = [re.findall(r"^#+", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), flags=re.M)
-              for text in (english, other)]
+    levels = [
+        re.findall(r"^#+", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), flags=re.M) for text in (english, other)
+    ]
     assert levels[0] == levels[1]
     assert commands(english) == commands(other)
     assert len(re.findall(r"^\|", english, flags=re.M)) == len(re.findall(r"^\|", other, flags=re.M))
@@ -71,8 +79,17 @@ def test_both_languages_have_the_same_numbers_and_names(path):
 
 @by_name(ALL)
 def test_options_exist(path):
-    own = {"help", "standalone", "nproc_per_node", "nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint",
-           "signals-to-handle", "preset"}  # fmt: skip
+    own = {
+        "help",
+        "standalone",
+        "nproc_per_node",
+        "nnodes",
+        "node_rank",
+        "rdzv_backend",
+        "rdzv_endpoint",
+        "signals-to-handle",
+        "preset",
+    }
     scripts = r"python (?:-m utils\.evaluate|train\.py|predict\.py|txt_annotation\.py)[^`|&]*"
     for line in re.findall(scripts, text_of(path)):
         unknown = set(re.findall(r"--([\w-]+)", line)) - OPTIONS - own
@@ -83,8 +100,14 @@ def test_the_front_page_is_short():
     for path in (PROJECT / "README.md", PROJECT / "docs" / "README.zh-CN.md"):
         assert len(text_of(path).splitlines()) <= 150
         paragraphs = re.split(r"\n\s*\n", prose(text_of(path)))
-        assert max(len(paragraph.splitlines()) for paragraph in paragraphs if "|" not in paragraph
-                   and not re.match(r"\d\.|- ", paragraph)) <= 5  # fmt: skip
+        assert (
+            max(
+                len(paragraph.splitlines())
+                for paragraph in paragraphs
+                if "|" not in paragraph and not re.match(r"\d\.|- ", paragraph)
+            )
+            <= 5
+        )
 
 
 def code_of(path):
@@ -114,13 +137,28 @@ def test_commands_of_seconds_run(tmp_path):
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("train.py", "predict.py", "txt_annotation.py"):
-        done = subprocess.run([sys.executable, str(PROJECT / name), "--help"], cwd=tmp_path, env=environment,
-                              capture_output=True, text=True, timeout=120)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, str(PROJECT / name), "--help"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0 and "--" in done.stdout
     (tmp_path / "logs").symlink_to(PROJECT / "logs")
-    drawn = next(line for line in re.findall(r"`(python predict\.py[^`]*)`", text_of(PROJECT / "README.md"))
-                 if "class_name" in line)  # fmt: skip
+    drawn = next(
+        line
+        for line in re.findall(r"`(python predict\.py[^`]*)`", text_of(PROJECT / "README.md"))
+        if "class_name" in line
+    )
     words = drawn.replace("\n", " ").split()[2:]
-    done = subprocess.run([sys.executable, str(PROJECT / "predict.py"), *words, "--steps", "2"], cwd=tmp_path,
-                          env=environment, capture_output=True, text=True, timeout=240)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(PROJECT / "predict.py"), *words, "--steps", "2"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0 and Path(tmp_path, "results/predict_out/predict_5x5_results.png").is_file()

@@ -2,6 +2,7 @@
 
 No network: each archive's real MD5 is what torchvision is told to expect, so its own checks run.
 """
+
 import gzip
 import hashlib
 import io
@@ -89,18 +90,24 @@ def archive_root(folder, name):
 
 
 def idx(array):
-    return gzip.compress(bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-                         + array.tobytes())
+    return gzip.compress(
+        bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape) + array.tobytes()
+    )
 
 
 def make_mnist(folder, monkeypatch, name="mnist", reference=datasets.MNIST, classes="0123456789"):
     images, labels = random.integers(0, 256, (12, 28, 28), dtype=np.uint8), np.arange(12, dtype=np.uint8)[::-1] % 10
     raw = archive_root(folder, name) / reference.__name__ / "raw"
     test = images[:2] // 2
-    files = {"train-images-idx3": images, "train-labels-idx1": labels, "t10k-images-idx3": test,
-             "t10k-labels-idx1": labels[:2]}
-    monkeypatch.setattr(reference, "resources",
-                        [put(raw, f"{key}-ubyte.gz", idx(array)) for key, array in files.items()])
+    files = {
+        "train-images-idx3": images,
+        "train-labels-idx1": labels,
+        "t10k-images-idx3": test,
+        "t10k-labels-idx1": labels[:2],
+    }
+    monkeypatch.setattr(
+        reference, "resources", [put(raw, f"{key}-ubyte.gz", idx(array)) for key, array in files.items()]
+    )
     return {f"{classes[label]}/{i:05d}.png": image for i, (image, label) in enumerate(zip(images, labels))}
 
 
@@ -110,51 +117,76 @@ def make_fashion_mnist(folder, monkeypatch):
 
 
 def make_cifar10(folder, monkeypatch):
-    names, images, labels = ["airplane", "frog"], random.integers(0, 256, (12, 3, 32, 32),
-                                                                  dtype=np.uint8), [i % 2 for i in range(12)]
+    names, images, labels = (
+        ["airplane", "frog"],
+        random.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8),
+        [i % 2 for i in range(12)],
+    )
     files = {}
-    for number, batch in enumerate(["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5",
-                                    "test_batch"]):
+    for number, batch in enumerate(
+        ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]
+    ):
         share = slice(2 * number, 2 * number + 2)
         files[batch] = pickle.dumps({"data": images[share].reshape(2, -1), "labels": labels[share]})
     files["batches.meta"] = pickle.dumps({"label_names": names})
     sums = {key: hashlib.md5(content).hexdigest() for key, content in files.items()}
     monkeypatch.setattr(datasets.CIFAR10, "train_list", [[key, sums[key]] for key in files if key.startswith("data")])
     monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
-    monkeypatch.setattr(datasets.CIFAR10, "meta",
-                        {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
+    monkeypatch.setattr(
+        datasets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
+    )
     content = tar_gz({f"cifar-10-batches-py/{key}": value for key, value in files.items()})
-    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5",
-                        put(archive_root(folder, "cifar10"), "cifar-10-python.tar.gz", content)[1])
+    monkeypatch.setattr(
+        datasets.CIFAR10, "tgz_md5", put(archive_root(folder, "cifar10"), "cifar-10-python.tar.gz", content)[1]
+    )
     return {f"{names[i % 2]}/{i:05d}.png": images[i].transpose(1, 2, 0) for i in range(10)}
 
 
 def make_stl10(folder, monkeypatch):
-    names, images, labels = ["airplane", "bird", "car"], random.integers(0, 256, (4, 3, 96, 96), dtype=np.uint8), [2, 0,
-        1, 2]
+    names, images, labels = (
+        ["airplane", "bird", "car"],
+        random.integers(0, 256, (4, 3, 96, 96), dtype=np.uint8),
+        [2, 0, 1, 2],
+    )
     columns = images.transpose(0, 1, 3, 2).tobytes()  # the files are column by column
-    files = {"train_X.bin": columns, "train_y.bin": bytes(label + 1 for label in labels),
-             "unlabeled_X.bin": columns[: 96 * 96 * 3],
-             "test_X.bin": columns[: 96 * 96 * 3], "test_y.bin": b"\x01", "class_names.txt": "\n".join(names).encode()}
+    files = {
+        "train_X.bin": columns,
+        "train_y.bin": bytes(label + 1 for label in labels),
+        "unlabeled_X.bin": columns[: 96 * 96 * 3],
+        "test_X.bin": columns[: 96 * 96 * 3],
+        "test_y.bin": b"\x01",
+        "class_names.txt": "\n".join(names).encode(),
+    }
     sums = {key: hashlib.md5(content).hexdigest() for key, content in files.items()}
-    monkeypatch.setattr(datasets.STL10, "train_list",
-                        [[key, sums[key]] for key in ("train_X.bin", "train_y.bin", "unlabeled_X.bin")])
+    monkeypatch.setattr(
+        datasets.STL10, "train_list", [[key, sums[key]] for key in ("train_X.bin", "train_y.bin", "unlabeled_X.bin")]
+    )
     monkeypatch.setattr(datasets.STL10, "test_list", [[key, sums[key]] for key in ("test_X.bin", "test_y.bin")])
     content = tar_gz({f"stl10_binary/{key}": value for key, value in files.items()})
-    monkeypatch.setattr(datasets.STL10, "tgz_md5",
-                        put(archive_root(folder, "stl10"), "stl10_binary.tar.gz", content)[1])
-    return {f"{names[label]}/{i:05d}.png": image.transpose(1, 2, 0)
-            for i, (image, label) in enumerate(zip(images, labels))}
+    monkeypatch.setattr(
+        datasets.STL10, "tgz_md5", put(archive_root(folder, "stl10"), "stl10_binary.tar.gz", content)[1]
+    )
+    return {
+        f"{names[label]}/{i:05d}.png": image.transpose(1, 2, 0) for i, (image, label) in enumerate(zip(images, labels))
+    }
 
 
 def make_flowers102(folder, monkeypatch):
     savemat = pytest.importorskip("scipy.io").savemat
-    pictures, labels, root = [jpeg() for _ in range(6)], [12, 102, 1, 60, 12, 1], archive_root(folder,
-        "flowers102") / "flowers-102"
-    tables = {"imagelabels.mat": {"labels": [labels]},
-              "setid.mat": {"trnid": [[1, 2]], "valid": [[3, 4]], "tstid": [[6, 5]]}}
-    files = {"image": put(root, "102flowers.tgz",
-                          tar_gz({f"jpg/image_{i:05d}.jpg": content for i, content in enumerate(pictures, 1)}))}
+    pictures, labels, root = (
+        [jpeg() for _ in range(6)],
+        [12, 102, 1, 60, 12, 1],
+        archive_root(folder, "flowers102") / "flowers-102",
+    )
+    tables = {
+        "imagelabels.mat": {"labels": [labels]},
+        "setid.mat": {"trnid": [[1, 2]], "valid": [[3, 4]], "tstid": [[6, 5]]},
+    }
+    files = {
+        "image": put(
+            root, "102flowers.tgz", tar_gz({f"jpg/image_{i:05d}.jpg": content for i, content in enumerate(pictures, 1)})
+        )
+    }
     for key, (name, table) in zip(("label", "setid"), tables.items()):
         file = io.BytesIO()
         savemat(file, table)
@@ -171,12 +203,17 @@ def make_oxford_pets(folder, monkeypatch):
     pictures = {f"{name}_{i}": jpeg() for name in names for i in (1, 20, 3)}
     lines = {name: f"{name} {1 + names.index(name.rsplit('_', 1)[0])} 1 1\n" for name in pictures}
     listed = [name for name in pictures if not name.endswith("_3")]
-    sheets = {"annotations/trainval.txt": "".join(lines[name] for name in listed).encode(),
-              "annotations/test.txt": "".join(lines[name] for name in pictures if name not in listed).encode()}
-    files = [put(root, "images.tar.gz", tar_gz({f"images/{name}.jpg": content for name, content in pictures.items()})),
-             put(root, "annotations.tar.gz", tar_gz(sheets))]
-    monkeypatch.setattr(datasets.OxfordIIITPet, "_RESOURCES",
-                        tuple((f"https://example.org/data/{name}", md5) for name, md5 in files))
+    sheets = {
+        "annotations/trainval.txt": "".join(lines[name] for name in listed).encode(),
+        "annotations/test.txt": "".join(lines[name] for name in pictures if name not in listed).encode(),
+    }
+    files = [
+        put(root, "images.tar.gz", tar_gz({f"images/{name}.jpg": content for name, content in pictures.items()})),
+        put(root, "annotations.tar.gz", tar_gz(sheets)),
+    ]
+    monkeypatch.setattr(
+        datasets.OxfordIIITPet, "_RESOURCES", tuple((f"https://example.org/data/{name}", md5) for name, md5 in files)
+    )
     folders = dict(zip(names, ("Abyssinian", "American_Bulldog")))
     return {f"{folders[name.rsplit('_', 1)[0]]}/{name}.jpg": pictures[name] for name in listed}
 
@@ -188,8 +225,13 @@ def make_celeba(folder, monkeypatch):
         for name, content in pictures.items():
             archive.writestr(f"img_align_celeba/{name}", content)
     split = {name: int(i >= 3) for i, name in enumerate(pictures)}  # two of five are no training data
-    tables = {"list_attr_celeba.txt": "5\nYoung\n", "identity_CelebA.txt": "", "list_bbox_celeba.txt": "5\nid x\n",
-              "list_landmarks_align_celeba.txt": "5\neye\n", "list_eval_partition.txt": ""}
+    tables = {
+        "list_attr_celeba.txt": "5\nYoung\n",
+        "identity_CelebA.txt": "",
+        "list_bbox_celeba.txt": "5\nid x\n",
+        "list_landmarks_align_celeba.txt": "5\neye\n",
+        "list_eval_partition.txt": "",
+    }
     files = [put(root, "img_align_celeba.zip", zipped.getvalue())]
     for name, head in tables.items():
         lines = [f"{picture} {split[picture] if 'partition' in name else 1}\n" for picture in pictures]
@@ -198,9 +240,15 @@ def make_celeba(folder, monkeypatch):
     return {name: pictures[name] for name in pictures if not split[name]}
 
 
-MAKERS = {"flowers102": make_flowers102, "cifar10": make_cifar10, "fashion_mnist": make_fashion_mnist,
-          "mnist": make_mnist,
-          "celeba": make_celeba, "oxford_pets": make_oxford_pets, "stl10": make_stl10}
+MAKERS = {
+    "flowers102": make_flowers102,
+    "cifar10": make_cifar10,
+    "fashion_mnist": make_fashion_mnist,
+    "mnist": make_mnist,
+    "celeba": make_celeba,
+    "oxford_pets": make_oxford_pets,
+    "stl10": make_stl10,
+}
 
 
 def files_below(folder):
@@ -234,8 +282,9 @@ def test_it_is_unpacked_as_image_files_by_class_and_only_archives_are_kept(tmp_p
     assert files_below(tmp_path) == archives | {f"{name}/{path}" for path in expected}
     assert sorted(path.name for path in tmp_path.iterdir()) == [".downloads", name]
     labels, classes = label_by_folder(find_images(folder))
-    assert classes == sorted({path.split("/")[0] for path in expected if "/" in path}) and (labels is None) == (name
-        == "celeba")
+    assert classes == sorted({path.split("/")[0] for path in expected if "/" in path}) and (labels is None) == (
+        name == "celeba"
+    )
 
 
 @pytest.mark.parametrize("name", ["mnist", "celeba"])
@@ -275,10 +324,16 @@ def test_where_files_cannot_have_two_names_they_are_copied(tmp_path, monkeypatch
     assert_holds(download("celeba", tmp_path), expected)
 
 
-@pytest.mark.parametrize("name, folder", [
-    ("T-shirt/top", "T-shirt-top"), ("pink-yellow dahlia?", "pink-yellow_dahlia"), ("colt's foot", "colts_foot"),
-    (" 7 ", "7"),
-    ('a\\b:c*"<>|', "a-b-c-")])
+@pytest.mark.parametrize(
+    "name, folder",
+    [
+        ("T-shirt/top", "T-shirt-top"),
+        ("pink-yellow dahlia?", "pink-yellow_dahlia"),
+        ("colt's foot", "colts_foot"),
+        (" 7 ", "7"),
+        ('a\\b:c*"<>|', "a-b-c-"),
+    ],
+)
 def test_class_names_become_folder_names(name, folder):
     assert folder_name(name) == folder
 
@@ -287,16 +342,18 @@ def test_class_names_become_folder_names(name, folder):
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path):
-    with pytest.raises(ValueError,
-                       match="unknown data set 'flowers'; known: flowers102, cifar10, fashion_mnist, mnist, celeba, "):
+    with pytest.raises(
+        ValueError, match="unknown data set 'flowers'; known: flowers102, cifar10, fashion_mnist, mnist, celeba, "
+    ):
         download("flowers", tmp_path)
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", [name for name in MAKERS if name != "flowers102"])
 def test_without_archives_and_network_one_line_says_so(tmp_path, offline, name):
-    with pytest.raises(ValueError,
-                       match=f"^{name} could not be fetched .*nothing half is left: .*no network here") as error:
+    with pytest.raises(
+        ValueError, match=f"^{name} could not be fetched .*nothing half is left: .*no network here"
+    ) as error:
         download(name, tmp_path)
     assert "\n" not in str(error.value) and offline
     assert files_below(tmp_path) == set() and [path.name for path in tmp_path.iterdir()] == [".downloads"]
@@ -343,8 +400,11 @@ def test_an_interrupted_unpacking_leaves_the_archives_only(tmp_path, monkeypatch
         patch.setattr(Image.Image, "save", save_some)
         with pytest.raises(KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else ValueError):
             download("mnist", tmp_path)
-    assert len(saved) == 5 and files_below(tmp_path) == archives and [path.name
-                                                                      for path in tmp_path.iterdir()] == [".downloads"]
+    assert (
+        len(saved) == 5
+        and files_below(tmp_path) == archives
+        and [path.name for path in tmp_path.iterdir()] == [".downloads"]
+    )
     assert_holds(download("mnist", tmp_path), expected)
 
 
@@ -435,8 +495,14 @@ def test_the_script_lists_what_it_downloaded(tmp_path, monkeypatch, capsys):
     import txt_annotation
 
     expected = make_fashion_mnist(tmp_path, monkeypatch)
-    options = ["--download", "fashion_mnist", "--datasets_path", str(tmp_path), "--annotation_path",
-               str(tmp_path / "train_lines.txt")]
+    options = [
+        "--download",
+        "fashion_mnist",
+        "--datasets_path",
+        str(tmp_path),
+        "--annotation_path",
+        str(tmp_path / "train_lines.txt"),
+    ]
     monkeypatch.setattr(sys, "argv", ["txt_annotation.py", *options])
     txt_annotation.main()
     lines = (tmp_path / "train_lines.txt").read_text().splitlines()

@@ -1,6 +1,7 @@
 """What a user gets wrong is one line that says what to do, exit code 1, no traceback, and nothing
 is lost.
 """
+
 import os
 import pickle
 import zipfile
@@ -13,8 +14,20 @@ from conftest import TINY, command, newest_run, run, run_main, write_pictures
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
 TRAIN = [*TINY, "--epochs", "1", "--precision", "fp32"]
-PREDICT = ["--device", "cpu", "--precision", "fp32", "--num_images", "1", "--batch_size", "1", "--steps", "1", "--seed",
-           "1"]
+PREDICT = [
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--num_images",
+    "1",
+    "--batch_size",
+    "1",
+    "--steps",
+    "1",
+    "--seed",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +124,10 @@ def foreign_checkpoints(good):
         "empty.pth": (b"", "damaged, or no PyTorch checkpoint"),
         "cut.pth": (good[: len(good) // 2], "damaged, or no PyTorch checkpoint"),
         "cut_at_the_end.pth": (good[:-1], "damaged, or no PyTorch checkpoint"),
-        "foreign.pth": (saved({"model": weights}),
-                        "neither a checkpoint of this project nor a state dict (it holds: model)"),
+        "foreign.pth": (
+            saved({"model": weights}),
+            "neither a checkpoint of this project nor a state dict (it holds: model)",
+        ),
         "list.pth": (saved([1, 2]), "neither a checkpoint of this project nor a state dict (it holds: list)"),
         "tensor.pth": (saved(torch.zeros(3)), "neither a checkpoint"),
         "other_net.pth": (saved(weights), "not a state dict of a GaussianDiffusion"),
@@ -150,8 +165,9 @@ def test_damaged_newest_run_is_not_drawn_silently(place, trained, capsys):
 def test_archive_of_something_else(place, capsys):
     with zipfile.ZipFile(place / "photos.pth", "w") as archive:
         archive.writestr("holiday.txt", "sun")
-    assert "photos.pth: damaged, or no PyTorch checkpoint" in refused(capsys, "predict.py", "--model_path",
-                                                                      "photos.pth", *PREDICT)
+    assert "photos.pth: damaged, or no PyTorch checkpoint" in refused(
+        capsys, "predict.py", "--model_path", "photos.pth", *PREDICT
+    )
 
 
 def test_no_weights_at_all(tmp_path, monkeypatch, capsys):
@@ -164,75 +180,100 @@ def test_no_weights_at_all(tmp_path, monkeypatch, capsys):
 
 def test_checkpoint_of_another_architecture(place, capsys):
     checkpoint = load_checkpoint(place / "logs/run/last.pth")
-    cases = (({"channel": 64}, "of another shape"), ({"channel_mults": (1, 2)}, "missing"),
-             ({"num_res_blocks": 0}, "unknown"))
+    cases = (
+        ({"channel": 64}, "of another shape"),
+        ({"channel_mults": (1, 2)}, "missing"),
+        ({"num_res_blocks": 0}, "unknown"),
+    )
     for changed, words in cases:
         save_checkpoint("other.pth", {**checkpoint, "config": {**checkpoint["config"], **changed}})
         line = refused(capsys, "predict.py", "--model_path", "other.pth", *PREDICT)
         assert "the weights do not fit this network" in line and words in line
-    for option, value in (("--channel", "64"), ("--channel_mults", "1,2"), ("--num_timesteps", "30"),
-                          ("--input_shape", "16,16")):
+    for option, value in (
+        ("--channel", "64"),
+        ("--channel_mults", "1,2"),
+        ("--num_timesteps", "30"),
+        ("--input_shape", "16,16"),
+    ):
         arguments = [*TRAIN[TRAIN.index("--batch_size") :], "--resume", "logs/run", option, value]
         assert f"{option[2:]} = " in refused(capsys, "train.py", *arguments)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ("--sampler euler", "--sampler euler: expected one of 'ddpm', 'ddim', 'dpm++', 'sde-dpm++', 'heun'"),
-    ("--spacing karras", "--spacing karras: expected one of '', 'uniform', 'trailing', 'logsnr'"),
-    ("--steps 21", "steps must be from 1 to 20"),
-    ("--sampler ddpm --steps 1000", "steps must be from 1 to 20"),
-    ("--num_images 0", "num_images is 0: it must be at least 1"),
-    ("--batch_size -4", "batch_size is -4: it must be at least 1"),
-    ("--eta 1.5 --sampler ddim", "eta is 1.5: it must be between 0 and 1"),
-    ("--eta 0.5", "--eta is an option of ddim: add --sampler ddim"),
-    ("--variance posterior", "--variance is an option of ddpm: add --sampler ddpm"),
-    ("--variance large", "expected one of 'beta', 'posterior'"),
-    ("--samples 3", "--help lists every setting"),
-    ("--seed 4294967296", "seed is 4294967296: it must be between -1 and 4294967295"),
-    ("--seed_to 1099511627776", "seed_to is"),
-    ("--seed 4294967294 --num_images 3", "they end at 4294967295: lower --seed or --num_images"),
-    ("--num_images 1000000000000", "they end at"), ("--batch_size 1000000000", "fit nowhere"),
-    ("--num_image 3", "did you mean --num_images?"),
-    ("--input_shape 8", "--input_shape 8: expected 2 int values"),
-    ("--input_shape 0,8", "must be multiples of 1"),
-    ("--class_name fruit", "unknown class_name 'fruit'; known: even, odd"),
-    ("--guidance_scale 3",
-     "needs a model with a null class: train with --class_conditional True and label_dropout above 0"),
-    ("--guidance_scale -1", "guidance_scale is -1.0"),
-    ("--guidance_interval 0,1", "guidance_interval does nothing with a guidance_scale of 1: add --guidance_scale 2"),
-    ("--guiding_path weak.pth", "guiding_path does nothing with a guidance_scale of 1: add --guidance_scale 2"),
-    ("--guidance_scale 2 --guidance_interval 1,0", "from the lower lambda to the higher, not (1.0, 0.0)"),
-    ("--guidance_scale 2 --guidance_interval 1", "--guidance_interval 1: expected 2"),
-    ("--guidance_scale 2 --guiding_path gone.pth", "gone.pth"),
-    ("--interpolate 4", "--interpolate is the number of pictures: leave out --num_images"),
-    ("--seed_to 4", "--seed_to does nothing without --interpolate"),
-    ("--strength 0.4", "--strength does nothing without --init_image"),
-    ("--mask m.png", "--mask does nothing without --init_image"),
-    ("--init_image p.png --resamplings 3", "--resamplings does nothing without --mask"),
-    ("--init_image p.png --strength 0", "strength is 0.0: it must be above 0"),
-    ("--init_image p.png --strength 1.2", "and at most 1"),
-    ("--init_image p.png --strength 0.1 --steps 9", "steps must be from 1 to 2"),
-    ("--init_image gone.png", "gone.png: cannot be read as a picture (No such file or directory)"),
-    ("--init_image train_lines.txt", "train_lines.txt: cannot be read as a picture (not a picture"),
-    ("--init_image p.png --mask gone.png", "gone.png: cannot be read as a picture"),
-    ("--init_image p.png --mask black.png", "the mask is all black: paint white"),
-    ("--init_image p.png --mask white.png", "the mask is all white: paint white"),
-    ("--init_image p.png --mask wide.png", "the mask is 16x8 and p.png 8x8"),
-    ("--init_image p.png --mask m.png --sampler ddim",
-     "--mask is drawn with ddpm's steps: --sampler ddim cannot do it"),
-    ("--device gpu", "device 'gpu' is unknown"),
-    ("--device cuda:99", "cuda:99"),
-    ("--precision fp8", "--precision fp8: expected one of 'auto', 'fp32', 'bf16', 'fp16'"),
-    ("--precision fp16", "precision 'fp16' is for GPUs"),
-    ("--save_dir train_lines.txt", "train_lines.txt cannot be written to"),
-    ("--save_dir train_lines.txt/inside",
-     "train_lines.txt/inside cannot be written to (Not a directory): choose another --save_dir"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--sampler euler", "--sampler euler: expected one of 'ddpm', 'ddim', 'dpm++', 'sde-dpm++', 'heun'"),
+        ("--spacing karras", "--spacing karras: expected one of '', 'uniform', 'trailing', 'logsnr'"),
+        ("--steps 21", "steps must be from 1 to 20"),
+        ("--sampler ddpm --steps 1000", "steps must be from 1 to 20"),
+        ("--num_images 0", "num_images is 0: it must be at least 1"),
+        ("--batch_size -4", "batch_size is -4: it must be at least 1"),
+        ("--eta 1.5 --sampler ddim", "eta is 1.5: it must be between 0 and 1"),
+        ("--eta 0.5", "--eta is an option of ddim: add --sampler ddim"),
+        ("--variance posterior", "--variance is an option of ddpm: add --sampler ddpm"),
+        ("--variance large", "expected one of 'beta', 'posterior'"),
+        ("--samples 3", "--help lists every setting"),
+        ("--seed 4294967296", "seed is 4294967296: it must be between -1 and 4294967295"),
+        ("--seed_to 1099511627776", "seed_to is"),
+        ("--seed 4294967294 --num_images 3", "they end at 4294967295: lower --seed or --num_images"),
+        ("--num_images 1000000000000", "they end at"),
+        ("--batch_size 1000000000", "fit nowhere"),
+        ("--num_image 3", "did you mean --num_images?"),
+        ("--input_shape 8", "--input_shape 8: expected 2 int values"),
+        ("--input_shape 0,8", "must be multiples of 1"),
+        ("--class_name fruit", "unknown class_name 'fruit'; known: even, odd"),
+        (
+            "--guidance_scale 3",
+            "needs a model with a null class: train with --class_conditional True and label_dropout above 0",
+        ),
+        ("--guidance_scale -1", "guidance_scale is -1.0"),
+        (
+            "--guidance_interval 0,1",
+            "guidance_interval does nothing with a guidance_scale of 1: add --guidance_scale 2",
+        ),
+        ("--guiding_path weak.pth", "guiding_path does nothing with a guidance_scale of 1: add --guidance_scale 2"),
+        ("--guidance_scale 2 --guidance_interval 1,0", "from the lower lambda to the higher, not (1.0, 0.0)"),
+        ("--guidance_scale 2 --guidance_interval 1", "--guidance_interval 1: expected 2"),
+        ("--guidance_scale 2 --guiding_path gone.pth", "gone.pth"),
+        ("--interpolate 4", "--interpolate is the number of pictures: leave out --num_images"),
+        ("--seed_to 4", "--seed_to does nothing without --interpolate"),
+        ("--strength 0.4", "--strength does nothing without --init_image"),
+        ("--mask m.png", "--mask does nothing without --init_image"),
+        ("--init_image p.png --resamplings 3", "--resamplings does nothing without --mask"),
+        ("--init_image p.png --strength 0", "strength is 0.0: it must be above 0"),
+        ("--init_image p.png --strength 1.2", "and at most 1"),
+        ("--init_image p.png --strength 0.1 --steps 9", "steps must be from 1 to 2"),
+        ("--init_image gone.png", "gone.png: cannot be read as a picture (No such file or directory)"),
+        ("--init_image train_lines.txt", "train_lines.txt: cannot be read as a picture (not a picture"),
+        ("--init_image p.png --mask gone.png", "gone.png: cannot be read as a picture"),
+        ("--init_image p.png --mask black.png", "the mask is all black: paint white"),
+        ("--init_image p.png --mask white.png", "the mask is all white: paint white"),
+        ("--init_image p.png --mask wide.png", "the mask is 16x8 and p.png 8x8"),
+        (
+            "--init_image p.png --mask m.png --sampler ddim",
+            "--mask is drawn with ddpm's steps: --sampler ddim cannot do it",
+        ),
+        ("--device gpu", "device 'gpu' is unknown"),
+        ("--device cuda:99", "cuda:99"),
+        ("--precision fp8", "--precision fp8: expected one of 'auto', 'fp32', 'bf16', 'fp16'"),
+        ("--precision fp16", "precision 'fp16' is for GPUs"),
+        ("--save_dir train_lines.txt", "train_lines.txt cannot be written to"),
+        (
+            "--save_dir train_lines.txt/inside",
+            "train_lines.txt/inside cannot be written to (Not a directory): choose another --save_dir",
+        ),
+    ],
+)
 def test_settings_of_predict(place, capsys, options, words):
     from PIL import Image
 
-    for name, size, colour in (("p", (8, 8), 90), ("black", (8, 8), 0), ("white", (8, 8), 255), ("wide", (16, 8), 0),
-                               ("m", (8, 8), 0)):
+    for name, size, colour in (
+        ("p", (8, 8), 90),
+        ("black", (8, 8), 0),
+        ("white", (8, 8), 255),
+        ("wide", (16, 8), 0),
+        ("m", (8, 8), 0),
+    ):
         picture = Image.new("L", size, colour)
         if name in ("wide", "m"):
             picture.paste(255, (0, 0, 4, 4))
@@ -240,11 +281,14 @@ def test_settings_of_predict(place, capsys, options, words):
     assert words in refused(capsys, "predict.py", *PREDICT, *options.split())
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ("--interpolate 1", "a strip has at least 2 pictures"),
-    ("--interpolate 3", "--interpolate stays within one class: name it with --class_name; known: even, odd"),
-    ("--interpolate 3 --init_image p.png", "leave out --init_image"),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--interpolate 1", "a strip has at least 2 pictures"),
+        ("--interpolate 3", "--interpolate stays within one class: name it with --class_name; known: even, odd"),
+        ("--interpolate 3 --init_image p.png", "leave out --init_image"),
+    ],
+)
 def test_strips_that_cannot_be(place, capsys, options, words):
     assert words in refused(capsys, "predict.py", "--device", "cpu", *options.split())
 
@@ -252,31 +296,43 @@ def test_strips_that_cannot_be(place, capsys, options, words):
 def test_class_of_a_model_without_classes(place, capsys):
     checkpoint = load_checkpoint("logs/run/last.pth")
     weights = {name: value for name, value in checkpoint["weights"].items() if "class_bias" not in name}
-    save_checkpoint("plain.pth", {**checkpoint, "weights": weights,
-                                  "config": {**checkpoint["config"], "class_conditional": False}})
-    for options, words in (("--class_name even", "was trained without classes"),
-                           ("--guidance_scale 2", "needs a model with a null class")):
+    save_checkpoint(
+        "plain.pth", {**checkpoint, "weights": weights, "config": {**checkpoint["config"], "class_conditional": False}}
+    )
+    for options, words in (
+        ("--class_name even", "was trained without classes"),
+        ("--guidance_scale 2", "needs a model with a null class"),
+    ):
         assert words in refused(capsys, "predict.py", "--model_path", "plain.pth", *PREDICT, *options.split())
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ("--batchsize 4", "did you mean --batch_size?"),
-    ("--epochs many", "--epochs many: expected a whole number"),
-    ("--channel_mults 1,x", "one alone as '1,'"),
-    ("--input_shape 9,8 --channel_mults 1,1", "such as (8, 8) or (10, 8)"),
-    ("--schedule quadratic", "quadratic"), ("--prediction noise", "one of 'eps', 'x0', 'v'"),
-    ("--loss_type l3", "one of 'l1', 'l2', 'huber'"),
-    ("--loss_weighting snr", "one of 'none', 'min_snr'"), ("--optimizer_type sgd", "one of 'adam', 'adamw', 'muon'"),
-    ("--lr_decay_type exp", "one of 'cos', 'step'"),
-    ("--preview_sampler euler", "one of 'ddpm', 'ddim'"), ("--resize_mode fit", "'crop', 'stretch', 'pad'"),
-    ("--attention_resolutions 3,", "attention_resolutions"), ("--num_groups 12", "not a multiple of 12 groups"),
-    ("--dropout 1", "dropout is 1.0"),
-    ("--device tpu", "device 'tpu' is unknown"), ("--accumulate 3", "no positive multiple of 3"),
-    ("--resume nowhere.pth", "nowhere.pth: there is no such checkpoint"),
-    ("--save_dir train_lines.txt", "train_lines.txt"),
-    ("--num_timesteps 0", "num_timesteps is 0"), ("--schedule_high 0", "beta"),
-    ("--img_channels 4", "expected one of 3, 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--batchsize 4", "did you mean --batch_size?"),
+        ("--epochs many", "--epochs many: expected a whole number"),
+        ("--channel_mults 1,x", "one alone as '1,'"),
+        ("--input_shape 9,8 --channel_mults 1,1", "such as (8, 8) or (10, 8)"),
+        ("--schedule quadratic", "quadratic"),
+        ("--prediction noise", "one of 'eps', 'x0', 'v'"),
+        ("--loss_type l3", "one of 'l1', 'l2', 'huber'"),
+        ("--loss_weighting snr", "one of 'none', 'min_snr'"),
+        ("--optimizer_type sgd", "one of 'adam', 'adamw', 'muon'"),
+        ("--lr_decay_type exp", "one of 'cos', 'step'"),
+        ("--preview_sampler euler", "one of 'ddpm', 'ddim'"),
+        ("--resize_mode fit", "'crop', 'stretch', 'pad'"),
+        ("--attention_resolutions 3,", "attention_resolutions"),
+        ("--num_groups 12", "not a multiple of 12 groups"),
+        ("--dropout 1", "dropout is 1.0"),
+        ("--device tpu", "device 'tpu' is unknown"),
+        ("--accumulate 3", "no positive multiple of 3"),
+        ("--resume nowhere.pth", "nowhere.pth: there is no such checkpoint"),
+        ("--save_dir train_lines.txt", "train_lines.txt"),
+        ("--num_timesteps 0", "num_timesteps is 0"),
+        ("--schedule_high 0", "beta"),
+        ("--img_channels 4", "expected one of 3, 1"),
+    ],
+)
 def test_settings_of_train(place, capsys, options, words):
     assert words in refused(capsys, "train.py", *TRAIN, *options.split())
 

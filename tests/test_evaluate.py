@@ -56,8 +56,12 @@ def shapes(count, size=12, seed=0):
     pictures, labels = [], np.arange(count) % KINDS
     for kind in labels:
         y, x, phase, grey = *draw.integers(3, size - 3, 2), draw.integers(0, 4), draw.integers(120, 256)
-        inside = [(rows + phase) % 4 < 2, (columns + phase) % 4 < 2, (rows - y) ** 2 + (columns - x) ** 2 < 10,
-                  np.maximum(abs(rows - y), abs(columns - x)) < 3][kind]
+        inside = [
+            (rows + phase) % 4 < 2,
+            (columns + phase) % 4 < 2,
+            (rows - y) ** 2 + (columns - x) ** 2 < 10,
+            np.maximum(abs(rows - y), abs(columns - x)) < 3,
+        ][kind]
         pictures.append(np.where(inside, grey, 20) + draw.integers(0, 10, (size, size)))
     return np.clip(pictures, 0, 255).astype(np.uint8)[..., None], torch.from_numpy(labels)
 
@@ -90,8 +94,9 @@ def test_frechet_distance_of_covariances_that_commute():
     first, second = torch.tensor([3.0, 2, 1, 1e-3, 1e-9, 0]).double(), torch.tensor([1.0, 2, 5, 0, 1e-9, 0.5]).double()
     covariances = [basis @ torch.diag(values) @ basis.T for values in (first, second)]
     expected = 6 * 0.5**2 + (first.sqrt() - second.sqrt()).square().sum().item()
-    assert frechet_distance(torch.zeros(6), covariances[0], torch.full((6,), 0.5),
-                            covariances[1]) == pytest.approx(expected, rel=1e-7)
+    assert frechet_distance(torch.zeros(6), covariances[0], torch.full((6,), 0.5), covariances[1]) == pytest.approx(
+        expected, rel=1e-7
+    )
 
 
 def test_frechet_distance_of_covariances_that_do_not():
@@ -160,8 +165,9 @@ def test_frechet_distance_orders_pictures(net):
         return np.clip(real + deviation * draw.standard_normal(real.shape), 0, 255).astype(np.uint8)
 
     assert frechet(net, real, real) < 1e-3
-    with_noise = [frechet(net, real, pictures)
-                  for pictures in (shapes(600, seed=7)[0], noisy(20), noisy(60), noisy(120))]
+    with_noise = [
+        frechet(net, real, pictures) for pictures in (shapes(600, seed=7)[0], noisy(20), noisy(60), noisy(120))
+    ]
     assert with_noise == sorted(with_noise) and with_noise[1] > 2 * with_noise[0]
     with_fewer = [frechet(net, real, real[labels < kinds]) for kinds in (4, 3, 2, 1)]
     assert with_fewer == sorted(with_fewer) and with_fewer[1] > 2 * with_noise[0]
@@ -173,8 +179,9 @@ def test_frechet_distance_orders_pictures(net):
 def test_kernel_distance_is_torchmetrics(net):
     """One subset of all pictures: nothing is drawn at random."""
     with pytest.warns(UserWarning, match="buffer"):
-        kid = pytest.importorskip("torchmetrics.image.kid").KernelInceptionDistance(feature=net, subsets=1,
-            subset_size=200)
+        kid = pytest.importorskip("torchmetrics.image.kid").KernelInceptionDistance(
+            feature=net, subsets=1, subset_size=200
+        )
     first, second = shapes(200)[0], shapes(200, seed=5)[0] // 2 + 40
     for pictures, real in ((first, True), (second, False)):
         kid.update(torch.from_numpy(pictures).permute(0, 3, 1, 2), real=real)
@@ -327,9 +334,14 @@ def test_wrong_sets_are_named(tmp_path):
     (tmp_path / "text.npz").write_text("text")
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 4, 4, 3)))
     np.savez(tmp_path / "name.npz", other=np.zeros((2, 4, 4, 3), np.uint8))
-    for name, message in (("empty", "no pictures"), ("text.npz", "no .npz"), ("floats.npz", "float64"),
-                          ("name.npz", "arr_0"),
-                          ("none.npz", "no such"), ("none.txt", "not there")):
+    for name, message in (
+        ("empty", "no pictures"),
+        ("text.npz", "no .npz"),
+        ("floats.npz", "float64"),
+        ("name.npz", "arr_0"),
+        ("none.npz", "no such"),
+        ("none.txt", "not there"),
+    ):
         with pytest.raises(ValueError, match=message):
             survey(tmp_path / name)
     good = save_npz(tmp_path / "good.npz", np.zeros((2, 4, 4, 3), np.uint8))
@@ -339,8 +351,10 @@ def test_wrong_sets_are_named(tmp_path):
 
 def test_an_npz_in_columns_first_order_is_read(tmp_path):
     pictures = shapes(20, size=8)[0]
-    rows, columns = save_npz(tmp_path / "rows.npz", pictures), save_npz(tmp_path / "columns.npz",
-        np.asfortranarray(pictures))
+    rows, columns = (
+        save_npz(tmp_path / "rows.npz", pictures),
+        save_npz(tmp_path / "columns.npz", np.asfortranarray(pictures)),
+    )
     assert survey(columns) == ({(8, 8): 20}, False)
     first, second = (open_images(path, (8, 8, 1)) for path in (rows, columns))
     assert_close(torch.cat(list(second.blocks())), torch.from_numpy(pictures))
@@ -391,16 +405,23 @@ def test_reference_statistics_are_kept_by_data_and_network(net, tmp_path, monkey
     assert count == 50 and len(first.features) == 20
     again, count = counted(pictures, extractor, 20)
     assert count == 0
-    assert torch.equal(again.features, first.features) and statistics_distance(again.statistics,
-        first.statistics) < 1e-9
+    assert (
+        torch.equal(again.features, first.features) and statistics_distance(again.statistics, first.statistics) < 1e-9
+    )
     assert counted(others, extractor, 20)[1] == 50
     assert counted(pictures, extractor, 30)[1] == 50
     random_net = Extractor(FeatureNet(1, KINDS).eval(), "other", "cpu")
     assert counted(pictures, random_net, 20)[1] == 50
     next(iter((tmp_path / "cache").glob("*.features.pth"))).write_bytes(b"damaged")
-    assert sorted(counted(p, e, n)[1] for p, e, n in ((pictures, extractor, 20), (others, extractor, 20),
-                                                      (pictures, extractor, 30),
-                                                     (pictures, random_net, 20))) == [0, 0, 0, 50]
+    assert sorted(
+        counted(p, e, n)[1]
+        for p, e, n in (
+            (pictures, extractor, 20),
+            (others, extractor, 20),
+            (pictures, extractor, 30),
+            (pictures, random_net, 20),
+        )
+    ) == [0, 0, 0, 50]
 
 
 # The command
@@ -408,8 +429,16 @@ def test_reference_statistics_are_kept_by_data_and_network(net, tmp_path, monkey
 
 def run(monkeypatch, tmp_path, *arguments):
     """The JSON that the command writes."""
-    common = ["--save_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--device", "cpu",
-              "--precision", "fp32"]
+    common = [
+        "--save_dir",
+        str(tmp_path / "out"),
+        "--cache_dir",
+        str(tmp_path / "cache"),
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments), *common])
     evaluate.main()
     return json.loads((tmp_path / "out" / "evaluate_results.json").read_text())
@@ -439,7 +468,7 @@ def test_a_set_against_itself_and_a_copy_of_it(folder, net_file, tmp_path, monke
     assert "warning: 40 samples are few" in printed
     picture = np.asarray(Image.open(tmp_path / "out" / "evaluate_nearest_results.png"))
     for row, column in ((0, 0), (3, 4)):  # a pair is 8 x 16 pixels, with 4 around it
-        pair = picture[4 + 12 * row:, 4 + 20 * column:]
+        pair = picture[4 + 12 * row :, 4 + 20 * column :]
         assert np.array_equal(pair[:8, :8], pair[:8, 8:16]) and pair[:8, :8].std() > 5
     for name in ("evaluate_results.json", "evaluate_nearest_results.png"):
         assert str(tmp_path / "out" / name) in printed
@@ -462,7 +491,8 @@ def test_one_grey_sample_does_not_make_all_of_them_grey(tmp_path, monkeypatch, c
     only = ("--reference", reference, "--distances", "False")
     found = run(monkeypatch, tmp_path, "--samples", samples, *only)
     assert found["compared_at"] == [8, 8, 3] and "compared at             8x8 (height x width), colour" in (
-        capsys.readouterr().out)
+        capsys.readouterr().out
+    )
     grey = tmp_path / "grey"
     for path in reference.glob("*.png"):
         save_png(grey / path.name, np.asarray(Image.open(path).convert("L"))[..., None])
@@ -504,8 +534,9 @@ def test_nearest_beside_held_out_pictures(folder, net_file, tmp_path, monkeypatc
     held_out = save_npz(tmp_path / "held_out.npz", shapes(12, size=8, seed=9)[0])
     samples = save_npz(tmp_path / "samples.npz", shapes(10, size=8, seed=8)[0])
     common = ("--samples", samples, "--reference", folder, "--distances", "False")
-    found = run(monkeypatch, tmp_path, *common, "--held_out", held_out, "--nearest_by", "features", "--features",
-                net_file)
+    found = run(
+        monkeypatch, tmp_path, *common, "--held_out", held_out, "--nearest_by", "features", "--features", net_file
+    )
     assert "distances" not in found and found["nearest"]["num_others"] == 12 and found["nearest"]["num_samples"] == 10
     assert found["nearest"]["samples"][2] > 0 and found["nearest"]["held-out"][2] > 0
     assert "warning" not in capsys.readouterr().out
@@ -513,8 +544,14 @@ def test_nearest_beside_held_out_pictures(folder, net_file, tmp_path, monkeypatc
     assert max(by_pixels["nearest"]["held-out"]) < 1e-3
     assert "40 of the held-out pictures are among the reference's" in capsys.readouterr().out
     bank = torch.from_numpy(shapes(40, size=8)[0]).double()  # one picture by hand, in root mean square levels
-    apart = (torch.from_numpy(shapes(10, size=8, seed=8)[0]).double()[:, None]
-             - bank).square().mean((2, 3, 4)).sqrt().min(1).values
+    apart = (
+        (torch.from_numpy(shapes(10, size=8, seed=8)[0]).double()[:, None] - bank)
+        .square()
+        .mean((2, 3, 4))
+        .sqrt()
+        .min(1)
+        .values
+    )
     assert_close(torch.quantile(apart, 0.5).item(), by_pixels["nearest"]["samples"][3], rtol=1e-6, atol=1e-6)
 
 
@@ -523,17 +560,31 @@ def checkpoint(folder, tmp_path):
     """An untrained model of the folder's classes, which kept a fifth of them aside."""
     shutil.copytree(folder, tmp_path / "more" / "pictures")
     config = {
-        "input_shape": (8, 8), "img_channels": 1, "channel": 32, "channel_mults": (1,), "num_res_blocks": 1,
+        "input_shape": (8, 8),
+        "img_channels": 1,
+        "channel": 32,
+        "channel_mults": (1,),
+        "num_res_blocks": 1,
         "attention_resolutions": (),
-        "class_conditional": True, "label_dropout": 0.1, "schedule": "cosine", "num_timesteps": 6, "val_split": 0.2,
+        "class_conditional": True,
+        "label_dropout": 0.1,
+        "schedule": "cosine",
+        "num_timesteps": 6,
+        "val_split": 0.2,
         "annotation_path": str(folder),
-    }  # fmt: skip
+    }
     torch.manual_seed(0)
     diffusion = build.from_config(config, KINDS)
     path = tmp_path / "run" / "last.pth"
-    save_checkpoint(path, {"config": config, "classes": [f"kind_{kind}" for kind in range(KINDS)],
-                           "weights": diffusion.state_dict(),
-                           "weights_kind": "full"})
+    save_checkpoint(
+        path,
+        {
+            "config": config,
+            "classes": [f"kind_{kind}" for kind in range(KINDS)],
+            "weights": diffusion.state_dict(),
+            "weights_kind": "full",
+        },
+    )
     return path
 
 
@@ -542,8 +593,20 @@ def test_a_checkpoint_is_drawn_from_and_its_bits_are_measured(checkpoint, folder
 
     A sample depends on its seed, not on the batch.
     """
-    common = ("--reference", folder, "--features", net_file, "--num_images", 12, "--steps", 3, "--bits", "True",
-              "--guidance_scale", 2)
+    common = (
+        "--reference",
+        folder,
+        "--features",
+        net_file,
+        "--num_images",
+        12,
+        "--steps",
+        3,
+        "--bits",
+        "True",
+        "--guidance_scale",
+        2,
+    )
     found = run(monkeypatch, tmp_path, "--samples", checkpoint.parent, "--batch_size", 8, *common)
     aside = found["bits"]["num_images"]
     assert 0 < aside < 40 and found["num_reference"] == 40 - aside and found["num_samples"] == 12
@@ -564,8 +627,20 @@ def test_guidance_reaches_the_samples(checkpoint, folder, net_file, tmp_path, mo
         for value in (value for key, value in other["weights"].items() if "model." in key):
             value += 0.1 * torch.randn(value.shape, generator=generator)
         save_checkpoint(tmp_path / name, other)
-    common = ("--samples", tmp_path / "model.pth", "--reference", folder, "--features", net_file,
-              "--num_images", 12, "--steps", 3, "--nearest", "False")  # fmt: skip
+    common = (
+        "--samples",
+        tmp_path / "model.pth",
+        "--reference",
+        folder,
+        "--features",
+        net_file,
+        "--num_images",
+        12,
+        "--steps",
+        3,
+        "--nearest",
+        "False",
+    )
     interval, guide = ("--guidance_interval", "-1,2"), ("--guiding_path", tmp_path / "weak.pth")
     distances = {}
     for options in ((), interval, guide, interval + guide):
@@ -576,10 +651,13 @@ def test_guidance_reaches_the_samples(checkpoint, folder, net_file, tmp_path, mo
         assert ("guidance 5 for lambda from -1 to 2" in found["samples"]) == ("-1,2" in options)
         assert (f"away from {guide[1].resolve()}" in found["samples"]) == (guide[1] in options)
     assert len(set(distances.values())) == 4
-    for options, words in ((interval, "does nothing with a guidance_scale of 1"), (guide, "does nothing with a"),
-                           (("--guidance_scale", 2, "--guiding_path", tmp_path / "gone.pth"), "gone.pth"),
-                           (("--guidance_scale", 2, "--guidance_interval", "50,60"), "no step is in the"),
-                           (("--samples", folder, "--guidance_scale", 2), "--guidance_scale is of drawing")):
+    for options, words in (
+        (interval, "does nothing with a guidance_scale of 1"),
+        (guide, "does nothing with a"),
+        (("--guidance_scale", 2, "--guiding_path", tmp_path / "gone.pth"), "gone.pth"),
+        (("--guidance_scale", 2, "--guidance_interval", "50,60"), "no step is in the"),
+        (("--samples", folder, "--guidance_scale", 2), "--guidance_scale is of drawing"),
+    ):
         with pytest.raises((SystemExit, ValueError, OSError)) as error:
             run(monkeypatch, tmp_path, *common, *options)
         assert words in capsys.readouterr().err + str(error.value)
@@ -686,8 +764,9 @@ def test_no_code_of_an_inception_file_runs(monkeypatch, tmp_path, kind):
     if kind == "pickle":
         kept.write_bytes(pickle.dumps(Attack()))
     else:
-        torch.save({"fc.weight": Attack()} if kind == "value" else Attack(), kept,
-                   _use_new_zipfile_serialization=kind != "old")
+        torch.save(
+            {"fc.weight": Attack()} if kind == "value" else Attack(), kept, _use_new_zipfile_serialization=kind != "old"
+        )
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(ValueError, match="not the Inception weights.*could run code") as error:
         load_inception(str(kept))
@@ -725,8 +804,10 @@ def test_inception_with_its_own_weights():
     try:
         network = load_inception(kept)
     except ValueError:
-        pytest.skip(f"not run: the Inception weights are not in {kept} (python -m utils.evaluate downloads them, with "
-                    "a network)")
+        pytest.skip(
+            f"not run: the Inception weights are not in {kept} (python -m utils.evaluate downloads them, with "
+            "a network)"
+        )
     pictures = torch.from_numpy(shapes(24)[0])
     noisy = (pictures.double() + 60 * randn(*pictures.shape)).clamp(0, 255).byte()
     metric = fid.FrechetInceptionDistance(feature_extractor_weights_path=kept)

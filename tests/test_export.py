@@ -1,4 +1,5 @@
 """python -m utils.convert: small files to give away, and files for the reference's code."""
+
 import os
 import signal
 import subprocess
@@ -20,11 +21,25 @@ from utils.convert.diffusers_folder import export_model
 from utils.errors import run_script
 
 PROJECT = Path(__file__).resolve().parents[1]
-SMALL = {"input_shape": (8, 8), "channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "num_timesteps": 50,
-         "schedule": "cosine"}
+SMALL = {
+    "input_shape": (8, 8),
+    "channel": 32,
+    "channel_mults": (1, 2),
+    "num_res_blocks": 1,
+    "num_timesteps": 50,
+    "schedule": "cosine",
+}
 CLASSES = ["cats", "dogs"]
-TABLES = ["alphas", "alphas_cumprod", "betas", "reciprocal_sqrt_alphas", "remove_noise_coeff", "sigma",
-          "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"]  # fmt: skip
+TABLES = [
+    "alphas",
+    "alphas_cumprod",
+    "betas",
+    "reciprocal_sqrt_alphas",
+    "remove_noise_coeff",
+    "sigma",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+]
 
 
 def write_run(folder, classes=CLASSES, **settings):
@@ -40,9 +55,18 @@ def write_run(folder, classes=CLASSES, **settings):
             parameter.data = noise * scale * (parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3)
     weights = diffusion.state_dict()
     optimizer = {name: torch.zeros_like(value) for name, value in diffusion.model.state_dict().items()}
-    save_checkpoint(folder / "last.pth", {"config": config, "classes": list(classes), "weights": weights,
-                                          "weights_kind": "full",
-                                          "ema_step": 7, "optimizer": optimizer, "position": {"epoch": 3}})
+    save_checkpoint(
+        folder / "last.pth",
+        {
+            "config": config,
+            "classes": list(classes),
+            "weights": weights,
+            "weights_kind": "full",
+            "ema_step": 7,
+            "optimizer": optimizer,
+            "position": {"epoch": 3},
+        },
+    )
     return diffusion
 
 
@@ -58,9 +82,16 @@ def test_the_export_draws_what_the_runs_average_draws(tmp_path):
     source = write_run(tmp_path / "run")
     export_weights(tmp_path / "run", tmp_path / "small.pth")
     expected, pictures = draw(source), draw(loaded(tmp_path / "small.pth"))
-    assert expected.std() > 0.2 and (expected
-                                     - source.sample(3, "cpu", torch.tensor((0, 1, 2)), use_ema=False, sampler="ddim",
-                                                              steps=10, seeds=[1, 2, 3])).abs().max() > 0.5
+    assert (
+        expected.std() > 0.2
+        and (
+            expected
+            - source.sample(3, "cpu", torch.tensor((0, 1, 2)), use_ema=False, sampler="ddim", steps=10, seeds=[1, 2, 3])
+        )
+        .abs()
+        .max()
+        > 0.5
+    )
     torch.testing.assert_close(pictures, expected, rtol=0, atol=0.05)
     assert not torch.equal(pictures, expected)  # half precision was rounded to
 
@@ -68,8 +99,10 @@ def test_the_export_draws_what_the_runs_average_draws(tmp_path):
 def test_the_export_holds_the_average_in_half_precision_and_nothing_of_the_training(tmp_path):
     source = write_run(tmp_path / "run")
     export_weights(tmp_path / "run" / "last.pth", tmp_path / "small.pth")
-    exported, original = torch.load(tmp_path / "small.pth",
-                                    weights_only=True), load_checkpoint(tmp_path / "run" / "last.pth")
+    exported, original = (
+        torch.load(tmp_path / "small.pth", weights_only=True),
+        load_checkpoint(tmp_path / "run" / "last.pth"),
+    )
     assert sorted(exported) == ["classes", "config", "format", "weights", "weights_kind"]
     assert exported["weights_kind"] == "ema" and exported["classes"] == CLASSES
     assert exported["config"] == original["config"]
@@ -135,13 +168,19 @@ def test_the_references_own_file_is_exported_too(tmp_path):
     back = loaded(tmp_path / "small.pth")
     for name, value in source.ema_model.state_dict().items():
         torch.testing.assert_close(back.ema_model.state_dict()[name], value.half().float(), rtol=0, atol=0)
-    torch.testing.assert_close(torch.load(tmp_path / "bare.pth", weights_only=True), dict(source.state_dict()), rtol=0,
-                               atol=0)
+    torch.testing.assert_close(
+        torch.load(tmp_path / "bare.pth", weights_only=True), dict(source.state_dict()), rtol=0, atol=0
+    )
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"prediction": "x0"}, "predicts x0"), ({"prediction": "v"}, "predicts v"),
-    ({"num_groups": 8}, "this network has 8: train one with --num_groups 32")])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"prediction": "x0"}, "predicts x0"),
+        ({"prediction": "v"}, "predicts v"),
+        ({"num_groups": 8}, "this network has 8: train one with --num_groups 32"),
+    ],
+)
 def test_what_the_reference_would_misread_is_refused(tmp_path, settings, message):
     source = write_run(tmp_path / "run", **{"num_groups": 32, **settings})
     with pytest.raises(ValueError, match=message):
@@ -180,14 +219,19 @@ def test_a_network_that_the_reference_builds_is_exported_without_a_warning(tmp_p
     network.load_state_dict({name[6:]: value for name, value in bare.items() if name.startswith("model.")})
 
 
-@pytest.mark.parametrize("settings, argument, options", [
-    ({"channel_mults": (1, 2, 2, 2), "num_res_blocks": 2},
-     "channel_mults=(1, 2, 2, 2) instead of (1, 2, 4, 8), num_res_blocks=2 instead of 3",
-     "--channel_mults 1,2,4,8 --num_res_blocks 3"),
-    ({"attention_resolutions": ()}, "attention_resolutions=() instead of (1,)", "--attention_resolutions 1,"),
-    ({"img_channels": 1}, "img_channels=1 instead of 3", "--img_channels 3"),
-    ({"classes": CLASSES}, "num_classes=3 instead of None", "--class_conditional False"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, argument, options",
+    [
+        (
+            {"channel_mults": (1, 2, 2, 2), "num_res_blocks": 2},
+            "channel_mults=(1, 2, 2, 2) instead of (1, 2, 4, 8), num_res_blocks=2 instead of 3",
+            "--channel_mults 1,2,4,8 --num_res_blocks 3",
+        ),
+        ({"attention_resolutions": ()}, "attention_resolutions=() instead of (1,)", "--attention_resolutions 1,"),
+        ({"img_channels": 1}, "img_channels=1 instead of 3", "--img_channels 3"),
+        ({"classes": CLASSES}, "num_classes=3 instead of None", "--class_conditional False"),
+    ],
+)
 def test_a_network_that_the_reference_does_not_build_gets_a_warning(tmp_path, capsys, settings, argument, options):
     line = reference_output(tmp_path, capsys, **THEIRS | THEIR_SETTINGS | settings)[0]
     assert line.startswith("warning: the reference's unchanged code cannot load these weights")
@@ -202,8 +246,9 @@ def test_a_network_that_the_reference_does_not_build_gets_a_warning(tmp_path, ca
 
 def test_the_references_settings_are_named_where_these_differ(tmp_path, capsys):
     lines = reference_output(tmp_path, capsys, **THEIRS, schedule="cosine")
-    assert lines[0] == ("settings to change in the reference's ddpm.py: channel = 32, input_shape = (8, 8), "
-                        "num_timesteps = 50")
+    assert lines[0] == (
+        "settings to change in the reference's ddpm.py: channel = 32, input_shape = (8, 8), num_timesteps = 50"
+    )
     assert lines[1].startswith("the schedule is not the reference's linear one") and len(lines) == 2
 
 
@@ -259,8 +304,10 @@ def test_what_a_killed_export_left_goes_with_the_next_one_of_that_name(tmp_path,
 def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path):
     source = write_run(tmp_path / "run", num_groups=32)
     source.ema_model.out_conv.bias.data[0] = 1e5
-    save_checkpoint(tmp_path / "run" / "last.pth",
-                    {**load_checkpoint(tmp_path / "run" / "last.pth"), "weights": source.state_dict()})
+    save_checkpoint(
+        tmp_path / "run" / "last.pth",
+        {**load_checkpoint(tmp_path / "run" / "last.pth"), "weights": source.state_dict()},
+    )
     with pytest.raises(ValueError, match="65504"):
         export_weights(tmp_path / "run", tmp_path / "small.pth")
     export_reference(tmp_path / "run", tmp_path / "bare.pth")
@@ -271,8 +318,9 @@ def test_weights_that_are_not_those_of_their_settings_are_refused(tmp_path):
     source = write_run(tmp_path / "run")
     weights = source.state_dict()
     del weights["ema_model.init_conv.bias"]
-    save_checkpoint(tmp_path / "run" / "last.pth",
-                    {**load_checkpoint(tmp_path / "run" / "last.pth"), "weights": weights})
+    save_checkpoint(
+        tmp_path / "run" / "last.pth", {**load_checkpoint(tmp_path / "run" / "last.pth"), "weights": weights}
+    )
     with pytest.raises(ValueError, match="missing: ema_model.init_conv.bias"):
         export_weights(tmp_path / "run", tmp_path / "small.pth")
 

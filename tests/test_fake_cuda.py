@@ -3,6 +3,7 @@
 Mixing devices raises, as on a GPU. The backward pass needs a driver, so it only fills in gradients.
 Fake tensors know no generators, so draws do without.
 """
+
 import numpy as np
 import pytest
 import torch
@@ -21,11 +22,20 @@ from utils.training.optimizer import make_optimizer
 
 CUDA = torch.device("cuda", 0)
 SMALL = {
-    "input_shape": (8, 8), "channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "batch_size": 8,
+    "input_shape": (8, 8),
+    "channel": 32,
+    "channel_mults": (1, 2),
+    "num_res_blocks": 1,
+    "batch_size": 8,
     "num_timesteps": 20,
-    "preview_steps": 3, "ema_start": 0, "device": "cpu", "compile": False, "val_split": 0.3, "num_groups": 8,
+    "preview_steps": 3,
+    "ema_start": 0,
+    "device": "cpu",
+    "compile": False,
+    "val_split": 0.3,
+    "num_groups": 8,
     "init_lr": 1e-3,
-}  # fmt: skip
+}
 
 
 class NoGenerator:
@@ -67,8 +77,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch, "Generator", NoGenerator)
     # pinned memory needs a driver
     monkeypatch.setattr(LateCopy, "push", lambda self, tensor: setattr(self, "pushed", tensor))
-    monkeypatch.setattr(autocast_mode.torch.amp.autocast_mode, "is_autocast_available", lambda device: True,
-                        raising=False)
+    monkeypatch.setattr(
+        autocast_mode.torch.amp.autocast_mode, "is_autocast_available", lambda device: True, raising=False
+    )
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -77,6 +88,7 @@ def gpu(monkeypatch):
 @pytest.fixture
 def parts(workplace, gpu, monkeypatch):
     """A function of settings -> (config, Parts on the fake GPU)."""
+
     def make(keep=(), **settings):
         config = train.Config(**{**SMALL, "precision": "fp32", **settings})
         built = train.prepare(config, torch.device("cpu"))
@@ -88,10 +100,15 @@ def parts(workplace, gpu, monkeypatch):
         fills = {"grad": lambda: [setattr(p, "grad", torch.zeros_like(p)) for p in trained]}
         monkeypatch.setattr(torch.Tensor, "backward", lambda self: fills["grad"]())
         return config, built._replace(
-            device=CUDA, diffusion=diffusion, model=diffusion, optimizer=optimizer, meter=meter,
+            device=CUDA,
+            diffusion=diffusion,
+            model=diffusion,
+            optimizer=optimizer,
+            meter=meter,
             generator=NoGenerator(CUDA),
             layout=torch.channels_last if config.precision != "fp32" else torch.contiguous_format,
-        )  # fmt: skip
+        )
+
     return make
 
 
@@ -101,11 +118,17 @@ def one_step(config, parts):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("settings", [
-    {}, {"class_conditional": True}, {"accumulate": 2, "horizontal_flip": True},
-    {"prediction": "v", "loss_weighting": "min_snr"},
-    {"activation_checkpointing": True}, {"optimizer_type": "muon"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"class_conditional": True},
+        {"accumulate": 2, "horizontal_flip": True},
+        {"prediction": "v", "loss_weighting": "min_snr"},
+        {"activation_checkpointing": True},
+        {"optimizer_type": "muon"},
+    ],
+)
 def test_a_training_step_stays_on_the_gpu(parts, gpu, monkeypatch, precision, settings):
     config, built = parts(precision=precision, **settings)
     dtypes, forward = set(), torch.nn.Conv2d.forward
@@ -150,8 +173,9 @@ def test_each_solver_stays_on_the_gpu(parts, gpu, sampler, guidance):
     _, built = parts(class_conditional=True)
     with gpu:
         y = torch.zeros(4, dtype=torch.long, device=CUDA)
-        for x, x_0 in built.diffusion.eval().sample_steps(4, CUDA, y, sampler=sampler, steps=4, guidance_scale=guidance,
-                                                          seeds=range(4)):
+        for x, x_0 in built.diffusion.eval().sample_steps(
+            4, CUDA, y, sampler=sampler, steps=4, guidance_scale=guidance, seeds=range(4)
+        ):
             assert x.device == x_0.device == CUDA and x.shape == (4, 3, 8, 8)
 
 
@@ -174,6 +198,7 @@ def test_features_stay_on_the_gpu_until_they_are_kept(gpu, monkeypatch):
 
 def test_pixels_are_normalised_on_the_gpu(gpu):
     with gpu:
-        x = normalise(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), CUDA, torch.ones(2, dtype=torch.bool),
-                      torch.channels_last)
+        x = normalise(
+            torch.zeros(2, 8, 8, 3, dtype=torch.uint8), CUDA, torch.ones(2, dtype=torch.bool), torch.channels_last
+        )
         assert x.device == CUDA and x.shape == (2, 3, 8, 8)

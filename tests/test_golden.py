@@ -35,8 +35,9 @@ def case(request):
     size, batch, y, T = (config.pop(key) for key in ("size", "batch", "y", "num_timesteps"))
     unet = UNet(**config)
     fill(unet)
-    diffusion = GaussianDiffusion(unet, size, config["img_channels"], config.get("num_classes"),
-                                  generate_linear_schedule(T, 1e-4, 0.02)).eval()
+    diffusion = GaussianDiffusion(
+        unet, size, config["img_channels"], config.get("num_classes"), generate_linear_schedule(T, 1e-4, 0.02)
+    ).eval()
     shape = (batch, config["img_channels"], *size)
     x = torch.cos(0.05 * torch.arange(np.prod(shape), dtype=torch.float64)).float().reshape(shape)
     noise = torch.sin(0.11 * torch.arange(np.prod(shape), dtype=torch.float64)).float().reshape(shape)

@@ -51,8 +51,10 @@ def test_guidance_acts_within_its_interval(x_t):
         x_0, within = denoise(x_t, t), 6 <= t <= 8
         assert [size for size, *_ in diffusion.ema_model.calls] == [10 if within else 5]
         torch.testing.assert_close(x_0, diffusion.denoiser(y, guidance_scale=2.5 if within else 1, clip=False)(x_t, t))
-    images = [diffusion.sample(5, "cpu", y, steps=4, seeds=range(5), guidance_scale=2.5, guidance_interval=chosen)
-              for chosen in (None, (-99.0, 99.0), (0.0, 99.0))]  # fmt: skip
+    images = [
+        diffusion.sample(5, "cpu", y, steps=4, seeds=range(5), guidance_scale=2.5, guidance_interval=chosen)
+        for chosen in (None, (-99.0, 99.0), (0.0, 99.0))
+    ]
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
@@ -60,8 +62,9 @@ def test_a_guiding_model_against_its_formula(x_t):
     """With or without classes, and of another prediction: both are x_0."""
     y = torch.tensor([0, 1, 2, 0, 1])
     for diffusion, guide, labels in (
-        (guided(prediction="x0"), guided(prediction="eps"), y), (small(prediction="x0"), small(prediction="eps"), None),
-    ):  # fmt: skip
+        (guided(prediction="x0"), guided(prediction="eps"), y),
+        (small(prediction="x0"), small(prediction="eps"), None),
+    ):
         guide.ema_model.weight.fill_(0.25)
         strong, weak = (model.denoiser(labels, clip=False)(x_t, 7) for model in (diffusion, guide))
         x_0 = diffusion.denoiser(labels, guidance_scale=1.5, clip=False, guiding_model=guide)(x_t, 7)
@@ -71,11 +74,16 @@ def test_a_guiding_model_against_its_formula(x_t):
         torch.testing.assert_close(itself, diffusion.denoiser(labels)(x_t, 7))
 
 
-@pytest.mark.parametrize(("words", "other"), [
-    ("size", {"img_size": (4, 4)}), ("number of channels", {"img_channels": 1}),
-    ("number of classes", {"num_classes": None, "null_class": None}), ("null class", {"null_class": None}),
-    ("schedule", {"betas": BETAS[:-1]}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "other"),
+    [
+        ("size", {"img_size": (4, 4)}),
+        ("number of channels", {"img_channels": 1}),
+        ("number of classes", {"num_classes": None, "null_class": None}),
+        ("null class", {"null_class": None}),
+        ("schedule", {"betas": BETAS[:-1]}),
+    ],
+)
 def test_a_guiding_model_of_another_kind_is_refused(words, other):
     settings = {"img_size": (4, 6), "img_channels": 3, "num_classes": 4, "betas": BETAS, "null_class": 3}
     diffusion, guide = (GaussianDiffusion(Scale(4), **{**settings, **changes}) for changes in ({}, other))

@@ -1,6 +1,7 @@
 """Pictures in and out: every mode and orientation against arithmetic or an independent
 implementation.
 """
+
 import errno
 import os
 import struct
@@ -60,12 +61,14 @@ def write_png(path, rows, bit_depth, color_type, transparent=None):
     if transparent is not None:
         chunks.append((b"tRNS", np.array(transparent, dtype=">u2").tobytes()))
     chunks += [(b"IDAT", zlib.compress(b"".join(b"\0" + line for line in lines))), (b"IEND", b"")]
-    body = b"".join(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-                    for kind, data in chunks)
+    body = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
 # Orientation
+
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
@@ -74,12 +77,17 @@ def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     path = tmp_path / f"a.{suffix}"
-    stored.save(path, exif=exif, **{"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix,
-        {}))
+    stored.save(
+        path, exif=exif, **{"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {})
+    )
     stored.getexif()[ORIENTATION] = orientation
     upright = ImageOps.exif_transpose(stored)
-    assert check_image(path) == check_image(path,
-                                            full=False) == upright.size == ((32, 48) if orientation >= 5 else (48, 32))
+    assert (
+        check_image(path)
+        == check_image(path, full=False)
+        == upright.size
+        == ((32, 48) if orientation >= 5 else (48, 32))
+    )
     error = np.abs(load_same_size(path) - np.asarray(upright, dtype=int))
     assert error.max() <= (4 if suffix == "jpg" else 0)
 
@@ -259,8 +267,9 @@ def test_cmyk_by_its_definition(tmp_path):
 
 def test_lab_comes_back_as_the_colours_it_was_made_of(tmp_path):
     colours = smooth(8, 8).point(lambda level: 60 + level // 2)
-    lab = ImageCms.profileToProfile(colours, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"),
-                                    outputMode="LAB")
+    lab = ImageCms.profileToProfile(
+        colours, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
     lab.save(tmp_path / "a.tif")
     assert np.abs(load_same_size(tmp_path / "a.tif") - np.asarray(colours, dtype=int)).max() <= 6
 
@@ -287,6 +296,7 @@ def test_grey_is_luma_and_colour_of_grey_is_grey(tmp_path):
 
 # Size
 
+
 @pytest.mark.parametrize("size", [(320, 160), (160, 320), (20, 10)])
 @pytest.mark.parametrize("shape", [(32, 32), (24, 40), (40, 24)])
 def test_crop_is_torchvisions_resize_and_centre_crop(tmp_path, size, shape):
@@ -304,8 +314,9 @@ def test_crop_is_torchvisions_resize_and_centre_crop(tmp_path, size, shape):
 def test_stretch_is_torchvisions_resize(tmp_path):
     picture = smooth(90, 50)
     picture.save(tmp_path / "a.png")
-    expected = F.resize(F.pil_to_tensor(picture).float(), [24, 40], v2.InterpolationMode.BICUBIC,
-                        antialias=True).clamp(0, 255)
+    expected = F.resize(F.pil_to_tensor(picture).float(), [24, 40], v2.InterpolationMode.BICUBIC, antialias=True).clamp(
+        0, 255
+    )
     found = load_image(tmp_path / "a.png", (24, 40), 3, "stretch")
     assert np.abs(found - expected.permute(1, 2, 0).numpy()).max() <= 1.5
 
@@ -334,17 +345,22 @@ def test_a_hair_thin_picture_is_no_error(tmp_path):
 
 # JPEG at a reduced scale
 
-@pytest.mark.parametrize("size, reduced", [
-    ((640, 480), (160, 120)), ((1155, 1659), (145, 208)), ((130, 150), (65, 75)), ((100, 100), (100, 100))])
+
+@pytest.mark.parametrize(
+    "size, reduced",
+    [((640, 480), (160, 120)), ((1155, 1659), (145, 208)), ((130, 150), (65, 75)), ((100, 100), (100, 100))],
+)
 def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path, monkeypatch, size, reduced):
     smooth(*size).save(tmp_path / "a.jpg", quality=95)
     Image.open(tmp_path / "a.jpg").convert("RGB").save(tmp_path / "a.png")
     sizes, resize = [], Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda self, *args,
-                        **kwargs: sizes.append(self.size) or resize(self, *args, **kwargs))
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, *args, **kwargs: sizes.append(self.size) or resize(self, *args, **kwargs)
+    )
     for mode in images.RESIZE_MODES:
-        from_jpeg, from_png = (load_image(tmp_path / name, (32, 32), 3, mode).astype(int)
-                               for name in ("a.jpg", "a.png"))
+        from_jpeg, from_png = (
+            load_image(tmp_path / name, (32, 32), 3, mode).astype(int) for name in ("a.jpg", "a.png")
+        )
         assert np.abs(from_jpeg - from_png).max() <= 3
         assert sizes[0] == reduced or mode == "pad"
         sizes.clear()
@@ -355,8 +371,9 @@ def test_the_reduced_scale_of_a_turned_jpeg_is_for_its_upright_shape(tmp_path, m
     exif[ORIENTATION] = 6
     smooth(100, 800).save(tmp_path / "a.jpg", exif=exif)
     sizes, resize = [], Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda self, *args,
-                        **kwargs: sizes.append(self.size) or resize(self, *args, **kwargs))
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, *args, **kwargs: sizes.append(self.size) or resize(self, *args, **kwargs)
+    )
     load_image(tmp_path / "a.jpg", (50, 10), 3, "stretch")  # 100 -> 50 and 800 -> 10: no room for less
     assert sizes == [(100, 800)]
 
@@ -373,11 +390,18 @@ def test_reduced_jpegs_keep_their_place(tmp_path):
 
 # What is refused
 
-@pytest.mark.parametrize("settings, word", [
-    ({"resize_mode": "fit"}, "crop, stretch, pad"), ({"img_channels": 4}, "img_channels"),
-    ({"input_shape": (32,)}, "height and width"),
-    ({"input_shape": (0, 32)}, "height and width"), ({"background": (0, 0, 300)}, "background"),
-    ({"background": (255,)}, "background")])
+
+@pytest.mark.parametrize(
+    "settings, word",
+    [
+        ({"resize_mode": "fit"}, "crop, stretch, pad"),
+        ({"img_channels": 4}, "img_channels"),
+        ({"input_shape": (32,)}, "height and width"),
+        ({"input_shape": (0, 32)}, "height and width"),
+        ({"background": (0, 0, 300)}, "background"),
+        ({"background": (255,)}, "background"),
+    ],
+)
 def test_unknown_settings_are_refused(tmp_path, settings, word):
     smooth(8, 8).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=word):
@@ -418,18 +442,32 @@ def test_other_formats_are_not_even_tried(tmp_path):
 
 # Failures: of the content, or of the system
 
-@pytest.mark.parametrize("error", [
-    ValueError("x"), SyntaxError("x"), struct.error("x"), zlib.error("x"), KeyError(273), EOFError(), OverflowError(),
-    TypeError(),
-    OSError("image file is truncated"), UnidentifiedImageError("x"), Image.DecompressionBombError("x"),
-    OSError(errno.EINVAL, "seek")])
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("x"),
+        SyntaxError("x"),
+        struct.error("x"),
+        zlib.error("x"),
+        KeyError(273),
+        EOFError(),
+        OverflowError(),
+        TypeError(),
+        OSError("image file is truncated"),
+        UnidentifiedImageError("x"),
+        Image.DecompressionBombError("x"),
+        OSError(errno.EINVAL, "seek"),
+    ],
+)
 def test_damage_of_the_content_is_told(error):
     assert is_damage(error) and is_about_the_file(error)
     assert describe_error(error) and "attack" not in describe_error(error)
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOSPC,
-                                    errno.ETIMEDOUT])
+@pytest.mark.parametrize(
+    "number", [errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOSPC, errno.ETIMEDOUT]
+)
 def test_a_failure_of_the_system_is_no_damage(number):
     error = OSError(number, os.strerror(number))
     assert not is_damage(error) and not is_about_the_file(error) and describe_error(error) == os.strerror(number)
@@ -460,12 +498,15 @@ def test_a_decoder_that_lacks_memory_is_not_taken_for_damage(tmp_path, monkeypat
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space")
 def test_too_little_memory_is_not_kept_as_damage(tmp_path):
     Image.new("RGB", (9000, 9000)).save(tmp_path / "a.png")
-    code = ("import resource, sys; from utils.data.search import check_images\n"
-            "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-            "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))\n"
-            "check_images([sys.argv[1]], num_workers=1)")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], cwd=PROJECT, capture_output=True,
-                          text=True)
+    code = (
+        "import resource, sys; from utils.data.search import check_images\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))\n"
+        "check_images([sys.argv[1]], num_workers=1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.png")], cwd=PROJECT, capture_output=True, text=True
+    )
     assert done.returncode == 1 and "ValueError: out of memory while decoding" in done.stderr
 
 
@@ -502,6 +543,7 @@ def test_strips_give_the_same_pixels(tmp_path, monkeypatch, mode):
 
 # Pictures out
 
+
 def test_to_uint8_clamps_and_rounds():
     x = torch.tensor([-1, 1, 1.02, -7, 0.0, 1 / 255, 2.4 / 255, torch.nan, torch.inf, -torch.inf]).reshape(1, 1, 2, 5)
     assert to_uint8(x).shape == (1, 2, 5, 1)
@@ -524,8 +566,8 @@ def test_a_grid_holds_every_image_pixel_for_pixel(channels, count):
     assert grid.shape == (rows * 6 + 2, columns * 8 + 2, channels)
     for i, tile in enumerate(tiles):
         top, left = 2 + i // 3 * 6, 2 + i % 3 * 8
-        np.testing.assert_array_equal(grid[top:top + 4, left:left + 6], tile)
-        grid[top:top + 4, left:left + 6] = 7
+        np.testing.assert_array_equal(grid[top : top + 4, left : left + 6], tile)
+        grid[top : top + 4, left : left + 6] = 7
     assert set(np.unique(grid)) <= {0, 7} and (grid[:2] == 7).all()
 
 

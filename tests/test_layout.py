@@ -1,6 +1,7 @@
 """The floor plan: who may import whom, what the top level holds, and that importing a script does
 nothing. Nothing is imported here.
 """
+
 import ast
 import re
 import subprocess
@@ -11,9 +12,15 @@ from conftest import PROJECT
 
 SCRIPTS = {"txt_annotation", "train", "predict"}
 FILES = {
-    ".gitignore", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "predict.py", "train.py",
+    ".gitignore",
+    "LICENSE",
+    "README.md",
+    "pyproject.toml",
+    "requirements.txt",
+    "predict.py",
+    "train.py",
     "txt_annotation.py",
-}  # fmt: skip
+}
 FOLDERS = {".ci", "benchmarks", "datasets", "docs", "logs", "nets", "results", "tests", "utils"}
 STANDARD = set(sys.stdlib_module_names)
 # The sub-packages of utils, and which of the others each may import. All may import the plain
@@ -75,17 +82,22 @@ def room(name):
 
 def is_command(name, modules):
     """Whether a module belongs to a command: `python -m` runs it, or the package that it is in."""
-    flat = any(isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-               for node in tree(modules[name]).body)
-    return flat or any(f"{'.'.join(name.split('.')[:depth])}.__main__" in modules
-                       for depth in range(1, name.count(".") + 2))
+    flat = any(
+        isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        for node in tree(modules[name]).body
+    )
+    return flat or any(
+        f"{'.'.join(name.split('.')[:depth])}.__main__" in modules for depth in range(1, name.count(".") + 2)
+    )
 
 
 def opens_nets(name, modules):
     """Whether importing a module of utils imports nets."""
-    return top(name) == "utils" and name in modules and "nets" in map(top,
-                                                                      imports(modules[name], name, modules,
-                                                                          inside=False))
+    return (
+        top(name) == "utils"
+        and name in modules
+        and "nets" in map(top, imports(modules[name], name, modules, inside=False))
+    )
 
 
 def faults(root):
@@ -103,11 +115,15 @@ def faults(root):
                 found.append(f"{name} imports {target}: only commands import nets")
             if top(name) == "utils" and opens_nets(target, modules) and not is_command(name, modules):
                 found.append(f"{name} imports {target}: nets would come in through a command")
-            if top(name) == "utils" and room(target) in ROOMS and room(target) not in ROOMS.get(room(name),
-                set()) | {room(name)}:
+            if (
+                top(name) == "utils"
+                and room(target) in ROOMS
+                and room(target) not in ROOMS.get(room(name), set()) | {room(name)}
+            ):
                 found.append(f"{name} imports {target}: {room(name)} may not know {room(target)}")
-    return found + circles({name: [target for target in targets if target in modules]
-                            for name, targets in graph.items()})
+    return found + circles(
+        {name: [target for target in targets if target in modules] for name, targets in graph.items()}
+    )
 
 
 def circles(graph):
@@ -132,27 +148,37 @@ def test_the_walls_stand():
     assert faults(PROJECT) == []
 
 
-@pytest.mark.parametrize("file, line, fault", [
-    ("nets/unet.py", "import utils.files", "nets knows torch and itself only"),
-    ("nets/deep/inner.py", "from PIL import Image", "nets knows torch and itself only"),
-    ("utils/data/cache.py", "import train", "utils knows no script"),
-    ("utils/data/cache.py", "def f():\n    from nets import build", "only commands import nets"),
-    ("utils/deep/er/inner.py", "from nets.unet import UNet", "only commands import nets"),
-    ("utils/training/resume.py", "from utils.evaluate import __main__", "nets would come in through a command"),
-    ("utils/training/resume.py", "from utils.evaluate import features", "utils.training may not know utils.evaluate"),
-    ("utils/files.py", "from utils.data import cache", "utils may not know utils.data"),
-    ("utils/data/cache.py", "from utils.training.resume import x", "utils.data may not know utils.training"),
-    ("utils/data/cache.py", "from utils.data import decode", "imports itself, by way of others"),
-    ("utils/data/cache.py", "from .decode import x", "imports itself, by way of others"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file, line, fault",
+    [
+        ("nets/unet.py", "import utils.files", "nets knows torch and itself only"),
+        ("nets/deep/inner.py", "from PIL import Image", "nets knows torch and itself only"),
+        ("utils/data/cache.py", "import train", "utils knows no script"),
+        ("utils/data/cache.py", "def f():\n    from nets import build", "only commands import nets"),
+        ("utils/deep/er/inner.py", "from nets.unet import UNet", "only commands import nets"),
+        ("utils/training/resume.py", "from utils.evaluate import __main__", "nets would come in through a command"),
+        (
+            "utils/training/resume.py",
+            "from utils.evaluate import features",
+            "utils.training may not know utils.evaluate",
+        ),
+        ("utils/files.py", "from utils.data import cache", "utils may not know utils.data"),
+        ("utils/data/cache.py", "from utils.training.resume import x", "utils.data may not know utils.training"),
+        ("utils/data/cache.py", "from utils.data import decode", "imports itself, by way of others"),
+        ("utils/data/cache.py", "from .decode import x", "imports itself, by way of others"),
+    ],
+)
 def test_each_broken_wall_is_seen(tmp_path, file, line, fault):
     """A small house of the same rooms, sound but for one line."""
     sound = {
-        "nets/unet.py": "import torch", "utils/files.py": "import os", "utils/data/decode.py": "from . import cache",
-        "utils/data/cache.py": "import utils.files", "utils/training/resume.py": "from utils.data import cache",
+        "nets/unet.py": "import torch",
+        "utils/files.py": "import os",
+        "utils/data/decode.py": "from . import cache",
+        "utils/data/cache.py": "import utils.files",
+        "utils/training/resume.py": "from utils.data import cache",
         "utils/evaluate/__main__.py": "from nets import unet",
         "utils/evaluate/features.py": "from utils.data.cache import x",
-    }  # fmt: skip
+    }
     for name, text in {**sound, "utils/__init__.py": "", "utils/data/__init__.py": ""}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -163,8 +189,9 @@ def test_each_broken_wall_is_seen(tmp_path, file, line, fault):
 
 
 def test_a_package_of_utils_is_a_room_of_the_plan():
-    packages = {f"utils.{path.name}" for path in (PROJECT / "utils").iterdir() if path.is_dir()
-                and any(path.glob("*.py"))}
+    packages = {
+        f"utils.{path.name}" for path in (PROJECT / "utils").iterdir() if path.is_dir() and any(path.glob("*.py"))
+    }
     assert packages <= set(ROOMS)
 
 
@@ -183,15 +210,21 @@ def test_scripts_do_nothing_when_imported(name):
     assert isinstance(body[0], ast.Expr) and ast.get_docstring(tree(PROJECT / f"{name}.py"))
     assert [ast.unparse(node)[:60] for node in body[1:-1] if not isinstance(node, allowed)] == []
     assert ast.unparse(body[-1]).split("\n") == ["if __name__ == '__main__':", "    run_script(main)"]
-    calls = [node for assign in body if isinstance(assign, ast.Assign) for node in ast.walk(assign)
-             if isinstance(node, ast.Call)]
+    calls = [
+        node
+        for assign in body
+        if isinstance(assign, ast.Assign)
+        for node in ast.walk(assign)
+        if isinstance(node, ast.Call)
+    ]
     assert calls == []
 
 
 def test_scripts_do_not_import_each_other():
     for name in SCRIPTS:
-        assert not {top(target) for target in imports(PROJECT / f"{name}.py", name, {})} & (SCRIPTS
-            | {"tests", "benchmarks"})
+        assert not {top(target) for target in imports(PROJECT / f"{name}.py", name, {})} & (
+            SCRIPTS | {"tests", "benchmarks"}
+        )
 
 
 def test_top_level_holds_what_the_layout_names():

@@ -104,14 +104,18 @@ def test_a_perfect_network_leaves_what_the_variances_cost():
     terms = variational_bound(lambda x_t, t: x, alpha_bars.tolist(), x)
     assert terms.shape == (2, 51)
     posterior = betas[1:] * (1 - alpha_bars[:-1]) / (1 - alpha_bars[1:])
-    cost = [torch.distributions.kl_divergence(torch.distributions.Normal(0.0, p**0.5),
-                                              torch.distributions.Normal(0.0, b**0.5))
-            for p, b in zip(posterior, betas[1:])]
+    cost = [
+        torch.distributions.kl_divergence(
+            torch.distributions.Normal(0.0, p**0.5), torch.distributions.Normal(0.0, b**0.5)
+        )
+        for p, b in zip(posterior, betas[1:])
+    ]
     assert_close(terms[:, 1:-1], (torch.tensor(cost).double() / math.log(2)).expand(2, -1), atol=1e-6, rtol=1e-5)
     middle = -math.log2(math.erf(1 / 255 / math.sqrt(2 * betas[0])))  # of a level that is neither black nor white
     inner = x[0, 0, 0, :1]
-    assert -decoder_log_likelihood(inner, inner, math.sqrt(betas[0])).item() / math.log(2) == pytest.approx(middle,
-        rel=1e-4)
+    assert -decoder_log_likelihood(inner, inner, math.sqrt(betas[0])).item() / math.log(2) == pytest.approx(
+        middle, rel=1e-4
+    )
 
 
 def test_step_is_the_divergence_of_two_gaussians():
@@ -137,9 +141,9 @@ def test_prior_is_the_divergence_of_two_gaussians():
     x = torch.tensor([-1.0, 0.0, 0.4], dtype=torch.float64)
     for alpha_bar in (1e-9, 4e-5, 0.3):
         q = torch.distributions.Normal(math.sqrt(alpha_bar) * x, math.sqrt(1 - alpha_bar))
-        expected = torch.distributions.kl_divergence(q,
-                                                     torch.distributions.Normal(torch.zeros(3, dtype=torch.float64),
-                                                         1.0))
+        expected = torch.distributions.kl_divergence(
+            q, torch.distributions.Normal(torch.zeros(3, dtype=torch.float64), 1.0)
+        )
         assert_close(prior_divergence(x, alpha_bar), expected, atol=1e-15, rtol=1e-6)
 
 
@@ -155,8 +159,9 @@ def test_decoder_keeps_its_digits_far_out():
     logarithm is not.
     """
     for low, high in ((40.0, 41.0), (-41.0, -40.0), (190.0, 190.8)):
-        got = log_normal_probability(torch.tensor([low], dtype=torch.float64),
-                                     torch.tensor([high], dtype=torch.float64)).item()
+        got = log_normal_probability(
+            torch.tensor([low], dtype=torch.float64), torch.tensor([high], dtype=torch.float64)
+        ).item()
         z = min(abs(low), abs(high))
         # Mills's ratio
         expected = -z * z / 2 - 0.5 * math.log(2 * math.pi) - math.log(z) + math.log1p(-1 / z**2 + 3 / z**4)
@@ -182,8 +187,9 @@ def test_diffusion_by_its_denoiser():
     """A picture of its class's grey costs less than one of another's, and the same seed gives the
     same bits.
     """
-    diffusion = GaussianDiffusion(Constant(), (4, 4), 1, 3, betas=generate_linear_schedule(30, 0.005, 0.5),
-                                  prediction="x0")
+    diffusion = GaussianDiffusion(
+        Constant(), (4, 4), 1, 3, betas=generate_linear_schedule(30, 0.005, 0.5), prediction="x0"
+    )
     x = levels(torch.tensor([-0.5, 0.5])[:, None, None, None].expand(2, 1, 4, 4))
 
     def bits(y):

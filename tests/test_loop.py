@@ -1,4 +1,5 @@
 """What the training loop hands to its parts: recorded in short runs of train.py."""
+
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,9 @@ def test_validation_is_drawn_with_the_average_and_always_the_same(workplace, cal
     half = len(validation) // 2
     for a, b in zip(validation[:half], validation[half:], strict=True):
         assert torch.equal(a["noise"], b["noise"]) and torch.equal(a["t"], b["t"]) and torch.equal(a["x"], b["x"])
-    assert len([call for call in calls if not call.get("use_ema")]) == 2 * ((24
-        - sum(len(c["x"]) for c in validation[:half])) // 8)
+    assert len([call for call in calls if not call.get("use_ema")]) == 2 * (
+        (24 - sum(len(c["x"]) for c in validation[:half])) // 8
+    )
 
 
 def test_the_first_preview_comes_after_the_first_epoch(workplace):
@@ -121,8 +123,11 @@ def test_moments_come_back_in_the_weights_own_layout(workplace, monkeypatch):
 def test_a_new_weight_decay_holds_after_resuming(workplace, monkeypatch):
     run_main("train.py", *RUN)
     seen, step = set(), train.step_unless_bad
-    monkeypatch.setattr(train, "step_unless_bad", lambda optimizer,
-                        *a: (seen.add(optimizer.defaults["weight_decay"]), step(optimizer, *a)))
+    monkeypatch.setattr(
+        train,
+        "step_unless_bad",
+        lambda optimizer, *a: (seen.add(optimizer.defaults["weight_decay"]), step(optimizer, *a)),
+    )
     run_main("train.py", "--resume", "latest", "--epochs", "3", "--weight_decay", "0.25")
     assert seen == {0.25}
     assert load_checkpoint(newest_run(workplace) / "last.pth")["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
@@ -130,8 +135,10 @@ def test_a_new_weight_decay_holds_after_resuming(workplace, monkeypatch):
 
 def test_only_the_newest_weights_are_kept(workplace):
     run_main("train.py", *RUN, "--epochs", "5", "--save_period", "1", "--keep_last", "2")
-    assert sorted(path.name for path in newest_run(workplace).glob("epoch_*.pth")) == ["epoch_0004.pth",
-        "epoch_0005.pth"]
+    assert sorted(path.name for path in newest_run(workplace).glob("epoch_*.pth")) == [
+        "epoch_0004.pth",
+        "epoch_0005.pth",
+    ]
 
 
 def test_previews_are_drawn_with_the_average_in_eval_mode_from_the_same_noise(workplace, monkeypatch):
@@ -149,12 +156,21 @@ def test_previews_are_drawn_with_the_average_in_eval_mode_from_the_same_noise(wo
 
 def test_saves_within_an_epoch_come_by_the_clock(workplace, monkeypatch):
     positions, save = [], run_module.save_checkpoint
-    monkeypatch.setattr(run_module, "save_checkpoint", lambda path,
-                        state: (positions.append(state.get("position")), save(path, state)))
+    monkeypatch.setattr(
+        run_module, "save_checkpoint", lambda path, state: (positions.append(state.get("position")), save(path, state))
+    )
     monkeypatch.setattr(run_module.Checkpoints, "is_cheap", lambda self: True)
     run_main("train.py", *RUN, "--save_minutes", "0")
-    assert [(p["epoch"], p["images"]) for p in positions if p] == [(0, 8), (0, 16), (0, 24), (1, 0), (1, 8), (1, 16),
-                                                                   (1, 24), (2, 0)]
+    assert [(p["epoch"], p["images"]) for p in positions if p] == [
+        (0, 8),
+        (0, 16),
+        (0, 24),
+        (1, 0),
+        (1, 8),
+        (1, 16),
+        (1, 24),
+        (2, 0),
+    ]
 
 
 def test_normalised_pictures_reach_the_network(workplace, calls):

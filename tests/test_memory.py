@@ -1,4 +1,5 @@
 """Running out of memory, and what saves it."""
+
 import pytest
 import torch
 from conftest import TINY, run_main
@@ -9,16 +10,24 @@ from utils.errors import explain_out_of_memory, is_out_of_memory
 from utils.training import memory
 from utils.training.memory import accumulate_that_fits
 
-SMALL = {"input_shape": (8, 8), "channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "batch_size": 8,
-         "dropout": 0.5}
+SMALL = {
+    "input_shape": (8, 8),
+    "channel": 32,
+    "channel_mults": (1, 2),
+    "num_res_blocks": 1,
+    "batch_size": 8,
+    "dropout": 0.5,
+}
 
 
 @pytest.fixture
 def parts(workplace):
     """(config, parts) of a small job on the 24 pictures of the workplace."""
+
     def make(**settings):
         config = train.Config(**{**SMALL, "device": "cpu", "precision": "fp32", "compile": False, **settings})
         return config, train.prepare(config, torch.device("cpu"))
+
     return make
 
 
@@ -43,12 +52,18 @@ def test_the_setting_for_checkpointing_reaches_the_network_and_leaves_the_gradie
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:116] DefaultCPUAllocator: can't allocate memory: you tried to "
-                 "allocate 8 bytes"),
-    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:116] DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 8 bytes"
+        ),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"),
+    ],
+)
 def test_memory_errors_of_all_devices_are_known(error):
     assert is_out_of_memory(error)
 
@@ -87,10 +102,18 @@ def test_where_the_estimate_runs_out_of_memory_too_the_settings_are_named_still(
     assert "--accumulate" in memory.advice_for_training(config, built)
 
 
-@pytest.mark.parametrize("pictures, batch, world, now, expected", [
-    (16, 64, 1, 1, 4), (15, 64, 1, 1, 8), (16, 64, 2, 1, 2), (1, 12, 1, 2, 12), (0.5, 64, 1, 1, None),
-    (5, 64, 1, 8, 16), (3, 6, 2, 1, 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pictures, batch, world, now, expected",
+    [
+        (16, 64, 1, 1, 4),
+        (15, 64, 1, 1, 8),
+        (16, 64, 2, 1, 2),
+        (1, 12, 1, 2, 12),
+        (0.5, 64, 1, 1, None),
+        (5, 64, 1, 8, 16),
+        (3, 6, 2, 1, 3),
+    ],
+)
 def test_the_parts_of_a_batch_that_fit(pictures, batch, world, now, expected):
     assert accumulate_that_fits(pictures, batch, world, now) == expected
 
@@ -101,16 +124,33 @@ def test_train_and_predict_end_in_the_line(workplace, monkeypatch, capsys):
     def fail(*arguments, **settings):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    options = ["--input_shape", "8,8", "--channel", "32", "--channel_mults", "1,", "--num_res_blocks", "1",
-               "--attention_resolutions", "()",
-               "--batch_size", "8", "--device", "cpu", "--preview_period", "0"]
+    options = [
+        "--input_shape",
+        "8,8",
+        "--channel",
+        "32",
+        "--channel_mults",
+        "1,",
+        "--num_res_blocks",
+        "1",
+        "--attention_resolutions",
+        "()",
+        "--batch_size",
+        "8",
+        "--device",
+        "cpu",
+        "--preview_period",
+        "0",
+    ]
     monkeypatch.setattr("sys.argv", ["train.py", *options, "--epochs", "1"])
     train.main()
     capsys.readouterr()
     monkeypatch.setattr("nets.diffusion.GaussianDiffusion.forward", fail)
     monkeypatch.setattr("nets.diffusion.GaussianDiffusion.sample_steps", fail)
-    for script, arguments in ((train, [*options, "--epochs", "1"]),
-                              (predict, ["--device", "cpu", "--seed", "1", "--batch_size", "6"])):
+    for script, arguments in (
+        (train, [*options, "--epochs", "1"]),
+        (predict, ["--device", "cpu", "--seed", "1", "--batch_size", "6"]),
+    ):
         monkeypatch.setattr("sys.argv", ["script.py", *arguments])
         with pytest.raises(SystemExit) as raised:
             run_script(script.main)

@@ -1,4 +1,5 @@
 """Muon: its steps are orthogonal, a bad gradient changes nothing, and its runs resume."""
+
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,16 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.training.muon import ADAM_SIZE, Muon, orthogonal
 from utils.training.optimizer import make_optimizer, restore_optimizer, step_unless_bad
 
-NETWORK = {"img_channels": 3, "base_channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1, "time_emb_dim": 16,
-           "num_groups": 2, "num_classes": 3, "attention_resolutions": (1,)}  # fmt: skip
+NETWORK = {
+    "img_channels": 3,
+    "base_channels": 8,
+    "channel_mults": (1, 2),
+    "num_res_blocks": 1,
+    "time_emb_dim": 16,
+    "num_groups": 2,
+    "num_classes": 3,
+    "attention_resolutions": (1,),
+}
 
 
 def gradients(network, seed):
@@ -83,6 +92,7 @@ def test_everything_else_is_adamws_and_steps_are_of_adams_size():
 
 def test_the_order_in_memory_changes_nothing_but_rounding():
     """Also where gradients lie in another order than the weights."""
+
     def flat(network):
         return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
@@ -113,8 +123,9 @@ def test_weight_decay_alone_shrinks_by_the_learning_rate():
 
 def test_its_products_are_in_full_precision_whatever_was_chosen(monkeypatch):
     seen, product = [], torch.baddbmm
-    monkeypatch.setattr(torch, "baddbmm", lambda *a, **k: seen.append(torch.get_float32_matmul_precision())
-                        or product(*a, **k))
+    monkeypatch.setattr(
+        torch, "baddbmm", lambda *a, **k: seen.append(torch.get_float32_matmul_precision()) or product(*a, **k)
+    )
     weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3))
     weight.grad = torch.randn_like(weight)
     torch.set_float32_matmul_precision("medium")
@@ -177,8 +188,10 @@ def test_a_bad_gradient_changes_nothing(layout):
     gradients(network, 0)
     optimizer.step()
     before = [value.clone() for value in network.parameters()]
-    moments = {number: {name: value.clone() for name, value in state.items()}
-               for number, state in optimizer.state_dict()["state"].items()}
+    moments = {
+        number: {name: value.clone() for name, value in state.items()}
+        for number, state in optimizer.state_dict()["state"].items()
+    }
     assert {state["step"].item() for state in moments.values()} == {1}
     gradients(network, 1)
     for number, parameter in enumerate(network.parameters()):

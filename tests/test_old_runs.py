@@ -4,6 +4,7 @@ that wrote it.
 tests/data/old_run holds its last.pth after one epoch (packed by xz), and what that code's own three
 further epochs and its `predict.py --seed 1 --num_images 4 --guidance_scale 2 --steps 10` gave.
 """
+
 import json
 import lzma
 from pathlib import Path
@@ -32,13 +33,27 @@ def test_an_old_run_resumes_and_samples_as_it_did(old_run):
     folder, expected = old_run
     run_main("train.py", "--resume", folder, "--epochs", "4")
     state = load_checkpoint(folder / "last.pth")
-    ema = sum(value.double().abs().sum().item() for name, value in state["weights"].items()
-              if name.startswith("ema_model"))
+    ema = sum(
+        value.double().abs().sum().item() for name, value in state["weights"].items() if name.startswith("ema_model")
+    )
     assert ema == pytest.approx(expected["ema_sum"], rel=1e-6)
     for row, then in zip(read_history(folder), expected["history"], strict=True):
         assert row == pytest.approx(then, rel=1e-4)
-    run_main("predict.py", "--seed", "1", "--num_images", "4", "--guidance_scale", "2", "--steps", "10", "--device",
-             "cpu", "--spacing", "logsnr")  # the default then
+    run_main(
+        "predict.py",
+        "--seed",
+        "1",
+        "--num_images",
+        "4",
+        "--guidance_scale",
+        "2",
+        "--steps",
+        "10",
+        "--device",
+        "cpu",
+        "--spacing",
+        "logsnr",
+    )  # the default then
     pixels = np.asarray(Image.open("results/predict_out/predict_1x1_results.png")).astype(int)
     assert np.abs(pixels - np.array(expected["picture"])).max() <= 1
 

@@ -1,4 +1,5 @@
 """predict.py as a user runs it, on a model trained in a few steps."""
+
 import errno
 import os
 import re
@@ -66,8 +67,20 @@ def classy(runs, tmp_path, monkeypatch):
 
 def draw(model, *options, out="out"):
     """Run predict.py and return its folder."""
-    run_main("predict.py", "--model_path", model, "--device", "cpu", "--precision", "fp32", "--save_dir", out,
-             "--steps", "3", *options)
+    run_main(
+        "predict.py",
+        "--model_path",
+        model,
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--save_dir",
+        out,
+        "--steps",
+        "3",
+        *options,
+    )
     return Path(out)
 
 
@@ -121,21 +134,28 @@ def test_newest_run_is_drawn_as_one_picture_and_a_clean_grid(plain, capsys):
     assert len(list(Path("results/predict_out").iterdir())) == 2
 
 
-@pytest.mark.parametrize(("options", "settings"), [
-    ("--sampler ddpm --steps 0", {"sampler": "ddpm", "steps": 20}),
-    ("--sampler ddpm --steps 7 --variance posterior --spacing uniform",
-     {"sampler": "ddpm", "steps": 7, "variance": "posterior",
-                                                                          "spacing": "uniform"}),
-    ("--sampler ddim --steps 6", {"sampler": "ddim", "steps": 6}),
-    ("--sampler ddim --steps 6 --eta 0.7 --spacing logsnr",
-     {"sampler": "ddim", "steps": 6, "eta": 0.7, "spacing": "logsnr"}),
-    ("--sampler dpm++ --steps 6", {"sampler": "dpm++", "steps": 6}),
-    ("--sampler heun --steps 6", {"sampler": "heun", "steps": 6}),
-    ("--use_ema False", {"sampler": "sde-dpm++", "steps": 3, "use_ema": False}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ("--sampler ddpm --steps 0", {"sampler": "ddpm", "steps": 20}),
+        (
+            "--sampler ddpm --steps 7 --variance posterior --spacing uniform",
+            {"sampler": "ddpm", "steps": 7, "variance": "posterior", "spacing": "uniform"},
+        ),
+        ("--sampler ddim --steps 6", {"sampler": "ddim", "steps": 6}),
+        (
+            "--sampler ddim --steps 6 --eta 0.7 --spacing logsnr",
+            {"sampler": "ddim", "steps": 6, "eta": 0.7, "spacing": "logsnr"},
+        ),
+        ("--sampler dpm++ --steps 6", {"sampler": "dpm++", "steps": 6}),
+        ("--sampler heun --steps 6", {"sampler": "heun", "steps": 6}),
+        ("--use_ema False", {"sampler": "sde-dpm++", "steps": 3, "use_ema": False}),
+    ],
+)
 def test_options_of_the_solver_reach_it(plain, options, settings):
-    out = draw(plain, "--seed", "5", "--num_images", "4", "--batch_size", "4", "--individual_files", "True",
-               *options.split())
+    out = draw(
+        plain, "--seed", "5", "--num_images", "4", "--batch_size", "4", "--individual_files", "True", *options.split()
+    )
     wanted = expected(plain, [5, 6, 7, 8], **settings)
     assert all(np.array_equal(singles(out)[5 + i], wanted[i]) for i in range(4))
     if "sampler" in options or "False" in options:  # the setting shows: it is not the default's picture
@@ -155,8 +175,18 @@ def test_class_grid_has_a_row_a_class(classy, capsys):
 
 
 def test_one_class_and_guidance(classy):
-    options = ["--seed", "4", "--num_images", "3", "--batch_size", "3", "--class_name", "odd", "--individual_files",
-               "True"]
+    options = [
+        "--seed",
+        "4",
+        "--num_images",
+        "3",
+        "--batch_size",
+        "3",
+        "--class_name",
+        "odd",
+        "--individual_files",
+        "True",
+    ]
     odd = torch.ones(3, dtype=torch.long)
     pictures = {}
     for scale in (1, 3):
@@ -178,10 +208,24 @@ def test_guidance_within_an_interval_and_by_a_weaker_model(runs, classy, plain, 
                 value *= factor
             save_checkpoint(file, weak)
         guide = build.from_checkpoint(weak)[0].to(memory_format=memory_format(torch.device("cpu"), "fp32"))
-        common = ["--seed", "4", "--num_images", "3", "--batch_size", "3", "--individual_files", "True",
-                  "--guidance_scale", "3", *labels]  # fmt: skip
-        choices = {"interval": {"guidance_interval": interval}, "model": {"guiding_model": guide},
-                   "both": {"guidance_interval": interval, "guiding_model": guide}}  # fmt: skip
+        common = [
+            "--seed",
+            "4",
+            "--num_images",
+            "3",
+            "--batch_size",
+            "3",
+            "--individual_files",
+            "True",
+            "--guidance_scale",
+            "3",
+            *labels,
+        ]
+        choices = {
+            "interval": {"guidance_interval": interval},
+            "model": {"guiding_model": guide},
+            "both": {"guidance_interval": interval, "guiding_model": guide},
+        }
         for name in choices if labels else ("model", "both"):
             options = ["--guidance_interval", "{},{}".format(*interval)] if name in ("interval", "both") else []
             options += ["--guiding_path", "weak.pth"] if name in ("model", "both") else []
@@ -202,16 +246,23 @@ def test_a_guiding_model_that_leads_nowhere_or_elsewhere_is_refused(runs, plain,
     """Also the model's own half-precision copy; the raw weights count where they are drawn with."""
     export_weights(plain, "half.pth")
     checkpoint = load_checkpoint(plain / "last.pth")
-    for file, config in (("large.pth", {"input_shape": (16, 16)}), ("linear.pth", {"schedule": "cosine"}),
-                         ("deep.pth", {"channel_mults": (1, 2)})):  # fmt: skip
+    for file, config in (
+        ("large.pth", {"input_shape": (16, 16)}),
+        ("linear.pth", {"schedule": "cosine"}),
+        ("deep.pth", {"channel_mults": (1, 2)}),
+    ):
         weights = build.from_config({**checkpoint["config"], **config}).state_dict()
         save_checkpoint(file, {**checkpoint, "config": {**checkpoint["config"], **config}, "weights": weights})
     save_checkpoint("short.pth", {**checkpoint, "weights": dict(list(checkpoint["weights"].items())[:-9])})
-    for path, words in ((runs[1], "the guiding model has another number of classes"), (plain, "has the same weights"),
-                        ("half.pth", "has the same weights"), ("gone.pth", "gone.pth"),
-                        ("large.pth", "the guiding model learned another input_shape"),
-                        ("linear.pth", "the guiding model has another schedule"),
-                        ("short.pth", "the guiding model: ")):  # fmt: skip
+    for path, words in (
+        (runs[1], "the guiding model has another number of classes"),
+        (plain, "has the same weights"),
+        ("half.pth", "has the same weights"),
+        ("gone.pth", "gone.pth"),
+        ("large.pth", "the guiding model learned another input_shape"),
+        ("linear.pth", "the guiding model has another schedule"),
+        ("short.pth", "the guiding model: "),
+    ):
         with pytest.raises(SystemExit):
             draw(plain, "--guidance_scale", "2", "--guiding_path", path)
         assert words in capsys.readouterr().err.splitlines()[-1], path
@@ -240,14 +291,16 @@ def test_many_classes_take_turns(plain, capsys):
 
 
 def test_a_picture_depends_on_its_seed_alone(plain):
-    many = singles(draw(plain, "--seed", "5", "--num_images", "7", "--batch_size", "3", "--individual_files", "True",
-                        out="many"))
+    many = singles(
+        draw(plain, "--seed", "5", "--num_images", "7", "--batch_size", "3", "--individual_files", "True", out="many")
+    )
     assert sorted(many) == list(range(5, 12))
     alone = draw(plain, "--seed", "9", "--num_images", "1", "--batch_size", "3", out="alone")
     assert np.array_equal(pixels(alone / "predict_1x1_results.png"), many[9])
     assert list(tiles(alone / "predict_5x5_results.png")) == [(0, 0)]
-    other = singles(draw(plain, "--seed", "5", "--num_images", "7", "--batch_size", "7", "--individual_files", "True",
-                         out="other"))
+    other = singles(
+        draw(plain, "--seed", "5", "--num_images", "7", "--batch_size", "7", "--individual_files", "True", out="other")
+    )
     assert max(np.abs(other[seed].astype(int) - many[seed]).max() for seed in many) <= 1
     assert not np.array_equal(many[5], many[6])
 
@@ -270,8 +323,10 @@ def test_two_processes_and_other_outputs_draw_the_same(plain, tmp_path):
     fixed = ["--model_path", plain, "--device", "cpu", "--precision", "fp32", "--save_dir", "two", "--steps", "3"]
     run(torchrun(2, "predict.py", *fixed, *options, "--trajectory", "True"), tmp_path)
     names = {path.name for path in one.iterdir()}
-    assert {path.name for path in Path("two").iterdir()} == names | {"predict_trajectory_results.png",
-                                                                     "predict_trajectory_results.gif"}
+    assert {path.name for path in Path("two").iterdir()} == names | {
+        "predict_trajectory_results.png",
+        "predict_trajectory_results.gif",
+    }
     for name in names:
         assert (one / name).read_bytes() == Path("two", name).read_bytes(), name
     assert len(tiles("two/predict_trajectory_results.png")) == 4 * 2 * 3  # pictures drawn by both processes
@@ -284,8 +339,18 @@ def test_picture_to_start_from_is_converted_as_in_training(classy):
     padded[:, :, 2:6] = torch.tensor([0, 0, 255.0]).reshape(3, 1, 1)
     init = (padded / 127.5 - 1).expand(2, -1, -1, -1)
     even = torch.zeros(2, dtype=torch.long)
-    options = ["--init_image", "wide.png", "--seed", "2", "--num_images", "2", "--batch_size", "2", "--class_name",
-               "even"]
+    options = [
+        "--init_image",
+        "wide.png",
+        "--seed",
+        "2",
+        "--num_images",
+        "2",
+        "--batch_size",
+        "2",
+        "--class_name",
+        "even",
+    ]
     for given, strength in (([], 0.6), (["--strength", "0.25"], 0.25)):
         out = draw(classy, *options, *given, "--individual_files", "True", out=f"out{strength}")
         wanted = expected(classy, [2, 3], even, sampler="sde-dpm++", steps=3, init=init, strength=strength)
@@ -298,8 +363,18 @@ def test_mask_keeps_what_is_black_in_it(plain, capsys):
     mask = np.zeros((16, 16, 1), np.uint8)
     mask[:, 8:] = 255
     save_png("mask.png", mask)
-    options = ["--init_image", "even/000.png", "--mask", "mask.png", "--num_images", "2", "--batch_size", "2", "--seed",
-               "1"]
+    options = [
+        "--init_image",
+        "even/000.png",
+        "--mask",
+        "mask.png",
+        "--num_images",
+        "2",
+        "--batch_size",
+        "2",
+        "--seed",
+        "1",
+    ]
     out = draw(plain, *options, "--resamplings", "2", "--individual_files", "True")
     assert "; ddpm, 3 steps" in capsys.readouterr().out
     for drawn in singles(out).values():
@@ -309,25 +384,39 @@ def test_mask_keeps_what_is_black_in_it(plain, capsys):
     known, new = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1, torch.zeros(1, 1, SIZE, SIZE)
     new[..., 4:] = 1
     both = known.expand(2, -1, -1, -1)
-    wanted = expected(plain, [1, 2], sampler="ddpm", steps=3, known=both, mask=new, resamplings=1, init=both,
-                      strength=0.5)
+    wanted = expected(
+        plain, [1, 2], sampler="ddpm", steps=3, known=both, mask=new, resamplings=1, init=both, strength=0.5
+    )
     assert np.array_equal(pixels(once / "predict_1x1_results.png"), wanted[0])
 
 
 def test_strip_between_two_seeds(plain, capsys):
-    ends = singles(draw(plain, "--seed", "3", "--num_images", "10", "--batch_size", "5", "--individual_files", "True",
-                        out="ends"))
-    options = ["--seed", "3", "--seed_to", "12", "--interpolate", "6", "--batch_size", "5", "--individual_files",
-               "True"]
+    ends = singles(
+        draw(plain, "--seed", "3", "--num_images", "10", "--batch_size", "5", "--individual_files", "True", out="ends")
+    )
+    options = [
+        "--seed",
+        "3",
+        "--seed_to",
+        "12",
+        "--interpolate",
+        "6",
+        "--batch_size",
+        "5",
+        "--individual_files",
+        "True",
+    ]
     out = draw(plain, *options, "--npz", "True")
     strip = tiles(out / "predict_interpolation_results.png")
     assert list(strip) == [(0, column) for column in range(6)]
-    assert np.abs(strip[0, 0].astype(int) - ends[3]).max() <= 1 and np.abs(strip[0, 5].astype(int)
-        - ends[12]).max() <= 1
+    assert (
+        np.abs(strip[0, 0].astype(int) - ends[3]).max() <= 1 and np.abs(strip[0, 5].astype(int) - ends[12]).max() <= 1
+    )
     away = [np.abs(strip[0, column].astype(int) - ends[3]).mean() for column in range(6)]
     assert away == sorted(away) and away[1] > 0
-    assert [np.array_equal(pixels(path), strip[0, i])
-            for i, path in enumerate(sorted(out.glob("between_*.png")))] == [True] * 6
+    assert [np.array_equal(pixels(path), strip[0, i]) for i, path in enumerate(sorted(out.glob("between_*.png")))] == [
+        True
+    ] * 6
     assert np.array_equal(np.load(out / "predict_results.npz")["arr_0"], np.stack(list(strip.values())))
     # to the next seed, if none is given
     draw(plain, "--seed", "3", "--interpolate", "2", "--batch_size", "5", out="next")
@@ -339,8 +428,9 @@ def test_strip_within_a_class_ends_at_both_seeds_pictures_with_a_noisy_solver_to
     options = ["--interpolate", "3", "--seed", "3", "--batch_size", "3", "--class_name", "odd", "--sampler", "ddpm"]
     strip = tiles(draw(classy, *options) / "predict_interpolation_results.png")
     odd = torch.ones(3, dtype=torch.long)
-    halfway = (slerp(a, b, 0.5).expand(3, -1, -1, -1)
-               for a, b in seeded_noise((3, 4), (3, SIZE, SIZE), torch.device("cpu")))
+    halfway = (
+        slerp(a, b, 0.5).expand(3, -1, -1, -1) for a, b in seeded_noise((3, 4), (3, SIZE, SIZE), torch.device("cpu"))
+    )
     middle = expected(classy, [0, 0, 0], odd, sampler="ddpm", steps=3, noise=halfway)[0]
     ends = expected(classy, [3, 4, 5], odd, sampler="ddpm", steps=3)
     for column, wanted in enumerate((ends[0], middle, ends[1])):
@@ -368,10 +458,12 @@ def test_trajectory_shows_the_way_to_the_same_pictures(plain):
 
 def test_npz_holds_all_pictures_in_order(plain, monkeypatch):
     names = []  # in the folder while it is drawn: nothing is left there by whatever kills the process
-    monkeypatch.setattr(predict, "to_uint8", lambda x: (names.extend(path.name for path in Path("out").iterdir()),
-                                                        to_uint8(x))[1])
-    out = draw(plain, "--seed", "5", "--num_images", "30", "--batch_size", "4", "--individual_files", "True", "--npz",
-               "True")
+    monkeypatch.setattr(
+        predict, "to_uint8", lambda x: (names.extend(path.name for path in Path("out").iterdir()), to_uint8(x))[1]
+    )
+    out = draw(
+        plain, "--seed", "5", "--num_images", "30", "--batch_size", "4", "--individual_files", "True", "--npz", "True"
+    )
     with np.load(out / "predict_results.npz") as archive:
         assert archive.files == ["arr_0"]
         found = archive["arr_0"]
@@ -437,12 +529,19 @@ def test_other_first_seed_shares_the_files(plain, monkeypatch):
     assert batches == [[9, 10]] and sorted(singles(out)) == [5, 6, 7, 8, 9, 10]
 
 
-@pytest.mark.parametrize(("options", "differs"), [
-    ("--steps 4", "steps"), ("--sampler ddim", "sampler"), ("--use_ema False", "use_ema, weights"),
-    ("--spacing uniform", "spacing"),
-    ("--class_name even", "class"), ("--guidance_scale 2", "guidance_scale"), ("--input_shape 16,16", "size"),
-    ("--init_image a.png", "init"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "differs"),
+    [
+        ("--steps 4", "steps"),
+        ("--sampler ddim", "sampler"),
+        ("--use_ema False", "use_ema, weights"),
+        ("--spacing uniform", "spacing"),
+        ("--class_name even", "class"),
+        ("--guidance_scale 2", "guidance_scale"),
+        ("--input_shape 16,16", "size"),
+        ("--init_image a.png", "init"),
+    ],
+)
 def test_files_of_other_settings_are_neither_taken_nor_overwritten(classy, capsys, options, differs):
     save_png("a.png", np.zeros((SIZE, SIZE, 3), np.uint8))
     common = ["--seed", "5", "--num_images", "2", "--batch_size", "2", "--individual_files", "True"]
@@ -479,8 +578,10 @@ def test_older_results_stay_if_drawing_fails(plain, monkeypatch):
 @pytest.mark.parametrize("number", [0, 1])
 def test_bare_state_dict(runs, tmp_path, monkeypatch, capsys, number):
     monkeypatch.chdir(tmp_path)
-    torch.save({f"module.{name}": value
-                for name, value in load_checkpoint(runs[number] / "last.pth")["weights"].items()}, "bare.pth")
+    torch.save(
+        {f"module.{name}": value for name, value in load_checkpoint(runs[number] / "last.pth")["weights"].items()},
+        "bare.pth",
+    )
     out = draw("bare.pth", "--seed", "5", "--num_images", "1", "--batch_size", "1", "--steps", "1")
     printed = capsys.readouterr().out
     assert "drawing 32,32; --input_shape sets another" in printed
@@ -530,8 +631,9 @@ def test_grey_pictures(plain):
     first = out.joinpath("predict_5x5_results.png").read_bytes()
     draw("grey.pth", *options)  # and back from the single files
     assert out.joinpath("predict_5x5_results.png").read_bytes() == first
-    assert np.array_equal(pixels(out / "predict_5x5_results.png"),
-                          make_grid(np.load(out / "predict_results.npz")["arr_0"], 5)[..., 0])
+    assert np.array_equal(
+        pixels(out / "predict_5x5_results.png"), make_grid(np.load(out / "predict_results.npz")["arr_0"], 5)[..., 0]
+    )
 
 
 def test_precision_and_compile(plain, monkeypatch):
@@ -541,8 +643,9 @@ def test_precision_and_compile(plain, monkeypatch):
     # trying the compiler takes a minute
     monkeypatch.setattr(predict, "choose_compile", lambda setting, device: setting)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
-    rough = pixels(draw(plain, *options, "--precision", "bf16", "--compile", "True",
-                        out="rough") / "predict_1x1_results.png")
+    rough = pixels(
+        draw(plain, *options, "--precision", "bf16", "--compile", "True", out="rough") / "predict_1x1_results.png"
+    )
     assert 0 < np.abs(rough - exact).max() <= 16
     assert len(compiled) == 1
     draw(plain, *options, out="again")
@@ -554,6 +657,7 @@ def test_network_calls_decide_whether_compiling_pays():
     assert predict.network_calls(config) == 20
     assert predict.network_calls(predict.replace(config, sampler="heun")) == 40
     assert predict.network_calls(predict.replace(config, mask="m.png", resamplings=7)) == 140
+
 
 # The weights in the box
 

@@ -1,4 +1,5 @@
 """Presets, what a dry run says, and the weights of the lowest validation loss."""
+
 import csv
 from pathlib import Path
 
@@ -91,8 +92,16 @@ def test_durations():
 
 def test_operations_of_a_network_that_one_can_count():
     """Two for each multiplication: of all convolutions and matrices, each at its own size."""
-    arguments = {"img_channels": 3, "base_channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1,
-                 "time_emb_dim": 16, "num_groups": 2, "num_classes": 3, "attention_resolutions": (1,)}
+    arguments = {
+        "img_channels": 3,
+        "base_channels": 8,
+        "channel_mults": (1, 2),
+        "num_res_blocks": 1,
+        "time_emb_dim": 16,
+        "num_groups": 2,
+        "num_classes": 3,
+        "attention_resolutions": (1,),
+    }
     network, counted = UNet(**arguments), []
 
     def count(layer, inputs, output):
@@ -105,8 +114,10 @@ def test_operations_of_a_network_that_one_can_count():
     attention = torch.nn.functional.scaled_dot_product_attention
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nets.unet.norm_act_conv", lambda norm, activation, x, conv, dropout=None: conv(x))
-        patch.setattr("torch.nn.functional.scaled_dot_product_attention", lambda q, k, v: (
-            counted.append(2 * 2 * q.shape[-2] ** 2 * q.shape[-1]), attention(q, k, v))[1])
+        patch.setattr(
+            "torch.nn.functional.scaled_dot_product_attention",
+            lambda q, k, v: (counted.append(2 * 2 * q.shape[-2] ** 2 * q.shape[-1]), attention(q, k, v))[1],
+        )
         network(torch.zeros(1, 3, 8, 12), torch.zeros(1), torch.zeros(1, dtype=torch.long))
     assert count_flops(arguments, (8, 12)) == sum(counted)
 

@@ -1,4 +1,5 @@
 """The page of a run: whole, offline, and made of what is there."""
+
 import json
 import re
 import shutil
@@ -25,15 +26,32 @@ def made(folder):
 @pytest.fixture
 def finished(workplace, capsys):
     """A finished run with previews, samples, and an evaluation that says it is of this run."""
-    run_main("train.py", *TINY, "--epochs", "3", "--preview_period", "1", "--preview_steps", "2", "--val_split", "0.3",
-             "--class_conditional", "True", "--annotation_path", "train_lines.txt")
+    run_main(
+        "train.py",
+        *TINY,
+        "--epochs",
+        "3",
+        "--preview_period",
+        "1",
+        "--preview_steps",
+        "2",
+        "--val_split",
+        "0.3",
+        "--class_conditional",
+        "True",
+        "--annotation_path",
+        "train_lines.txt",
+    )
     folder = newest_run(workplace)
     assert f"`python -m utils.report {folder.relative_to(workplace)}` makes a page" in capsys.readouterr().out
     run_main("predict.py", "--steps", "2")
     pixels = np.zeros((8, 16, 3), np.uint8)
     save_png(Path("results/evaluate_out/evaluate_nearest_results.png"), pixels)
-    measured = {"samples": f"100 drawn, {folder.resolve()}/last.pth", "distances": {"frechet_distance": 12.5},
-                "nearest": {"share_closer_than_first_quantile": 0.25}}  # fmt: skip
+    measured = {
+        "samples": f"100 drawn, {folder.resolve()}/last.pth",
+        "distances": {"frechet_distance": 12.5},
+        "nearest": {"share_closer_than_first_quantile": 0.25},
+    }
     Path("results/evaluate_out/evaluate_results.json").write_text(json.dumps(measured))
     return folder
 
@@ -96,9 +114,11 @@ def test_many_previews_stay_small(tmp_path, monkeypatch):
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_a_browser_shows_the_preview_of_the_slider(finished, tmp_path):
     text = made(finished)
-    moved = ('<script>const bar=document.getElementById("time");bar.value=0;bar.oninput({target:bar});'
-             'document.title=document.getElementById("when").textContent+" "+document.getElementById("preview")'
-             '.src.length</script></html>')  # fmt: skip
+    moved = (
+        '<script>const bar=document.getElementById("time");bar.value=0;bar.oninput({target:bar});'
+        'document.title=document.getElementById("when").textContent+" "+document.getElementById("preview")'
+        ".src.length</script></html>"
+    )
     page = finished / "moved.html"
     page.write_text(text.replace("</html>", moved), encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]

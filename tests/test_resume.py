@@ -1,6 +1,7 @@
 """A run that is stopped and resumed ends as one that never was: bit for bit, wherever and however
 it was stopped.
 """
+
 import os
 import signal
 import subprocess
@@ -67,8 +68,9 @@ def test_second_signal_ends_at_once(tmp_path):
         "import time; from utils.training.stopping import StopSignal\nwith StopSignal():\n"
         "    print('ready', flush=True)\n    time.sleep(60)"
     )
-    process = subprocess.Popen([*command("")[:1], "-c", script], stdout=subprocess.PIPE,
-                               cwd=os.path.dirname(os.path.dirname(__file__)))
+    process = subprocess.Popen(
+        [*command("")[:1], "-c", script], stdout=subprocess.PIPE, cwd=os.path.dirname(os.path.dirname(__file__))
+    )
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     time.sleep(1.3)
@@ -81,8 +83,11 @@ def test_torchrun_stops_all_processes_at_one_step(twin):
     whole, broken, pictures = twin
     settings = [*RUN, *pictures, "--epochs", "200", "--save_minutes", "0"]
     process = subprocess.Popen(
-        torchrun(2, "train.py", *settings), cwd=broken, env=ENVIRONMENT, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT
+        torchrun(2, "train.py", *settings),
+        cwd=broken,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     while process.poll() is None and not list(broken.glob("logs/*/last.pth")):
         time.sleep(0.02)
@@ -139,8 +144,10 @@ def edited(path, change):
     return path.with_name("edited.pth")
 
 
-@pytest.mark.parametrize(("built", "name", "value"), [(["--num_groups", "32"], "num_groups", "8"),
-                                                      (["--schedule", "cosine"], "schedule_shift", "0.5")])
+@pytest.mark.parametrize(
+    ("built", "name", "value"),
+    [(["--num_groups", "32"], "num_groups", "8"), (["--schedule", "cosine"], "schedule_shift", "0.5")],
+)
 def test_a_setting_that_an_older_file_does_not_know_is_what_it_was(workplace, capsys, built, name, value):
     run_main("train.py", *RUN, "--epochs", "1", *built)
     path = newest_run(workplace) / "last.pth"
@@ -163,8 +170,10 @@ def test_a_file_of_weights_alone_starts_a_run_that_keeps_their_average(workplace
     assert "a file of weights alone" in capsys.readouterr().out
     assert newest_run(workplace) != first
     after = load_checkpoint(newest_run(workplace) / "last.pth")["weights"]
-    moved = {kind: (after[f"{kind}.init_conv.weight"] - average[f"{kind}.init_conv.weight"]).norm()
-             for kind in ("model", "ema_model")}
+    moved = {
+        kind: (after[f"{kind}.init_conv.weight"] - average[f"{kind}.init_conv.weight"]).norm()
+        for kind in ("model", "ema_model")
+    }
     assert 0 < moved["ema_model"] < 0.01 * moved["model"]
 
 
@@ -180,8 +189,9 @@ def test_only_typed_settings_override_the_runs_own(workplace, capsys):
     assert (config["epochs"], config["init_lr"], config["channel"], config["batch_size"]) == (2, 1e-3, 32, 8)
 
 
-@pytest.mark.parametrize("option", [("--channel", "64"), ("--schedule", "cosine"), ("--input_shape", "16,16"),
-                                    ("--label_dropout", "0")])
+@pytest.mark.parametrize(
+    "option", [("--channel", "64"), ("--schedule", "cosine"), ("--input_shape", "16,16"), ("--label_dropout", "0")]
+)
 def test_what_a_run_is_built_from_cannot_change(workplace, capsys, option):
     run_main("train.py", *RUN, "--epochs", "1")
     before = (newest_run(workplace) / "last.pth").read_bytes()
@@ -208,8 +218,10 @@ def test_resume_latest_stops_at_a_damaged_newest_run(workplace, capsys):
     whole = (first / "last.pth").read_bytes()
     (workplace / "logs/later").mkdir()
     (workplace / "logs/later/last.pth").write_bytes(whole[:5000])
-    for kept, words in ((None, "name another run's folder"),
-                        ("epoch_0003.pth", "go on from logs/later/epoch_0003.pth with --resume")):
+    for kept, words in (
+        (None, "name another run's folder"),
+        ("epoch_0003.pth", "go on from logs/later/epoch_0003.pth with --resume"),
+    ):
         if kept:
             (workplace / "logs/later" / kept).write_bytes(whole)
         with pytest.raises(SystemExit) as end:
@@ -238,8 +250,11 @@ def test_average_and_its_counter_survive(workplace):
     run_main("train.py", *RUN, "--epochs", "2")
     checkpoint = load_checkpoint(newest_run(workplace) / "last.pth")
     assert checkpoint["ema_step"] == 4
-    pairs = [(value, checkpoint["weights"]["ema_" + name]) for name, value in checkpoint["weights"].items()
-             if name.startswith("model.")]
+    pairs = [
+        (value, checkpoint["weights"]["ema_" + name])
+        for name, value in checkpoint["weights"].items()
+        if name.startswith("model.")
+    ]
     assert any(not torch.equal(*pair) for pair in pairs)
 
 
@@ -256,8 +271,19 @@ def test_a_bare_state_dict_of_the_reference_goes_on(workplace, capsys):
     bare = GaussianDiffusion(network, (8, 8), 3, 2, betas).state_dict()
     bare["ema_model.init_conv.bias"] = torch.full((32,), 7.0)
     torch.save({f"module.{name}": value for name, value in bare.items()}, workplace / "reference.pth")
-    run_main("train.py", "--resume", "reference.pth", "--input_shape", "8,8", "--epochs", "1", "--batch_size", "8",
-             "--preview_period", "0")
+    run_main(
+        "train.py",
+        "--resume",
+        "reference.pth",
+        "--input_shape",
+        "8,8",
+        "--epochs",
+        "1",
+        "--batch_size",
+        "8",
+        "--preview_period",
+        "0",
+    )
     ours = load_checkpoint(newest_run(workplace) / "last.pth")
     torch.testing.assert_close(ours["weights"]["betas"], torch.tensor(betas, dtype=torch.float32))
     assert ours["ema_step"] == 2000 + 3

@@ -1,6 +1,7 @@
 """What a run writes and survives: tables that only grow, packages that are broken, saves that
 fail, signals, a second run.
 """
+
 import os
 import signal
 import subprocess
@@ -72,8 +73,9 @@ def test_a_broken_package_ends_no_training(tmp_path, package):
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise TypeError('built for another numpy')\n")
     environment = {**ENVIRONMENT, "PYTHONPATH": str(broken.parent)}
-    done = subprocess.run(command("train.py", *RUN), cwd=tmp_path, env=environment, capture_output=True, text=True,
-                          timeout=240)
+    done = subprocess.run(
+        command("train.py", *RUN), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"{package} is here, but fails (TypeError: built for another numpy)") == 1
     assert len(read_history(newest_run(tmp_path))) == 2
@@ -94,8 +96,9 @@ def test_the_backend_of_a_notebook_draws_the_curve_all_the_same(tmp_path):
     write_pictures(tmp_path / "datasets")
     run(command("txt_annotation.py"), tmp_path)
     environment = {**ENVIRONMENT, "MPLBACKEND": "module://matplotlib_inline_nowhere.backend_inline"}
-    done = subprocess.run(command("train.py", *RUN), cwd=tmp_path, env=environment, capture_output=True, text=True,
-                          timeout=240)
+    done = subprocess.run(
+        command("train.py", *RUN), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     assert (newest_run(tmp_path) / "epoch_loss.png").is_file()
 
@@ -149,8 +152,9 @@ def kill_what_was_started():
 def start_training(folder, *settings, **options):
     """A training process of many epochs that has written its first last.pth."""
     arguments = command("train.py", *TINY, "--epochs", "100000", "--save_minutes", "0", *settings)
-    process = subprocess.Popen(arguments, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               **options)
+    process = subprocess.Popen(
+        arguments, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+    )
     STARTED.append(process)
     deadline = time.monotonic() + 120
     while not list(folder.glob("logs/*/last.pth")):
@@ -218,8 +222,9 @@ def test_other_checkpoints_do_not_put_off_last_pth(tmp_path, monkeypatch):
     assert checkpoints.write("last.pth") and not checkpoints.is_due() and checkpoints.seconds < 100
 
 
-@pytest.mark.parametrize(("save_dir", "command"), [("logs", "python predict.py"),
-                                                   ("runs", "python predict.py --model_path runs/")])
+@pytest.mark.parametrize(
+    ("save_dir", "command"), [("logs", "python predict.py"), ("runs", "python predict.py --model_path runs/")]
+)
 def test_the_end_of_a_run_names_a_command_that_draws_with_it(workplace, capsys, save_dir, command):
     run_main("train.py", *TINY, "--epochs", "1", "--save_dir", save_dir)
     named = capsys.readouterr().out.split("`")[1]

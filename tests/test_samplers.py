@@ -72,8 +72,9 @@ def test_a_ddpm_step_against_diffusers(t):
 def test_ddim_against_diffusers(clip, eta, count):
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(1000, beta_schedule="linear", clip_sample=clip, set_alpha_to_one=True,
-                              timestep_spacing="trailing")
+    scheduler = DDIMScheduler(
+        1000, beta_schedule="linear", clip_sample=clip, set_alpha_to_one=True, timestep_spacing="trailing"
+    )
     scheduler.set_timesteps(count)
     chosen = timesteps(ALPHA_BARS, count, "trailing")
     assert chosen == scheduler.timesteps.tolist()
@@ -91,9 +92,14 @@ def test_dpm_solver_against_diffusers(order, count):
     """From 15 steps on: below, diffusers also takes the last but one step with order 1."""
     from diffusers import DPMSolverMultistepScheduler
 
-    scheduler = DPMSolverMultistepScheduler(1000, beta_schedule="linear", algorithm_type="dpmsolver++",
-                                            solver_order=order,
-                                            solver_type="midpoint", final_sigmas_type="zero")
+    scheduler = DPMSolverMultistepScheduler(
+        1000,
+        beta_schedule="linear",
+        algorithm_type="dpmsolver++",
+        solver_order=order,
+        solver_type="midpoint",
+        final_sigmas_type="zero",
+    )
     scheduler.set_timesteps(count)
     x = expected = draws(1)[0]
     for t in scheduler.timesteps:
@@ -106,9 +112,14 @@ def test_dpm_solver_against_diffusers(order, count):
 def test_sde_dpm_solver_against_diffusers(count):
     from diffusers import DPMSolverMultistepScheduler
 
-    scheduler = DPMSolverMultistepScheduler(1000, beta_schedule="linear", algorithm_type="sde-dpmsolver++",
-                                            solver_order=2,
-                                            solver_type="midpoint", final_sigmas_type="zero")
+    scheduler = DPMSolverMultistepScheduler(
+        1000,
+        beta_schedule="linear",
+        algorithm_type="sde-dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        final_sigmas_type="zero",
+    )
     scheduler.set_timesteps(count)
     x, *noise = draws(count + 1)
     expected = x
@@ -182,9 +193,16 @@ def propagate(solver, steps, start, denoise, **options):
     return out[0].item(), (start[1] * gains[0].square() + gains[1:].square().sum()).item()
 
 
-RUNS = [("ddpm", {"variance": "beta"}), ("ddpm", {"variance": "posterior"}), ("ddim", {"eta": 0.0}),
-        ("ddim", {"eta": 0.5}),
-        ("dpm++", {"order": 1}), ("dpm++", {"order": 2}), ("sde-dpm++", {}), ("heun", {})]
+RUNS = [
+    ("ddpm", {"variance": "beta"}),
+    ("ddpm", {"variance": "posterior"}),
+    ("ddim", {"eta": 0.0}),
+    ("ddim", {"eta": 0.5}),
+    ("dpm++", {"order": 1}),
+    ("dpm++", {"order": 2}),
+    ("sde-dpm++", {}),
+    ("heun", {}),
+]
 
 
 def test_clipped_logsnr_spends_no_step_where_there_is_only_noise():
@@ -285,10 +303,15 @@ def test_calls_of_the_network(solver):
     assert called == expected
 
 
-@pytest.mark.parametrize("solver, options, message", [
-    ("ddpm", {"variance": "learned"}, "variance 'learned'; known: beta, posterior"),
-    ("ddim", {"eta": 1.5}, "eta must lie"),
-    ("dpm++", {"eta": 1.5}, "eta must lie"), ("dpm++", {"order": 3}, "order must be 1 or 2")])
+@pytest.mark.parametrize(
+    "solver, options, message",
+    [
+        ("ddpm", {"variance": "learned"}, "variance 'learned'; known: beta, posterior"),
+        ("ddim", {"eta": 1.5}, "eta must lie"),
+        ("dpm++", {"eta": 1.5}, "eta must lie"),
+        ("dpm++", {"order": 3}, "order must be 1 or 2"),
+    ],
+)
 def test_options_out_of_range_are_refused(solver, options, message):
     with pytest.raises(ValueError, match=message):
         run(solver, wave_denoiser(True), draws(1)[0], solver_steps(ALPHA_BARS, [999]), **options)
@@ -381,8 +404,9 @@ def diffusion(T=100, size=(4, 6)):
 def test_the_same_seed_gives_the_same_image_in_any_batch(sampler):
     seeds = [11, 12, 13, 14, 15]
     together = diffusion().sample(5, "cpu", sampler=sampler, seeds=seeds, steps=20)
-    apart = torch.cat([diffusion().sample(len(part), "cpu", sampler=sampler, seeds=part, steps=20)
-                       for part in (seeds[:2], seeds[2:])])
+    apart = torch.cat(
+        [diffusion().sample(len(part), "cpu", sampler=sampler, seeds=part, steps=20) for part in (seeds[:2], seeds[2:])]
+    )
     torch.testing.assert_close(together, apart, rtol=0, atol=1 / 255)
     assert (together[0] - together[1]).abs().max() > 0.1
 
@@ -400,8 +424,9 @@ def test_without_seeds_the_global_generator_decides():
 # sample
 
 
-@pytest.mark.parametrize("sampler, count", [("ddpm", 100), ("ddim", 25), ("dpm++", 25), ("sde-dpm++", 25),
-                                            ("heun", 25)])
+@pytest.mark.parametrize(
+    "sampler, count", [("ddpm", 100), ("ddim", 25), ("dpm++", 25), ("sde-dpm++", 25), ("heun", 25)]
+)
 def test_sampling_starts_at_the_last_timestep_and_has_default_steps(sampler, count):
     model = diffusion()
     frames = list(model.sample_steps(2, "cpu", sampler=sampler, seeds=[0, 1]))

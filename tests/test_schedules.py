@@ -141,5 +141,9 @@ def test_the_linear_schedule_has_limits_instead_of_a_shift():
 def test_a_single_beta_is_a_schedule_too():
     for beta in (0.5, 0.999):
         limit = pytest.approx(beta / 1000)
-        assert find_schedule([beta]) == {"schedule": "linear", "num_timesteps": 1, "schedule_low": limit,
-                                         "schedule_high": limit}
+        assert find_schedule([beta]) == {
+            "schedule": "linear",
+            "num_timesteps": 1,
+            "schedule_low": limit,
+            "schedule_high": limit,
+        }

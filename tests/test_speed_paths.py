@@ -2,6 +2,7 @@
 
 Nothing here is timed.
 """
+
 import copy
 
 import pytest
@@ -51,8 +52,9 @@ def run(function, norm, x):
     x, conv = x.clone(memory_format=torch.preserve_format).requires_grad_(), conv_of(x.shape[1], x.dtype)
     out = function(norm, F.silu, x, conv)
     weights = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
-    return out.detach(), *torch.autograd.grad((out * weights).sum(),
-                                              (x, norm.weight, norm.bias, conv.weight, conv.bias))
+    return out.detach(), *torch.autograd.grad(
+        (out * weights).sum(), (x, norm.weight, norm.bias, conv.weight, conv.bias)
+    )
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -74,8 +76,11 @@ def test_in_bf16_the_gradients_are_those_of_float32_within_rounding(layout):
 
 
 def test_fused_dropout_drops_its_share_scales_the_rest_and_passes_no_gradient_where_it_dropped():
-    x = torch.randn(8, 16, 32, 32,
-                    generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last).requires_grad_()
+    x = (
+        torch.randn(8, 16, 32, 32, generator=torch.Generator().manual_seed(0))
+        .to(memory_format=torch.channels_last)
+        .requires_grad_()
+    )
     norm, conv, share = norm_of(16), looking_glass(16), 0.3
     torch.manual_seed(0)
     out = norm_act_conv(norm, F.silu, x, conv, nn.Dropout(share).train())
@@ -113,8 +118,12 @@ def test_with_other_modules_or_frozen_the_path_is_plain(monkeypatch):
     assert torch.equal(norm_act_conv(norm, F.relu, x, conv), plain(norm, F.relu, x, conv))
     assert torch.equal(norm_act_conv(nn.Identity(), F.silu, x, conv), conv(F.silu(x)))
     circular = nn.Conv2d(8, 5, 3, padding=1, padding_mode="circular")
-    for other in (circular, nn.Conv2d(8, 5, 3, stride=2), nn.Conv2d(8, 5, 3, bias=False),
-                  nn.Conv2d(8, 5, 3, padding="same")):
+    for other in (
+        circular,
+        nn.Conv2d(8, 5, 3, stride=2),
+        nn.Conv2d(8, 5, 3, bias=False),
+        nn.Conv2d(8, 5, 3, padding="same"),
+    ):
         assert torch.equal(norm_act_conv(norm, F.silu, x, other), plain(norm, F.silu, x, other))
     assert not norm_act_conv(norm, F.silu, x, looking_glass(8), nn.Dropout(1.0).train()).any()
 
@@ -124,11 +133,13 @@ def test_without_gradients_the_result_is_the_plain_paths_and_its_input_stays(act
     x, norm, conv = torch.randn(2, 8, 4, 4), norm_of(8), conv_of(8)
     before = x.clone()
     with torch.no_grad():
-        torch.testing.assert_close(norm_act_conv(norm, activation, x, conv), plain(norm, activation, x, conv),
-                                   atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            norm_act_conv(norm, activation, x, conv), plain(norm, activation, x, conv), atol=1e-6, rtol=1e-5
+        )
         assert torch.equal(x, before)
-        dropped = norm_act_conv(norm, activation, torch.randn(8, 8, 8, 8), looking_glass(8),
-                                nn.Dropout(0.5).train()) == 0
+        dropped = (
+            norm_act_conv(norm, activation, torch.randn(8, 8, 8, 8), looking_glass(8), nn.Dropout(0.5).train()) == 0
+        )
     assert 0.4 < dropped.float().mean() < 0.6  # training mode without gradients still drops
 
 
@@ -212,15 +223,19 @@ def test_dropping_by_bits_is_filling_with_zeros(dtype):
 @pytest.mark.parametrize("mean", [0, 8, 64])
 @pytest.mark.parametrize("size", [4, 16, 32])  # PyTorch's own takes over at 32
 def test_group_norm_in_bf16_is_that_of_float32_far_from_zero_too(size, mean):
-    x = (mean + torch.randn(4, 32, size, size,
-                            generator=torch.Generator().manual_seed(0))).bfloat16().to(memory_format=torch.channels_last)
+    x = (
+        (mean + torch.randn(4, 32, size, size, generator=torch.Generator().manual_seed(0)))
+        .bfloat16()
+        .to(memory_format=torch.channels_last)
+    )
     norm = norm_of(32)
     out, means, rstd = fused.group_norm(x, norm.weight, norm.bias, 8, norm.eps)
     groups = x.double().reshape(4, 8, -1)
     torch.testing.assert_close(means.double().view(4, 8), groups.mean(2), atol=1e-4, rtol=1e-5)
     if size < 32:  # PyTorch's own variance is off by 1 % at 64
-        torch.testing.assert_close(rstd.double().view(4, 8), (groups.var(2, correction=0) + norm.eps).rsqrt(),
-                                   atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(
+            rstd.double().view(4, 8), (groups.var(2, correction=0) + norm.eps).rsqrt(), atol=1e-4, rtol=1e-5
+        )
     torch.testing.assert_close(out.float(), norm(x.float()), atol=0.02, rtol=0.01)
     conv = looking_glass(32).bfloat16()
     with torch.no_grad():  # as when drawing
@@ -255,8 +270,11 @@ def test_layouts_by_device():
     cpu = torch.channels_last if torch.backends.mkldnn.is_available() else torch.contiguous_format
     assert memory_format(torch.device("cpu"), "fp32") == memory_format(torch.device("cpu"), "bf16") == cpu
     assert memory_format(torch.device("cuda"), "bf16") == torch.channels_last
-    assert memory_format(torch.device("cuda"), "fp32") == memory_format(torch.device("mps"),
-        "fp32") == torch.contiguous_format
+    assert (
+        memory_format(torch.device("cuda"), "fp32")
+        == memory_format(torch.device("mps"), "fp32")
+        == torch.contiguous_format
+    )
 
 
 def small_network(**settings):

@@ -1,4 +1,5 @@
 """A new run from another's weights: what the network does with the classes stays what it was."""
+
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,16 @@ from nets import build
 from nets.weights import change_classes
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
-SETTINGS = {"input_shape": (8, 8), "channel": 8, "channel_mults": (1, 2), "num_res_blocks": 1,
-            "attention_resolutions": (1,), "num_timesteps": 20, "num_groups": 2, "prediction": "v"}  # fmt: skip
+SETTINGS = {
+    "input_shape": (8, 8),
+    "channel": 8,
+    "channel_mults": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (1,),
+    "num_timesteps": 20,
+    "num_groups": 2,
+    "prediction": "v",
+}
 KNOWN = ["cats", "dogs", "birds"]
 
 
@@ -87,8 +96,16 @@ def test_classes_of_a_network_that_had_none_change_nothing_at_first():
 def given(tmp_path, monkeypatch):
     """A file of two classes, v and cosine. The pictures here have one class of it and a new one."""
     monkeypatch.chdir(tmp_path)
-    config = {**SETTINGS, "channel": 32, "channel_mults": (1,), "attention_resolutions": (), "num_groups": 8,
-              "schedule": "cosine", "class_conditional": True, "label_dropout": 0.1}  # fmt: skip
+    config = {
+        **SETTINGS,
+        "channel": 32,
+        "channel_mults": (1,),
+        "attention_resolutions": (),
+        "num_groups": 8,
+        "schedule": "cosine",
+        "class_conditional": True,
+        "label_dropout": 0.1,
+    }
     _, checkpoint = trained_network(config, ["even", "odd"])
     save_checkpoint("given.pth", {"format": 1, "ema_step": 5, **checkpoint})
     write_pictures(tmp_path / "datasets", 16, 12)
@@ -98,16 +115,31 @@ def given(tmp_path, monkeypatch):
 
 
 def test_a_run_starts_from_a_file(given, capsys):
-    run_main("train.py", *TINY, "--start_from", given, "--input_shape", "12,12", "--class_conditional", "True",
-             "--epochs", "1", "--init_lr", "0")
+    run_main(
+        "train.py",
+        *TINY,
+        "--start_from",
+        given,
+        "--input_shape",
+        "12,12",
+        "--class_conditional",
+        "True",
+        "--epochs",
+        "1",
+        "--init_lr",
+        "0",
+    )
     assert f"starting from {given}, with its network and schedule" in capsys.readouterr().out
     before, after = load_checkpoint(given), last("logs")
     assert after["config"]["prediction"] == "v" and after["config"]["schedule"] == "cosine"
     assert after["config"]["input_shape"] == (12, 12) and after["position"]["epoch"] == 1
     assert (before["classes"], after["classes"]) == (["even", "odd"], ["even", "new"])
     for name, value in after["weights"].items():
-        expected = before["weights"][name.replace("ema_model.", "model.").replace("model.", "ema_model.")
-                                     if name not in before["weights"] or "model." in name else name]
+        expected = before["weights"][
+            name.replace("ema_model.", "model.").replace("model.", "ema_model.")
+            if name not in before["weights"] or "model." in name
+            else name
+        ]
         if name.endswith("class_bias.weight"):
             expected = expected[[0, 2, 2]]
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
@@ -122,12 +154,15 @@ def test_a_run_that_started_from_a_file_resumes_exactly(given):
     assert_same_state(last("whole"), last("broken"))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["--img_channels", "1"], "it has img_channels = 3, and this run has 1: set --img_channels 3"),
-    (["--channel", "64"], "was built with channel = 32, which cannot change"),
-    (["--prediction", "eps"], "was built with prediction = v, which cannot change"),
-    (["--resume", "given.pth"], "given.pth was built with start_from = '', which cannot change"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--img_channels", "1"], "it has img_channels = 3, and this run has 1: set --img_channels 3"),
+        (["--channel", "64"], "was built with channel = 32, which cannot change"),
+        (["--prediction", "eps"], "was built with prediction = v, which cannot change"),
+        (["--resume", "given.pth"], "given.pth was built with start_from = '', which cannot change"),
+    ],
+)
 def test_what_the_weights_cannot_do_is_refused_by_name(given, capsys, options, message):
     typed = [option for pair in zip(TINY[::2], TINY[1::2]) for option in pair if pair[0] != options[0]]
     with pytest.raises(SystemExit):
@@ -137,8 +172,11 @@ def test_what_the_weights_cannot_do_is_refused_by_name(given, capsys, options, m
 
 def test_weights_alone_and_bare_ones_are_fine(given):
     whole = load_checkpoint(given)
-    average = {name: value.half() if name.startswith("ema_model.") else value
-               for name, value in whole["weights"].items() if not name.startswith("model.")}
+    average = {
+        name: value.half() if name.startswith("ema_model.") else value
+        for name, value in whole["weights"].items()
+        if not name.startswith("model.")
+    }
     about = {name: whole[name] for name in ("format", "config", "classes")}
     save_checkpoint("small.pth", {**about, "weights_kind": "ema", "weights": average})
     torch.save({f"module.{name}": value for name, value in whole["weights"].items()}, "bare.pth")

@@ -1,4 +1,5 @@
 """What scripts print: no name, terminal or missing stream ends them."""
+
 import io
 import os
 import subprocess
@@ -58,8 +59,10 @@ def test_names_that_the_terminal_lacks(tmp_path):
     write_pictures(project / "datasets", count=4)
     (project / "datasets" / "even").rename(project / "datasets" / "猫\x1b[31m")
     os.rename(os.fsencode(project / "datasets" / "odd"), os.fsencode(project / "datasets") + b"/\xe9\xff")
-    for variables in ({"PYTHONIOENCODING": "cp1252"},
-                      {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+    for variables in (
+        {"PYTHONIOENCODING": "cp1252"},
+        {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ):
         done = start(command("txt_annotation.py"), project, env=variables)
         assert done.returncode == 0, done.stderr
         assert b"2 classes" in done.stdout and b"\x1b" not in done.stdout and b"Traceback" not in done.stderr
@@ -69,8 +72,9 @@ def test_a_missing_stderr_and_a_closed_pipe(tmp_path):
     write_pictures(tmp_path / "datasets")
     run(command("txt_annotation.py"), tmp_path)
     training = " ".join(command("train.py", *TINY, "--epochs", "2")).replace("()", "'()'")
-    done = subprocess.run(["bash", "-c", f"{training} 2>&- | head -n 1"], cwd=tmp_path, env=ENVIRONMENT,
-                          capture_output=True, timeout=240)
+    done = subprocess.run(
+        ["bash", "-c", f"{training} 2>&- | head -n 1"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, timeout=240
+    )
     assert done.returncode == 0 and b"Traceback" not in done.stderr
     assert load_checkpoint(newest_run(tmp_path) / "last.pth")["position"]["epoch"] == 2
 

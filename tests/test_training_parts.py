@@ -1,4 +1,5 @@
 """The pieces of the training loop, each by itself."""
+
 import hashlib
 import math
 
@@ -46,8 +47,13 @@ def test_rate_of_the_shortest_runs_is_finite(total):
 
 
 def test_auto_rate_goes_as_one_over_the_width():
-    assert [choose_learning_rate("auto", channel) for channel in (128, 64, 32, 256, 1)] == [2e-4, 4e-4, 8e-4, 1e-4,
-        1e-3]
+    assert [choose_learning_rate("auto", channel) for channel in (128, 64, 32, 256, 1)] == [
+        2e-4,
+        4e-4,
+        8e-4,
+        1e-4,
+        1e-3,
+    ]
     assert choose_learning_rate(3e-4, 64) == 3e-4
 
 
@@ -68,8 +74,9 @@ def test_draws_are_those_of_the_whole_batch_whatever_the_share():
 
 
 def test_an_option_does_not_change_another_ones_draws():
-    with_flips, without = (draw_step(torch.Generator(), 7, (64, 1, 2, 2), 10, flip=flip, drop=0.5)
-                           for flip in (0.5, 0.0))
+    with_flips, without = (
+        draw_step(torch.Generator(), 7, (64, 1, 2, 2), 10, flip=flip, drop=0.5) for flip in (0.5, 0.0)
+    )
     assert torch.equal(with_flips.noise, without.noise) and torch.equal(with_flips.drop, without.drop)
     assert with_flips.flip.any() and not without.flip.any()
 
@@ -84,8 +91,15 @@ def test_meter_adds_losses_by_quarter_and_leaves_bad_steps_out():
     meter.add(losses, t, torch.tensor(2.0), torch.zeros(()), torch.zeros(()))
     meter.add(losses * float("nan"), t, torch.tensor(float("nan")), torch.ones(()), torch.ones(()))
     row = epoch_means(meter.sums[None])
-    assert row == {"loss": 5.0, "loss_t1": 2.0, "loss_t2": 5.0, "loss_t3": 7.0, "loss_t4": 9.0, "grad_norm": 2.0,
-                   "skipped": 1}
+    assert row == {
+        "loss": 5.0,
+        "loss_t1": 2.0,
+        "loss_t2": 5.0,
+        "loss_t3": 7.0,
+        "loss_t4": 9.0,
+        "grad_norm": 2.0,
+        "skipped": 1,
+    }
     assert meter.latest() == (5.0, 1)
     meter.add(losses, t, torch.tensor(2.0), torch.zeros(()), torch.zeros(()))
     assert meter.latest()[1] == 0
@@ -146,8 +160,14 @@ def test_running_sums_survive_another_number_of_processes(monkeypatch):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             monkeypatch.setattr(distributed, "is_main", lambda rank=rank: rank == 0)
             sums[world_size, rank] = _own_sums(saved).tolist()
-    assert sums == {(1, 0): [11, 22], (2, 0): [1, 2], (2, 1): [10, 20], (3, 0): [11, 22], (3, 1): [0, 0],
-                    (3, 2): [0, 0]}
+    assert sums == {
+        (1, 0): [11, 22],
+        (2, 0): [1, 2],
+        (2, 1): [10, 20],
+        (3, 0): [11, 22],
+        (3, 1): [0, 0],
+        (3, 2): [0, 0],
+    }
 
 
 @pytest.mark.parametrize("decay", ["cos", "step"])
@@ -169,10 +189,16 @@ def test_a_loss_is_shown_only_once_there_is_one():
     assert math.isnan(meter.latest()[0]) and meter.latest()[1] == 1
 
 
-@pytest.mark.parametrize(("decay", "warmup", "steps", "span"), [
-    (0.999, True, 901, 101), (0.999, True, 100_000, 1000), (0.999, False, 5000, 1000), (0.9999, False, 300, 300),
-    (0.0, True, 50, 1),
-])
+@pytest.mark.parametrize(
+    ("decay", "warmup", "steps", "span"),
+    [
+        (0.999, True, 901, 101),
+        (0.999, True, 100_000, 1000),
+        (0.999, False, 5000, 1000),
+        (0.9999, False, 300, 300),
+        (0.0, True, 50, 1),
+    ],
+)
 def test_the_span_of_the_ema(decay, warmup, steps, span):
     """Against the weights of an EMA that sees its steps one by one: their mean age, but for a
     cut-off start.

@@ -9,8 +9,9 @@ from nets import AttentionBlock, Downsample, PositionalEmbedding, ResidualBlock,
 
 
 def small_unet(**settings):
-    return UNet(3, **{"base_channels": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "time_emb_dim": 64,
-                      **settings})
+    return UNet(
+        3, **{"base_channels": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "time_emb_dim": 64, **settings}
+    )
 
 
 @pytest.fixture
@@ -141,9 +142,15 @@ def test_dropout_acts_in_training_only(batch):
     assert torch.equal(network(x, t), network(x, t))
 
 
-@pytest.mark.parametrize("name, kind", [("gn", torch.nn.GroupNorm), ("bn", torch.nn.BatchNorm2d),
-                                        ("in", torch.nn.InstanceNorm2d),
-                                        (None, torch.nn.Identity)])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("gn", torch.nn.GroupNorm),
+        ("bn", torch.nn.BatchNorm2d),
+        ("in", torch.nn.InstanceNorm2d),
+        (None, torch.nn.Identity),
+    ],
+)
 def test_get_norm(name, kind):
     assert isinstance(get_norm(name, 64, 32), kind)
 

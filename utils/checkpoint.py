@@ -1,4 +1,5 @@
 """Checkpoints: one file of plain types and tensors, whole or not there. Reading runs no code."""
+
 from pathlib import Path
 
 import torch

@@ -1,4 +1,5 @@
 """What a checkpoint may hold: kinds and ranges of values, checked before anything is built."""
+
 import hashlib
 from typing import NamedTuple
 
@@ -38,16 +39,33 @@ NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.in
 TRAINING = ("optimizer", "scaler", "sums", "bad_in_row")
 # The settings of train.py that shape networks and images. Resuming checks the others.
 SETTINGS = {
-    "input_shape": Kind(int, 1, 2**14, range(2, 3)), "img_channels": Kind(int, 1, MOST), "channel": Kind(int, 1, MOST),
-    "channel_mults": Kind(int, 1, MOST, range(1, 33)), "num_res_blocks": Kind(int, 0, MOST),
-    "attention_resolutions": Kind(int, 0, 31, range(33)), "num_groups": Kind(int, 1, MOST, words=("auto",)),
-    "dropout": Kind(float, 0, 1), "activation_checkpointing": Kind(bool), "class_conditional": Kind(bool),
-    "label_dropout": Kind(float, 0, 1), "schedule": Kind(str), "num_timesteps": Kind(int, 1, MOST),
-    "schedule_low": Kind(float, 0, 1e6), "schedule_high": Kind(float, 0, 1e6), "schedule_shift": Kind(float, -5, 5),
-    "prediction": Kind(str), "loss_type": Kind(str), "loss_weighting": Kind(str), "min_snr_gamma": Kind(float, 0, 1e6),
-    "ema_decay": Kind(float, 0, 1), "ema_start": COUNT, "ema_warmup": Kind(bool), "resize_mode": Kind(str),
-    "background": Kind(int, 0, 255, range(3, 4)), "val_split": Kind(float, 0, 1),
-}  # fmt: skip
+    "input_shape": Kind(int, 1, 2**14, range(2, 3)),
+    "img_channels": Kind(int, 1, MOST),
+    "channel": Kind(int, 1, MOST),
+    "channel_mults": Kind(int, 1, MOST, range(1, 33)),
+    "num_res_blocks": Kind(int, 0, MOST),
+    "attention_resolutions": Kind(int, 0, 31, range(33)),
+    "num_groups": Kind(int, 1, MOST, words=("auto",)),
+    "dropout": Kind(float, 0, 1),
+    "activation_checkpointing": Kind(bool),
+    "class_conditional": Kind(bool),
+    "label_dropout": Kind(float, 0, 1),
+    "schedule": Kind(str),
+    "num_timesteps": Kind(int, 1, MOST),
+    "schedule_low": Kind(float, 0, 1e6),
+    "schedule_high": Kind(float, 0, 1e6),
+    "schedule_shift": Kind(float, -5, 5),
+    "prediction": Kind(str),
+    "loss_type": Kind(str),
+    "loss_weighting": Kind(str),
+    "min_snr_gamma": Kind(float, 0, 1e6),
+    "ema_decay": Kind(float, 0, 1),
+    "ema_start": COUNT,
+    "ema_warmup": Kind(bool),
+    "resize_mode": Kind(str),
+    "background": Kind(int, 0, 255, range(3, 4)),
+    "val_split": Kind(float, 0, 1),
+}
 
 
 def check_contents(checkpoint):
@@ -90,8 +108,9 @@ def check_training(checkpoint, parts):
     expect("scaler", finite, scaler, "a dict of numbers")
     for name in ("history", "speed"):  # older versions kept the tables here
         rows = checkpoint.get(name, [])
-        listed = isinstance(rows, list) and all(isinstance(row, dict) and COUNT.allows(row.get("epoch"))
-                                                for row in rows)
+        listed = isinstance(rows, list) and all(
+            isinstance(row, dict) and COUNT.allows(row.get("epoch")) for row in rows
+        )
         expect(name, listed, rows, "a list of rows")
     check_training_fits(checkpoint, parts)
 
@@ -102,16 +121,20 @@ def check_training_fits(checkpoint, parts):
     muon = checkpoint["config"].get("optimizer_type") == "muon"
     sums, scaler, position = checkpoint["sums"], parts.scaler.state_dict(), checkpoint["position"]
     fits = {
-        "optimizer": all(number in range(len(parameters)) and are_moments(kept, parameters[number], muon)
-                         for number, kept in checkpoint["optimizer"]["state"].items()),
+        "optimizer": all(
+            number in range(len(parameters)) and are_moments(kept, parameters[number], muon)
+            for number, kept in checkpoint["optimizer"]["state"].items()
+        ),
         "sums": sums is None or (len(sums) > 0 and sums.shape[1:] == parts.meter.sums.shape),
         "scaler": not checkpoint["scaler"] or set(scaler) <= set(checkpoint["scaler"]),
         "position": position["batch_size"] > 0 and position["images"] % position["batch_size"] == 0,
     }
     wrong = [name for name, fit in fits.items() if not fit]
     if wrong:
-        raise ValueError(f"the checkpoint is damaged, or edited: its {' and '.join(wrong)} cannot be those of a "
-                         "training of its weights")
+        raise ValueError(
+            f"the checkpoint is damaged, or edited: its {' and '.join(wrong)} cannot be those of a "
+            "training of its weights"
+        )
 
 
 def are_moments(kept, parameter, muon):
@@ -121,8 +144,9 @@ def are_moments(kept, parameter, muon):
     """
     names = ("exp_avg",) if muon and parameter.ndim == 4 else ("exp_avg", "exp_avg_sq")
     shapes = {"step": (), **dict.fromkeys(names, parameter.shape)}
-    return isinstance(kept, dict) and all(torch.is_tensor(kept.get(name)) and kept[name].shape == shape
-                                          for name, shape in shapes.items())
+    return isinstance(kept, dict) and all(
+        torch.is_tensor(kept.get(name)) and kept[name].shape == shape for name, shape in shapes.items()
+    )
 
 
 def expect(name, fits, found, expected):

@@ -1,4 +1,5 @@
 """Settings: a dataclass at the top of a script. Each field is also a command-line option."""
+
 import ast
 import difflib
 import inspect
@@ -34,11 +35,15 @@ def block_settings(config_class):
     file, hints = Path(inspect.getfile(config_class)).name, typing.get_type_hints(config_class)
     for name, value in vars(config_class).items():
         if name in REFERENCE_NAMES:
-            raise ValueError(f"{name} in the settings of {file} is a name of the reference: here it is "
-                             f"{REFERENCE_NAMES[name]}; take the line out")
+            raise ValueError(
+                f"{name} in the settings of {file} is a name of the reference: here it is "
+                f"{REFERENCE_NAMES[name]}; take the line out"
+            )
         if name not in hints and not name.startswith("_") and not callable(value):
-            raise ValueError(f"{name} = {value!r} in the settings of {file} has no type, so it is no setting: "
-                             f"write {name}: {type(value).__name__} = {value!r}, or take the line out")
+            raise ValueError(
+                f"{name} = {value!r} in the settings of {file} has no type, so it is no setting: "
+                f"write {name}: {type(value).__name__} = {value!r}, or take the line out"
+            )
     values = {}
     for field in fields(config_class):
         line = f"{field.name} = {field.default!r} in the settings of {file}"
@@ -138,8 +143,15 @@ def _fit(value, kind, text):
         fitted = tuple(_fit(item, kind, None if text is None else str(item)) for item, kind in zip(values, kinds))
         return fitted if len(values) == len(kinds) and _NO_FIT not in fitted else _NO_FIT
     if origin is typing.Literal:
-        return next((choice for choice in arguments for found in (value, text)  # "none" may be a choice
-                     if type(choice) is type(found) and choice == found), _NO_FIT)
+        return next(
+            (
+                choice
+                for choice in arguments
+                for found in (value, text)  # "none" may be a choice
+                if type(choice) is type(found) and choice == found
+            ),
+            _NO_FIT,
+        )
     if kind is str:
         return value if isinstance(value, str) else _NO_FIT if text is None else text
     if type(value) in (int, float) and not abs(value) < LARGEST:  # PyTorch counts in 64 bits; NaN is no smaller
@@ -187,5 +199,8 @@ def trailing_comments(config_class):
             names.setdefault(token.start[0], token.string)
         elif token.type == tokenize.COMMENT:
             comments[token.start[0]] = token.string.lstrip("# ")
-    return {name: comments.get(line, comments.get(line - 1)) for line, name in names.items()
-            if line in comments or (line - 1 in comments and line - 1 not in names)}
+    return {
+        name: comments.get(line, comments.get(line - 1))
+        for line, name in names.items()
+        if line in comments or (line - 1 in comments and line - 1 not in names)
+    }

@@ -1,4 +1,5 @@
 """report.html: a page of a run, from its files alone. python -m utils.report logs/<run>"""
+
 import ast
 import base64
 import csv
@@ -44,10 +45,13 @@ def page(folder):
     found = found if str(folder.resolve()) in str(found.get("samples")) else {}
     sections = {
         "What happened": summary(config, rows, read_rows(folder / "speed.csv")),
-        "Warnings": warnings(config, rows, found), "Settings that differ from train.py's": settings_table(config),
+        "Warnings": warnings(config, rows, found),
+        "Settings that differ from train.py's": settings_table(config),
         "Curves": image(folder / "epoch_loss.png", "curves") or table(row.items() for row in rows[-5:]),
-        "Previews": previews(folder), "Samples": samples(folder, config), "Nearest training images": nearest(found),
-    }  # fmt: skip
+        "Previews": previews(folder),
+        "Samples": samples(folder, config),
+        "Nearest training images": nearest(found),
+    }
     body = "".join(f"<h2>{title}</h2>{text or '<p>None.</p>'}" for title, text in sections.items())
     return HEAD.format(name=html.escape(folder.resolve().name), style=STYLE, body=body)
 
@@ -85,12 +89,16 @@ def embedded(path):
 def summary(config, rows, speed):
     last, seconds = rows[-1] if rows else {}, sum(row.get("seconds", 0) for row in speed)
     lowest = min(((row["val_loss"], row.get("epoch")) for row in rows if "val_loss" in row), default=None)
-    return table({
-        "epochs": f"{last.get('epoch', 0):.0f} of {config.get('epochs')}", "steps": f"{last.get('step', 0):,.0f}",
-        "training time": f"{seconds / 60:.1f} min", "loss": f"{last.get('loss', 0):.5g}",
-        "images a second": speed[-1].get("images_per_second", "") if speed else "",
-        "lowest validation loss": f"{lowest[0]:.5g} after epoch {lowest[1]:.0f}" if lowest else "no val_split",
-    }.items())  # fmt: skip
+    return table(
+        {
+            "epochs": f"{last.get('epoch', 0):.0f} of {config.get('epochs')}",
+            "steps": f"{last.get('step', 0):,.0f}",
+            "training time": f"{seconds / 60:.1f} min",
+            "loss": f"{last.get('loss', 0):.5g}",
+            "images a second": speed[-1].get("images_per_second", "") if speed else "",
+            "lowest validation loss": f"{lowest[0]:.5g} after epoch {lowest[1]:.0f}" if lowest else "no val_split",
+        }.items()
+    )
 
 
 def warnings(config, rows, found):
@@ -107,7 +115,7 @@ def warnings(config, rows, found):
         "heart. best.pth has the weights of the lowest.": validated and validated[-1] > 1.02 * min(validated),
         f"{close:.0%} of the samples are closer to a training image than 99 % of the other images are: they may be "
         "copies. Train for fewer epochs, or on more images.": close > 0.05,
-    }  # fmt: skip
+    }
     return "".join(f'<p class="warn">{html.escape(text)}</p>' for text, holds in texts.items() if holds)
 
 

@@ -1,4 +1,5 @@
 """The folders of runs in logs/: a new one, the newest, its weights, its epoch files."""
+
 import re
 import time
 from pathlib import Path
@@ -38,8 +39,9 @@ def newest_last(save_dir):
     except ValueError as error:
         older = epoch_files(path.parent)  # an older run is no substitute: resuming writes into it
         instead = f"go on from {older[-1]} with --resume, or" if older else "it has no epoch file to go on from:"
-        raise ValueError(f"{error}; this is the newest run: {instead} name another run's folder, or move {path.parent} "
-                         "away") from None
+        raise ValueError(
+            f"{error}; this is the newest run: {instead} name another run's folder, or move {path.parent} away"
+        ) from None
 
 
 def find_checkpoint(resume, save_dir):
@@ -83,8 +85,10 @@ def find_weights(path, save_dir="logs"):
         return files[-1], ", which come with this project: your own run's go first once there is one"
     if files:
         return files[-1], f", a file in {save_dir}: a run of your own goes first once there is one"
-    raise ValueError(f"{Path(save_dir).resolve()} holds no weights: run `python train.py` first, or name a checkpoint "
-                     "with --model_path")
+    raise ValueError(
+        f"{Path(save_dir).resolve()} holds no weights: run `python train.py` first, or name a checkpoint "
+        "with --model_path"
+    )
 
 
 def weights_in(folder):
@@ -92,8 +96,9 @@ def weights_in(folder):
     found = _newest_in(folder)
     whole = folder.parent if folder.name == "unet" else folder
     if found is None and ((whole / "model_index.json").is_file() or (whole / "unet").is_dir()):
-        raise ValueError(f"{whole}: a folder of diffusers; make a checkpoint of it: "
-                         f"python -m utils.convert import {whole} FILE.pth")
+        raise ValueError(
+            f"{whole}: a folder of diffusers; make a checkpoint of it: python -m utils.convert import {whole} FILE.pth"
+        )
     return found or folder / LAST
 
 

@@ -1,4 +1,5 @@
 """Output that no name and no terminal can break. Imported first, it also answers Ctrl-C."""
+
 import contextlib
 import os
 import re
@@ -13,6 +14,7 @@ def printable(text, stream=None, keep=""):
 
     keep: raw characters that stay as they are; None: all of them.
     """
+
     def escape(match):
         return match[0] if match[0] in keep else match[0].encode("unicode_escape").decode()
 

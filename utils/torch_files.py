@@ -1,4 +1,5 @@
 """Reads every file that torch.save wrote. No code in it runs."""
+
 import codecs
 import pickle
 import warnings
@@ -34,8 +35,10 @@ def load_tensors(path, lazily=False, what="PyTorch checkpoint"):
     except (OSError, MemoryError):
         raise
     except pickle.UnpicklingError:
-        raise ValueError(f"{path}: not a file of tensors and plain values only; it is refused, as loading it could run "
-                         "code hidden in it") from None
+        raise ValueError(
+            f"{path}: not a file of tensors and plain values only; it is refused, as loading it could run "
+            "code hidden in it"
+        ) from None
     except Exception as error:  # the unpickler raises all kinds on a file of something else
         raise ValueError(f"{path}: damaged, or no {what} ({first_line(error)})") from None
 

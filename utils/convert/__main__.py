@@ -41,8 +41,11 @@ def export_weights(run, file):
     ValueError where `file` exists, or where half precision cannot hold the weights.
     """
     path, checkpoint, diffusion = open_run(run, file)
-    weights = {name: value.half() if name.startswith("ema_model.") else value
-               for name, value in diffusion.state_dict().items() if not name.startswith("model.")}
+    weights = {
+        name: value.half() if name.startswith("ema_model.") else value
+        for name, value in diffusion.state_dict().items()
+        if not name.startswith("model.")
+    }
     if not all_finite(weights):
         raise ValueError(f"{path}: its weights hold NaN or infinity, or numbers beyond half precision (65504)")
     kept = {name: checkpoint[name] for name in ("config", "classes")}
@@ -57,12 +60,16 @@ def export_reference(run, file):
     """
     path, _, diffusion = open_run(run, file)
     if diffusion.prediction != "eps":
-        raise ValueError("the reference's code needs a network that predicts the noise: this one predicts "
-                         f"{diffusion.prediction}; train one with --prediction eps")
+        raise ValueError(
+            "the reference's code needs a network that predicts the noise: this one predicts "
+            f"{diffusion.prediction}; train one with --prediction eps"
+        )
     groups = getattr(diffusion.model.out_norm, "num_groups", MAX_GROUPS)
     if groups != MAX_GROUPS:
-        raise ValueError(f"the reference's code builds group norms of {MAX_GROUPS} groups; this network has {groups}: "
-                         f"train one with --num_groups {MAX_GROUPS}")
+        raise ValueError(
+            f"the reference's code builds group norms of {MAX_GROUPS} groups; this network has {groups}: "
+            f"train one with --num_groups {MAX_GROUPS}"
+        )
     if not all_finite(diffusion.state_dict()):
         raise ValueError(f"{path}: its weights hold NaN or infinity")
     write(file, diffusion.state_dict(), path)
@@ -76,9 +83,11 @@ def print_reference_advice(diffusion):
     if other:
         arguments = ", ".join(f"{name}={network[name]!r} instead of {REFERENCE_UNET[name][0]!r}" for name in other)
         options = " ".join(REFERENCE_UNET[name][1] for name in other).strip()
-        print("warning: the reference's unchanged code cannot load these weights. Either give its UNet these "
-              f"arguments, in its ddpm.py and train.py: {arguments}. Or train the network that it builds (295.5 "
-              f"million parameters with channel 128): python train.py {options}")
+        print(
+            "warning: the reference's unchanged code cannot load these weights. Either give its UNet these "
+            f"arguments, in its ddpm.py and train.py: {arguments}. Or train the network that it builds (295.5 "
+            f"million parameters with channel 128): python train.py {options}"
+        )
     if "num_classes" in other:
         print("warning: the reference's scripts sample without classes: also pass y to sample")
     found = {"channel": network["base_channels"], "input_shape": tuple(diffusion.img_size), "num_timesteps": len(betas)}
@@ -86,8 +95,10 @@ def print_reference_advice(diffusion):
     if settings:
         print(f"settings to change in the reference's ddpm.py: {', '.join(settings)}")
     if not torch.allclose(betas, torch.from_numpy(make_betas(num_timesteps=len(betas))).float(), rtol=1e-4):
-        print("the schedule is not the reference's linear one: its code takes the schedule from this file, and its own "
-              "schedule settings do nothing")
+        print(
+            "the schedule is not the reference's linear one: its code takes the schedule from this file, and its own "
+            "schedule settings do nothing"
+        )
 
 
 def open_run(run, file):
@@ -111,9 +122,12 @@ COMMANDS = {  # name: (the function, what it writes, its arguments)
     "weights": (export_weights, "EMA weights in half precision, a small file", (RUN, FILE)),
     "reference": (export_reference, "a bare state dict with the reference's keys", (RUN, FILE)),
     "diffusers": (export_model, "a folder for diffusers' DDPMPipeline", (RUN, FOLDER)),
-    "import": (import_model, "a checkpoint from a folder of diffusers",
-               (("folder", "a folder that DDPMPipeline.save_pretrained wrote"), FILE)),
-}  # fmt: skip
+    "import": (
+        import_model,
+        "a checkpoint from a folder of diffusers",
+        (("folder", "a folder that DDPMPipeline.save_pretrained wrote"), FILE),
+    ),
+}
 
 
 def main(arguments=None):

@@ -69,8 +69,10 @@ def choose_label(diffusion, classes, class_name):
         known = f"known: {', '.join(classes)}" if classes else "this model was trained without classes"
         raise ValueError(f"unknown class_name {class_name!r}; {known}")
     if not class_name and classes and diffusion.null_class is None:
-        raise ValueError("this model has no null class, and the pipeline passes none: choose a --class_name among "
-                         f"{', '.join(classes)}")
+        raise ValueError(
+            "this model has no null class, and the pipeline passes none: choose a --class_name among "
+            f"{', '.join(classes)}"
+        )
     return classes.index(class_name) if class_name else diffusion.null_class
 
 
@@ -116,10 +118,13 @@ def scheduler_settings(diffusion):
     # float32's own digits: 0.02, not 0.019999999552965164.
     betas = [float(str(beta)) for beta in diffusion.betas.cpu().numpy()]
     return {
-        "num_train_timesteps": len(betas), "trained_betas": betas, "prediction_type": PREDICTIONS[diffusion.prediction],
+        "num_train_timesteps": len(betas),
+        "trained_betas": betas,
+        "prediction_type": PREDICTIONS[diffusion.prediction],
         # starts at T - 1 for any number of steps, as we do
-        "variance_type": "fixed_large", "timestep_spacing": "trailing",
-    }  # fmt: skip
+        "variance_type": "fixed_large",
+        "timestep_spacing": "trailing",
+    }
 
 
 def import_model(folder, file):
@@ -167,8 +172,10 @@ def read_schedule(scheduler, DDPMScheduler):
     given = defaults(DDPMScheduler) | scheduler
     prediction = next((ours for ours, theirs in PREDICTIONS.items() if theirs == given["prediction_type"]), None)
     if prediction is None:
-        raise ValueError(f"this is not one of our models: prediction_type is {given['prediction_type']!r}; known: "
-                         f"{', '.join(PREDICTIONS.values())}")
+        raise ValueError(
+            f"this is not one of our models: prediction_type is {given['prediction_type']!r}; known: "
+            f"{', '.join(PREDICTIONS.values())}"
+        )
     named = ", ".join(f"{name} {given[name]!r}" for name in ("beta_schedule", "rescale_betas_zero_snr"))
     with explain(f"its scheduler_config.json is damaged, or this is not one of our schedules: {named}"):
         schedule = find_schedule(DDPMScheduler.from_config(scheduler).betas)
@@ -207,21 +214,30 @@ def to_config(given, most_layers):
     if blocks * len(widths) > most_layers:
         raise ValueError("it has more layers than weights")
     return {
-        "input_shape": shape, "img_channels": given["in_channels"], "channel": widths[0],
-        "channel_mults": tuple(width // widths[0] for width in widths), "num_res_blocks": blocks,
-        "attention_resolutions": tuple(level for level, kind in enumerate(given["down_block_types"])
-                                       if kind.startswith("Attn")),
-        "num_groups": given["norm_num_groups"], "dropout": float(given["dropout"]), "class_conditional": False,
+        "input_shape": shape,
+        "img_channels": given["in_channels"],
+        "channel": widths[0],
+        "channel_mults": tuple(width // widths[0] for width in widths),
+        "num_res_blocks": blocks,
+        "attention_resolutions": tuple(
+            level for level, kind in enumerate(given["down_block_types"]) if kind.startswith("Attn")
+        ),
+        "num_groups": given["norm_num_groups"],
+        "dropout": float(given["dropout"]),
+        "class_conditional": False,
         "label_dropout": 0.0,
-    }  # fmt: skip
+    }
 
 
 def check_weights(weights, expected):
     """ValueError that names the weights that are missing, unknown, mis-shaped or NaN."""
     problems = [f"lack {name}" for name in expected if name not in weights]
     problems += [f"hold {name}, which ours does not have" for name in weights if name not in expected]
-    problems += [f"{name} have the shape {tuple(weights[name].shape)}, ours {tuple(value.shape)}"
-                 for name, value in expected.items() if name in weights and weights[name].shape != value.shape]
+    problems += [
+        f"{name} have the shape {tuple(weights[name].shape)}, ours {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
     problems += [] if all_finite(weights) else ["hold NaN or infinity"]
     if problems:
         raise ValueError(f"this is not one of our networks: its weights {some(problems)}")
@@ -233,9 +249,13 @@ def defaults(kind):
 
 
 RESIDUAL = {
-    "norm_1": "norm1", "conv_1": "conv1", "time_bias": "time_emb_proj", "norm_2": "norm2", "conv_2.1": "conv2",
+    "norm_1": "norm1",
+    "conv_1": "conv1",
+    "time_bias": "time_emb_proj",
+    "norm_2": "norm2",
+    "conv_2.1": "conv2",
     "residual_connection": "conv_shortcut",
-}  # fmt: skip
+}
 ATTENTION = {"norm": "group_norm", "to_qkv": "to_qkv", "to_out": "to_out.0"}
 QKV = ("to_q", "to_k", "to_v")  # one layer here, three there
 
@@ -243,10 +263,14 @@ QKV = ("to_q", "to_k", "to_v")  # one layer here, three there
 def layer_names(levels, num_res_blocks):
     """{name of a layer of our UNet: its name in UNet2DModel}, whether or not a network has it."""
     names = {
-        "init_conv": "conv_in", "time_mlp.1": "time_embedding.linear_1", "time_mlp.3": "time_embedding.linear_2",
-        "out_norm": "conv_norm_out", "out_conv": "conv_out",
-        **residual_names("mid.0", "mid_block", 0), **residual_names("mid.1", "mid_block", 1),
-    }  # fmt: skip
+        "init_conv": "conv_in",
+        "time_mlp.1": "time_embedding.linear_1",
+        "time_mlp.3": "time_embedding.linear_2",
+        "out_norm": "conv_norm_out",
+        "out_conv": "conv_out",
+        **residual_names("mid.0", "mid_block", 0),
+        **residual_names("mid.1", "mid_block", 1),
+    }
     for ours, theirs, blocks, resample in (
         ("downs", "down_blocks", num_res_blocks, ("downsample", "downsamplers.0.conv")),
         ("ups", "up_blocks", num_res_blocks + 1, ("upsample.1", "upsamplers.0.conv")),
@@ -262,8 +286,9 @@ def layer_names(levels, num_res_blocks):
 def residual_names(ours, theirs, block):
     """The layers of one residual block and of its attention."""
     residual = {f"{ours}.{name}": f"{theirs}.resnets.{block}.{other}" for name, other in RESIDUAL.items()}
-    return residual | {f"{ours}.attention.{name}": f"{theirs}.attentions.{block}.{other}"
-                       for name, other in ATTENTION.items()}
+    return residual | {
+        f"{ours}.attention.{name}": f"{theirs}.attentions.{block}.{other}" for name, other in ATTENTION.items()
+    }
 
 
 def unet2d_settings(found, input_shape, dropout, num_groups):
@@ -271,15 +296,20 @@ def unet2d_settings(found, input_shape, dropout, num_groups):
     kinds = ["Attn" * (level in found["attention_resolutions"]) for level in range(len(found["channel_mults"]))]
     height, width = input_shape
     return {
-        "_class_name": "UNet2DModel", "flip_sin_to_cos": False, "attention_head_dim": None,
+        "_class_name": "UNet2DModel",
+        "flip_sin_to_cos": False,
+        "attention_head_dim": None,
         "sample_size": height if height == width else (height, width),
-        "in_channels": found["img_channels"], "out_channels": found["img_channels"],
+        "in_channels": found["img_channels"],
+        "out_channels": found["img_channels"],
         "block_out_channels": tuple(found["base_channels"] * mult for mult in found["channel_mults"]),
         "down_block_types": tuple(f"{kind}DownBlock2D" for kind in kinds),
         "up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
-        "layers_per_block": found["num_res_blocks"], "time_embedding_dim": found["time_emb_dim"],
-        "norm_num_groups": num_groups, "dropout": dropout,
-    }  # fmt: skip
+        "layers_per_block": found["num_res_blocks"],
+        "time_embedding_dim": found["time_emb_dim"],
+        "norm_num_groups": num_groups,
+        "dropout": dropout,
+    }
 
 
 def their_keys(key, names):

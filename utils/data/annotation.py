@@ -62,15 +62,19 @@ def read_annotation(annotation_path):
     labels, paths = zip(*(LINE.fullmatch(line).groups() for line in lines.values()))
     for number, label, path in zip(lines, labels, paths):
         if not os.path.isabs(path) or "\0" in path or (label is None) != (labels[0] is None):
-            raise ValueError(f"{annotation_path}, line {number}: expected '<absolute path>' on all lines, or "
-                             f"'<class id>;<absolute path>' on all{_fault(path)}; {RUN_AGAIN}")
+            raise ValueError(
+                f"{annotation_path}, line {number}: expected '<absolute path>' on all lines, or "
+                f"'<class id>;<absolute path>' on all{_fault(path)}; {RUN_AGAIN}"
+            )
     if labels[0] is None:
         return Annotation(list(paths), None, [])
     labels, names_path = list(map(int, labels)), classes_path(annotation_path)
     classes = list((_lines(names_path) or {}).values())
     if len(classes) <= max(labels):
-        raise ValueError(f"{annotation_path} uses class id {max(labels)}, but {names_path} "
-                         f"{f'names {len(classes)} classes only' if classes else 'is missing or empty'}: {RUN_AGAIN}")
+        raise ValueError(
+            f"{annotation_path} uses class id {max(labels)}, but {names_path} "
+            f"{f'names {len(classes)} classes only' if classes else 'is missing or empty'}: {RUN_AGAIN}"
+        )
     again = next((name for name, times in Counter(classes).items() if times > 1), None)
     if again is not None:  # a checkpoint with such names could not be loaded
         raise ValueError(f"{names_path} names {printable(again)} twice: {RUN_AGAIN}")

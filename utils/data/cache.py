@@ -18,8 +18,8 @@ from utils.data.search import first_of, system_failure
 from utils.data.threads import Budget, map_in_threads
 from utils.files import PROJECT, atomic_write
 
-CACHE_VERSION = 2   # part of the key: raise it when load_image gives other pixels or the files change their form
-CACHES_KEPT = 4     # the most recently used ones in a folder
+CACHE_VERSION = 2  # part of the key: raise it when load_image gives other pixels or the files change their form
+CACHES_KEPT = 4  # the most recently used ones in a folder
 READING = Budget(FILE_BYTES)  # memory of all threads for the content of files
 
 
@@ -116,8 +116,10 @@ def _build_cache(folder, key, paths, settings, num_workers):
         with atomic_write(pixels_path.with_suffix(".json"), "w", encoding="utf-8") as file:
             json.dump({"shape": [len(hashes), *shape], "hashes": hashes, "bad": bad}, file)
     except OSError as error:
-        raise OSError(f"the cache of decoded images could not be written ({error.strerror or error}): {place} needs "
-                      f"{megabytes:.0f} MB; free some space, or lower input_shape") from error
+        raise OSError(
+            f"the cache of decoded images could not be written ({error.strerror or error}): {place} needs "
+            f"{megabytes:.0f} MB; free some space, or lower input_shape"
+        ) from error
 
 
 def _decode(path, settings):

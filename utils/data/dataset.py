@@ -14,8 +14,16 @@ from utils.data.decode import check_picture_settings
 BLOCK_BYTES = 2**23  # pixels in memory at once, where a measure reads a whole data set
 
 
-def open_dataset(annotation_path, input_shape, img_channels=3, resize_mode="crop", background=(255, 255, 255),
-                 num_workers=0, cache_path=None, icc=True):
+def open_dataset(
+    annotation_path,
+    input_shape,
+    img_channels=3,
+    resize_mode="crop",
+    background=(255, 255, 255),
+    num_workers=0,
+    cache_path=None,
+    icc=True,
+):
     """The images of a list, decoded once into a cache on disk -> ImageDataset.
 
     Files that cannot be decoded are printed and left out. num_workers: threads that decode; 0: all
@@ -25,8 +33,13 @@ def open_dataset(annotation_path, input_shape, img_channels=3, resize_mode="crop
     """
     check_picture_settings(input_shape, img_channels, resize_mode, background)
     annotation = read_annotation(annotation_path)
-    settings = {"input_shape": tuple(map(int, input_shape)), "img_channels": img_channels, "resize_mode": resize_mode,
-                "background": tuple(map(int, background)), "icc": bool(icc)}
+    settings = {
+        "input_shape": tuple(map(int, input_shape)),
+        "img_channels": img_channels,
+        "resize_mode": resize_mode,
+        "background": tuple(map(int, background)),
+        "icc": bool(icc),
+    }
     pixels, index = open_cache(annotation_path, annotation.paths, settings, cache_path, num_workers)
     kept = np.delete(np.arange(len(annotation.paths)), [row for row, _ in index["bad"]])
     labels = torch.tensor([annotation.labels[row] if annotation.labels else 0 for row in kept], dtype=torch.int64)
@@ -130,11 +143,14 @@ def fit_batch_size(num_images, batch_size, multiple=1):
     if batch_size < multiple or batch_size % multiple:
         lower = max(batch_size, 0) // multiple * multiple
         fit = f"{lower} or {lower + multiple}" if lower else multiple
-        raise ValueError(f"batch_size {batch_size} is no positive multiple of {multiple} (processes x accumulate): "
-                         f"use {fit}")
+        raise ValueError(
+            f"batch_size {batch_size} is no positive multiple of {multiple} (processes x accumulate): use {fit}"
+        )
     if num_images < multiple:
-        raise ValueError(f"{num_images} images are too few for batches of at least {multiple} "
-                         f"(processes x accumulate): lower accumulate or the number of processes, or add images")
+        raise ValueError(
+            f"{num_images} images are too few for batches of at least {multiple} "
+            f"(processes x accumulate): lower accumulate or the number of processes, or add images"
+        )
     shrunk = min(batch_size, num_images // multiple * multiple)
     if shrunk < batch_size:
         print(f"batch_size is {shrunk}, not {batch_size}: there are {num_images} images")

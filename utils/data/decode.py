@@ -25,9 +25,14 @@ STRIP_PIXELS = 2**21  # pixels that are converted at once: intermediate values t
 # Errors of the system that are about one file: it is gone, or may not be read.
 ABOUT_THE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 UPRIGHT = {  # EXIF orientation -> what brings the image upright
-    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
-}  # fmt: skip
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 # (scale of a JPEG, how much the image must at least shrink for it). 4 and 2 change a few levels of
 # 255. 8 is the mean of 8x8 pixels and shows on thin lines: it leaves four times the pixels needed.
 DRAFT_SCALES = ((8, 32), (4, 8), (2, 4))
@@ -143,8 +148,10 @@ def _bytes_to_decode(image, stored_size):
     if image.format == "TIFF":
         needed += image.buffer_bytes()
     if needed > DECODE_BYTES:
-        raise ValueError(f"its {pixels / 1e6:.0f} million pixels take {needed / 1e9:.1f} GB to decode, "
-                         f"more than the {DECODE_BYTES / 1e9:.1f} GB that one image may take: make it smaller")
+        raise ValueError(
+            f"its {pixels / 1e6:.0f} million pixels take {needed / 1e9:.1f} GB to decode, "
+            f"more than the {DECODE_BYTES / 1e9:.1f} GB that one image may take: make it smaller"
+        )
     return needed
 
 
@@ -275,7 +282,7 @@ def _full_range(image, meaning):
         return 65535
     parts = (np.asarray(strip, dtype=meaning.dtype) for _, _, strip in _strips(image))
     largest = max(float(np.max(part, initial=0, where=np.isfinite(part))) for part in parts)
-    for full_range in (1, 255, 65535)[0 if image.mode == "F" else 1:]:
+    for full_range in (1, 255, 65535)[0 if image.mode == "F" else 1 :]:
         if largest <= full_range * 1.01:  # resampling overshoots a little
             return full_range
     return largest if image.mode == "F" else np.iinfo(meaning.dtype or np.int32).max

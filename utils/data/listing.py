@@ -1,4 +1,5 @@
 """What txt_annotation.py refuses to write, and what it found, in words."""
+
 import os
 from collections import Counter
 from pathlib import Path
@@ -41,6 +42,8 @@ def describe_classes(paths, labels, classes):
     if not folders:
         return "no class folders: the images are unlabelled"
     names = first_of([Path(path).name for path in beside], 5)
-    return (f"no classes, as {names} {'lies' if len(beside) == 1 else 'lie'} beside "
-            f"the folder{'s' * (len(folders) > 1)} {first_of(folders, 5)}: the images are unlabelled; "
-            "move every image into a folder for classes")
+    return (
+        f"no classes, as {names} {'lies' if len(beside) == 1 else 'lie'} beside "
+        f"the folder{'s' * (len(folders) > 1)} {first_of(folders, 5)}: the images are unlabelled; "
+        "move every image into a folder for classes"
+    )

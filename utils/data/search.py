@@ -70,6 +70,7 @@ def check_images(paths, full=True, num_workers=0):
     full: False reads the headers only. This is much faster and misses damage behind them.
     ValueError where the system fails, not the file: too little memory, or a broken disk.
     """
+
     def check(path):
         if "\n" in path or "\r" in path:
             return None, "its name holds a line break, which a list of lines cannot keep"
@@ -88,10 +89,13 @@ def check_images(paths, full=True, num_workers=0):
 def system_failure(path, error):
     """The ValueError that ends a pass over many files. The file itself may be whole."""
     if isinstance(error, MemoryError):
-        return ValueError(f"out of memory while decoding {path}: lower num_workers, or end other programs; "
-                          "nothing was kept")
-    return ValueError(f"{path} cannot be read now ({describe_error(error)}): "
-                      "see to the disk or the system and run this again; nothing was kept")
+        return ValueError(
+            f"out of memory while decoding {path}: lower num_workers, or end other programs; nothing was kept"
+        )
+    return ValueError(
+        f"{path} cannot be read now ({describe_error(error)}): "
+        "see to the disk or the system and run this again; nothing was kept"
+    )
 
 
 def first_of(words, limit, others="more"):

@@ -46,7 +46,9 @@ def map_in_threads(function, items, num_workers=0, description=None):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = num_workers or cores
     executor = ThreadPoolExecutor(workers)
-    tasks = (executor.submit(list, map(function, items[start:start + CHUNK])) for start in range(0, len(items), CHUNK))
+    tasks = (
+        executor.submit(list, map(function, items[start : start + CHUNK])) for start in range(0, len(items), CHUNK)
+    )
     try:
         with warnings.catch_warnings(), tqdm(total=len(items), desc=description, unit="img") as progress:
             warnings.filterwarnings("ignore", module="PIL")  # users need no warning of odd metadata

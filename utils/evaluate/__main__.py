@@ -38,6 +38,7 @@ from utils.sampling.summary import describe_guidance
 ENOUGH = 10_000  # below so many samples FID's upward bias is larger than the differences of interest
 
 
+# fmt: off
 @settings
 class Config:
     # Pictures
@@ -79,6 +80,7 @@ class Config:
     batch_size: int = 100                         # pictures at once: lower it if memory runs out
     device: str = "auto"                          # auto, cuda, mps or cpu
     precision: Literal[("auto", *DTYPES)] = "auto"  # of the diffusion network; features are fp32
+# fmt: on
 
 
 class Model(NamedTuple):
@@ -113,18 +115,25 @@ def main(arguments=None):
     samples = open_samples(config, model, opened, reference, device, precision)
     for name, count in (("samples", samples.count), ("reference pictures", len(reference))):
         if config.distances and count < NEIGHBOURS + 2:
-            raise ValueError(f"{count} {name} are too few for distances, which need {NEIGHBOURS + 2}: name more, or "
-                             "set --distances False")
+            raise ValueError(
+                f"{count} {name} are too few for distances, which need {NEIGHBOURS + 2}: name more, or "
+                "set --distances False"
+            )
     print_line("samples", samples.name)
     print_line("reference", f"{len(reference):,} pictures, {reference.name}")
     aside = f"{len(held_out):,} pictures, {held_out.name}" if held_out else "none: name them with --held_out"
     print_line("held out", aside)
     results = {
-        "settings": asdict(config), "weights": digest_of(config, model and model.diffusion),
-        "guiding_weights": digest_of(config, model and model.guide), "samples": samples.name,
-        "num_samples": samples.count, "reference": reference.name, "num_reference": len(reference),
-        "held_out": held_out.name if held_out else None, **about_sizes,
-    }  # fmt: skip
+        "settings": asdict(config),
+        "weights": digest_of(config, model and model.diffusion),
+        "guiding_weights": digest_of(config, model and model.guide),
+        "samples": samples.name,
+        "num_samples": samples.count,
+        "reference": reference.name,
+        "num_reference": len(reference),
+        "held_out": held_out.name if held_out else None,
+        **about_sizes,
+    }
     results |= compare(config, samples, reference, held_out, device)
     if config.bits:
         results["bits"] = measure_bits(config, model, held_out, device, precision)
@@ -138,12 +147,21 @@ def main(arguments=None):
 def check(config):
     """ValueError for a setting out of range, and for settings that exclude or need each other."""
     check_values(
-        config, num_images=(0, None), max_features=(NEIGHBOURS + 2, None), nearest_images=(1, None),
-        bits_images=(0, None), steps=(0, None), eta=(0, 1), seed=(0, SEEDS - 1), batch_size=(1, None),
-    )  # fmt: skip
+        config,
+        num_images=(0, None),
+        max_features=(NEIGHBOURS + 2, None),
+        nearest_images=(1, None),
+        bits_images=(0, None),
+        steps=(0, None),
+        eta=(0, 1),
+        seed=(0, SEEDS - 1),
+        batch_size=(1, None),
+    )
     if config.seed + config.num_images > SEEDS:
-        raise ValueError(f"seed {config.seed} and {config.num_images} samples: the last seed would lie beyond "
-                         f"{SEEDS - 1}; lower --seed or --num_images")
+        raise ValueError(
+            f"seed {config.seed} and {config.num_images} samples: the last seed would lie beyond "
+            f"{SEEDS - 1}; lower --seed or --num_images"
+        )
     if config.eta and config.sampler != "ddim":
         raise ValueError("--eta is an option of ddim: add --sampler ddim, or leave it out")
     within(config.guidance_interval)  # before anything is loaded
@@ -158,8 +176,9 @@ def compare(config, samples, reference, held_out, device):
     """The measures without a model that the settings ask for: a dict of distances and nearest."""
     results, cache, extractor = {}, FeatureCache(config.cache_dir, config.reference), None
     if config.distances or (config.nearest and config.nearest_by == "features"):
-        extractor = load_extractor(config.features, reference, cache, device, config.batch_size,
-                                   config.inception_weights)
+        extractor = load_extractor(
+            config.features, reference, cache, device, config.batch_size, config.inception_weights
+        )
         print_line("features", extractor.name)
     if config.distances or config.nearest:
         blocks = with_progress(samples.blocks, samples.count, "samples")
@@ -215,12 +234,16 @@ def open_references(config, model, opened):
     elif share and listed and Path(listed).resolve() == Path(config.reference).resolve():
         reference, held_out = split_validation(reference, share)  # as the training did
     if config.bits and held_out is None:
-        raise ValueError("--bits measures pictures that were not trained on: name them with --held_out, or train with "
-                         "--val_split 0.05")
+        raise ValueError(
+            "--bits measures pictures that were not trained on: name them with --held_out, or train with "
+            "--val_split 0.05"
+        )
     copies = len(set(held_out.hashes) & set(reference.hashes)) if held_out else 0
     if copies:
-        print(f"warning: {copies:,} of the held-out pictures are among the reference's: "
-              "what is said of them is not about unseen pictures")
+        print(
+            f"warning: {copies:,} of the held-out pictures are among the reference's: "
+            "what is said of them is not about unseen pictures"
+        )
     return reference, held_out
 
 
@@ -235,8 +258,14 @@ def opener(config, model):
     background = config.background or tuple(trained.get("background", (255, 255, 255)))
     icc = trained.get("icc", True) if config.icc is None else config.icc
     about = {"compared_at": list(shape), "sample_sizes": sizes}
-    return partial(open_images, shape=shape, resize_mode=resize_mode, background=background,
-                   cache_path=config.cache_dir or None, icc=icc), about
+    return partial(
+        open_images,
+        shape=shape,
+        resize_mode=resize_mode,
+        background=background,
+        cache_path=config.cache_dir or None,
+        icc=icc,
+    ), about
 
 
 def compared_shape(config):
@@ -247,8 +276,10 @@ def compared_shape(config):
     names = {f"{height}x{width}": count for (height, width), count in sizes.most_common(5)}
     if len(sizes) > 1:
         some = ", ".join(f"{count} of {name}" for name, count in names.items())
-        print(f"warning: the samples have {len(sizes)} sizes ({some}): all are made {shape[0]}x{shape[1]}; "
-              "--input_shape sets another")
+        print(
+            f"warning: the samples have {len(sizes)} sizes ({some}): all are made {shape[0]}x{shape[1]}; "
+            "--input_shape sets another"
+        )
     return shape, names
 
 
@@ -263,8 +294,10 @@ def open_samples(config, model, opened, reference, device, precision):
     if samples.count < config.num_images:
         print(f"warning: there are {samples.count:,} samples, fewer than the {config.num_images:,} asked for")
     if config.distances and samples.count < ENOUGH:
-        print(f"warning: {samples.count:,} samples are few: below {ENOUGH:,} a Frechet distance is too high, "
-              "and only compares with one of as many")
+        print(
+            f"warning: {samples.count:,} samples are few: below {ENOUGH:,} a Frechet distance is too high, "
+            "and only compares with one of as many"
+        )
     return samples
 
 
@@ -284,11 +317,15 @@ def samples_of(config, model, labels, device, precision):
     plan = model.diffusion.plan(config.sampler, config.steps or None, config.spacing or None, 1.0)
     check_interval(config.guidance_interval, plan)
     settings = {
-        "sampler": config.sampler, "steps": len(plan), "spacing": config.spacing or None,
-        "guidance_scale": config.guidance_scale, "guidance_interval": config.guidance_interval,
-        "guiding_model": model.guide, "use_ema": config.use_ema,
+        "sampler": config.sampler,
+        "steps": len(plan),
+        "spacing": config.spacing or None,
+        "guidance_scale": config.guidance_scale,
+        "guidance_interval": config.guidance_interval,
+        "guiding_model": model.guide,
+        "use_ema": config.use_ema,
         **({"eta": config.eta} if config.sampler == "ddim" else {}),
-    }  # fmt: skip
+    }
 
     def blocks():
         firsts = range(0, count, config.batch_size)

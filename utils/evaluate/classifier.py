@@ -38,8 +38,9 @@ class FeatureNet(nn.Module):
     def forward(self, images):
         """images (b, c, h, w) uint8, else ValueError -> (b, 128) float32."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != self.img_channels:
-            raise ValueError(f"expected uint8 pictures (b, {self.img_channels}, h, w), not {images.dtype} "
-                             f"{tuple(images.shape)}")
+            raise ValueError(
+                f"expected uint8 pictures (b, {self.img_channels}, h, w), not {images.dtype} {tuple(images.shape)}"
+            )
         return self.layers(images.to(self.head.weight.dtype) / 127.5 - 1).mean((2, 3))
 
     def classify(self, images):
@@ -51,8 +52,9 @@ class FeatureNet(nn.Module):
         return weights_digest(self.state_dict())
 
 
-def train_feature_net(images, labels, test_images, test_labels, num_classes=None, *, epochs=None, batch_size=128,
-                      seed=0, device="cpu"):
+def train_feature_net(
+    images, labels, test_images, test_labels, num_classes=None, *, epochs=None, batch_size=128, seed=0, device="cpu"
+):
     """A FeatureNet in eval mode, trained on images (n, h, w, c) uint8 with labels (n,).
 
     A function of its arguments on a machine with a number of threads. Only batches are copied, so
@@ -94,8 +96,10 @@ def check_labelled(name, images, labels):
     """ValueError unless there are pictures (n, h, w, c) uint8, and n labels from 0 up."""
     uint8 = str(images.dtype).endswith("uint8")
     if images.ndim != 4 or not uint8 or len(images) != len(labels) or not len(labels) or labels.min() < 0:
-        raise ValueError(f"{name} pictures must be (n, h, w, c) uint8 with n labels from 0 up, n above 0, "
-                         f"not {images.dtype} {tuple(images.shape)} with {len(labels)} labels")
+        raise ValueError(
+            f"{name} pictures must be (n, h, w, c) uint8 with n labels from 0 up, n above 0, "
+            f"not {images.dtype} {tuple(images.shape)} with {len(labels)} labels"
+        )
 
 
 def batch_of(images, rows, device):
@@ -114,8 +118,9 @@ def shifted(images, generator, most=2):
 @torch.no_grad()
 def accuracy(net, images, labels, device):
     """The share of pictures (n, h, w, c) uint8 whose label (n,) the net gives."""
-    found = [net.classify(batch_of(images, rows, device)).argmax(1).cpu()
-             for rows in torch.arange(len(labels)).split(500)]
+    found = [
+        net.classify(batch_of(images, rows, device)).argmax(1).cpu() for rows in torch.arange(len(labels)).split(500)
+    ]
     return (torch.cat(found) == labels).sum().item() / len(labels)
 
 

@@ -97,15 +97,17 @@ def kernel_distance(features_1, features_2, subsets=100, subset_size=1000, seed=
     features_1, features_2 = as_features(features_1), as_features(features_2)
     size = min(subset_size, len(features_1), len(features_2))
     if size < 2:
-        raise ValueError(f"a kernel distance needs at least 2 pictures on both sides, not {len(features_1)} and "
-                         f"{len(features_2)}")
+        raise ValueError(
+            f"a kernel distance needs at least 2 pictures on both sides, not {len(features_1)} and {len(features_2)}"
+        )
     if size == len(features_1) == len(features_2):
         subsets = 1
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(subsets):
-        x, y = (features[torch.randperm(len(features), generator=generator)[:size]]
-                for features in (features_1, features_2))
+        x, y = (
+            features[torch.randperm(len(features), generator=generator)[:size]] for features in (features_1, features_2)
+        )
         values.append(squared_discrepancy(x, y))
     values = torch.stack(values)
     return values.mean().item(), values.std(correction=0).item()
@@ -113,6 +115,7 @@ def kernel_distance(features_1, features_2, subsets=100, subset_size=1000, seed=
 
 def squared_discrepancy(x, y):
     """The unbiased estimate (Binkowski et al. 2018, equation 4) of x (n, d) and y (m, d), 0-dim."""
+
     def kernel(a, b):
         return (a @ b.T / a.shape[1] + 1) ** 3
 
@@ -133,8 +136,10 @@ def precision_and_recall(samples, reference, k=3):
     """
     samples, reference = as_features(samples), as_features(reference)
     if min(len(samples), len(reference)) <= k:
-        raise ValueError(f"precision and recall with k = {k} need more than {k} pictures on both sides, "
-                         f"not {len(samples)} and {len(reference)}")
+        raise ValueError(
+            f"precision and recall with k = {k} need more than {k} pictures on both sides, "
+            f"not {len(samples)} and {len(reference)}"
+        )
     # Float32 features of a copy differ in their last digits: it shall be in a ball of copies too.
     slack = 1e-6 * reference.square().sum(1).mean().sqrt()
     centre = reference.mean(0)  # distances of centred features lose fewer digits

@@ -103,13 +103,17 @@ class FeatureCache:
     def classifier(self, dataset, device):
         """The file of a FeatureNet of its classes, trained on 90 % of the images where missing."""
         if len(dataset.classes) < 2:
-            raise ValueError("--features classifier learns classes, and the reference has none: sort its "
-                             "pictures into class folders, name a classifier's file, or use --features inception")
+            raise ValueError(
+                "--features classifier learns classes, and the reference has none: sort its "
+                "pictures into class folders, name a classifier's file, or use --features inception"
+            )
         path = self.path("classifier", dataset.key())
         if not path.is_file():
             if len(set(dataset.hashes)) < 100:
-                raise ValueError(f"{len(dataset):,} pictures are too few to train a classifier on: "
-                                 "name the file of one with --features")
+                raise ValueError(
+                    f"{len(dataset):,} pictures are too few to train a classifier on: "
+                    "name the file of one with --features"
+                )
             # Digits from the end: the first ones decided already what val_split kept aside.
             parts = split_validation(replace(dataset, hashes=[digest[::-1] for digest in dataset.hashes]), 0.1)
             labelled = [value for part in parts for value in part.batch(range(len(part)))]
@@ -131,8 +135,9 @@ def load_extractor(features, dataset, cache, device, batch_size=100, inception_w
     path = cache.classifier(dataset, device) if features == "classifier" else Path(features)
     network = load_feature_net(path, device)
     if network.img_channels != dataset.shape[2]:
-        raise ValueError(f"{path}: a feature net for {network.img_channels} channels, "
-                         f"but the pictures have {dataset.shape[2]}")
+        raise ValueError(
+            f"{path}: a feature net for {network.img_channels} channels, but the pictures have {dataset.shape[2]}"
+        )
     accuracy = "unknown" if network.accuracy is None else f"{network.accuracy:.1%}"
     name = f"classifier of {network.num_classes} classes, test accuracy {accuracy}, {path.resolve()}"
     return Extractor(network, name, device, batch_size)

@@ -69,8 +69,15 @@ def open_images(path, shape, resize_mode="crop", background=(255, 255, 255), cac
     path = Path(path)
     if path.suffix.lower() == ".npz":
         return _open_npz(path, tuple(shape))
-    decode = partial(open_dataset, input_shape=shape[:2], img_channels=shape[2], resize_mode=resize_mode,
-                     background=background, cache_path=cache_path, icc=icc)
+    decode = partial(
+        open_dataset,
+        input_shape=shape[:2],
+        img_channels=shape[2],
+        resize_mode=resize_mode,
+        background=background,
+        cache_path=cache_path,
+        icc=icc,
+    )
     if not path.is_dir():
         return decode(path)
     paths = _listed(path)
@@ -109,8 +116,10 @@ def _open_npz(path, shape):
     """The ImageDataset of an .npz, unpacked to the disk and mapped: numpy would fill the memory."""
     own = _npz_shape(path)[1:]
     if own not in (shape, (*shape[:2], 1)):
-        raise ValueError(f"{path} holds pictures of (height, width, channels) {own}, to be compared at {shape}: "
-                         "pictures of an .npz are taken as they are")
+        raise ValueError(
+            f"{path} holds pictures of (height, width, channels) {own}, to be compared at {shape}: "
+            "pictures of an .npz are taken as they are"
+        )
     # Windows keeps open files
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder, _open_archive(path) as archive:
         unpacked = archive.extract("arr_0.npy", folder)

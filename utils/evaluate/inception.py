@@ -43,8 +43,9 @@ def load_inception(weights_path="", device="cpu"):
         source = weights_path or theirs.URL_INCEPTION_V3
     except Exception as error:  # whatever a broken package raises
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise ValueError(f"Inception features need two more packages, and importing them fails ({reason}): {INSTALL}; "
-                         f"{INSTEAD}") from None
+        raise ValueError(
+            f"Inception features need two more packages, and importing them fails ({reason}): {INSTALL}; {INSTEAD}"
+        ) from None
     try:
         if weights_path and not Path(weights_path).is_file():
             raise FileNotFoundError("there is no such file")
@@ -72,8 +73,9 @@ def downloaded_weights(theirs):
     kept = Path(torch.hub.get_dir(), "checkpoints", theirs.URL_INCEPTION_V3.rsplit("/", 1)[1])
     if kept.is_file() and not sha256_of(kept).startswith(kept.stem.rsplit("-", 1)[1]):
         raise ValueError(f"{kept} is damaged, or another file: delete it, and it is downloaded again")
-    return theirs.load_state_dict_from_url(theirs.URL_INCEPTION_V3, map_location="cpu", weights_only=True,
-                                           check_hash=True)
+    return theirs.load_state_dict_from_url(
+        theirs.URL_INCEPTION_V3, map_location="cpu", weights_only=True, check_hash=True
+    )
 
 
 def sha256_of(path):

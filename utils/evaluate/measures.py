@@ -35,10 +35,16 @@ def measure_distances(config, sampled, known, extractor):
     print_line(f"{kid} x 1000", f"{1000 * kernel:.3f} +- {1000 * spread:.3f}   ({counts})")
     print_line("precision, recall", f"{precision:.3f}, {recall:.3f}   (k = {NEIGHBOURS}, {counts})")
     return {
-        "features": extractor.name, "features_digest": extractor.key, "frechet_distance": frechet,
-        "kernel_distance": kernel, "kernel_distance_std": spread, "precision": precision, "recall": recall,
-        "k": NEIGHBOURS, "kept_features": len(sampled.features),
-    }  # fmt: skip
+        "features": extractor.name,
+        "features_digest": extractor.key,
+        "frechet_distance": frechet,
+        "kernel_distance": kernel,
+        "kernel_distance_std": spread,
+        "precision": precision,
+        "recall": recall,
+        "k": NEIGHBOURS,
+        "kept_features": len(sampled.features),
+    }
 
 
 def measure_nearest(config, images, reference, held_out, extractor):
@@ -51,8 +57,10 @@ def measure_nearest(config, images, reference, held_out, extractor):
     others, whose = (held_out, "held-out") if held_out else (reference, "reference, to its others")
     others = others.images(others.shuffled(config.nearest_images, config.seed))
     other_distances, _ = nearest_images(others, reference, extractor, 1 if held_out else 2)  # the nearest is itself
-    quantiles = {name: torch.quantile(values, torch.tensor(QUANTILES).double()).tolist()
-                 for name, values in (("samples", distances), (whose, other_distances))}
+    quantiles = {
+        name: torch.quantile(values, torch.tensor(QUANTILES).double()).tolist()
+        for name, values in (("samples", distances), (whose, other_distances))
+    }
     closer = (distances < quantiles[whose][0]).double().mean().item()
     title = f"nearest, in {'features' if extractor else 'levels'}"
     print_line(title, "  ".join(f"{quantile:>7.0%}" for quantile in QUANTILES))
@@ -60,10 +68,14 @@ def measure_nearest(config, images, reference, held_out, extractor):
         print_line(f"  {name}", "  ".join(f"{value:7.3f}" for value in values))
     print_line("  very close", f"{closer:.1%} of the samples are closer than the others' 1 % quantile (chance: 1 %)")
     return {
-        "by": config.nearest_by, "quantiles": QUANTILES, **quantiles, "share_closer_than_first_quantile": closer,
-        "pairs": save_pairs(config, images, reference, distances, found), "num_samples": len(distances),
+        "by": config.nearest_by,
+        "quantiles": QUANTILES,
+        **quantiles,
+        "share_closer_than_first_quantile": closer,
+        "pairs": save_pairs(config, images, reference, distances, found),
+        "num_samples": len(distances),
         "num_others": len(others),
-    }  # fmt: skip
+    }
 
 
 def nearest_images(images, reference, extractor=None, k=1):
@@ -87,8 +99,9 @@ def save_pairs(config, images, reference, distances, found):
     pairs = np.concatenate((images[shown].numpy(), reference.images(found[shown]).numpy()), axis=2)
     save_png(path, make_grid(pairs, COLUMNS, padding=4))
     print(f"{path.resolve()}: sample, nearest picture; the {min(PAIRS, len(order))} closest first, then farther ones")
-    return [{"sample": i, "distance": distances[i].item(), "reference": printable(reference.paths[found[i]])}
-            for i in shown]
+    return [
+        {"sample": i, "distance": distances[i].item(), "reference": printable(reference.paths[found[i]])} for i in shown
+    ]
 
 
 def measure_bits(config, model, held_out, device, precision):
@@ -111,10 +124,15 @@ def measure_bits(config, model, held_out, device, precision):
     print_line("bits per dimension", f"{total.mean():.4f} +- {printed}   ({of})")
     print_line("  L_0, L_1..T-1, L_T", f"{curve[0]:.4f}, {curve[1:-1].sum():.4f}, {curve[-1]:.6f}")
     return {
-        "bits_per_dimension": total.mean().item(), "standard_error": error, "num_images": len(total),
-        "L_0": curve[0].item(), "L_between": curve[1:-1].sum().item(), "L_T": curve[-1].item(),
-        "terms": curve.tolist(), "precision": precision,
-    }  # fmt: skip
+        "bits_per_dimension": total.mean().item(),
+        "standard_error": error,
+        "num_images": len(total),
+        "L_0": curve[0].item(),
+        "L_between": curve[1:-1].sum().item(),
+        "L_T": curve[-1].item(),
+        "terms": curve.tolist(),
+        "precision": precision,
+    }
 
 
 def held_out_labels(held_out, model):
@@ -122,6 +140,8 @@ def held_out_labels(held_out, model):
     if model.classes and held_out.classes == model.classes:
         return held_out.labels
     if model.classes and model.diffusion.null_class is None:
-        raise ValueError(f"--bits: the model needs the classes {', '.join(model.classes[:5])} ..., and the held-out "
-                         "pictures are not sorted into folders of these names")
+        raise ValueError(
+            f"--bits: the model needs the classes {', '.join(model.classes[:5])} ..., and the held-out "
+            "pictures are not sorted into folders of these names"
+        )
     return None

@@ -77,12 +77,15 @@ class PredictFiles:
         except FileNotFoundError:
             return None
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{path.resolve()} cannot be read ({describe_error(error)}): "
-                             "delete it, it is drawn again") from None
+            raise ValueError(
+                f"{path.resolve()} cannot be read ({describe_error(error)}): delete it, it is drawn again"
+            ) from None
         differing = [name for name in {**wanted, **text} if text.get(name) != wanted.get(name)]
         if differing:
-            raise ValueError(f"{path.resolve()} is there already and differs in {', '.join(differing)}: "
-                             "move it away, or choose another --save_dir")
+            raise ValueError(
+                f"{path.resolve()} is there already and differs in {', '.join(differing)}: "
+                "move it away, or choose another --save_dir"
+            )
         return pixels.reshape(self.shape)
 
     def add(self, first, pixels):
@@ -147,8 +150,9 @@ def _check_folder(folder):
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"{folder.resolve()} cannot be written to ({error.strerror}): "
-                         "choose another --save_dir") from None
+        raise ValueError(
+            f"{folder.resolve()} cannot be written to ({error.strerror}): choose another --save_dir"
+        ) from None
 
 
 def _open_spool(folder, shape):

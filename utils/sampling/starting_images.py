@@ -31,11 +31,15 @@ def load_mask(path, image_path, input_shape, trained):
     mask = (_load(path, input_shape, 1, trained, (0, 0, 0)) > 127.5).float()
     (width, height), (image_width, image_height) = check_image(path, full=False), check_image(image_path, full=False)
     if width * image_height != height * image_width:
-        raise ValueError(f"{path}: the mask is {width}x{height} and {image_path} {image_width}x{image_height}: "
-                         "they must have the same shape, so that one lies on the other")
+        raise ValueError(
+            f"{path}: the mask is {width}x{height} and {image_path} {image_width}x{image_height}: "
+            "they must have the same shape, so that one lies on the other"
+        )
     if mask.min() == mask.max():
-        raise ValueError(f"{path}: the mask is all {'white' if mask.max() else 'black'}: "
-                         "paint white what is drawn anew, black what stays")
+        raise ValueError(
+            f"{path}: the mask is all {'white' if mask.max() else 'black'}: "
+            "paint white what is drawn anew, black what stays"
+        )
     return mask
 
 

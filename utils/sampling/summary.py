@@ -1,4 +1,5 @@
 """What predict.py is about to do: the settings that were chosen for the user."""
+
 from utils.device import describe_device
 
 
@@ -15,9 +16,11 @@ def print_summary(config, rows, classes, device, precision, checkpoint):
     if not checkpoint["config"]:
         size = ",".join(map(str, config.input_shape))
         print(f"these weights do not say their size: drawing {size}; --input_shape sets another")
-    print(f"{describe_device(device)}, precision {precision}; {config.sampler}, {config.steps} steps"
-          f"{describe_guidance(config)}; "
-          f"{config.num_images} pictures from seed {config.seed} on")
+    print(
+        f"{describe_device(device)}, precision {precision}; {config.sampler}, {config.steps} steps"
+        f"{describe_guidance(config)}; "
+        f"{config.num_images} pictures from seed {config.seed} on"
+    )
     if rows:
         more = f" (and {len(classes) - len(rows)} more: --class_name draws one)" if len(classes) > len(rows) else ""
         print(f"a row of each class, from the top: {', '.join(rows)}{more}")

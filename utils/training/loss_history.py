@@ -1,4 +1,5 @@
 """What a run has seen: a row an epoch, as CSV, as curves in TensorBoard, and as an image."""
+
 import csv
 import math
 import os

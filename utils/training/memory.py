@@ -1,4 +1,5 @@
 """The memory that training needs: an estimate before, advice after it ran out."""
+
 import os
 
 import torch
@@ -18,15 +19,19 @@ def print_memory(config, parts):
     mib = {name: copies * fixed / sum(COPIES.values()) / 2**20 for name, copies in COPIES.items()}
     mib["activations"] = per_image * size / 2**20
     print("memory     " + ", ".join(f"{value:,.0f} MiB {name}" for name, value in mib.items()))
-    print(f"           {sum(mib.values()):,.0f} MiB in all for {size} pictures at a time; --accumulate N divides the "
-          "activations by N")
+    print(
+        f"           {sum(mib.values()):,.0f} MiB in all for {size} pictures at a time; --accumulate N divides the "
+        "activations by N"
+    )
 
 
 def advice_for_training(config, parts):
     """What to lower after memory ran out, and how far where that can be estimated."""
     size = micro_batch_size(config, parts)
-    settings = ("raise --accumulate (the same update in smaller parts), set --activation_checkpointing True (slower), "
-                "or lower --batch_size, --channel or --input_shape")
+    settings = (
+        "raise --accumulate (the same update in smaller parts), set --activation_checkpointing True (slower), "
+        "or lower --batch_size, --channel or --input_shape"
+    )
     try:
         fixed, per_image = memory_needs(config, parts)
     except (RuntimeError, MemoryError):  # no room is left to try it in
@@ -43,9 +48,11 @@ def check_network_fits(num_parameters, device):
     """ValueError where training needs more than the device's memory. No network is built."""
     needed, there = sum(COPIES.values()) * 4 * num_parameters, device_memory(device)
     if there and needed > there:
-        raise ValueError(f"a network of {num_parameters / 1e9:.2f} billion parameters needs {mebibytes(needed)} for "
-                         f"weights, gradients and moments; {device} has {mebibytes(there)}: lower --channel, "
-                         "--channel_mults or --num_res_blocks")
+        raise ValueError(
+            f"a network of {num_parameters / 1e9:.2f} billion parameters needs {mebibytes(needed)} for "
+            f"weights, gradients and moments; {device} has {mebibytes(there)}: lower --channel, "
+            "--channel_mults or --num_res_blocks"
+        )
 
 
 def micro_batch_size(config, parts):

@@ -1,4 +1,5 @@
 """Running sums of an epoch. They stay on the device: reading them would make the host wait."""
+
 import torch
 
 from utils.device import LateCopy

@@ -1,4 +1,5 @@
 """Muon: orthogonal steps for the weights of convolutions, AdamW for everything else."""
+
 from contextlib import contextmanager
 
 import torch

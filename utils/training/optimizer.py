@@ -1,4 +1,5 @@
 """The optimizers, the learning rate, and a step that a bad gradient cannot reach."""
+
 import math
 
 import torch

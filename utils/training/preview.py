@@ -1,4 +1,5 @@
 """The preview: 25 images that a run samples on the way, always from the same noise."""
+
 import torch
 
 from utils.device import autocast

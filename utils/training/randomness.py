@@ -1,4 +1,5 @@
 """The randomness of training, a function of seed and position: nothing to save or restore."""
+
 import hashlib
 from typing import NamedTuple
 

@@ -1,4 +1,5 @@
 """Resuming: which settings win, and the state put back."""
+
 import hashlib
 import typing
 from dataclasses import replace
@@ -18,10 +19,22 @@ from utils.training.optimizer import restore_optimizer
 BEGINNING = ("preset", "start_from")  # how a run began; older ones have neither
 # What a run is built from. label_dropout > 0 adds the null class: it cannot come or go either.
 FIXED = (
-    "input_shape", "img_channels", "channel", "channel_mults", "num_res_blocks", "attention_resolutions", "num_groups",
-    "class_conditional", "schedule", "num_timesteps", "schedule_low", "schedule_high", "schedule_shift", "prediction",
+    "input_shape",
+    "img_channels",
+    "channel",
+    "channel_mults",
+    "num_res_blocks",
+    "attention_resolutions",
+    "num_groups",
+    "class_conditional",
+    "schedule",
+    "num_timesteps",
+    "schedule_low",
+    "schedule_high",
+    "schedule_shift",
+    "prediction",
     *BEGINNING,
-)  # fmt: skip
+)
 
 
 def merge_config(block, typed, checkpoint, source):
@@ -40,8 +53,10 @@ def merge_config(block, typed, checkpoint, source):
         same = getattr(base, name) == value if name != "label_dropout" else (base.label_dropout > 0) == (value > 0)
         if name in {*saved, *BEGINNING} and name in (*FIXED, "label_dropout") and not same:
             there = repr("") if getattr(base, name) == "" else getattr(base, name)
-            raise ValueError(f"--{name} {value}: {source} was built with {name} = {there}, "
-                             "which cannot change; leave it out, or start a fresh run")
+            raise ValueError(
+                f"--{name} {value}: {source} was built with {name} = {there}, "
+                "which cannot change; leave it out, or start a fresh run"
+            )
     left = sorted(set(kinds) - set(typed) - {"resume"})
     unused = [name for name in left if getattr(block, name) not in ("auto", getattr(base, name))]
     if unused:
@@ -58,8 +73,10 @@ def check_classes(config, classes, checkpoint):
     """ValueError unless the classes of the images are those that the run was built with."""
     known = checkpoint["classes"] if config.class_conditional and checkpoint else []
     if known and known != classes:
-        raise ValueError(f"the run's classes are {', '.join(known)}, and the list's are "
-                         f"{', '.join(classes) or 'none'}: they cannot change")
+        raise ValueError(
+            f"the run's classes are {', '.join(known)}, and the list's are "
+            f"{', '.join(classes) or 'none'}: they cannot change"
+        )
 
 
 class Start(NamedTuple):

@@ -1,4 +1,5 @@
 """What a run shows and writes: progress bar, tables, curves, previews, checkpoints."""
+
 import contextlib
 import json
 import math
@@ -44,8 +45,15 @@ class RunFiles:
             self.checkpoints = Checkpoints(self.folder, self.config, self.parts, self.attempt)
         done = self.start.epoch * self.images_per_epoch + self.start.images
         pause = 0.2 if sys.stderr.isatty() else 10  # seconds
-        self.bar = tqdm(total=self.config.epochs * self.images_per_epoch, initial=done, unit="img", unit_scale=True,
-                        disable=not self.main, dynamic_ncols=True, mininterval=pause)
+        self.bar = tqdm(
+            total=self.config.epochs * self.images_per_epoch,
+            initial=done,
+            unit="img",
+            unit_scale=True,
+            disable=not self.main,
+            dynamic_ncols=True,
+            mininterval=pause,
+        )
         self.epoch_began, self.epoch_images = time.monotonic(), 0
         return self
 
@@ -115,19 +123,24 @@ class RunFiles:
         shown = "" if loss is None else f", loss {loss:.4f}"
         if not self.attempt.failed:
             model = "" if self.folder.resolve().parent == Path("logs").resolve() else f" --model_path {self.folder}"
-            print(f"done{shown}: weights in {(self.folder / LAST).resolve()}; "
-                  f"`python predict.py{model}` draws with them")
+            print(
+                f"done{shown}: weights in {(self.folder / LAST).resolve()}; `python predict.py{model}` draws with them"
+            )
             _, epoch = self.history.lowest("val_loss")
             if epoch:
-                print(f"the validation loss was lowest after epoch {epoch}: `python predict.py --model_path "
-                      f"{self.folder / BEST}` draws with the weights of then")
+                print(
+                    f"the validation loss was lowest after epoch {epoch}: `python predict.py --model_path "
+                    f"{self.folder / BEST}` draws with the weights of then"
+                )
             print(f"`python -m utils.report {self.folder}` makes a page of this run")
             return
         older = "an older" if (self.folder / LAST).is_file() else "no"
         there = f"{older} {LAST} is" if LAST in self.attempt.failed else f"{LAST} is"
         missing = ", ".join(sorted(self.attempt.failed))
-        raise ValueError(f"the epochs are done{shown}, but {missing} could not be written; {there} in "
-                         f"{self.folder.resolve()}: free some space and resume it")
+        raise ValueError(
+            f"the epochs are done{shown}, but {missing} could not be written; {there} in "
+            f"{self.folder.resolve()}: free some space and resume it"
+        )
 
     def preview(self, epoch, step):
         """Samples the preview into a file and TensorBoard. Too little memory ends no run."""

@@ -1,4 +1,5 @@
 """When last.pth and the epoch files are written, what is in them, and what could not be written."""
+
 import time
 from dataclasses import asdict
 
@@ -39,10 +40,16 @@ class Checkpoints:
         """
         parts = self.parts
         position = {"epoch": epoch, "images": images, "batch_size": parts.batch_size, "pictures": self.fingerprint}
-        return self.write(LAST, {
-            "position": position, "sums": sums, "optimizer": parts.optimizer.state_dict(),
-            "scaler": parts.scaler.state_dict(), "bad_in_row": int(parts.meter.bad_in_row),
-        })  # fmt: skip
+        return self.write(
+            LAST,
+            {
+                "position": position,
+                "sums": sums,
+                "optimizer": parts.optimizer.state_dict(),
+                "scaler": parts.scaler.state_dict(),
+                "bad_in_row": int(parts.meter.bad_in_row),
+            },
+        )
 
     def save_epoch(self, epoch):
         """Writes epoch_XXXX.pth, weights alone, and deletes old ones."""
@@ -53,10 +60,14 @@ class Checkpoints:
         """Writes what sampling needs, and a training state. Returns whether the file is there."""
         diffusion = self.parts.diffusion
         state = {
-            "format": FORMAT, "config": asdict(self.config), "classes": list(self.parts.dataset.classes),
-            "weights": diffusion.state_dict(), "weights_kind": "full", "ema_step": diffusion.ema_step,
+            "format": FORMAT,
+            "config": asdict(self.config),
+            "classes": list(self.parts.dataset.classes),
+            "weights": diffusion.state_dict(),
+            "weights_kind": "full",
+            "ema_step": diffusion.ema_step,
             **(training_state or {}),
-        }  # fmt: skip
+        }
         began, written = time.monotonic(), False
         if all_finite(state["weights"]):
             written = self.attempt(name, lambda: save_checkpoint(self.folder / name, state))

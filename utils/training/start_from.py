@@ -1,4 +1,5 @@
 """A new run that begins with the weights of another: `--start_from`."""
+
 from dataclasses import replace
 
 from utils import distributed
@@ -26,12 +27,16 @@ def start_config(config, typed, checkpoint, source):
     """
     saved = {name: getattr(type(config)(), name) for name in (*CARRIED, "img_channels")} | checkpoint["config"]
     if saved["img_channels"] != config.img_channels:
-        raise ValueError(f"--start_from {source}: it has img_channels = {saved['img_channels']}, and this run has "
-                         f"{config.img_channels}: set --img_channels {saved['img_channels']}, or start without it")
+        raise ValueError(
+            f"--start_from {source}: it has img_channels = {saved['img_channels']}, and this run has "
+            f"{config.img_channels}: set --img_channels {saved['img_channels']}, or start without it"
+        )
     for name in CARRIED:
         if typed.get(name, "auto") not in ("auto", saved[name]):
-            raise ValueError(f"--{name} {typed[name]}: {source} was built with {name} = {saved[name]}, which cannot "
-                             "change; leave it out, or start without --start_from")
+            raise ValueError(
+                f"--{name} {typed[name]}: {source} was built with {name} = {saved[name]}, which cannot "
+                "change; leave it out, or start without --start_from"
+            )
     if distributed.is_main():
         print(f"starting from {source}, with its network and schedule")
     return replace(config, **{name: saved[name] for name in CARRIED})

@@ -1,4 +1,5 @@
 """Signals that ask a run to stop: it finishes its step and saves first."""
+
 import contextlib
 import os
 import signal

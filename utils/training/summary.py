@@ -1,4 +1,5 @@
 """What a run is about to do, in a few lines: sizes, steps, and what every "auto" became."""
+
 import time
 
 from utils import distributed
@@ -33,15 +34,21 @@ def print_summary(config, parts, preset):
     device = describe_device(parts.device)
     print(f"device     {device}, precision {config.precision}, compile {config.compile}{processes}")
     print(f"pictures   {len(dataset):,} of {height}x{width}, {config.img_channels} channels{aside}{classes}{used}")
-    print(f"network    {count / 1e6:.2f} million parameters, {config.num_groups} groups; {config.prediction}, "
-          f"{config.schedule} schedule{shifted}, T = {config.num_timesteps}")
-    print(f"training   {config.epochs} epochs of {steps} steps of {parts.batch_size}, {total:,} steps in all, "
-          f"{config.optimizer_type}, learning rate up to {config.init_lr:g}")
+    print(
+        f"network    {count / 1e6:.2f} million parameters, {config.num_groups} groups; {config.prediction}, "
+        f"{config.schedule} schedule{shifted}, T = {config.num_timesteps}"
+    )
+    print(
+        f"training   {config.epochs} epochs of {steps} steps of {parts.batch_size}, {total:,} steps in all, "
+        f"{config.optimizer_type}, learning rate up to {config.init_lr:g}"
+    )
     seen = total * parts.batch_size / len(dataset)
     print(f"           each picture is seen about {seen:,.0f} times")
     if seen > SEEN_OFTEN:
-        print("warning: few pictures, seen so often, may be learned by heart (with n pictures that takes n times as "
-              "long): keep some aside with --val_split 0.1, and look for copies with `python -m utils.evaluate`")
+        print(
+            "warning: few pictures, seen so often, may be learned by heart (with n pictures that takes n times as "
+            "long): keep some aside with --val_split 0.1, and look for copies with `python -m utils.evaluate`"
+        )
     print(f"EMA        over about the last {ema_span(config, total):,} of {total:,} steps at the end")
 
 
@@ -55,14 +62,17 @@ def print_dry_run(config, parts, flops, step):
     if distributed.is_main():
         steps = config.epochs * (len(parts.dataset) // parts.batch_size)
         slower = " (not compiled: the run is faster)" if config.compile else ""
-        print(f"time       {seconds:.3g} s a step{slower}, {steps:,} steps: {duration(seconds * steps)}, "
-              f"without saves and previews; {flops / 1e9:.3g} billion operations a picture, forward")
+        print(
+            f"time       {seconds:.3g} s a step{slower}, {steps:,} steps: {duration(seconds * steps)}, "
+            f"without saves and previews; {flops / 1e9:.3g} billion operations a picture, forward"
+        )
 
 
 def seconds_per_step(config, parts, step):
     """Of the first step, or of the two after it where it is short. Not compiled."""
-    batches = epoch_batches(len(parts.dataset), parts.batch_size, config.seed, 0, 0, distributed.rank(),
-                           distributed.world_size())
+    batches = epoch_batches(
+        len(parts.dataset), parts.batch_size, config.seed, 0, 0, distributed.rank(), distributed.world_size()
+    )
     images, labels = next(iter(parts.dataset.batches(batches)))
     ends = [time.perf_counter()]
     while len(ends) < 4 and distributed.from_main(ends[-1] - ends[0] < 5):  # all processes take as many steps

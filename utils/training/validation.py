@@ -1,4 +1,5 @@
 """The loss of images that are never trained on."""
+
 import numpy as np
 import torch
 
