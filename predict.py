@@ -13,14 +13,14 @@ import torch
 from tqdm import tqdm
 
 from nets import build
+from nets.errors import check_choice
 from nets.guidance import check_interval, check_weaker_model, within
 from nets.samplers import DEFAULT_SPACING, SAMPLERS, SEEDS, SPACINGS, seeded_noise, slerp
-from nets.schedules import check_choice
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.config import block_settings, check_values, settings, typed_options
 from utils.device import DTYPES, autocast, choose_compile, choose_device, choose_precision, memory_format, round_weights
-from utils.errors import explain_out_of_memory, run_script
+from utils.errors import UserError, explain_out_of_memory, run_script
 from utils.images import to_uint8
 from utils.run_folders import find_weights
 from utils.sampling.batches import advice_for_sampling, sample_batches
@@ -153,13 +153,13 @@ def load_guide(config, checkpoint, diffusion):
 def check_model(config, diffusion, classes, guide):
     """ValueError for a setting that this model cannot serve."""
     if config.class_name and not classes:
-        raise ValueError("--class_name: this model was trained without classes; train with --class_conditional True")
+        raise UserError("--class_name: this model was trained without classes; train with --class_conditional True")
     if config.class_name:
         check_choice("class_name", config.class_name, classes)
     check_weaker_model(diffusion, config.guidance_scale, guide)
     if config.interpolate and classes and not config.class_name:
         known = ", ".join(classes)
-        raise ValueError(f"--interpolate stays within one class: name it with --class_name; known: {known}")
+        raise UserError(f"--interpolate stays within one class: name it with --class_name; known: {known}")
 
 
 def resolve(config, typed, diffusion, classes):
@@ -176,7 +176,7 @@ def resolve(config, typed, diffusion, classes):
     if grid_rows(config, classes) and "num_images" not in typed and num_images == SHOWN:
         num_images = COLUMNS * grid_rows(config, classes)
     if not config.interpolate and seed + num_images > SEEDS:
-        raise ValueError(
+        raise UserError(
             f"seed {seed}: the last of {num_images} pictures would have the seed {seed + num_images - 1}, "
             f"and they end at {SEEDS - 1}: lower --seed or --num_images"
         )

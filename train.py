@@ -20,7 +20,7 @@ from utils.config import block_settings, check_values, settings, typed_options
 from utils.data.dataset import ImageDataset, epoch_batches, fit_batch_size, normalise, open_dataset, split_validation
 from utils.data.decode import RESIZE_MODES
 from utils.device import DTYPES, autocast, choose_compile, choose_device, choose_precision, memory_format, peak_memory
-from utils.errors import explain_out_of_memory, run_script
+from utils.errors import UserError, explain_out_of_memory, run_script
 from utils.run_folders import find_checkpoint, run_folder
 from utils.training.memory import advice_for_training, check_network_fits
 from utils.training.meter import Meter, counts_as_bad, epoch_means
@@ -227,7 +227,7 @@ def check(config):
         val_split=(0, 0.9),
     )
     if config.lr_decay_type == "step" and not (config.init_lr and config.min_lr):
-        raise ValueError("lr_decay_type step falls by a factor and cannot reach 0: set init_lr and min_lr above 0")
+        raise UserError("lr_decay_type step falls by a factor and cannot reach 0: set init_lr and min_lr above 0")
     check_levels(config.channel_mults, config.attention_resolutions)
     check_input_shape(config.input_shape, len(config.channel_mults))
 
@@ -315,7 +315,7 @@ def train(config, parts, folder, start):
                 # Rank 0 keeps the time, any process may get a signal: all act two steps later.
                 number, save_now, bad_in_row = agreement.largest(stop.number, int(files.save_due()), bad_in_row)
                 if bad_in_row >= config.max_bad_steps:
-                    raise ValueError(f"{bad_in_row} steps in a row had NaN or infinite gradients. {files.advice()}")
+                    raise UserError(f"{bad_in_row} steps in a row had NaN or infinite gradients. {files.advice()}")
                 saved = (number or save_now) and files.save(epoch, consumed)
                 if number:
                     files.stop(number, saved)

@@ -10,7 +10,7 @@ from utils.data.annotation import write_annotation
 from utils.data.formats import EXTENSIONS
 from utils.data.listing import check_annotation_path, describe_classes, describe_endings, describe_sizes
 from utils.data.search import SHIPPED, check_images, label_by_folder, search, without_shipped
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.terminal import printable
 
 
@@ -44,7 +44,7 @@ def main(arguments=None):
     if not good:
         folder = Path(config.datasets_path).absolute()
         fault = f"none of the {len(bad)} images in {folder} can be read" if bad else f"no image in {folder}"
-        raise ValueError(f"{fault}: put images there ({' '.join(EXTENSIONS)}), or set datasets_path to another folder")
+        raise UserError(f"{fault}: put images there ({' '.join(EXTENSIONS)}), or set datasets_path to another folder")
     paths, sizes = zip(*good)
     labels, classes = label_by_folder(paths)
     names_path = write_annotation(config.annotation_path, paths, labels, classes)

@@ -24,8 +24,8 @@ from benchmarks.runs import DATA
 from benchmarks.time_to_quality import Judge, OurRun, sampled
 from benchmarks.timing import CLOCKS, markdown
 from nets.diffusion import PREDICTIONS, GaussianDiffusion
+from nets.errors import check_choice
 from nets.samplers import half_log_snr
-from nets.schedules import check_choice
 from utils.config import check_values, parse_config, parse_value, settings
 from utils.data.dataset import normalise
 from utils.device import choose_device

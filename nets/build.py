@@ -3,8 +3,9 @@
 import torch
 
 from .diffusion import GaussianDiffusion
+from .errors import SettingError, check_choice
 from .guidance import check_weaker_model
-from .schedules import check_choice, make_betas
+from .schedules import make_betas
 from .sizes import check_input_shape
 from .unet import UNet
 from .weights import change_classes, check_fit, check_sizes, class_rows, clean_keys, read_settings, unet_arguments
@@ -61,16 +62,16 @@ def guiding_model(checkpoint, own, diffusion, use_ema=True):
         ("input_shape", [part["config"].get("input_shape") for part in (checkpoint, own)]),
     ):
         if all(found) and found[0] != found[1]:
-            raise ValueError(f"the guiding model learned another {name}: take an earlier file of the same run")
+            raise SettingError(f"the guiding model learned another {name}: take an earlier file of the same run")
     try:
         guide, _ = from_checkpoint(checkpoint, diffusion.img_size)
     except ValueError as error:
-        raise ValueError(f"the guiding model: {error}") from None
+        raise SettingError(f"the guiding model: {error}") from None
     check_weaker_model(diffusion, 1.0, guide)
     networks = [part.ema_model if use_ema else part.model for part in (diffusion, guide)]
     weights, others = ([value.half() for value in network.parameters()] for network in networks)  # as small files have
     if len(weights) == len(others) and all(map(torch.equal, weights, others)):
-        raise ValueError(
+        raise SettingError(
             "the guiding model has the same weights and leads nowhere: take an earlier file of the same run"
         )
     return guide

@@ -11,7 +11,8 @@ from torch import nn
 
 from . import guidance, samplers
 from .ema import ema_weight, update_
-from .schedules import check_betas, check_choice, make_betas, schedule_tables
+from .errors import SettingError, check_choice
+from .schedules import check_betas, make_betas, schedule_tables
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 
@@ -138,7 +139,7 @@ class GaussianDiffusion(nn.Module):
         ValueError for images of another size.
         """
         if (size := tuple(x.shape[2:])) != self.img_size:
-            raise ValueError(f"images are {size} (height, width), this model was built for {self.img_size}")
+            raise SettingError(f"images are {size} (height, width), this model was built for {self.img_size}")
         if t is None:
             t = torch.randint(0, self.num_timesteps, (len(x),), device=x.device)
         return self.get_losses(x, t, y, noise=noise, use_ema=use_ema, reduction=reduction)
@@ -253,7 +254,7 @@ class GaussianDiffusion(nn.Module):
         if self.num_classes is None:
             return None
         if y is None and (guided or self.null_class is None):
-            raise ValueError("guidance, and a network without a null class, need a class for each image: pass y")
+            raise SettingError("guidance, and a network without a null class, need a class for each image: pass y")
         y = torch.as_tensor([self.null_class] if y is None else y, device=self.betas.device)
         return torch.cat((y, torch.full_like(y, self.null_class))) if guided else y
 
@@ -300,12 +301,14 @@ class GaussianDiffusion(nn.Module):
         """
         for name, given in (("y", y), ("seeds", seeds)):
             if given is not None and len(given) != batch_size:
-                raise ValueError(f"{name} has {len(given)} entries for a batch of {batch_size}")
+                raise SettingError(f"{name} has {len(given)} entries for a batch of {batch_size}")
         check_choice("sampler", sampler, samplers.SAMPLERS)
         solver = samplers.SAMPLERS[sampler]
         if known is not None or mask is not None:
             if sampler != "ddpm" or known is None or mask is None:
-                raise ValueError("inpainting needs the sampler ddpm, known (the images) and mask (1 where they change)")
+                raise SettingError(
+                    "inpainting needs the sampler ddpm, known (the images) and mask (1 where they change)"
+                )
             solver = samplers.repaint
             sampler_options |= {"known": known.to(device, torch.float32), "mask": mask.to(device, torch.float32)}
         samplers.check_options(sampler, solver, sampler_options)
@@ -326,7 +329,7 @@ class GaussianDiffusion(nn.Module):
     def plan(self, sampler, steps=None, spacing=None, strength=1.0):
         """The steps of a solver, a list of samplers.Step. None: the default of the sampler."""
         if not 0 < strength <= 1:
-            raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
+            raise SettingError(f"strength must be above 0 and at most 1, not {strength}")
         start = max(int(strength * self.num_timesteps), 1) - 1
         if steps is None:
             steps = start + 1 if sampler == "ddpm" else min(samplers.DEFAULT_STEPS, start + 1)
@@ -337,5 +340,5 @@ class GaussianDiffusion(nn.Module):
         """x as float32 on the device. ValueError unless it is (batch_size, c, h, w)."""
         shape = (batch_size, self.img_channels, *self.img_size)
         if tuple(x.shape) != shape:
-            raise ValueError(f"{name} must have the shape {shape}, not {tuple(x.shape)}")
+            raise SettingError(f"{name} must have the shape {shape}, not {tuple(x.shape)}")
         return x.to(device, torch.float32)

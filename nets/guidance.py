@@ -6,6 +6,7 @@ an earlier state of its training (Karras et al. 2024, "autoguidance").
 
 import math
 
+from .errors import SettingError
 from .samplers import half_log_snr
 
 
@@ -21,7 +22,7 @@ def within(interval):
     """lambda -> whether it lies in the interval; None: always. ValueError for a reversed one."""
     lowest, highest = interval or (-math.inf, math.inf)
     if not lowest < highest:
-        raise ValueError(f"guidance_interval goes from the lower lambda to the higher, not {interval}")
+        raise SettingError(f"guidance_interval goes from the lower lambda to the higher, not {interval}")
     return lambda value: lowest <= value <= highest
 
 
@@ -29,7 +30,7 @@ def check_interval(interval, plan):
     """ValueError for a guidance interval, or None, in which none of the plan's steps lies."""
     lambdas = [half_log_snr(step.alpha_bar_t) for step in plan]
     if not any(map(within(interval), lambdas)):
-        raise ValueError(
+        raise SettingError(
             f"no step is in the guidance_interval {interval}: their lambdas go from "
             f"{lambdas[0]:.3g} to {lambdas[-1]:.3g}"
         )
@@ -49,9 +50,9 @@ def check_weaker_model(diffusion, scale, guiding_model=None):
             ("alpha_bars", "schedule"),
         ):
             if getattr(guiding_model, name) != getattr(diffusion, name):
-                raise ValueError(f"the guiding model has another {words}: take an earlier file of the same run")
+                raise SettingError(f"the guiding model has another {words}: take an earlier file of the same run")
     elif scale != 1 and diffusion.null_class is None:
-        raise ValueError(
+        raise SettingError(
             f"guidance_scale {scale:g} needs a model with a null class: train with "
             "--class_conditional True and label_dropout above 0, or name an earlier file of the same "
             "run as --guiding_path"

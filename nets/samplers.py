@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .schedules import check_choice
+from .errors import SettingError, check_choice
 
 NOISE_BLOCK = 8  # steps whose noise is sampled at once; another number changes the image of a seed
 SEEDS = 2**32  # the seeds that a CPU generator tells apart
@@ -50,7 +50,7 @@ def ddpm(denoise, x, steps, noise, *, variance="beta"):
 def ddim(denoise, x, steps, noise, *, eta=0.0):
     """DDIM (Song et al. 2021, equations 12, 16). eta 0: no noise. eta 1: ddpm, "posterior"."""
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie between 0 and 1, not {eta}")
+        raise SettingError(f"eta must lie between 0 and 1, not {eta}")
     for alpha_bar_t, alpha_bar_s, t in steps:
         x_0 = denoise(x, t)
         eps = (x - math.sqrt(alpha_bar_t) * x_0) / math.sqrt(1 - alpha_bar_t)
@@ -68,9 +68,9 @@ def dpm_solver_pp(denoise, x, steps, noise, *, order=2, eta=0.0):
     and the last step ends at infinite lambda: both are of order 1.
     """
     if order not in (1, 2):
-        raise ValueError(f"order must be 1 or 2, not {order}")
+        raise SettingError(f"order must be 1 or 2, not {order}")
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie between 0 and 1, not {eta}")
+        raise SettingError(f"eta must lie between 0 and 1, not {eta}")
     last_x_0 = last_h = None
     for alpha_bar_t, alpha_bar_s, t in steps:
         x_0 = D = denoise(x, t)
@@ -121,7 +121,7 @@ def repaint(denoise, x, steps, noise, *, known, mask, variance="beta", resamplin
     ones. Where mask is 0 the last x equals `known`.
     """
     if resamplings < 1:
-        raise ValueError(f"resamplings must be at least 1, not {resamplings}")
+        raise SettingError(f"resamplings must be at least 1, not {resamplings}")
     for step in steps:
         alpha = step.alpha_bar_t / step.alpha_bar_s
         for again in reversed(range(resamplings if step.alpha_bar_s < 1 else 1)):
@@ -166,7 +166,7 @@ def check_options(name, solver, options):
     known = [p.name for p in inspect.signature(solver).parameters.values() if p.kind is p.KEYWORD_ONLY]
     unknown = [key for key in options if key not in known]
     if unknown:
-        raise ValueError(f"{name} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}")
+        raise SettingError(f"{name} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}")
 
 
 def uniform(alpha_bars, steps, start):
@@ -206,7 +206,7 @@ def timesteps(alpha_bars, steps, spacing, start=None):
     start = len(alpha_bars) - 1 if start is None else start
     check_choice("spacing", spacing, SPACINGS)
     if not 1 <= steps <= start + 1:
-        raise ValueError(f"steps must be from 1 to {start + 1}, the number of timesteps, not {steps}")
+        raise SettingError(f"steps must be from 1 to {start + 1}, the number of timesteps, not {steps}")
     chosen = []
     for i, t in enumerate(np.rint(SPACINGS[spacing](alpha_bars, steps, start)).astype(int).tolist()):
         below = chosen[-1] - 1 if chosen else start

@@ -8,6 +8,8 @@ import warnings
 
 import numpy as np
 
+from .errors import SettingError, check_choice
+
 MAX_BETA = 0.999  # beta 1 erases the image in one step and leads to a division by alpha 0
 
 
@@ -68,9 +70,9 @@ def make_betas(schedule="linear", num_timesteps=1000, schedule_low=1e-4, schedul
     """
     check_choice("schedule", schedule, SCHEDULES)
     if num_timesteps != int(num_timesteps) or num_timesteps < 1:
-        raise ValueError(f"num_timesteps must be a whole number of at least 1, not {num_timesteps}")
+        raise SettingError(f"num_timesteps must be a whole number of at least 1, not {num_timesteps}")
     if schedule == "linear" and schedule_shift:
-        raise ValueError(
+        raise SettingError(
             "schedule_shift is for the cosine and the sigmoid schedule; move the linear one by "
             "schedule_low and schedule_high"
         )
@@ -91,9 +93,9 @@ def check_betas(betas):
     """`betas` as a (T,) float64 array; ValueError unless T >= 1 and every 0 < beta < 1."""
     betas = np.asarray(betas, dtype=np.float64)
     if betas.ndim != 1 or betas.size == 0:
-        raise ValueError(f"betas must be a list of at least one number, not of shape {betas.shape}")
+        raise SettingError(f"betas must be a list of at least one number, not of shape {betas.shape}")
     if not np.all((betas > 0) & (betas < 1)):
-        raise ValueError(f"every beta must lie between 0 and 1, not from {betas.min():.3g} to {betas.max():.3g}")
+        raise SettingError(f"every beta must lie between 0 and 1, not from {betas.min():.3g} to {betas.max():.3g}")
     return betas
 
 
@@ -114,9 +116,3 @@ def schedule_tables(betas):
         "remove_noise_coeff": betas / np.sqrt(1 - alphas_cumprod),
         "sigma": np.sqrt(betas),
     }
-
-
-def check_choice(name, value, known):
-    """ValueError that lists the known values unless `value` is one of them."""
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(map(str, known))}")

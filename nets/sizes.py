@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from .errors import SettingError
 from .unet import MAX_GROUPS, UNet
 
 
@@ -20,11 +21,11 @@ def choose_groups(num_groups, channel):
 def check_levels(channel_mults, attention_resolutions):
     """ValueError unless there is a level and attention_resolutions are existing levels."""
     if not channel_mults:
-        raise ValueError("channel_mults is empty: the network needs at least one level, such as 1,")
+        raise SettingError("channel_mults is empty: the network needs at least one level, such as 1,")
     last = len(channel_mults) - 1
     unknown = [level for level in attention_resolutions if level not in range(last + 1)]
     if unknown:
-        raise ValueError(f"attention_resolutions must be levels from 0 to {last} (see channel_mults), not {unknown}")
+        raise SettingError(f"attention_resolutions must be levels from 0 to {last} (see channel_mults), not {unknown}")
 
 
 def check_input_shape(input_shape, levels):
@@ -32,7 +33,7 @@ def check_input_shape(input_shape, levels):
     factor = 2 ** (levels - 1)
     if any(size < 1 or size % factor for size in input_shape):
         near = [tuple(max(rounded(n / factor), 1) * factor for n in input_shape) for rounded in (math.floor, math.ceil)]
-        raise ValueError(
+        raise SettingError(
             f"input_shape {tuple(input_shape)} does not fit {levels} levels: height and width must be "
             f"multiples of {factor}, such as {' or '.join(str(shape) for shape in dict.fromkeys(near))}"
         )

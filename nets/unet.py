@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from . import cpu_fused
-from .schedules import check_choice
+from .errors import SettingError, check_choice
 
 MAX_GROUPS = 32  # group norm: the reference's default
 TIME_EMB_DIM = 512  # the reference's default
@@ -22,7 +22,7 @@ TIME_EMB_DIM = 512  # the reference's default
 def get_norm(norm, num_channels, num_groups):
     """The layer for "gn", "in", "bn" (group, instance, batch norm) or None; else ValueError."""
     if norm == "gn" and num_channels % num_groups:
-        raise ValueError(f"group norm: {num_channels} channels are not a multiple of {num_groups} groups; change one")
+        raise SettingError(f"group norm: {num_channels} channels are not a multiple of {num_groups} groups; change one")
     choices = {
         "gn": lambda: nn.GroupNorm(num_groups, num_channels),
         "in": lambda: nn.InstanceNorm2d(num_channels, affine=True),
@@ -59,7 +59,7 @@ class PositionalEmbedding(nn.Module):
     def __init__(self, dim, scale=1.0):
         super().__init__()
         if dim % 2:
-            raise ValueError(f"a positional embedding has an even number of channels, not {dim}")
+            raise SettingError(f"a positional embedding has an even number of channels, not {dim}")
         self.dim = dim
         self.scale = scale
 
@@ -80,7 +80,7 @@ class Downsample(nn.Module):
     def forward(self, x, time_emb=None, y=None):
         for name, size in zip(("height", "width"), x.shape[2:]):
             if size % 2:
-                raise ValueError(f"downsampling needs an even {name}, got {size}: each level but the last halves it")
+                raise SettingError(f"downsampling needs an even {name}, got {size}: each level but the last halves it")
         return self.downsample(x)
 
 
@@ -158,9 +158,9 @@ class ResidualBlock(nn.Module):
     def shift(self, time_emb, y):
         """The sum of time_bias and class_bias, (b, out_channels); None without both."""
         if self.time_bias is not None and time_emb is None:
-            raise ValueError("this block is conditioned on time: pass time_emb")
+            raise SettingError("this block is conditioned on time: pass time_emb")
         if self.class_bias is not None and y is None:
-            raise ValueError("this block is conditioned on classes: pass y")
+            raise SettingError("this block is conditioned on classes: pass y")
         shift = None
         if self.time_bias is not None:
             shift = self.time_bias(self.activation(time_emb))
@@ -249,7 +249,7 @@ class UNet(nn.Module):
     def forward(self, x, time=None, y=None):
         """x (b, c, h, w), time (b,) timesteps, y (b,) class ids -> (b, c, h, w)."""
         if self.num_classes is not None and y is None:
-            raise ValueError("this network is conditioned on classes: pass y")
+            raise SettingError("this network is conditioned on classes: pass y")
         time_emb = self.embed_time(time)
         pad = self.initial_pad
         x = self.init_conv(F.pad(x, (pad,) * 4) if pad else x)
@@ -271,7 +271,7 @@ class UNet(nn.Module):
         if self.time_mlp is None:
             return None
         if time is None:
-            raise ValueError("this network is conditioned on time: pass time")
+            raise SettingError("this network is conditioned on time: pass time")
         return self.time_mlp(time)
 
     def run(self, layer, x, time_emb, y):

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import torch
 
+from .errors import SettingError
 from .schedules import MAX_BETA, SCHEDULES, check_betas, schedule_tables, shift_betas
 from .sizes import check_levels, choose_groups
 from .unet import MAX_GROUPS, TIME_EMB_DIM, UNet
@@ -36,7 +37,7 @@ def read_architecture(weights, prefix):
     flat = [key for key, shape in shapes.items() if READ.search(key) and (len(shape) < 2 or 0 in shape)]
     if missing or flat:
         fault = f"it has no {some(missing)}" if missing else f"{flat[0]} has the shape {shapes[flat[0]]}"
-        raise ValueError(f"this is not a state dict of a GaussianDiffusion: {fault}")
+        raise SettingError(f"this is not a state dict of a GaussianDiffusion: {fault}")
     base_channels, img_channels = shapes["init_conv.weight"][:2]
     widths, blocks, attention = read_levels(shapes)
     return {
@@ -60,7 +61,7 @@ def read_levels(shapes):
         elif f"downs.{i}.conv_1.weight" in shapes:
             levels[-1].append(i)
     if len({len(level) for level in levels}) != 1 or not levels[0]:
-        raise ValueError("not a network of this project: its levels have different numbers of residual blocks")
+        raise SettingError("not a network of this project: its levels have different numbers of residual blocks")
     widths = [shapes[f"downs.{level[0]}.conv_1.weight"][0] for level in levels]
     attention = tuple(i for i, level in enumerate(levels) if f"downs.{level[0]}.attention.to_qkv.weight" in shapes)
     return widths, len(levels[0]), attention
@@ -102,7 +103,7 @@ def check_claims(config, num_classes, weights):
     }
     for name, (claimed, most) in claims.items():
         if claimed > most:
-            raise ValueError(
+            raise SettingError(
                 f"the weights do not fit this network: {name} is {config.get(name, num_classes)}, and the "
                 f"file holds {values:,} numbers in {len(weights):,} tensors"
             )
@@ -131,7 +132,7 @@ def check_fit(own, weights):
     }
     if any(problems.values()):
         found = "; ".join(f"{len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys)
-        raise ValueError(f"the weights do not fit this network: {found}")
+        raise SettingError(f"the weights do not fit this network: {found}")
 
 
 def class_rows(config, num_classes):
@@ -139,7 +140,7 @@ def class_rows(config, num_classes):
     if not config.get("class_conditional", False):
         return None, None
     if num_classes < 1:
-        raise ValueError(
+        raise SettingError(
             "class_conditional is on, but the images have no classes: sort them into class folders and list them again"
         )
     return (num_classes + 1, num_classes) if config.get("label_dropout", 0.0) > 0 else (num_classes, None)
@@ -171,7 +172,7 @@ def change_classes(state_dict, known, classes, null_row):
 def clean_keys(state_dict):
     """The state dict without `module` and `_orig_mod` in its keys; ValueError for other objects."""
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise ValueError("this is not a state dict: it should map names to tensors")
+        raise SettingError("this is not a state dict: it should map names to tensors")
     wrappers = ("module", "_orig_mod")  # of DistributedDataParallel and torch.compile
     return {".".join(part for part in key.split(".") if part not in wrappers): state_dict[key] for key in state_dict}
 
@@ -197,7 +198,7 @@ def config_from_weights(state_dict):
     settings, _ = read_settings(clean_keys(state_dict))
     time_emb_dim, norm = settings.pop("time_emb_dim"), settings.pop("norm")
     if time_emb_dim != TIME_EMB_DIM or norm != "gn":
-        raise ValueError(
+        raise SettingError(
             f"train.py cannot train a network with time_emb_dim {time_emb_dim} and norm {norm!r}: "
             f"it needs {TIME_EMB_DIM} and 'gn'. predict.py can sample with it."
         )
@@ -236,7 +237,7 @@ def find_schedule(betas):
         shift = find_shift(betas, SCHEDULES[schedule](T, low, high))
         if shift:
             return {"schedule": schedule, "num_timesteps": T, "schedule_shift": shift}
-    raise ValueError(f"this is not one of our models: its betas match no schedule of ours ({', '.join(SCHEDULES)})")
+    raise SettingError(f"this is not one of our models: its betas match no schedule of ours ({', '.join(SCHEDULES)})")
 
 
 def find_shift(betas, unshifted):

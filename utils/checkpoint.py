@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from utils.checkpoint_contents import check_contents, first_not_finite
+from utils.errors import UserError
 from utils.files import atomic_write
 from utils.torch_files import first_line, load_tensors
 
@@ -33,14 +34,14 @@ def load_checkpoint(path, lazily=False):
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such checkpoint")
+        raise UserError(f"{path}: there is no such checkpoint")
     checkpoint = as_checkpoint(load_tensors(path, lazily), path)
     try:
         check_contents(checkpoint)
     except ValueError as error:
-        raise ValueError(f"{path}: damaged, or edited: {error}") from None
+        raise UserError(f"{path}: damaged, or edited: {error}") from None
     if (name := first_not_finite(checkpoint["weights"])) is not None:
-        raise ValueError(f"{path}: its weights hold NaN or infinity (the first is {name}): take an older checkpoint")
+        raise UserError(f"{path}: its weights hold NaN or infinity (the first is {name}): take an older checkpoint")
     return checkpoint
 
 
@@ -50,8 +51,8 @@ def as_checkpoint(loaded, path):
         loaded = {"weights": loaded}
     if not isinstance(loaded, dict) or not isinstance(loaded.get("weights"), dict):
         found = ", ".join(map(str, list(loaded)[:5])) if isinstance(loaded, dict) else type(loaded).__name__
-        raise ValueError(f"{path}: neither a checkpoint of this project nor a state dict (it holds: {found})")
+        raise UserError(f"{path}: neither a checkpoint of this project nor a state dict (it holds: {found})")
     written = loaded.get("format", FORMAT)
     if type(written) is not int or written > FORMAT:
-        raise ValueError(f"{path}: written by a newer version of this project; update yours to read it")
+        raise UserError(f"{path}: written by a newer version of this project; update yours to read it")
     return {"weights_kind": "full", "config": {}, "classes": [], **loaded}

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from utils.config import shown
+from utils.errors import UserError
 
 
 class Kind(NamedTuple):
@@ -94,7 +95,7 @@ def check_training(checkpoint, parts):
     """`check_contents` for the training state of a resumed run; it must fit train.py's Parts."""
     missing = [name for name in TRAINING if name not in checkpoint]
     if missing:
-        raise ValueError(f"it has a position, but no {', '.join(missing)}")
+        raise UserError(f"it has a position, but no {', '.join(missing)}")
     position, sums, scaler, optimizer = (checkpoint[name] for name in ("position", "sums", "scaler", "optimizer"))
     numbers = ("epoch", "images", "batch_size")
     counts = isinstance(position, dict) and all(COUNT.allows(position.get(name)) for name in numbers)
@@ -131,7 +132,7 @@ def check_training_fits(checkpoint, parts):
     }
     wrong = [name for name, fit in fits.items() if not fit]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"the checkpoint is damaged, or edited: its {' and '.join(wrong)} cannot be those of a "
             "training of its weights"
         )
@@ -152,7 +153,7 @@ def are_moments(kept, parameter, muon):
 def expect(name, fits, found, expected):
     """ValueError, with the value found and what is expected, unless it fits."""
     if not fits:
-        raise ValueError(f"{name} is {shown(found)}, not {expected}")
+        raise UserError(f"{name} is {shown(found)}, not {expected}")
 
 
 def check_tensors(state_dict):
@@ -161,12 +162,12 @@ def check_tensors(state_dict):
     A tensor of a few bytes can claim any shape by repeating them.
     """
     if not isinstance(state_dict, dict):
-        raise ValueError(f"its weights are {shown(state_dict)}, no state dict")
+        raise UserError(f"its weights are {shown(state_dict)}, no state dict")
     for name, value in state_dict.items():
         plain = torch.is_tensor(value) and value.layout == torch.strided and value.device.type == "cpu"
         whole = plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
         if type(name) is not str or not whole or value.dtype not in NUMBERS:
-            raise ValueError(f"{shown(name)} in its weights is no tensor of plain numbers")
+            raise UserError(f"{shown(name)} in its weights is no tensor of plain numbers")
 
 
 def first_not_finite(state_dict):

@@ -12,6 +12,7 @@ import typing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.reference_names import REFERENCE_NAMES
 
 
@@ -35,12 +36,12 @@ def block_settings(config_class):
     file, hints = Path(inspect.getfile(config_class)).name, typing.get_type_hints(config_class)
     for name, value in vars(config_class).items():
         if name in REFERENCE_NAMES:
-            raise ValueError(
+            raise UserError(
                 f"{name} in the settings of {file} is a name of the reference: here it is "
                 f"{REFERENCE_NAMES[name]}; take the line out"
             )
         if name not in hints and not name.startswith("_") and not callable(value):
-            raise ValueError(
+            raise UserError(
                 f"{name} = {value!r} in the settings of {file} has no type, so it is no setting: "
                 f"write {name}: {type(value).__name__} = {value!r}, or take the line out"
             )
@@ -62,13 +63,13 @@ def typed_options(config_class, description, arguments=None):
         option, equals, text = word.partition("=")
         name = option[2:] if option.startswith("--") else ""
         if name in REFERENCE_NAMES and name not in hints:
-            raise ValueError(f"--{name} is a name of the reference: here it is {REFERENCE_NAMES[name]}")
+            raise UserError(f"--{name} is a name of the reference: here it is {REFERENCE_NAMES[name]}")
         if name not in hints:
             nearest = "".join(f" (did you mean --{near}?)" for near in difflib.get_close_matches(name, hints, 1))
-            raise ValueError(f"unrecognized arguments: {word}{nearest}; --help lists every setting")
+            raise UserError(f"unrecognized arguments: {word}{nearest}; --help lists every setting")
         text = text if equals else next(words, None)
         if text is None or (not equals and text.startswith("--") and text[2:].partition("=")[0] in hints):
-            raise ValueError(f"argument --{name}: expected one argument; --help lists every setting")
+            raise UserError(f"argument --{name}: expected one argument; --help lists every setting")
         typed[name] = parse_value(name, text, hints[name])
     return typed
 
@@ -127,7 +128,7 @@ def _fitted(what, value, kind, text=None):
     """`value` as `kind`. ValueError, with `what` and the expected type, where it does not fit."""
     fitted = _fit(value, kind, text)
     if fitted is _NO_FIT:
-        raise ValueError(f"{what}: expected {describe(kind)}")
+        raise UserError(f"{what}: expected {describe(kind)}")
     return fitted
 
 
@@ -188,7 +189,7 @@ def check_values(config, **minimums):
         for value in values if isinstance(values, tuple) else (values,):
             if value != "auto" and (not value >= lowest or (highest is not None and value > highest)):
                 span = f"at least {lowest}" if highest is None else f"between {lowest} and {highest}"
-                raise ValueError(f"{name} is {value}: it must be {span} ({describe(hints[name])})")
+                raise UserError(f"{name} is {value}: it must be {span} ({describe(hints[name])})")
 
 
 def trailing_comments(config_class):

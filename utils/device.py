@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from utils.errors import UserError
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -20,17 +22,17 @@ def choose_device(name, local_rank=0, processes=1):
         mps = is_available("mps") and processes == 1
         name = "cuda" if is_available("cuda") else "mps" if mps else "cpu"
     if processes > 1 and (name.startswith("mps") or ":" in name):
-        raise ValueError(f"device {name!r} is for one process: with torchrun choose cuda (a GPU each) or cpu")
+        raise UserError(f"device {name!r} is for one process: with torchrun choose cuda (a GPU each) or cpu")
     if not re.fullmatch(r"(cuda|mps|cpu)(:(0|[1-9][0-9]{0,2}))?", name):
-        raise ValueError(f"device {name!r} is unknown: choose auto, cuda, cuda:1, mps or cpu")
+        raise UserError(f"device {name!r} is unknown: choose auto, cuda, cuda:1, mps or cpu")
     device = torch.device(name)
     if not is_available(name):
         gpu = "CUDA" if device.type == "cuda" else "Apple"
-        raise ValueError(f"device {name!r}: PyTorch finds no {gpu} GPU here; --device auto takes what there is")
+        raise UserError(f"device {name!r}: PyTorch finds no {gpu} GPU here; --device auto takes what there is")
     if device.type == "cuda":
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
-            raise ValueError(f"device {device}: there are {torch.cuda.device_count()} GPUs, and one process needs one")
+            raise UserError(f"device {device}: there are {torch.cuda.device_count()} GPUs, and one process needs one")
         torch.cuda.set_device(device)
         # Shapes never change within a run, so the search for the fastest convolution pays.
         torch.backends.cudnn.benchmark = True
@@ -41,9 +43,9 @@ def choose_precision(name, device):
     """A name from DTYPES. "auto": bf16 where the processor multiplies in it, fp16 on old GPUs."""
     if name != "auto":
         if name not in DTYPES:
-            raise ValueError(f"precision {name!r} is unknown: choose one of auto, {', '.join(DTYPES)}")
+            raise UserError(f"precision {name!r} is unknown: choose one of auto, {', '.join(DTYPES)}")
         if name == "fp16" and device.type == "cpu":
-            raise ValueError("precision 'fp16' is for GPUs: on the CPU choose 'fp32' or 'bf16'")
+            raise UserError("precision 'fp16' is for GPUs: on the CPU choose 'fp32' or 'bf16'")
         if name == "bf16" and device.type == "cpu" and not cpu_has_bf16():
             print("this processor emulates bf16, several times slower than fp32: --precision fp32")
         return name

@@ -1,15 +1,18 @@
 """How a script ends: the user's mistake in one line, ours as a traceback; memory that runs out."""
 
 import contextlib
-import dis
 import sys
 import traceback
-from pathlib import Path
 
-from utils.files import PROJECT
 from utils.terminal import printable, safe_output
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # PyTorch's words: GPUs, Linux, Windows
+
+
+class UserError(ValueError):
+    """What the user can mend. Its text is one line that says what to do."""
+
+    for_user = True  # nets' SettingError has it too, as `nets` and `utils` do not import each other
 
 
 def run_script(main):
@@ -31,27 +34,14 @@ def run_script(main):
 def user_message(error):
     """The text for the user; None for a mistake of ours.
 
-    The user's mistakes are the ValueErrors that this project raises itself, the system's refusals
-    (OSError), and too little memory.
+    The user's mistakes are the errors that say so (`for_user`), the system's refusals (OSError),
+    and too little memory.
     """
     if is_out_of_memory(error):
         return "out of memory: lower --batch_size, or the size of the pictures or of the network"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}; check this path, or name another"
-    if isinstance(error, OSError) or (isinstance(error, ValueError) and is_raised_here(error)):
-        return str(error)
-    return None
-
-
-def is_raised_here(error):
-    """Whether a `raise` of this project raised it, no library and no operation such as int("x")."""
-    last = error.__traceback__
-    while last.tb_next:
-        last = last.tb_next
-    code = last.tb_frame.f_code
-    file = Path(code.co_filename).resolve()
-    ours = PROJECT in file.parents and "site-packages" not in file.parts
-    return ours and dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+    return str(error) if isinstance(error, OSError) or getattr(error, "for_user", False) else None
 
 
 def is_out_of_memory(error):
@@ -72,7 +62,7 @@ def explain_out_of_memory(advice):
         import torch  # here: listing images does without it
 
         torch.cuda.empty_cache()  # it does nothing without a GPU
-        raise ValueError(f"out of memory: {advice()}") from None
+        raise UserError(f"out of memory: {advice()}") from None
 
 
 def try_optional(package, work, load):

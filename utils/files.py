@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from utils.errors import UserError
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -90,7 +92,7 @@ def begin_export(path):
     """Deletes what a killed export left beside `path`. ValueError unless that is new or empty."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is there already: choose another name, or move it away")
+        raise UserError(f"{path} is there already: choose another name, or move it away")
     remove_leftovers(path.parent, glob.escape(path.name))
 
 
@@ -137,7 +139,7 @@ def locked(folder, refusal):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(refusal) from None
+            raise UserError(refusal) from None
         except OSError:  # some file systems have no locks
             pass
         yield

@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.files import atomic_write
 from utils.run_folders import newest_weights
 
@@ -32,7 +32,7 @@ def main(arguments=None):
     words = list(sys.argv[1:] if arguments is None else arguments)
     folder = Path(words[0]) if words else next((path.parent for path in newest_weights("logs")), Path("logs"))
     if len(words) > 1 or read_json(folder / "config.json") is None:
-        raise ValueError(f"{folder}: no run with a sound config.json: python -m utils.report logs/<run>")
+        raise UserError(f"{folder}: no run with a sound config.json: python -m utils.report logs/<run>")
     with atomic_write(folder / "report.html", "w", encoding="utf-8") as file:
         file.write(page(folder))
     print((folder / "report.html").resolve())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from utils import distributed
 from utils.checkpoint import LAST, load_checkpoint
+from utils.errors import UserError
 
 SHIPPED = "emoji.pth"  # the weights that come with the project
 EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
@@ -39,7 +40,7 @@ def newest_last(save_dir):
     except ValueError as error:
         older = epoch_files(path.parent)  # an older run is no substitute: resuming writes into it
         instead = f"go on from {older[-1]} with --resume, or" if older else "it has no epoch file to go on from:"
-        raise ValueError(
+        raise UserError(
             f"{error}; this is the newest run: {instead} name another run's folder, or move {path.parent} away"
         ) from None
 
@@ -85,7 +86,7 @@ def find_weights(path, save_dir="logs"):
         return files[-1], ", which come with this project: your own run's go first once there is one"
     if files:
         return files[-1], f", a file in {save_dir}: a run of your own goes first once there is one"
-    raise ValueError(
+    raise UserError(
         f"{Path(save_dir).resolve()} holds no weights: run `python train.py` first, or name a checkpoint "
         "with --model_path"
     )
@@ -96,7 +97,7 @@ def weights_in(folder):
     found = _newest_in(folder)
     whole = folder.parent if folder.name == "unet" else folder
     if found is None and ((whole / "model_index.json").is_file() or (whole / "unet").is_dir()):
-        raise ValueError(
+        raise UserError(
             f"{whole}: a folder of diffusers; make a checkpoint of it: python -m utils.convert import {whole} FILE.pth"
         )
     return found or folder / LAST
@@ -125,5 +126,5 @@ def _new_folder(save_dir):
             return folder
         except FileExistsError:
             if not folder.is_dir():
-                raise ValueError(f"{folder.parent} cannot hold runs: it is a file; choose another --save_dir") from None
-    raise ValueError(f"{save_dir}: no free name for a run")
+                raise UserError(f"{folder.parent} cannot hold runs: it is a file; choose another --save_dir") from None
+    raise UserError(f"{save_dir}: no free name for a run")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from utils.errors import UserError
+
 ZIP = b"PK\x03\x04"  # the first bytes of a file of PyTorch, since 1.6
 
 
@@ -20,11 +22,11 @@ def load_tensors(path, lazily=False, what="PyTorch checkpoint"):
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such {what}")
+        raise UserError(f"{path}: there is no such {what}")
     with open(path, "rb") as file:
         start = file.read(512)
     if is_text(start):
-        raise ValueError(f"{path}: a text file, {kind_of_text(start) or f'no {what}'}")
+        raise UserError(f"{path}: a text file, {kind_of_text(start) or f'no {what}'}")
     try:
         zipped = start.startswith(ZIP) or zipfile.is_zipfile(path)
         if zipped:
@@ -35,12 +37,12 @@ def load_tensors(path, lazily=False, what="PyTorch checkpoint"):
     except (OSError, MemoryError):
         raise
     except pickle.UnpicklingError:
-        raise ValueError(
+        raise UserError(
             f"{path}: not a file of tensors and plain values only; it is refused, as loading it could run "
             "code hidden in it"
         ) from None
     except Exception as error:  # the unpickler raises all kinds on a file of something else
-        raise ValueError(f"{path}: damaged, or no {what} ({first_line(error)})") from None
+        raise UserError(f"{path}: damaged, or no {what} ({first_line(error)})") from None
 
 
 def compare_checksums(path):
@@ -48,11 +50,11 @@ def compare_checksums(path):
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if len(set(names)) < len(names):
-            raise ValueError("two of its parts have one name")
+            raise UserError("two of its parts have one name")
         if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-            raise ValueError("its parts are compressed")  # PyTorch compresses none, and maps the bytes
+            raise UserError("its parts are compressed")  # PyTorch compresses none, and maps the bytes
         if (damaged := archive.testzip()) is not None:
-            raise ValueError(f"{damaged} is not what was written")
+            raise UserError(f"{damaged} is not what was written")
 
 
 def is_text(start):

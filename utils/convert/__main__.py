@@ -18,7 +18,7 @@ from nets.weights import read_architecture
 from utils.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from utils.checkpoint_contents import all_finite
 from utils.convert.diffusers_folder import export_model, import_model
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.files import begin_export
 from utils.run_folders import find_weights
 
@@ -47,7 +47,7 @@ def export_weights(run, file):
         if not name.startswith("model.")
     }
     if not all_finite(weights):
-        raise ValueError(f"{path}: its weights hold NaN or infinity, or numbers beyond half precision (65504)")
+        raise UserError(f"{path}: its weights hold NaN or infinity, or numbers beyond half precision (65504)")
     kept = {name: checkpoint[name] for name in ("config", "classes")}
     write(file, {"format": FORMAT, **kept, "weights_kind": "ema", "weights": weights}, path)
 
@@ -60,18 +60,18 @@ def export_reference(run, file):
     """
     path, _, diffusion = open_run(run, file)
     if diffusion.prediction != "eps":
-        raise ValueError(
+        raise UserError(
             "the reference's code needs a network that predicts the noise: this one predicts "
             f"{diffusion.prediction}; train one with --prediction eps"
         )
     groups = getattr(diffusion.model.out_norm, "num_groups", MAX_GROUPS)
     if groups != MAX_GROUPS:
-        raise ValueError(
+        raise UserError(
             f"the reference's code builds group norms of {MAX_GROUPS} groups; this network has {groups}: "
             f"train one with --num_groups {MAX_GROUPS}"
         )
     if not all_finite(diffusion.state_dict()):
-        raise ValueError(f"{path}: its weights hold NaN or infinity")
+        raise UserError(f"{path}: its weights hold NaN or infinity")
     write(file, diffusion.state_dict(), path)
     print_reference_advice(diffusion)
 

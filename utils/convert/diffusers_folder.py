@@ -20,6 +20,7 @@ from nets.unet import UNet
 from nets.weights import clean_keys, find_schedule, read_architecture, some
 from utils.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from utils.checkpoint_contents import all_finite
+from utils.errors import UserError
 from utils.files import atomic_folder, begin_export
 from utils.run_folders import find_weights
 
@@ -28,7 +29,7 @@ PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 @contextlib.contextmanager
-def explain(text, kind=ValueError):
+def explain(text, kind=UserError):
     """Turn whatever a library raises in the block into one line of ours that begins with `text`."""
     try:
         yield
@@ -55,7 +56,7 @@ def export_model(run, folder, class_name=""):
     diffusion, classes = build.from_checkpoint(load_checkpoint(path, lazily=True))
     settings, weights = to_unet2d(diffusion.ema_model, diffusion.img_size, choose_label(diffusion, classes, class_name))
     if not all_finite(weights):
-        raise ValueError(f"{path}: its weights hold NaN or infinity")
+        raise UserError(f"{path}: its weights hold NaN or infinity")
     unet = UNet2DModel(**settings)
     unet.load_state_dict(weights)
     with atomic_folder(folder) as unfinished, explain(f"{folder}: could not be written", OSError):
@@ -67,9 +68,9 @@ def choose_label(diffusion, classes, class_name):
     """The row of the class embeddings to add; None without classes. ValueError lists the known."""
     if class_name and class_name not in classes:
         known = f"known: {', '.join(classes)}" if classes else "this model was trained without classes"
-        raise ValueError(f"unknown class_name {class_name!r}; {known}")
+        raise UserError(f"unknown class_name {class_name!r}; {known}")
     if not class_name and classes and diffusion.null_class is None:
-        raise ValueError(
+        raise UserError(
             "this model has no null class, and the pipeline passes none: choose a --class_name among "
             f"{', '.join(classes)}"
         )
@@ -110,7 +111,7 @@ def check_expressible(network, found):
     }
     lacking = [part for part, given in parts.items() if given]
     if lacking:
-        raise ValueError(f"diffusers' UNet2DModel cannot express this network: {', '.join(lacking)}")
+        raise UserError(f"diffusers' UNet2DModel cannot express this network: {', '.join(lacking)}")
 
 
 def scheduler_settings(diffusion):
@@ -151,7 +152,7 @@ def import_model(folder, file):
 
 def read_json(path):
     if not path.is_file():
-        raise ValueError(f"{path} is not there: a folder that diffusers' DDPMPipeline saved has it")
+        raise UserError(f"{path} is not there: a folder that diffusers' DDPMPipeline saved has it")
     with explain(f"{path} is damaged: no JSON of settings"):
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
@@ -172,7 +173,7 @@ def read_schedule(scheduler, DDPMScheduler):
     given = defaults(DDPMScheduler) | scheduler
     prediction = next((ours for ours, theirs in PREDICTIONS.items() if theirs == given["prediction_type"]), None)
     if prediction is None:
-        raise ValueError(
+        raise UserError(
             f"this is not one of our models: prediction_type is {given['prediction_type']!r}; known: "
             f"{', '.join(PREDICTIONS.values())}"
         )
@@ -200,7 +201,7 @@ def read_unet_settings(unet, weights, UNet2DModel):
     wanted = defaults(UNet2DModel) | settings | {name: given[name] for name in ("sample_size", "num_train_timesteps")}
     foreign = [f"{name} is {given[name]!r} (ours: {ours!r})" for name, ours in wanted.items() if given[name] != ours]
     if foreign:
-        raise ValueError(f"this is not one of our networks: {'; '.join(foreign)}")
+        raise UserError(f"this is not one of our networks: {'; '.join(foreign)}")
     check_weights(weights, expected)
     return config
 
@@ -210,9 +211,9 @@ def to_config(given, most_layers):
     widths, size, blocks = given["block_out_channels"], given["sample_size"] or 32, given["layers_per_block"]
     shape = size if isinstance(size, tuple) else (size, size)
     if not all(type(number) is int and number > 0 for number in (*shape, *widths, blocks, given["norm_num_groups"])):
-        raise ValueError("its sizes must be whole numbers above 0")
+        raise UserError("its sizes must be whole numbers above 0")
     if blocks * len(widths) > most_layers:
-        raise ValueError("it has more layers than weights")
+        raise UserError("it has more layers than weights")
     return {
         "input_shape": shape,
         "img_channels": given["in_channels"],
@@ -240,7 +241,7 @@ def check_weights(weights, expected):
     ]
     problems += [] if all_finite(weights) else ["hold NaN or infinity"]
     if problems:
-        raise ValueError(f"this is not one of our networks: its weights {some(problems)}")
+        raise UserError(f"this is not one of our networks: its weights {some(problems)}")
 
 
 def defaults(kind):

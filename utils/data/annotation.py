@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.files import atomic_write, is_stream
 from utils.terminal import printable
 
@@ -58,11 +59,11 @@ def read_annotation(annotation_path):
     """Read a list and its class names. ValueError for a missing, empty or malformed one."""
     lines = _lines(annotation_path)
     if not lines:
-        raise ValueError(f"{annotation_path} {'is not there' if lines is None else 'lists no image'}: {RUN_AGAIN}")
+        raise UserError(f"{annotation_path} {'is not there' if lines is None else 'lists no image'}: {RUN_AGAIN}")
     labels, paths = zip(*(LINE.fullmatch(line).groups() for line in lines.values()))
     for number, label, path in zip(lines, labels, paths):
         if not os.path.isabs(path) or "\0" in path or (label is None) != (labels[0] is None):
-            raise ValueError(
+            raise UserError(
                 f"{annotation_path}, line {number}: expected '<absolute path>' on all lines, or "
                 f"'<class id>;<absolute path>' on all{_fault(path)}; {RUN_AGAIN}"
             )
@@ -71,13 +72,13 @@ def read_annotation(annotation_path):
     labels, names_path = list(map(int, labels)), classes_path(annotation_path)
     classes = list((_lines(names_path) or {}).values())
     if len(classes) <= max(labels):
-        raise ValueError(
+        raise UserError(
             f"{annotation_path} uses class id {max(labels)}, but {names_path} "
             f"{f'names {len(classes)} classes only' if classes else 'is missing or empty'}: {RUN_AGAIN}"
         )
     again = next((name for name, times in Counter(classes).items() if times > 1), None)
     if again is not None:  # a checkpoint with such names could not be loaded
-        raise ValueError(f"{names_path} names {printable(again)} twice: {RUN_AGAIN}")
+        raise UserError(f"{names_path} names {printable(again)} twice: {RUN_AGAIN}")
     return Annotation(list(paths), labels, classes)
 
 
@@ -98,7 +99,7 @@ def _lines(path):
     if text is None:
         return None
     if text.startswith(UTF16_STARTS) or (text[:4].count("\0") == 2 and "\0\0" in (text[:4:2], text[1:4:2])):
-        raise ValueError(f"{path} is saved as UTF-16: save it as UTF-8, or {RUN_AGAIN}")
+        raise UserError(f"{path} is saved as UTF-16: save it as UTF-8, or {RUN_AGAIN}")
     # Windows editors write a byte order mark, and "\r\n" at the end of a line.
     lines = (line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n"))
     return {number: line for number, line in enumerate(lines, 1) if line}

@@ -16,6 +16,7 @@ from utils.data.decode import describe_error, is_damage, load_image
 from utils.data.formats import FILE_BYTES, check_regular
 from utils.data.search import first_of, system_failure
 from utils.data.threads import Budget, map_in_threads
+from utils.errors import UserError
 from utils.files import PROJECT, atomic_write
 
 CACHE_VERSION = 2  # part of the key: raise it when load_image gives other pixels or the files change their form
@@ -51,7 +52,7 @@ def _cache_key(settings, paths):
         except OSError:
             gone.append(path)
     if gone:
-        raise ValueError(f"{len(gone)} of {len(paths)} listed images are gone: {first_of(gone, 10)}; {RUN_AGAIN}")
+        raise UserError(f"{len(gone)} of {len(paths)} listed images are gone: {first_of(gone, 10)}; {RUN_AGAIN}")
     return digest.hexdigest()[:24]
 
 
@@ -112,7 +113,7 @@ def _build_cache(folder, key, paths, settings, num_workers):
                     hashes.append(note)
             if not hashes:
                 _report_bad(paths, bad)
-                raise ValueError(f"none of the {len(paths)} listed images can be decoded: {RUN_AGAIN}")
+                raise UserError(f"none of the {len(paths)} listed images can be decoded: {RUN_AGAIN}")
         with atomic_write(pixels_path.with_suffix(".json"), "w", encoding="utf-8") as file:
             json.dump({"shape": [len(hashes), *shape], "hashes": hashes, "bad": bad}, file)
     except OSError as error:

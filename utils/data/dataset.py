@@ -10,6 +10,7 @@ import torch
 from utils.data.annotation import read_annotation
 from utils.data.cache import open_cache
 from utils.data.decode import check_picture_settings
+from utils.errors import UserError
 
 BLOCK_BYTES = 2**23  # pixels in memory at once, where a measure reads a whole data set
 
@@ -119,7 +120,7 @@ def split_validation(dataset, share):
     """
     aside = np.array([int(digest[:8], 16) < share * 2**32 for digest in dataset.hashes], dtype=bool)
     if share and (aside.all() or not aside.any()):
-        raise ValueError(f"val_split {share} of {len(dataset)} pictures leaves one side empty: choose another, or 0")
+        raise UserError(f"val_split {share} of {len(dataset)} pictures leaves one side empty: choose another, or 0")
     training = dataset.subset(np.flatnonzero(~aside), f", without val_split {share:g}") if share else dataset
     return training, dataset.subset(np.flatnonzero(aside), f", val_split {share:g}")
 
@@ -143,11 +144,11 @@ def fit_batch_size(num_images, batch_size, multiple=1):
     if batch_size < multiple or batch_size % multiple:
         lower = max(batch_size, 0) // multiple * multiple
         fit = f"{lower} or {lower + multiple}" if lower else multiple
-        raise ValueError(
+        raise UserError(
             f"batch_size {batch_size} is no positive multiple of {multiple} (processes x accumulate): use {fit}"
         )
     if num_images < multiple:
-        raise ValueError(
+        raise UserError(
             f"{num_images} images are too few for batches of at least {multiple} "
             f"(processes x accumulate): lower accumulate or the number of processes, or add images"
         )

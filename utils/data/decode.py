@@ -14,6 +14,7 @@ from PIL.Image import Transpose
 from utils.data.color import to_srgb
 from utils.data.formats import open_image
 from utils.data.threads import Budget
+from utils.errors import UserError
 
 DECODE_BYTES = 1_430_000_000  # memory of all threads for decoding; one image that needs more is left out
 # Bytes for each pixel: Pillow's image and the converted one. Some decoders keep more copies.
@@ -72,13 +73,13 @@ def load_image(path, input_shape, img_channels=3, resize_mode="crop", background
 def check_picture_settings(input_shape, img_channels, resize_mode, background):
     """ValueError, with what is known, for settings that `load_image` does not know."""
     if len(input_shape) != 2 or any(int(side) != side or side < 1 for side in input_shape):
-        raise ValueError(f"input_shape {tuple(input_shape)}: give height and width in pixels, such as 32,32")
+        raise UserError(f"input_shape {tuple(input_shape)}: give height and width in pixels, such as 32,32")
     if img_channels not in (1, 3):
-        raise ValueError(f"img_channels {img_channels}: use 3 (RGB) or 1 (grey)")
+        raise UserError(f"img_channels {img_channels}: use 3 (RGB) or 1 (grey)")
     if resize_mode not in RESIZE_MODES:
-        raise ValueError(f"resize_mode {resize_mode!r} is not known: use one of {', '.join(RESIZE_MODES)}")
+        raise UserError(f"resize_mode {resize_mode!r} is not known: use one of {', '.join(RESIZE_MODES)}")
     if len(background) != 3 or any(int(level) != level or not 0 <= level <= 255 for level in background):
-        raise ValueError(f"background {tuple(background)}: give red, green and blue from 0 to 255, such as 255,255,255")
+        raise UserError(f"background {tuple(background)}: give red, green and blue from 0 to 255, such as 255,255,255")
 
 
 def check_image(path, full=True):
@@ -148,7 +149,7 @@ def _bytes_to_decode(image, stored_size):
     if image.format == "TIFF":
         needed += image.buffer_bytes()
     if needed > DECODE_BYTES:
-        raise ValueError(
+        raise UserError(
             f"its {pixels / 1e6:.0f} million pixels take {needed / 1e9:.1f} GB to decode, "
             f"more than the {DECODE_BYTES / 1e9:.1f} GB that one image may take: make it smaller"
         )

@@ -24,6 +24,7 @@ from torchvision.datasets import CIFAR10, MNIST, STL10, CelebA, FashionMNIST, Fl
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
+from utils.errors import UserError
 from utils.files import atomic_folder
 
 ARCHIVES = ".downloads"  # hidden: what is below it is never listed
@@ -85,13 +86,13 @@ def download(name, datasets_path="datasets"):
     ValueError for an unknown name, a missing package, or a download that failed.
     """
     if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
+        raise UserError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
     folder, root = Path(datasets_path) / name, Path(datasets_path) / ARCHIVES / name
     if folder.is_dir() and any(folder.iterdir()):
         print(f"{folder.absolute()} is there already: nothing is fetched")
         return str(folder)
     if name == "flowers102" and importlib.util.find_spec("scipy") is None:  # torchvision itself names gdown
-        raise ValueError(f"reading {name} needs the package scipy: pip install scipy")
+        raise UserError(f"reading {name} needs the package scipy: pip install scipy")
     for parent in (folder.parent, root.parent):  # a killed process leaves its temporary folders: start anew
         for leftover in parent.glob(f".{name}.*.tmp"):
             shutil.rmtree(leftover)
@@ -100,7 +101,7 @@ def download(name, datasets_path="datasets"):
         fetch_and_unpack(name, folder, root)
     except Exception as error:  # of torchvision, of Pillow, of the network, of the disk
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name} could not be fetched and unpacked, and nothing half is left: {reason}") from error
+        raise UserError(f"{name} could not be fetched and unpacked, and nothing half is left: {reason}") from error
     print(f"{name}: unpacked into {folder.absolute()}; its archives are in {root.absolute()}: you can delete them")
     return str(folder)
 
@@ -137,7 +138,7 @@ def write_images(total, images, folder, name):
     for path, image in tqdm(images, f"unpacking {name}", total, unit="img", dynamic_ncols=True):
         path = folder / path
         if path.exists():
-            raise ValueError(f"it has two pictures called {path.name}")
+            raise UserError(f"it has two pictures called {path.name}")
         path.parent.mkdir(exist_ok=True)
         if isinstance(image, Path):
             link_or_copy(image, path)

@@ -12,6 +12,8 @@ import zlib
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from PIL import TiffImagePlugin as tiff
 
+from utils.errors import UserError
+
 FILE_BYTES = 2**30  # largest file that is read: it is held in memory
 PROFILE_BYTES = 2**24  # largest ICC profile
 TEXT_BYTES = PngImagePlugin.MAX_TEXT_CHUNK  # largest text of a PNG that Pillow reads
@@ -85,11 +87,11 @@ def check_regular(path):
     """The size of a file in bytes. ValueError where it is too large or no regular file."""
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
-        raise ValueError("is a folder")
+        raise UserError("is a folder")
     if not stat.S_ISREG(status.st_mode):  # opening a pipe blocks, and a device never ends
-        raise ValueError("is no regular file (a pipe, a socket or a device)")
+        raise UserError("is no regular file (a pipe, a socket or a device)")
     if status.st_size > FILE_BYTES:
-        raise ValueError(f"a file of {status.st_size / 1e9:.1f} GB; at most {FILE_BYTES / 1e9:.1f} GB are read")
+        raise UserError(f"a file of {status.st_size / 1e9:.1f} GB; at most {FILE_BYTES / 1e9:.1f} GB are read")
     return status.st_size
 
 

@@ -6,15 +6,16 @@ from pathlib import Path
 
 from utils.data.formats import UNREAD_EXTENSIONS
 from utils.data.search import beside_folders, first_of
+from utils.errors import UserError
 
 
 def check_annotation_path(annotation_path, images=()):
     """Refuse a list at a folder or over one of the images: ValueError."""
     path = str(annotation_path)
     if "\0" in path or not Path(path).name or path.endswith(("/", os.sep)) or os.path.isdir(path):
-        raise ValueError(f"annotation_path {path!r} is no name of a file: give one such as train_lines.txt")
+        raise UserError(f"annotation_path {path!r} is no name of a file: give one such as train_lines.txt")
     if os.path.realpath(path) in map(os.path.realpath, images):
-        raise ValueError(f"annotation_path {path} is one of the pictures: the list would replace it; give another name")
+        raise UserError(f"annotation_path {path} is one of the pictures: the list would replace it; give another name")
 
 
 def describe_sizes(sizes):

@@ -6,6 +6,7 @@ from collections import Counter
 from utils.data.decode import check_image, describe_error, is_about_the_file
 from utils.data.formats import EXTENSIONS
 from utils.data.threads import map_in_threads
+from utils.errors import UserError
 
 SHIPPED = "noto_emoji"  # the folder of datasets/ that comes with the repository
 
@@ -26,7 +27,7 @@ def search(root):
     """
     root = os.path.abspath(root)
     if not os.path.isdir(root):
-        raise ValueError(f"{root} is not a folder: put images into it, or set datasets_path to another folder")
+        raise UserError(f"{root} is not a folder: put images into it, or set datasets_path to another folder")
     paths, others, folders, links, visited = [], Counter(), [root], [], set()
     while folders or links:
         # Links come last: a folder below the root keeps its own name.
@@ -89,10 +90,10 @@ def check_images(paths, full=True, num_workers=0):
 def system_failure(path, error):
     """The ValueError that ends a pass over many files. The file itself may be whole."""
     if isinstance(error, MemoryError):
-        return ValueError(
+        return UserError(
             f"out of memory while decoding {path}: lower num_workers, or end other programs; nothing was kept"
         )
-    return ValueError(
+    return UserError(
         f"{path} cannot be read now ({describe_error(error)}): "
         "see to the disk or the system and run this again; nothing was kept"
     )

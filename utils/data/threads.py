@@ -10,6 +10,8 @@ from itertools import islice
 
 from tqdm import tqdm
 
+from utils.errors import UserError
+
 CHUNK = 16  # items a task: a future costs about 40 us, decoding a small image 150 us
 
 
@@ -42,7 +44,7 @@ def map_in_threads(function, items, num_workers=0, description=None):
     What `function` raises is raised here.
     """
     if num_workers < 0:
-        raise ValueError(f"num_workers {num_workers}: use 0 for all cores, or a positive number")
+        raise UserError(f"num_workers {num_workers}: use 0 for all cores, or a positive number")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = num_workers or cores
     executor = ThreadPoolExecutor(workers)

@@ -24,7 +24,7 @@ from utils.config import check_values, parse_config, settings
 from utils.data.dataset import split_validation
 from utils.data.decode import RESIZE_MODES
 from utils.device import DTYPES, autocast, choose_device, choose_precision, describe_device, memory_format
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.evaluate.features import FeatureCache, collect, load_extractor, with_progress
 from utils.evaluate.image_sets import open_images, survey
 from utils.evaluate.measures import NEIGHBOURS, measure_bits, measure_distances, measure_nearest, print_line
@@ -115,7 +115,7 @@ def main(arguments=None):
     samples = open_samples(config, model, opened, reference, device, precision)
     for name, count in (("samples", samples.count), ("reference pictures", len(reference))):
         if config.distances and count < NEIGHBOURS + 2:
-            raise ValueError(
+            raise UserError(
                 f"{count} {name} are too few for distances, which need {NEIGHBOURS + 2}: name more, or "
                 "set --distances False"
             )
@@ -158,18 +158,18 @@ def check(config):
         batch_size=(1, None),
     )
     if config.seed + config.num_images > SEEDS:
-        raise ValueError(
+        raise UserError(
             f"seed {config.seed} and {config.num_images} samples: the last seed would lie beyond "
             f"{SEEDS - 1}; lower --seed or --num_images"
         )
     if config.eta and config.sampler != "ddim":
-        raise ValueError("--eta is an option of ddim: add --sampler ddim, or leave it out")
+        raise UserError("--eta is an option of ddim: add --sampler ddim, or leave it out")
     within(config.guidance_interval)  # before anything is loaded
     check_guidance(config)
     if config.bits and not is_checkpoint(config.samples):
-        raise ValueError(f"--bits needs the model itself, and {config.samples} holds pictures: name a checkpoint")
+        raise UserError(f"--bits needs the model itself, and {config.samples} holds pictures: name a checkpoint")
     if config.guidance_scale != 1 and not is_checkpoint(config.samples):
-        raise ValueError(f"--guidance_scale is of drawing, and {config.samples} holds pictures: leave it out")
+        raise UserError(f"--guidance_scale is of drawing, and {config.samples} holds pictures: leave it out")
 
 
 def compare(config, samples, reference, held_out, device):
@@ -205,7 +205,7 @@ def load_model(config, device, precision):
     print(f"weights: {path.resolve()}{remark}")
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
     if config.img_channels not in (0, diffusion.img_channels):
-        raise ValueError(f"--img_channels {config.img_channels}: the model draws pictures of {diffusion.img_channels}")
+        raise UserError(f"--img_channels {config.img_channels}: the model draws pictures of {diffusion.img_channels}")
     guide, guide_path = None, None
     if config.guiding_path:
         guide_path = find_weights(config.guiding_path)[0].resolve()
@@ -234,7 +234,7 @@ def open_references(config, model, opened):
     elif share and listed and Path(listed).resolve() == Path(config.reference).resolve():
         reference, held_out = split_validation(reference, share)  # as the training did
     if config.bits and held_out is None:
-        raise ValueError(
+        raise UserError(
             "--bits measures pictures that were not trained on: name them with --held_out, or train with "
             "--val_split 0.05"
         )

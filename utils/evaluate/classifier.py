@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from nets.weights import check_fit
 from utils.checkpoint_contents import Kind, check_tensors, expect, first_not_finite, weights_digest
+from utils.errors import UserError
 from utils.files import atomic_write
 from utils.torch_files import load_tensors
 
@@ -38,7 +39,7 @@ class FeatureNet(nn.Module):
     def forward(self, images):
         """images (b, c, h, w) uint8, else ValueError -> (b, 128) float32."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != self.img_channels:
-            raise ValueError(
+            raise UserError(
                 f"expected uint8 pictures (b, {self.img_channels}, h, w), not {images.dtype} {tuple(images.shape)}"
             )
         return self.layers(images.to(self.head.weight.dtype) / 127.5 - 1).mean((2, 3))
@@ -96,7 +97,7 @@ def check_labelled(name, images, labels):
     """ValueError unless there are pictures (n, h, w, c) uint8, and n labels from 0 up."""
     uint8 = str(images.dtype).endswith("uint8")
     if images.ndim != 4 or not uint8 or len(images) != len(labels) or not len(labels) or labels.min() < 0:
-        raise ValueError(
+        raise UserError(
             f"{name} pictures must be (n, h, w, c) uint8 with n labels from 0 up, n above 0, "
             f"not {images.dtype} {tuple(images.shape)} with {len(labels)} labels"
         )
@@ -136,11 +137,11 @@ def load_feature_net(path, device="cpu"):
     """The net of a file that `save_feature_net` wrote, in eval mode. ValueError for others."""
     loaded = load_tensors(path, what="feature net")
     if not isinstance(loaded, dict) or type(loaded.get("feature_net")) is not int or loaded["feature_net"] != FORMAT:
-        raise ValueError(f"{path}: not a feature net that this version of the project wrote")
+        raise UserError(f"{path}: not a feature net that this version of the project wrote")
     try:
         check_feature_net(loaded)
     except ValueError as error:
-        raise ValueError(f"{path}: damaged, or edited: {error}") from None
+        raise UserError(f"{path}: damaged, or edited: {error}") from None
     net = FeatureNet(loaded["img_channels"], loaded["num_classes"])
     net.load_state_dict(loaded["weights"])
     net.accuracy = loaded["accuracy"]
@@ -158,4 +159,4 @@ def check_feature_net(loaded):
     with torch.device("meta"):  # shapes alone
         check_fit(FeatureNet(loaded["img_channels"], loaded["num_classes"]).state_dict(), weights)
     if (name := first_not_finite(weights)) is not None:
-        raise ValueError(f"its weights hold NaN or infinity (the first is {name})")
+        raise UserError(f"its weights hold NaN or infinity (the first is {name})")

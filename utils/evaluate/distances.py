@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from utils.errors import UserError
+
 
 @dataclass(eq=False)
 class FeatureStatistics:
@@ -29,7 +31,7 @@ class FeatureStatistics:
             self.count, self.mean, self.scatter = count, mean, scatter
             return self
         if len(mean) != len(self.mean):
-            raise ValueError(f"features of {len(mean)} numbers added to features of {len(self.mean)}")
+            raise UserError(f"features of {len(mean)} numbers added to features of {len(self.mean)}")
         shift, total = mean - self.mean, self.count + count
         self.scatter += scatter + torch.outer(shift, shift) * (self.count * count / total)
         self.mean += shift * (count / total)
@@ -40,7 +42,7 @@ class FeatureStatistics:
     def covariance(self):
         """(d, d), unbiased (divided by n - 1), as is usual for FID. ValueError below 2 features."""
         if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 pictures, not {self.count}")
+            raise UserError(f"a covariance needs at least 2 pictures, not {self.count}")
         return self.scatter / (self.count - 1)
 
 
@@ -48,9 +50,9 @@ def as_features(features):
     """(n, d) of any type as float64 on the CPU (Apple GPUs have none). ValueError: shape, NaN."""
     features = torch.as_tensor(features).detach().to("cpu", torch.float64)
     if features.ndim != 2:
-        raise ValueError(f"features must be (pictures, numbers), not of shape {tuple(features.shape)}")
+        raise UserError(f"features must be (pictures, numbers), not of shape {tuple(features.shape)}")
     if not features.isfinite().all():
-        raise ValueError("features hold NaN or infinite values")
+        raise UserError("features hold NaN or infinite values")
     return features
 
 
@@ -65,9 +67,9 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
     values = [torch.as_tensor(value).detach().to("cpu", torch.float64) for value in (mean_1, cov_1, mean_2, cov_2)]
     (mean_1, cov_1, mean_2, cov_2), shapes, d = values, [tuple(value.shape) for value in values], values[0].numel()
     if shapes != [(d,), (d, d)] * 2:
-        raise ValueError(f"means and covariances do not fit together: {shapes}")
+        raise UserError(f"means and covariances do not fit together: {shapes}")
     if not all(value.isfinite().all() for value in values):
-        raise ValueError("means or covariances hold NaN or infinite values")
+        raise UserError("means or covariances hold NaN or infinite values")
     overlap = torch.linalg.svdvals(factor(cov_1).T @ factor(cov_2)).sum()
     distance = (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * overlap
     return max(distance.item(), 0.0)
@@ -97,7 +99,7 @@ def kernel_distance(features_1, features_2, subsets=100, subset_size=1000, seed=
     features_1, features_2 = as_features(features_1), as_features(features_2)
     size = min(subset_size, len(features_1), len(features_2))
     if size < 2:
-        raise ValueError(
+        raise UserError(
             f"a kernel distance needs at least 2 pictures on both sides, not {len(features_1)} and {len(features_2)}"
         )
     if size == len(features_1) == len(features_2):
@@ -136,7 +138,7 @@ def precision_and_recall(samples, reference, k=3):
     """
     samples, reference = as_features(samples), as_features(reference)
     if min(len(samples), len(reference)) <= k:
-        raise ValueError(
+        raise UserError(
             f"precision and recall with k = {k} need more than {k} pictures on both sides, "
             f"not {len(samples)} and {len(reference)}"
         )
@@ -175,5 +177,5 @@ def nearest(queries, bank, k=1):
             found[part] = torch.cat((found[part], positions.expand(len(part), -1)), 1).gather(1, order)
         position += len(block)
     if position < k:
-        raise ValueError(f"the {k} nearest of {position} pictures cannot be found")
+        raise UserError(f"the {k} nearest of {position} pictures cannot be found")
     return best, found

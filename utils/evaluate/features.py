@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from utils.data.cache import cache_folders, writable_folder
 from utils.data.dataset import split_validation
+from utils.errors import UserError
 from utils.evaluate.classifier import load_feature_net, save_feature_net, train_feature_net
 from utils.evaluate.distances import FeatureStatistics
 from utils.evaluate.inception import load_inception
@@ -103,14 +104,14 @@ class FeatureCache:
     def classifier(self, dataset, device):
         """The file of a FeatureNet of its classes, trained on 90 % of the images where missing."""
         if len(dataset.classes) < 2:
-            raise ValueError(
+            raise UserError(
                 "--features classifier learns classes, and the reference has none: sort its "
                 "pictures into class folders, name a classifier's file, or use --features inception"
             )
         path = self.path("classifier", dataset.key())
         if not path.is_file():
             if len(set(dataset.hashes)) < 100:
-                raise ValueError(
+                raise UserError(
                     f"{len(dataset):,} pictures are too few to train a classifier on: "
                     "name the file of one with --features"
                 )
@@ -135,7 +136,7 @@ def load_extractor(features, dataset, cache, device, batch_size=100, inception_w
     path = cache.classifier(dataset, device) if features == "classifier" else Path(features)
     network = load_feature_net(path, device)
     if network.img_channels != dataset.shape[2]:
-        raise ValueError(
+        raise UserError(
             f"{path}: a feature net for {network.img_channels} channels, but the pictures have {dataset.shape[2]}"
         )
     accuracy = "unknown" if network.accuracy is None else f"{network.accuracy:.1%}"

@@ -19,6 +19,7 @@ from utils.data.decode import check_image, is_about_the_file
 from utils.data.formats import open_image
 from utils.data.search import find_images, label_by_folder
 from utils.data.threads import map_in_threads
+from utils.errors import UserError
 from utils.terminal import printable
 
 GREY = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes without colour
@@ -36,7 +37,7 @@ def survey(path):
         return Counter({(height, width): count}), channels == 3
     found = [header for header in map_in_threads(_header, _listed(path), description="sizes") if header]
     if not found:
-        raise ValueError(f"no image of {printable(path)} can be decoded")
+        raise UserError(f"no image of {printable(path)} can be decoded")
     return Counter(size for size, _ in found), any(colour for _, colour in found)
 
 
@@ -55,7 +56,7 @@ def _header(path):
 def _listed(path):
     paths = find_images(path) if path.is_dir() else read_annotation(path).paths
     if not paths:
-        raise ValueError(f"{printable(path.resolve())} holds no pictures")
+        raise UserError(f"{printable(path.resolve())} holds no pictures")
     return paths
 
 
@@ -94,11 +95,11 @@ def _open_archive(path):
         with zipfile.ZipFile(path) as archive:
             yield archive
     except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
+        raise UserError(f"{path}: there is no such file") from None
     except OSError:
         raise
     except Exception as error:  # zipfile and numpy's reader of headers raise all kinds
-        raise ValueError(f"{path}: no .npz with pictures as arr_0 ({error})") from None
+        raise UserError(f"{path}: no .npz with pictures as arr_0 ({error})") from None
 
 
 def _npz_shape(path):
@@ -108,7 +109,7 @@ def _npz_shape(path):
         reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = reader(member)
     if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not np.prod(shape):
-        raise ValueError(f"{path}: arr_0 must be uint8 (N, H, W, 1 or 3), not {dtype} {shape}")
+        raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 1 or 3), not {dtype} {shape}")
     return shape
 
 
@@ -116,7 +117,7 @@ def _open_npz(path, shape):
     """The ImageDataset of an .npz, unpacked to the disk and mapped: numpy would fill the memory."""
     own = _npz_shape(path)[1:]
     if own not in (shape, (*shape[:2], 1)):
-        raise ValueError(
+        raise UserError(
             f"{path} holds pictures of (height, width, channels) {own}, to be compared at {shape}: "
             "pictures of an .npz are taken as they are"
         )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from utils.checkpoint_contents import check_tensors, weights_digest
+from utils.errors import UserError
 from utils.torch_files import load_tensors
 
 INSTALL = "pip install torchmetrics torch-fidelity"
@@ -43,7 +44,7 @@ def load_inception(weights_path="", device="cpu"):
         source = weights_path or theirs.URL_INCEPTION_V3
     except Exception as error:  # whatever a broken package raises
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise ValueError(
+        raise UserError(
             f"Inception features need two more packages, and importing them fails ({reason}): {INSTALL}; {INSTEAD}"
         ) from None
     try:
@@ -57,10 +58,10 @@ def load_inception(weights_path="", device="cpu"):
         metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=copy)
     except OSError as error:  # urllib's errors too
         what = f"{source} cannot be read" if weights_path else f"the weights cannot be downloaded from {source}"
-        raise ValueError(f"{what} ({error}): name a copy of the file with --inception_weights; {INSTEAD}") from None
+        raise UserError(f"{what} ({error}): name a copy of the file with --inception_weights; {INSTEAD}") from None
     except Exception as error:  # torch.load and load_state_dict raise all kinds
         what = str(error).splitlines()[0].removeprefix(f"{weights_path}: ")[:400]
-        raise ValueError(f"{source}: not the Inception weights ({what})") from None
+        raise UserError(f"{source}: not the Inception weights ({what})") from None
     return Inception(metric.inception).to(device).eval().requires_grad_(False)
 
 
@@ -72,7 +73,7 @@ def downloaded_weights(theirs):
     """
     kept = Path(torch.hub.get_dir(), "checkpoints", theirs.URL_INCEPTION_V3.rsplit("/", 1)[1])
     if kept.is_file() and not sha256_of(kept).startswith(kept.stem.rsplit("-", 1)[1]):
-        raise ValueError(f"{kept} is damaged, or another file: delete it, and it is downloaded again")
+        raise UserError(f"{kept} is damaged, or another file: delete it, and it is downloaded again")
     return theirs.load_state_dict_from_url(
         theirs.URL_INCEPTION_V3, map_location="cpu", weights_only=True, check_hash=True
     )

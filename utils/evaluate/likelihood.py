@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from utils.errors import UserError
+
 LEVELS = 256  # values of a pixel, from -1 to 1
 
 
@@ -19,7 +21,7 @@ def variational_bound(denoise, alpha_bars, x, generator=None):
     the noise, on x's device; None: torch's global one. ValueError for images not on 256 levels.
     """
     if ((x + 1) * 127.5 - ((x + 1) * 127.5).round()).abs().max() > 1e-2 or x.abs().max() > 1 + 1e-4:
-        raise ValueError("bits per dimension need 8-bit images: x must be on the 256 levels -1, -1 + 2/255, ... 1")
+        raise UserError("bits per dimension need 8-bit images: x must be on the 256 levels -1, -1 + 2/255, ... 1")
     terms = []
     for t, alpha_bar in enumerate(alpha_bars):
         noise = torch.randn(x.shape, generator=generator, device=x.device)

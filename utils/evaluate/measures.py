@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from utils.data.dataset import normalise
 from utils.device import autocast
+from utils.errors import UserError
 from utils.evaluate.distances import kernel_distance, nearest, precision_and_recall, statistics_distance
 from utils.evaluate.features import with_progress
 from utils.evaluate.likelihood import variational_bound
@@ -140,7 +141,7 @@ def held_out_labels(held_out, model):
     if model.classes and held_out.classes == model.classes:
         return held_out.labels
     if model.classes and model.diffusion.null_class is None:
-        raise ValueError(
+        raise UserError(
             f"--bits: the model needs the classes {', '.join(model.classes[:5])} ..., and the held-out "
             "pictures are not sorted into folders of these names"
         )

@@ -13,6 +13,7 @@ from PIL import Image
 from utils import distributed
 from utils.checkpoint_contents import weights_digest
 from utils.data.decode import describe_error
+from utils.errors import UserError
 from utils.files import atomic_write
 from utils.images import make_grid, save_animation, save_png, to_uint8
 
@@ -77,12 +78,12 @@ class PredictFiles:
         except FileNotFoundError:
             return None
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path.resolve()} cannot be read ({describe_error(error)}): delete it, it is drawn again"
             ) from None
         differing = [name for name in {**wanted, **text} if text.get(name) != wanted.get(name)]
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"{path.resolve()} is there already and differs in {', '.join(differing)}: "
                 "move it away, or choose another --save_dir"
             )
@@ -150,7 +151,7 @@ def _check_folder(folder):
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{folder.resolve()} cannot be written to ({error.strerror}): choose another --save_dir"
         ) from None
 

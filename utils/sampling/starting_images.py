@@ -3,6 +3,7 @@
 import torch
 
 from utils.data.decode import check_image, describe_error, load_image
+from utils.errors import UserError
 
 
 def starting_settings(config, diffusion, trained):
@@ -31,12 +32,12 @@ def load_mask(path, image_path, input_shape, trained):
     mask = (_load(path, input_shape, 1, trained, (0, 0, 0)) > 127.5).float()
     (width, height), (image_width, image_height) = check_image(path, full=False), check_image(image_path, full=False)
     if width * image_height != height * image_width:
-        raise ValueError(
+        raise UserError(
             f"{path}: the mask is {width}x{height} and {image_path} {image_width}x{image_height}: "
             "they must have the same shape, so that one lies on the other"
         )
     if mask.min() == mask.max():
-        raise ValueError(
+        raise UserError(
             f"{path}: the mask is all {'white' if mask.max() else 'black'}: "
             "paint white what is drawn anew, black what stays"
         )
@@ -49,5 +50,5 @@ def _load(path, input_shape, img_channels, trained, background):
         resize_mode, icc = trained.get("resize_mode", "crop"), trained.get("icc", True)
         pixels = load_image(path, input_shape, img_channels, resize_mode, background, icc)
     except Exception as error:  # Pillow's decoders raise all kinds
-        raise ValueError(f"{path}: cannot be read as a picture ({describe_error(error)}); name another file") from None
+        raise UserError(f"{path}: cannot be read as a picture ({describe_error(error)}); name another file") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float()

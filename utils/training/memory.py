@@ -6,6 +6,7 @@ import torch
 
 from utils import distributed
 from utils.device import autocast
+from utils.errors import UserError
 
 USABLE = 0.9  # share of a device's memory that training can fill: the rest goes to libraries and gaps
 # Of the weights, whatever the batch. Muon keeps one moment of most, and computes in about as much.
@@ -48,7 +49,7 @@ def check_network_fits(num_parameters, device):
     """ValueError where training needs more than the device's memory. No network is built."""
     needed, there = sum(COPIES.values()) * 4 * num_parameters, device_memory(device)
     if there and needed > there:
-        raise ValueError(
+        raise UserError(
             f"a network of {num_parameters / 1e9:.2f} billion parameters needs {mebibytes(needed)} for "
             f"weights, gradients and moments; {device} has {mebibytes(there)}: lower --channel, "
             "--channel_mults or --num_res_blocks"

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from utils.errors import UserError
 from utils.training.muon import Muon
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
@@ -15,7 +16,7 @@ LEARNING_RATE, CHANNELS, HIGHEST = 2e-4, 128, 1e-3
 def make_optimizer(name, parameters, device, momentum=0.9, weight_decay=0.0):
     """A fused Adam, AdamW or Muon. momentum is beta 1. `train_step` sets the learning rate."""
     if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer_type {name!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
+        raise UserError(f"optimizer_type {name!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
     fused = device.type in ("cpu", "cuda")
     return OPTIMIZERS[name](parameters, lr=0.0, betas=(momentum, 0.999), weight_decay=weight_decay, fused=fused)
 
@@ -74,7 +75,7 @@ def learning_rate(step, total_steps, init_lr, min_lr, warmup=0.05, decay="cos"):
     warmup: its share of all steps, at most 1,000. decay: a name from DECAYS, else ValueError.
     """
     if decay not in DECAYS:
-        raise ValueError(f"lr_decay_type {decay!r} is unknown: choose one of {', '.join(DECAYS)}")
+        raise UserError(f"lr_decay_type {decay!r} is unknown: choose one of {', '.join(DECAYS)}")
     warmup_steps = min(round(warmup * total_steps), MAX_WARMUP_STEPS)
     if step < warmup_steps:
         return init_lr * (step + 1) / warmup_steps

@@ -13,6 +13,7 @@ from utils.checkpoint import LAST
 from utils.checkpoint_contents import check_training
 from utils.config import fit_saved
 from utils.device import is_available
+from utils.errors import UserError
 from utils.training.loss_history import earlier_rows
 from utils.training.optimizer import restore_optimizer
 
@@ -53,7 +54,7 @@ def merge_config(block, typed, checkpoint, source):
         same = getattr(base, name) == value if name != "label_dropout" else (base.label_dropout > 0) == (value > 0)
         if name in {*saved, *BEGINNING} and name in (*FIXED, "label_dropout") and not same:
             there = repr("") if getattr(base, name) == "" else getattr(base, name)
-            raise ValueError(
+            raise UserError(
                 f"--{name} {value}: {source} was built with {name} = {there}, "
                 "which cannot change; leave it out, or start a fresh run"
             )
@@ -73,7 +74,7 @@ def check_classes(config, classes, checkpoint):
     """ValueError unless the classes of the images are those that the run was built with."""
     known = checkpoint["classes"] if config.class_conditional and checkpoint else []
     if known and known != classes:
-        raise ValueError(
+        raise UserError(
             f"the run's classes are {', '.join(known)}, and the list's are "
             f"{', '.join(classes) or 'none'}: they cannot change"
         )

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.checkpoint import BEST, LAST
-from utils.errors import is_out_of_memory
+from utils.errors import UserError, is_out_of_memory
 from utils.files import Attempts, atomic_write, locked, remove_leftovers
 from utils.images import save_png
 from utils.training.loss_history import LossHistory
@@ -137,7 +137,7 @@ class RunFiles:
         older = "an older" if (self.folder / LAST).is_file() else "no"
         there = f"{older} {LAST} is" if LAST in self.attempt.failed else f"{LAST} is"
         missing = ", ".join(sorted(self.attempt.failed))
-        raise ValueError(
+        raise UserError(
             f"the epochs are done{shown}, but {missing} could not be written; {there} in "
             f"{self.folder.resolve()}: free some space and resume it"
         )

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from utils import distributed
 from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
 from utils.run_folders import find_weights
 from utils.training.resume import FIXED
 
@@ -27,13 +28,13 @@ def start_config(config, typed, checkpoint, source):
     """
     saved = {name: getattr(type(config)(), name) for name in (*CARRIED, "img_channels")} | checkpoint["config"]
     if saved["img_channels"] != config.img_channels:
-        raise ValueError(
+        raise UserError(
             f"--start_from {source}: it has img_channels = {saved['img_channels']}, and this run has "
             f"{config.img_channels}: set --img_channels {saved['img_channels']}, or start without it"
         )
     for name in CARRIED:
         if typed.get(name, "auto") not in ("auto", saved[name]):
-            raise ValueError(
+            raise UserError(
                 f"--{name} {typed[name]}: {source} was built with {name} = {saved[name]}, which cannot "
                 "change; leave it out, or start without --start_from"
             )
