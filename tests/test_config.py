@@ -14,7 +14,6 @@ import torch
 import predict
 import train
 import txt_annotation
-from utils import errors
 from utils.config import (
     block_settings,
     check_values,
@@ -340,10 +339,3 @@ def test_mistakes_of_ours_keep_their_traceback(main, capsys):
     with pytest.raises((RuntimeError, ValueError, KeyError, ZeroDivisionError, TypeError)):
         run_script(main)
     assert capsys.readouterr().err == ""
-
-
-def test_libraries_in_an_environment_within_the_project_are_not_ours(monkeypatch):
-    # the folder that holds site-packages
-    monkeypatch.setattr(errors, "PROJECT", Path(torch.__file__).resolve().parents[2])
-    with pytest.raises(ValueError, match="scale"):
-        run_script(lambda: torch.distributions.Normal(0.0, -1.0))

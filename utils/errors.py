@@ -44,6 +44,11 @@ def user_message(error):
     return str(error) if isinstance(error, OSError) or getattr(error, "for_user", False) else None
 
 
+def one_line(error, limit=160):
+    """The text of an exception in one line of at most `limit` characters; its type where it has none."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def is_out_of_memory(error):
     """Whether this is Python's or PyTorch's word for it, on any device."""
     by_pytorch = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)

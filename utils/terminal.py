@@ -23,6 +23,12 @@ def printable(text, stream=None, keep=""):
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def first_few(words, limit=3, others="more"):
+    """The first `limit` words, and how many others there are, as text."""
+    words = list(map(str, words))
+    return ", ".join(words[:limit]) + (f" and {len(words) - limit} {others}" if len(words) > limit else "")
+
+
 class SafeStream:
     """A text stream that escapes what it cannot show, and drops all text once its reader is gone.
 
