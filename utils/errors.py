@@ -45,7 +45,7 @@ def user_message(error):
 
 
 def one_line(error, limit=160):
-    """The text of an exception in one line of at most `limit` characters; its type where it has none."""
+    """The text of an exception in one line of at most `limit` characters, else its type."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
