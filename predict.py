@@ -1,4 +1,4 @@
-"""Draw new pictures with a trained model. Each setting is an option: --num_images 100."""
+"""Sample new images from a trained model."""
 
 import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is no traceback)
 
@@ -7,27 +7,36 @@ import random
 import sys
 import time
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from tqdm import tqdm
 
 from nets import build
 from nets.errors import check_choice
-from nets.guidance import check_interval, check_weaker_model, within
-from nets.samplers import DEFAULT_SPACING, SAMPLERS, SEEDS, SPACINGS, seeded_noise, slerp
+from nets.samplers import (
+    DEFAULT_RESAMPLINGS,
+    DEFAULT_SPACING,
+    SAMPLERS,
+    SEEDS,
+    SPACINGS,
+    VARIANCES,
+    seeded_noise,
+    slerp,
+)
+from nets.sampling import SamplingOptions, check_guiding_model, check_interval, interval_predicate, sampling_schedule
 from utils import distributed
-from utils.checkpoint import load_checkpoint
-from utils.config import block_settings, check_values, settings, typed_options
+from utils.checkpoint.runs import open_weights
+from utils.data.image_format import ImageFormat
 from utils.device import DTYPES, autocast, choose_compile, choose_device, choose_precision, memory_format, round_weights
 from utils.errors import UserError, explain_out_of_memory, run_script
 from utils.images import to_uint8
-from utils.run_folders import find_weights
 from utils.sampling.batches import advice_for_sampling, sample_batches
-from utils.sampling.combinations import OWNERS, check_combinations
+from utils.sampling.init_images import init_options
+from utils.sampling.option_rules import SOLVER_OPTIONS, check_rules
 from utils.sampling.predict_files import COLUMNS, SHOWN, PredictFiles, image_texts
-from utils.sampling.starting_images import starting_settings
-from utils.sampling.summary import print_summary
+from utils.sampling.summary import print_sampling
+from utils.settings import PAIR, choice, defaults, flag, number, settings, text, typed_options, whole
+from utils.terminal import first_few
 
 MAX_ROWS = 10  # classes in the grid
 MASKED_STEPS = 250  # with 10 resamplings as in the RePaint paper, section 5.1; all 1000 would take four times as long
@@ -40,80 +49,96 @@ class Config:
     # Model
     model_path: str = ""                          # a checkpoint, or a run's folder; "": the newest run in logs/
     input_shape: tuple[int, int] | None = None    # height and width; None: as in training
-    use_ema: bool = True                          # draw with the EMA weights; False: with the last ones
+    use_ema: bool = True                          # sample with the EMA weights; False: with the last ones
 
-    # Pictures
+    # Images
     num_images: int = 25                          # the grid shows the first 25 (by class: 5 of each, 10 classes)
-    batch_size: int = 25                          # drawn at once: lower it if memory runs out
-    seed: int = -1                                # of the first picture, each next has the next; -1: random, printed
-    class_name: str = ""                          # draw this class only; "": a row of each
-    guidance_scale: float = 1.0                   # above 1: more typical of its class, less varied
+    batch_size: int = 25                          # images sampled at once: lower it if memory runs out
+    seed: int = -1                                # seed of the first image, the i-th has seed + i; -1: random, printed
+    class_name: str = ""                          # sample this class only; "": a row of each
+    guidance_scale: float = 1.0                   # guidance; above 1: more typical of its class, less diverse
     guidance_interval: tuple[float, float] | None = None  # lambdas between which guidance acts; None: at each step
-    guiding_path: str = ""                        # a weaker checkpoint to guide away from; "": from no class
+    guiding_path: str = ""                        # autoguidance: a weaker checkpoint; "": classifier-free guidance
 
     # Solver
-    sampler: Literal[tuple(SAMPLERS)] = "sde-dpm++"  # the solver; with a mask ddpm
-    steps: int = 0                                # of the solver; 0: 25, for ddpm all timesteps, with a mask 250
-    spacing: Literal[("", *SPACINGS)] = ""        # of the timesteps; "": what suits the sampler
-    eta: float = 0.0                              # ddim's share of fresh noise, 0 to 1
-    variance: Literal["beta", "posterior"] = "beta"  # ddpm's variance
-    clip: bool = True                             # keep the predicted image within black and white at each step
+    sampler: str = "sde-dpm++"                    # solver; inpainting uses ddpm
+    steps: int = 0                                # sampling steps; 0: 25, ddpm all timesteps, inpainting 250
+    spacing: str = ""                             # spacing of the timesteps; "": what suits the sampler
+    eta: float = 0.0                              # fraction of new noise in ddim
+    variance: str = "beta"                        # variance of ddpm's noise
+    clip: bool = True                             # clip the predicted x_0 to [-1, 1] at each step
 
-    # From pictures
-    init_image: str = ""                          # start from this picture instead of noise
-    strength: float | None = None                 # how much of it is drawn anew, above 0 to 1; None: 0.6, with a mask 1
-    mask: str = ""                                # a picture: white where init_image changes, black where it stays
-    resamplings: int = 10                         # times that each step of a masked drawing is taken
-    interpolate: int = 0                          # draw a strip of so many pictures from seed to seed_to instead
-    seed_to: int = -1                             # the seed at the strip's other end; -1: the next one
+    # Image to image
+    init_image: str = ""                          # start from this image instead of noise (SDEdit)
+    strength: float | None = None                 # how much of it is replaced; None: 0.6, for inpainting 1
+    mask: str = ""                                # inpainting: an image, white where init_image changes (RePaint)
+    resamplings: int = 0                          # times that inpainting takes each step; 0: 10
+    interpolate: int = 0                          # number of frames of a seed interpolation, in place of the grid
+    seed_to: int = -1                             # the seed at its other end; -1: the next one
 
     # Output
-    individual_files: bool = False                # one PNG a picture as well, named by its seed; resumable
-    npz: bool = False                             # all pictures in one .npz as well, as evaluators of the field read it
-    trajectory: bool = False                      # how the pictures form: a strip, and an animation of the grid
-    save_dir: str = "results/predict_out"         # where the pictures are written
+    individual_files: bool = False                # also one PNG per image, named by its seed; resumable
+    npz: bool = False                             # also all images in one .npz, in the ADM evaluation's format
+    trajectory: bool = False                      # how the images form: a strip, and an animation of the grid
+    save_dir: str = "results/predict_out"         # where the images are written
 
     # Machine
-    device: str = "auto"                          # auto, cuda, mps or cpu
-    precision: Literal[("auto", *DTYPES)] = "auto"  # numbers that the network computes in
-    compile: Literal["auto"] | bool = "auto"      # compile the network: pays for thousands of network calls
+    device: str = "auto"                          # auto, cuda, cuda:1, mps or cpu
+    precision: str = "auto"                       # mixed-precision dtype
+    compile: bool | str = "auto"                  # torch.compile the network: pays for thousands of network evaluations
 # fmt: on
 
 
+SETTINGS = {
+    "model_path": text(),
+    "input_shape": whole(1, 2**14, None, count=PAIR),
+    "use_ema": flag(),
+    "num_images": whole(1, SEEDS),
+    "batch_size": whole(1, 2**16),
+    "seed": whole(-1, SEEDS - 1),
+    "class_name": text(),
+    "guidance_scale": number(0, 1000),
+    "guidance_interval": number(-1000, 1000, None, count=PAIR),
+    "guiding_path": text(),
+    "sampler": choice(SAMPLERS),
+    "steps": whole(0),
+    "spacing": choice(("", *SPACINGS)),
+    "eta": number(0, 1),
+    "variance": choice(VARIANCES),
+    "clip": flag(),
+    "init_image": text(),
+    "strength": number(0, 1, None),
+    "mask": text(),
+    "resamplings": whole(0, 10**6),
+    "interpolate": whole(2, 10**4, 0),
+    "seed_to": whole(-1, SEEDS - 1),
+    "individual_files": flag(),
+    "npz": flag(),
+    "trajectory": flag(),
+    "save_dir": text(),
+    "device": text(),
+    "precision": choice(("auto", *DTYPES)),
+    "compile": flag("auto"),
+}
+
+
 def main(arguments=None):
-    typed = typed_options(Config, __doc__, arguments)
-    config = replace(block_settings(Config), **typed)
-    check(config, typed)
+    config, given = read_settings(arguments)
     distributed.start()
     device = choose_device(config.device, distributed.local_rank())
     precision = choose_precision(config.precision, device)
-    path, remark = distributed.from_main(find_weights(config.model_path) if distributed.is_main() else None)
-    if distributed.is_main():
-        print(f"weights: {path.resolve()}{remark}")
-    checkpoint = load_checkpoint(path, lazily=True)
+    checkpoint = open_weights(config.model_path, "weights")
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
     guide = load_guide(config, checkpoint, diffusion)
     check_model(config, diffusion, classes, guide)
-    config = resolve(config, typed, diffusion, classes)
-    options = {name: getattr(config, name) for name in ("sampler", "steps", "spacing", "guidance_scale", "use_ema")}
-    options |= {name: getattr(config, name) for name, sampler in OWNERS.items() if sampler == config.sampler}
-    options |= {} if config.clip else {"clip": False}
-    options |= {"guidance_interval": config.guidance_interval} if config.guidance_interval else {}
-    options |= {"guiding_model": guide} if guide else {}
-    options |= starting_settings(config, diffusion, checkpoint["config"])
+    config = resolve(config, given, diffusion, classes)
+    options = sampling_options(config, checkpoint, diffusion, guide)
+    rows, labels = grid_rows(config, classes), class_ids(config, classes)
     if distributed.is_main():
-        print_summary(config, classes[: grid_rows(config, classes)], classes, device, precision, checkpoint)
-
-    worth_it = device.type == "cuda" and network_calls(config) >= CALLS_WORTH_COMPILING
-    compiled = choose_compile(worth_it if config.compile == "auto" else config.compile, device)
-    networks = [part.ema_model if config.use_ema else part.model for part in (diffusion, guide) if part]
-    for part, network in zip((diffusion, guide), networks):
-        part.to(device=device, memory_format=memory_format(device, precision))
-        if compiled:
-            network.compile()
-    shape, labels = (*diffusion.img_size, diffusion.img_channels), class_ids(config, classes)
-    texts = image_texts(config, networks, shape, classes, labels, options)
-    with PredictFiles(config, shape, grid_rows(config, classes), texts) as files:
+        print_sampling(config, classes, rows, device, precision, checkpoint)
+    networks = move_networks(config, (diffusion, guide), device, precision)
+    shape = (*diffusion.img_size, diffusion.img_channels)
+    with PredictFiles(config, shape, rows, image_texts(config, networks, shape, classes, labels, options)) as files:
         for network in networks:
             round_weights(network, precision)  # only now: the files' texts hold the digest of the exact weights
         with autocast(device, precision), explain_out_of_memory(lambda: advice_for_sampling(config)):
@@ -122,76 +147,101 @@ def main(arguments=None):
     distributed.stop()
 
 
-def check(config, typed):
-    """ValueError for a setting out of range, and for settings that exclude or need each other."""
-    check_values(
-        config,
-        num_images=(1, None),
-        batch_size=(1, None),
-        seed=(-1, SEEDS - 1),
-        seed_to=(-1, SEEDS - 1),
-        steps=(0, None),
-        eta=(0, 1),
-        guidance_scale=(0, 1000),
-        resamplings=(1, 10**6),
-        interpolate=(0, 10**4),
-    )
-    within(config.guidance_interval)  # before anything is loaded
-    check_combinations(config, typed)
+def read_settings(arguments=None):
+    """(Config, {name: value} of the command line). UserError: settings exclude each other."""
+    options = typed_options(Config, SETTINGS, __doc__, arguments)
+    config = Config(**{**defaults(Config, SETTINGS), **options})
+    interval_predicate(config.guidance_interval)  # before anything is loaded
+    check_rules(config, options)
+    return config, options
 
 
 def load_guide(config, checkpoint, diffusion):
-    """The weaker model of guiding_path; None without. ValueError for one of another kind."""
+    """The guiding model of guiding_path; None without. UserError for one of another kind."""
     if not config.guiding_path:
         return None
-    path = distributed.from_main(find_weights(config.guiding_path)[0] if distributed.is_main() else None)
-    if distributed.is_main():
-        print(f"guided away from: {path.resolve()}")
-    return build.guiding_model(load_checkpoint(path, lazily=True), checkpoint, diffusion, config.use_ema)
+    return build.guiding_model(open_weights(config.guiding_path, "guided by"), checkpoint, diffusion, config.use_ema)
 
 
 def check_model(config, diffusion, classes, guide):
-    """ValueError for a setting that this model cannot serve."""
+    """UserError for a setting that this model cannot serve."""
     if config.class_name and not classes:
         raise UserError("--class_name: this model was trained without classes; train with --class_conditional True")
     if config.class_name:
         check_choice("class_name", config.class_name, classes)
-    check_weaker_model(diffusion, config.guidance_scale, guide)
+    check_guiding_model(diffusion, config.guidance_scale, guide)
     if config.interpolate and classes and not config.class_name:
-        known = ", ".join(classes)
+        known = first_few(classes, 20)
         raise UserError(f"--interpolate stays within one class: name it with --class_name; known: {known}")
 
 
-def resolve(config, typed, diffusion, classes):
-    """The settings with a value for each open one. ValueError for too many steps."""
+def resolve(config, given, diffusion, classes):
+    """The settings with a value for each open one. UserError for too many steps.
+
+    given: the options of the command line, {name: value}.
+    """
     seed = distributed.from_main(random.randrange(2**31) if config.seed < 0 else config.seed)
     sampler = "ddpm" if config.mask else config.sampler
-    spacing = config.spacing or DEFAULT_SPACING[sampler]
-    strength = config.strength or (0.6 if config.init_image and not config.mask else 1.0)
-    steps = len(diffusion.plan(sampler, config.steps or None, spacing, strength))
+    options = SamplingOptions(
+        sampler,
+        config.steps or None,
+        config.spacing or DEFAULT_SPACING[sampler],
+        strength=config.strength or (0.6 if config.init_image and not config.mask else 1.0),
+    )
+    steps = len(sampling_schedule(diffusion, options))
     if config.mask and not config.steps:
         steps = min(steps, MASKED_STEPS)
-    check_interval(config.guidance_interval, diffusion.plan(sampler, steps, spacing, strength))
+    check_interval(config.guidance_interval, sampling_schedule(diffusion, options._replace(steps=steps)))
     num_images = config.interpolate or config.num_images
-    if grid_rows(config, classes) and "num_images" not in typed and num_images == SHOWN:
+    if grid_rows(config, classes) and "num_images" not in given and num_images == SHOWN:
         num_images = COLUMNS * grid_rows(config, classes)
     if not config.interpolate and seed + num_images > SEEDS:
         raise UserError(
-            f"seed {seed}: the last of {num_images} pictures would have the seed {seed + num_images - 1}, "
+            f"seed {seed}: the last of {num_images} images would have the seed {seed + num_images - 1}, "
             f"and they end at {SEEDS - 1}: lower --seed or --num_images"
         )
-    seed_to = config.seed_to if config.seed_to >= 0 else seed + 1
     return replace(
         config,
         seed=seed,
-        seed_to=seed_to,
+        seed_to=config.seed_to if config.seed_to >= 0 else seed + 1,
         sampler=sampler,
-        spacing=spacing,
-        strength=strength,
+        spacing=options.spacing,
+        strength=options.strength,
         steps=steps,
         num_images=num_images,
         input_shape=diffusion.img_size,
+        resamplings=config.resamplings or DEFAULT_RESAMPLINGS,
     )
+
+
+def sampling_options(config, checkpoint, diffusion, guide):
+    """The SamplingOptions of the resolved settings."""
+    solver = {name: getattr(config, name) for name, sampler in SOLVER_OPTIONS.items() if sampler == config.sampler}
+    solver |= {"resamplings": config.resamplings} if config.mask else {}
+    trained = ImageFormat.from_config(
+        checkpoint.config, input_shape=diffusion.img_size, img_channels=diffusion.img_channels
+    )
+    return SamplingOptions(
+        *(getattr(config, name) for name in ("sampler", "steps", "spacing", "use_ema", "clip")),
+        config.guidance_scale,
+        config.guidance_interval,
+        guide,
+        **init_options(config, trained),
+        solver_options=solver,
+    )
+
+
+def move_networks(config, models, device, precision):
+    """The networks that sample, one or two, on the device, and compiled where that pays."""
+    worth_it = device.type == "cuda" and network_calls(config) >= CALLS_WORTH_COMPILING
+    compiled = choose_compile(worth_it if config.compile == "auto" else config.compile, device)
+    networks = []
+    for diffusion in filter(None, models):
+        diffusion.to(device=device, memory_format=memory_format(device, precision))
+        networks.append(diffusion.network(config.use_ema))
+        if compiled:
+            networks[-1].compile()
+    return networks
 
 
 def grid_rows(config, classes):
@@ -225,7 +275,7 @@ def sample(config, diffusion, labels, options, files):
     ) as bar:
         firsts = list(unfinished(batches, config, files, bar))  # a file that is not ours ends it before the first step
         done, began = 0, time.monotonic()
-        for first, steps in sample_batches(diffusion, firsts, size, config.seed, labels, noise, **options):
+        for first, steps in sample_batches(diffusion, firsts, size, config.seed, labels, noise, options):
             for step, (x, x_0) in enumerate(steps):
                 files.add_step(first, step, x, x_0)
                 bar.update()

@@ -14,13 +14,13 @@ import torch
 from nets import build
 from nets.schedules import make_betas
 from nets.unet import MAX_GROUPS
-from nets.weights import read_architecture
-from utils.checkpoint import FORMAT, load_checkpoint, save_checkpoint
-from utils.checkpoint_contents import all_finite
+from nets.architecture import read_architecture
+from utils.checkpoint.file import Checkpoint, save_checkpoint
+from utils.checkpoint.integrity import first_not_finite, save_tensors
+from utils.checkpoint.runs import open_weights
 from utils.convert.diffusers_folder import export_model, import_model
 from utils.errors import UserError, run_script
 from utils.files import begin_export
-from utils.run_folders import find_weights
 
 # Argument of the reference's UNet: its default, and train.py's option for such a network.
 REFERENCE_UNET = {
@@ -38,27 +38,27 @@ REFERENCE_SETTINGS = {"channel": 128, "input_shape": (32, 32), "num_timesteps": 
 def export_weights(run, file):
     """Write a run's EMA weights in half precision. They are enough to sample.
 
-    ValueError where `file` exists, or where half precision cannot hold the weights.
+    UserError where `file` exists, or where half precision cannot hold the weights.
     """
-    path, checkpoint, diffusion = open_run(run, file)
+    checkpoint, diffusion = open_run(run, file)
     weights = {
         name: value.half() if name.startswith("ema_model.") else value
         for name, value in diffusion.state_dict().items()
         if not name.startswith("model.")
     }
-    if not all_finite(weights):
-        raise UserError(f"{path}: its weights hold NaN or infinity, or numbers beyond half precision (65504)")
-    kept = {name: checkpoint[name] for name in ("config", "classes")}
-    write(file, {"format": FORMAT, **kept, "weights_kind": "ema", "weights": weights}, path)
+    if first_not_finite(weights) is not None:
+        raise UserError(f"{checkpoint.path}: its weights hold numbers beyond half precision (65504)")
+    save_checkpoint(Checkpoint(Path(file), weights, "ema", checkpoint.config, checkpoint.classes))
+    print_sizes(checkpoint.path, file)
 
 
 def export_reference(run, file):
     """Write a run's weights as a bare float32 state dict with the reference's keys.
 
-    Prints what its code must be told about the network. ValueError where `file` exists, or where
+    Prints what its code must be told about the network. UserError where `file` exists, or where
     its code would sample wrong images without an error.
     """
-    path, _, diffusion = open_run(run, file)
+    checkpoint, diffusion = open_run(run, file)
     if diffusion.prediction != "eps":
         raise UserError(
             "the reference's code needs a network that predicts the noise: this one predicts "
@@ -70,9 +70,8 @@ def export_reference(run, file):
             f"the reference's code builds group norms of {MAX_GROUPS} groups; this network has {groups}: "
             f"train one with --num_groups {MAX_GROUPS}"
         )
-    if not all_finite(diffusion.state_dict()):
-        raise UserError(f"{path}: its weights hold NaN or infinity")
-    write(file, diffusion.state_dict(), path)
+    save_tensors(Path(file), diffusion.state_dict())
+    print_sizes(checkpoint.path, file)
     print_reference_advice(diffusion)
 
 
@@ -102,16 +101,13 @@ def print_reference_advice(diffusion):
 
 
 def open_run(run, file):
-    """(path, checkpoint, GaussianDiffusion) of a run or a file. ValueError where `file` exists."""
+    """(Checkpoint, GaussianDiffusion) of a run or a file. UserError where `file` exists."""
     begin_export(file)
-    path = find_weights(run)[0]
-    checkpoint = load_checkpoint(path, lazily=True)
-    return path, checkpoint, build.from_checkpoint(checkpoint)[0]
+    checkpoint = open_weights(run)
+    return checkpoint, build.from_checkpoint(checkpoint)[0]
 
 
-def write(file, content, source):
-    """Save `content`, and print its size beside that of the checkpoint it was made from."""
-    save_checkpoint(file, content)
+def print_sizes(source, file):
     before, after = (Path(path).stat().st_size / 2**20 for path in (source, file))
     print(f"{source} ({before:.1f} MiB) -> {file} ({after:.1f} MiB)")
 
@@ -139,7 +135,7 @@ def main(arguments=None):
         for argument, meaning in positional:
             command.add_argument(argument, metavar=argument.upper(), help=meaning)
         if name == "diffusers":
-            command.add_argument("--class_name", default="", help='the class that it draws; "": the null class')
+            command.add_argument("--class_name", default="", help='the class that it samples; "": the null class')
     options = vars(parser.parse_args(arguments))
     COMMANDS[options.pop("command")][0](**options)
 

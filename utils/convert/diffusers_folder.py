@@ -17,29 +17,30 @@ from torch import nn
 
 from nets import build
 from nets.unet import UNet
-from nets.weights import clean_keys, find_schedule, read_architecture, some
-from utils.checkpoint import FORMAT, load_checkpoint, save_checkpoint
-from utils.checkpoint_contents import all_finite
-from utils.errors import UserError
+from nets.architecture import clean_keys, find_schedule, read_architecture
+from utils.checkpoint.file import Checkpoint, load_checkpoint, save_checkpoint
+from utils.checkpoint.integrity import first_not_finite
+from utils.checkpoint.runs import open_weights
+from utils.errors import UserError, one_line
 from utils.files import atomic_folder, begin_export
-from utils.run_folders import find_weights
+from utils.terminal import first_few
 
 WEIGHTS = "diffusion_pytorch_model"  # .safetensors or .bin
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 @contextlib.contextmanager
-def explain(text, kind=UserError):
+def as_user_error(text, kind=UserError):
     """Turn whatever a library raises in the block into one line of ours that begins with `text`."""
     try:
         yield
     except Exception as error:
-        raise kind(f"{text} ({' '.join(str(error).split())[:160] or type(error).__name__})") from error
+        raise kind(f"{text} ({one_line(error)})") from error
 
 
 def import_diffusers():
-    """UNet2DModel, DDPMScheduler and DDPMPipeline. ValueError where diffusers is not installed."""
-    with explain("folders of diffusers need the package diffusers: pip install diffusers"):
+    """UNet2DModel, DDPMScheduler and DDPMPipeline. UserError where diffusers is not installed."""
+    with as_user_error("folders of diffusers need the package diffusers: pip install diffusers"):
         from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
     return UNet2DModel, DDPMScheduler, DDPMPipeline
 
@@ -48,24 +49,22 @@ def export_model(run, folder, class_name=""):
     """Writes a run's EMA network as a folder for DDPMPipeline.from_pretrained.
 
     class_name: the class that it samples; "" is the null class, for a network that has one.
-    ValueError where `folder` exists, or where a UNet2DModel cannot express the network.
+    UserError where `folder` exists, or where a UNet2DModel cannot express the network.
     """
     UNet2DModel, DDPMScheduler, DDPMPipeline = import_diffusers()
     begin_export(folder)
-    path, _ = find_weights(run)
-    diffusion, classes = build.from_checkpoint(load_checkpoint(path, lazily=True))
+    checkpoint = open_weights(run)
+    diffusion, classes = build.from_checkpoint(checkpoint)
     settings, weights = to_unet2d(diffusion.ema_model, diffusion.img_size, choose_label(diffusion, classes, class_name))
-    if not all_finite(weights):
-        raise UserError(f"{path}: its weights hold NaN or infinity")
     unet = UNet2DModel(**settings)
     unet.load_state_dict(weights)
-    with atomic_folder(folder) as unfinished, explain(f"{folder}: could not be written", OSError):
+    with atomic_folder(folder) as unfinished, as_user_error(f"{folder}: could not be written", OSError):
         DDPMPipeline(unet, DDPMScheduler(**scheduler_settings(diffusion))).save_pretrained(unfinished)
-    print(f'DDPMPipeline.from_pretrained("{folder}")(num_inference_steps={diffusion.num_timesteps}) draws with it')
+    print(f'DDPMPipeline.from_pretrained("{folder}")(num_inference_steps={diffusion.num_timesteps}) samples with it')
 
 
 def choose_label(diffusion, classes, class_name):
-    """The row of the class embeddings to add; None without classes. ValueError lists the known."""
+    """The row of the class embeddings to add; None without classes. UserError lists the known."""
     if class_name and class_name not in classes:
         known = f"known: {', '.join(classes)}" if classes else "this model was trained without classes"
         raise UserError(f"unknown class_name {class_name!r}; {known}")
@@ -80,7 +79,7 @@ def choose_label(diffusion, classes, class_name):
 def to_unet2d(network, input_shape, label=None):
     """(settings, weights) of the UNet2DModel that computes `network`, a UNet, for class `label`.
 
-    label: None without classes. ValueError that names what a UNet2DModel cannot express.
+    label: None without classes. UserError that names what a UNet2DModel cannot express.
     """
     found = read_architecture({**network.state_dict(), "betas": torch.zeros(1)}, "")
     check_expressible(network, found)
@@ -91,14 +90,14 @@ def to_unet2d(network, input_shape, label=None):
             weights[bias] = weights[bias] + module.weight[label].detach()
     names, renamed = layer_names(len(found["channel_mults"]), found["num_res_blocks"]), {}
     for key, value in weights.items():
-        keys = their_keys(key, names)
+        keys = diffusers_keys(key, names)
         value = value.flatten(1) if ".attention.to_" in key and value.ndim > 1 else value
         renamed |= {name: part.contiguous() for name, part in zip(keys, value.chunk(len(keys)))}
     return unet2d_settings(found, input_shape, network.downs[0].conv_2[0].p, network.out_norm.num_groups), renamed
 
 
 def check_expressible(network, found):
-    """ValueError that names what a UNet2DModel lacks of a UNet. found: read_architecture's."""
+    """UserError that names what a UNet2DModel lacks of a UNet. found: read_architecture's."""
     norm = None if isinstance(network.out_norm, nn.Identity) else type(network.out_norm).__name__
     activation = getattr(network.activation, "__name__", network.activation)
     parts = {
@@ -132,7 +131,7 @@ def import_model(folder, file):
     """Write a checkpoint from a folder of diffusers, where train.py could have built its network.
 
     predict.py samples with it, and train.py starts from it. No code of the folder runs, and nothing
-    is downloaded. ValueError that names what is missing, damaged or not ours.
+    is downloaded. UserError that names what is missing, damaged or not ours.
     """
     UNet2DModel, DDPMScheduler, _ = import_diffusers()
     begin_export(file)
@@ -144,16 +143,16 @@ def import_model(folder, file):
     names = layer_names(len(config["channel_mults"]), config["num_res_blocks"])
     own = {name: value for name, value in diffusion.state_dict().items() if not name.startswith("model.")}
     for key, value in diffusion.ema_model.state_dict().items():
-        parts = torch.cat([weights[name] for name in their_keys(key, names)])
+        parts = torch.cat([weights[name] for name in diffusers_keys(key, names)])
         own[f"ema_model.{key}"] = parts.reshape(value.shape).to(value.dtype)
-    save_checkpoint(file, {"format": FORMAT, "config": config, "classes": [], "weights": own, "weights_kind": "ema"})
-    print(f"python predict.py --model_path {file}  draws with it")
+    save_checkpoint(Checkpoint(Path(file), own, "ema", config))
+    print(f"python predict.py --model_path {file}  samples with it")
 
 
 def read_json(path):
     if not path.is_file():
         raise UserError(f"{path} is not there: a folder that diffusers' DDPMPipeline saved has it")
-    with explain(f"{path} is damaged: no JSON of settings"):
+    with as_user_error(f"{path} is damaged: no JSON of settings"):
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -163,13 +162,13 @@ def read_weights(folder):
 
     path = folder / f"{WEIGHTS}.safetensors"
     if not path.exists():
-        return clean_keys(load_checkpoint(folder / f"{WEIGHTS}.bin")["weights"])
-    with explain(f"{path}: damaged"):
+        return clean_keys(load_checkpoint(folder / f"{WEIGHTS}.bin").weights)
+    with as_user_error(f"{path}: damaged"):
         return load_file(path)
 
 
 def read_schedule(scheduler, DDPMScheduler):
-    """A scheduler's settings -> train.py's schedule and prediction. ValueError where not ours."""
+    """A scheduler's settings -> train.py's schedule and prediction. UserError where not ours."""
     given = defaults(DDPMScheduler) | scheduler
     prediction = next((ours for ours, theirs in PREDICTIONS.items() if theirs == given["prediction_type"]), None)
     if prediction is None:
@@ -178,7 +177,7 @@ def read_schedule(scheduler, DDPMScheduler):
             f"{', '.join(PREDICTIONS.values())}"
         )
     named = ", ".join(f"{name} {given[name]!r}" for name in ("beta_schedule", "rescale_betas_zero_snr"))
-    with explain(f"its scheduler_config.json is damaged, or this is not one of our schedules: {named}"):
+    with as_user_error(f"its scheduler_config.json is damaged, or this is not one of our schedules: {named}"):
         schedule = find_schedule(DDPMScheduler.from_config(scheduler).betas)
     return {**schedule, "prediction": prediction}
 
@@ -187,12 +186,12 @@ def read_unet_settings(unet, weights, UNet2DModel):
     """The settings of a UNet2DModel -> those of train.py, by field name.
 
     Our network of these settings, as a UNet2DModel, must have all given settings and the shapes of
-    the weights. ValueError that names each part that is not ours.
+    the weights. UserError that names each part that is not ours.
     """
     given = {"_class_name": None} | defaults(UNet2DModel) | unet
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     damaged = "its network's config.json is damaged, or not of one of our networks"
-    with explain(damaged), torch.device("meta"):  # no memory yet
+    with as_user_error(damaged), torch.device("meta"):  # no memory yet
         given["time_embedding_dim"] = given["time_embedding_dim"] or given["block_out_channels"][0] * 4
         config = to_config(given, len(weights))
         names = ("img_channels", "channel", "channel_mults", "num_res_blocks")
@@ -207,7 +206,7 @@ def read_unet_settings(unet, weights, UNet2DModel):
 
 
 def to_config(given, most_layers):
-    """train.py's settings nearest to those of a UNet2DModel. ValueError for numbers none has."""
+    """train.py's settings nearest to those of a UNet2DModel. UserError for numbers none has."""
     widths, size, blocks = given["block_out_channels"], given["sample_size"] or 32, given["layers_per_block"]
     shape = size if isinstance(size, tuple) else (size, size)
     if not all(type(number) is int and number > 0 for number in (*shape, *widths, blocks, given["norm_num_groups"])):
@@ -231,7 +230,7 @@ def to_config(given, most_layers):
 
 
 def check_weights(weights, expected):
-    """ValueError that names the weights that are missing, unknown, mis-shaped or NaN."""
+    """UserError that names the weights that are missing, unknown, mis-shaped or NaN."""
     problems = [f"lack {name}" for name in expected if name not in weights]
     problems += [f"hold {name}, which ours does not have" for name in weights if name not in expected]
     problems += [
@@ -239,9 +238,9 @@ def check_weights(weights, expected):
         for name, value in expected.items()
         if name in weights and weights[name].shape != value.shape
     ]
-    problems += [] if all_finite(weights) else ["hold NaN or infinity"]
+    problems += [] if first_not_finite(weights) is None else ["hold NaN or infinity"]
     if problems:
-        raise UserError(f"this is not one of our networks: its weights {some(problems)}")
+        raise UserError(f"this is not one of our networks: its weights {first_few(problems)}")
 
 
 def defaults(kind):
@@ -313,7 +312,7 @@ def unet2d_settings(found, input_shape, dropout, num_groups):
     }
 
 
-def their_keys(key, names):
+def diffusers_keys(key, names):
     """UNet2DModel's keys for one of ours: it has three linear layers for q, k, v, ours one 1x1."""
     layer, leaf = key.rsplit(".", 1)
     return [f"{names[layer].replace('to_qkv', name)}.{leaf}" for name in (QKV if layer.endswith("to_qkv") else QKV[:1])]

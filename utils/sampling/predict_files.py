@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -11,9 +12,8 @@ import numpy as np
 from PIL import Image
 
 from utils import distributed
-from utils.checkpoint_contents import weights_digest
-from utils.data.decode import describe_error
-from utils.errors import UserError
+from utils.checkpoint.integrity import weights_digest
+from utils.errors import UserError, one_line
 from utils.files import atomic_write
 from utils.images import make_grid, save_animation, save_png, to_uint8
 
@@ -26,9 +26,9 @@ FRAME_MS, LAST_FRAME_MS = 80, 2000
 class PredictFiles:
     """Writes images that come in any order and from any process, in bounded memory.
 
-    config: predict.py's, resolved. shape: (H, W, C) of an image. rows: of the grid, one a class;
+    config: predict.py's, resolved. shape: (H, W, C) of an image. rows: of the grid, one per class;
     0: no classes. text_of: number -> dict of what an image depends on. Its single file holds it:
-    an existing file with the same text is used, another one is an error. ValueError where the
+    an existing file with the same text is used, another one is an error. UserError where the
     folder cannot be written to.
     """
 
@@ -36,16 +36,16 @@ class PredictFiles:
         self.folder, self.config, self.shape, self.text_of = Path(config.save_dir), config, tuple(shape), text_of
         self.columns = config.interpolate or COLUMNS
         self.shown = config.interpolate or (rows * COLUMNS if rows else SHOWN)
-        self.pictures = {}  # number -> (H, W, C): those in the grid
-        self.films = {}  # number -> [(x_t, x_0), ...], (H, W, C) each: the same, as they form
+        self.images = {}  # number -> (H, W, C): those in the grid
+        self.trajectories = {}  # number -> [(x_t, x_0), ...], (H, W, C) each: the same, as they form
         kept = np.linspace(0, config.steps - 1, min(FRAMES, config.steps)) if config.trajectory else []
-        self.film_steps = {round(step) for step in kept}
+        self.kept_steps = {round(step) for step in kept}
         self.spool = None
 
     def __enter__(self):
-        _check_folder(self.folder)
+        check_folder(self.folder)
         if self.config.npz:
-            self.spool = _open_spool(self.folder, (self.config.num_images, *self.shape))
+            self.spool = open_spool(self.folder, (self.config.num_images, *self.shape))
         return self
 
     def __exit__(self, *_):
@@ -57,29 +57,29 @@ class PredictFiles:
         """Takes the batch from its single files. Returns False where one of them is missing."""
         if not self.config.individual_files:
             return False
-        found = {number: self._read(number) for number in range(first, min(first + size, self.config.num_images))}
-        if any(picture is None for picture in found.values()) or (self.film_steps and first < self.shown):
+        found = {number: self.read(number) for number in range(first, min(first + size, self.config.num_images))}
+        if any(image is None for image in found.values()) or (self.kept_steps and first < self.shown):
             return False
-        for number, picture in found.items():
-            self._keep(number, picture)
+        for number, image in found.items():
+            self.keep(number, image)
         return True
 
-    def _path(self, number):
+    def path(self, number):
         name = f"between_{number:06d}.png" if self.config.interpolate else f"seed_{self.config.seed + number:010d}.png"
         return self.folder / name
 
-    def _read(self, number):
-        """The pixels of a finished single file, None without; ValueError: one of something else."""
-        path, wanted = self._path(number), self.text_of(number)
+    def read(self, number):
+        """The pixels of a finished single file, None without; UserError: one of something else."""
+        path, wanted = self.path(number), self.text_of(number)
         try:
-            with Image.open(path) as picture:
-                picture.load()
-                text, pixels = dict(getattr(picture, "text", {})), np.asarray(picture)
+            with Image.open(path, formats=["PNG"]) as image:
+                image.load()
+                text, pixels = dict(image.text), np.asarray(image)
         except FileNotFoundError:
             return None
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(
-                f"{path.resolve()} cannot be read ({describe_error(error)}): delete it, it is drawn again"
+                f"{path.resolve()} cannot be read ({one_line(error)}): delete it, it is sampled again"
             ) from None
         differing = [name for name in {**wanted, **text} if text.get(name) != wanted.get(name)]
         if differing:
@@ -91,61 +91,62 @@ class PredictFiles:
 
     def add(self, first, pixels):
         """pixels: (n, H, W, C) uint8, the images from number `first` on; padding at the end."""
-        for number, picture in enumerate(pixels[: self.config.num_images - first], first):
-            if self.config.individual_files and not self._path(number).exists():
-                save_png(self._path(number), picture, self.text_of(number))
-            self._keep(number, picture)
+        for number, image in enumerate(pixels[: self.config.num_images - first], first):
+            if self.config.individual_files and not self.path(number).exists():
+                save_png(self.path(number), image, self.text_of(number))
+            self.keep(number, image)
 
-    def _keep(self, number, picture):
+    def keep(self, number, image):
         if number < self.shown:
-            self.pictures[number] = picture
+            self.images[number] = image
         if self.spool is not None:
-            self.spool[number] = picture
+            self.spool[number] = image
 
     def add_step(self, first, step, x, x_0):
         """Keeps x_t and predicted x_0, (B, C, H, W), of a step for the strip and the animation."""
         count = min(self.shown, self.config.num_images) - first
-        if step in self.film_steps and count > 0:
+        if step in self.kept_steps and count > 0:
             for number, pair in enumerate(zip(to_uint8(x[:count]), to_uint8(x_0[:count])), first):
-                self.films.setdefault(number, []).append(pair)
+                self.trajectories.setdefault(number, []).append(pair)
 
     def finish(self):
         """Writes what needs all images. Rank 0 does it, with those of the other processes."""
         if self.spool is not None:
             self.spool.flush()  # other machines that share the folder read it next
-        gathered = distributed.gather((self.pictures, self.films))
+        gathered = distributed.gather((self.images, self.trajectories))
         if not distributed.is_main():
             return
-        pictures, films = ({number: part[number] for part in parts for number in part} for parts in zip(*gathered))
-        ordered = np.stack([pictures[number] for number in sorted(pictures)])
-        save_png(self._say("predict_1x1_results.png"), ordered[0])
+        images, trajectories = ({number: part[number] for part in parts for number in part} for parts in zip(*gathered))
+        ordered = np.stack([images[number] for number in sorted(images)])
+        save_png(self.named("predict_1x1_results.png"), ordered[0])
         name = "predict_interpolation_results.png" if self.config.interpolate else "predict_5x5_results.png"
-        save_png(self._say(name), make_grid(ordered, self.columns))
-        if films:
-            self._write_films([films[number] for number in sorted(films)])
+        save_png(self.named(name), make_grid(ordered, self.columns))
+        if trajectories:
+            self.write_trajectories([trajectories[number] for number in sorted(trajectories)])
         if self.spool is not None:
-            with atomic_write(self._say("predict_results.npz")) as file:
-                np.savez(file, self.spool)  # arr_0, as the ADM evaluations' sample files have it; 16 MiB at a time
+            with atomic_write(self.named("predict_results.npz")) as file:
+                np.savez(file, np.asarray(self.spool))  # arr_0, as the ADM evaluation's sample files have it
         if self.config.individual_files:
             print(f"{self.config.num_images} single files in {self.folder.resolve()}")
 
-    def _say(self, name):
-        path = self.folder / name
-        print(path.resolve())
-        return path
+    def named(self, name):
+        """The path of an output, which is printed."""
+        print((self.folder / name).resolve())
+        return self.folder / name
 
-    def _write_films(self, films):
+    def write_trajectories(self, trajectories):
         """The strip (a row of x_t over one of x_0 for each image) and the grid's animation."""
-        length = len(films[0])
+        length = len(trajectories[0])
         chosen = [round(step) for step in np.linspace(0, length - 1, min(STRIP_STEPS, length))]
-        rows = [film[step][kind] for film in films[:STRIP_IMAGES] for kind in (0, 1) for step in chosen]
-        save_png(self._say("predict_trajectory_results.png"), make_grid(np.stack(rows), len(chosen)))
-        frames = [make_grid(np.stack([film[step][0] for film in films]), self.columns) for step in range(length)]
-        save_animation(self._say("predict_trajectory_results.gif"), frames, [FRAME_MS] * (length - 1) + [LAST_FRAME_MS])
+        rows = [steps[step][kind] for steps in trajectories[:STRIP_IMAGES] for kind in (0, 1) for step in chosen]
+        save_png(self.named("predict_trajectory_results.png"), make_grid(np.stack(rows), len(chosen)))
+        frames = [make_grid(np.stack([pairs[0] for pairs in at_step]), self.columns) for at_step in zip(*trajectories)]
+        times = [FRAME_MS] * (length - 1) + [LAST_FRAME_MS]
+        save_animation(self.named("predict_trajectory_results.gif"), frames, times)
 
 
-def _check_folder(folder):
-    """ValueError before hours of sampling where the images cannot be written."""
+def check_folder(folder):
+    """UserError before hours of sampling where the images cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -156,33 +157,56 @@ def _check_folder(folder):
         ) from None
 
 
-def _open_spool(folder, shape):
+def open_spool(folder, shape):
     """A (N, H, W, C) uint8 array in a file; every process writes its own images into it.
 
     The file loses its name once all processes have it open, so its space comes back however they
     end. OSError where the disk has too little space.
     """
-    path = distributed.from_main(folder / f".predict_results.{os.getpid()}.tmp")
+    path = None
     if distributed.is_main():
-        np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-        _reserve(path)
-    distributed.barrier()
-    spool = np.lib.format.open_memmap(path, "r+")
+        handle, path = tempfile.mkstemp(".tmp", ".predict_results.", folder)
+        try:
+            reserve(handle, math.prod(shape))
+        except OSError as error:
+            os.unlink(path)
+            raise OSError(f"{folder.resolve()}: too little space for the .npz ({error.strerror})") from None
+        finally:
+            os.close(handle)
+    path = distributed.from_main(path)
+    spool = np.memmap(path, np.uint8, "r+", shape=shape)
     distributed.barrier()
     if distributed.is_main():
         with contextlib.suppress(PermissionError):  # Windows keeps the name of an open file
-            path.unlink()
+            os.unlink(path)
     return spool
 
 
-def image_texts(config, networks, shape, classes, labels, settings):
+def reserve(handle, size):
+    """Takes the space of a new file now: a mapped file that gets none later kills the process."""
+    os.truncate(handle, size)
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except AttributeError:  # macOS and Windows
+        pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # others: a file system that cannot do this
+            raise
+
+
+def image_texts(config, networks, shape, classes, labels, options):
     """The function number -> dict of all that this image depends on, for its single file.
 
-    networks: the one that samples and, with a guiding model, that one's.
+    networks: the one that samples and, with a guiding model, that one's. options: SamplingOptions.
     """
-    text = {name: str(value) for name, value in settings.items() if name not in ("known", "guiding_model")}
-    for name in {"init", "mask"} & set(settings):  # by their values: the name of a file plays no part
-        text[name] = hashlib.blake2b(settings[name][:1].contiguous().numpy(), digest_size=8).hexdigest()
+    names = ["sampler", "steps", "spacing", "guidance_scale", "use_ema"]
+    names += ["guidance_interval"] * bool(options.guidance_interval) + ["clip"] * (not options.clip)
+    names += ["strength"] * (options.init is not None)
+    text = {name: str(getattr(options, name)) for name in names}
+    text |= {name: str(value) for name, value in options.solver_options.items()}
+    for name in ("init", "mask"):  # by their values: the name of a file plays no part
+        if (image := getattr(options, name)) is not None:
+            text[name] = hashlib.blake2b(image[:1].contiguous().numpy(), digest_size=8).hexdigest()
     text["size"] = "x".join(map(str, shape))
     if config.individual_files:  # reading all weights takes a moment
         for name, network in zip(("weights", "guiding weights"), networks):
@@ -196,16 +220,3 @@ def image_texts(config, networks, shape, classes, labels, settings):
         return {**text, **label, "seed": str(config.seed + number)}
 
     return text_of
-
-
-def _reserve(path):
-    """Takes the space of a new file now: a mapped file that gets none later kills the process."""
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # others: a file system that cannot do this
-            path.unlink()
-            raise OSError(f"{path.parent.resolve()}: too little space for the .npz ({error.strerror})") from None

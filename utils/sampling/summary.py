@@ -11,16 +11,15 @@ def describe_guidance(config):
     return f", guidance {config.guidance_scale:g}{where}"
 
 
-def print_summary(config, rows, classes, device, precision, checkpoint):
-    """config: resolved. rows: the class names that have a row in the grid; [] for one class."""
-    if not checkpoint["config"]:
+def print_sampling(config, classes, rows, device, precision, checkpoint):
+    """config: resolved. classes: their names. rows: how many of them have a row in the grid."""
+    if not checkpoint.config:
         size = ",".join(map(str, config.input_shape))
-        print(f"these weights do not say their size: drawing {size}; --input_shape sets another")
+        print(f"these weights do not say their size: sampling {size}; --input_shape sets another")
     print(
         f"{describe_device(device)}, precision {precision}; {config.sampler}, {config.steps} steps"
-        f"{describe_guidance(config)}; "
-        f"{config.num_images} pictures from seed {config.seed} on"
+        f"{describe_guidance(config)}; {config.num_images} images from seed {config.seed} on"
     )
     if rows:
-        more = f" (and {len(classes) - len(rows)} more: --class_name draws one)" if len(classes) > len(rows) else ""
-        print(f"a row of each class, from the top: {', '.join(rows)}{more}")
+        more = f" (and {len(classes) - rows} more: --class_name samples one)" if len(classes) > rows else ""
+        print(f"a row of each class, from the top: {', '.join(classes[:rows])}{more}")

@@ -1,0 +1,131 @@
+"""Which checkpoint: the runs in logs/, the newest of them, its weights, its epoch files."""
+
+import re
+import time
+from pathlib import Path
+
+from utils import distributed
+from utils.checkpoint.file import Checkpoint, load_checkpoint
+from utils.errors import UserError
+
+LOGS = "logs"  # where runs are looked for unless another folder is named
+LAST = "last.pth"
+BEST = "best.pth"  # of the lowest validation loss
+SHIPPED = "emoji.pth"  # the bundled checkpoint
+EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
+
+
+def epoch_files(folder: Path) -> list[Path]:
+    """The epoch_XXXX.pth of a run, oldest first."""
+    found = [path for path in Path(folder).glob("epoch_*.pth") if EPOCH_FILE.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(EPOCH_FILE.fullmatch(path.name)[1]))
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` epoch files of a run. 0 keeps all."""
+    for path in epoch_files(folder)[:-keep] if keep else []:
+        path.unlink(missing_ok=True)
+
+
+def newest_in(folder: Path) -> Path | None:
+    """The last.pth of a run, else its newest epoch file, else None."""
+    last = folder / LAST
+    return last if last.is_file() else next(iter(epoch_files(folder)[::-1]), None)
+
+
+def newest_weights(save_dir: str | Path = LOGS) -> list[Path]:
+    """The newest weights of each run, newest run first: by time, then by name."""
+    found = [weights for folder in Path(save_dir).glob("*") if (weights := newest_in(folder))]
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, str(path)), reverse=True)
+
+
+def newest_last(save_dir: str | Path = LOGS) -> Checkpoint | None:
+    """The newest last.pth, or None. UserError for a damaged one: an older run is no substitute."""
+    path = next((path for path in newest_weights(save_dir) if path.name == LAST), None)
+    try:
+        return path and load_checkpoint(path)
+    except UserError as error:
+        older = epoch_files(path.parent)
+        instead = f"resume from {older[-1]}, or" if older else "it has no epoch file to resume from:"
+        raise UserError(
+            f"{error}; this is the newest run: {instead} name another run's folder, or move {path.parent} away"
+        ) from None
+
+
+def find_resumed(resume: str, save_dir: str) -> Checkpoint | None:
+    """The checkpoint of `resume`: "" None, "latest" the newest run's, else a path's.
+
+    Rank 0 searches, so that all processes resume the same one. Each reads it for itself.
+    """
+    checkpoint = find_on_main(resume, save_dir) if distributed.is_main() else None
+    path = distributed.from_main(checkpoint and checkpoint.path)
+    return load_checkpoint(path) if path and checkpoint is None else checkpoint
+
+
+def find_on_main(resume, save_dir):
+    if resume not in ("", "latest"):
+        path = Path(resume)
+        return load_checkpoint(find_weights(path)[0] if path.is_dir() else path)
+    checkpoint = newest_last(save_dir) if resume else None
+    if resume and checkpoint is None:
+        print(f"--resume latest: no run with a {LAST} in {Path(save_dir).resolve()}; this is a fresh run")
+    return checkpoint
+
+
+def open_weights(path: str, label: str = "") -> Checkpoint:
+    """The checkpoint that `find_weights` finds on rank 0, for all processes. label: printed."""
+    path, remark = distributed.from_main(find_weights(path) if distributed.is_main() else None)
+    if label and distributed.is_main():
+        print(f"{label}: {path.resolve()}{remark}")
+    return load_checkpoint(path, lazily=True)
+
+
+def find_weights(path: str | Path, save_dir: str | Path = LOGS) -> tuple[Path, str]:
+    """(file, remark) of the weights to sample with.
+
+    path: a run's folder, or a file. "": the newest run, without any run the newest file in
+    `save_dir`, and last the bundled one. UserError: there are none, or a folder of diffusers.
+    """
+    folder = Path(path)
+    if path and folder.is_dir():
+        whole = folder.parent if folder.name == "unet" else folder
+        if newest_in(folder) is None and ((whole / "model_index.json").is_file() or (whole / "unet").is_dir()):
+            raise UserError(
+                f"{whole}: a folder of diffusers; make a checkpoint of it: python -m utils.convert import {whole} "
+                "FILE.pth"
+            )
+        return newest_in(folder) or folder / LAST, ""
+    if path:
+        return folder, ""
+    if found := newest_weights(save_dir):
+        return found[0], ", the newest run's"
+    files = sorted(Path(save_dir).glob("*.pth"), key=lambda path: (path.name != SHIPPED, path.stat().st_mtime_ns))
+    if not files:
+        raise UserError(
+            f"{Path(save_dir).resolve()} holds no weights: run `python train.py` first, or name a checkpoint with "
+            "--model_path"
+        )
+    what = "bundled" if files[-1].name == SHIPPED else f"a file in {save_dir}"
+    return files[-1], f" ({what}; your newest run in {save_dir}/ takes precedence)"
+
+
+def run_folder(checkpoint: Checkpoint | None, save_dir: str) -> Path:
+    """The folder to write to, on all processes: that of the resumed last.pth, else a new one."""
+    resumed = checkpoint is not None and checkpoint.training is not None and checkpoint.path.name == LAST
+    if resumed and (checkpoint.path.parent / "config.json").exists():
+        return checkpoint.path.parent  # a copy elsewhere, or under another name, starts a folder of its own
+    return distributed.from_main(new_folder(save_dir) if distributed.is_main() else None)
+
+
+def new_folder(save_dir):
+    """An empty folder logs/<time>/ that no other run has."""
+    name = time.strftime("%Y_%m_%d_%H_%M_%S")
+    for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
+        folder = Path(save_dir) / f"{name}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not folder.is_dir():
+                raise UserError(f"{folder.parent} cannot hold runs: it is a file; choose another --save_dir") from None
+    raise UserError(f"{save_dir}: no free name for a run")

@@ -1,0 +1,75 @@
+"""When the checkpoints of a run are written, and what could not be written."""
+
+import time
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from utils.checkpoint.file import TrainingState, save_checkpoint
+from utils.checkpoint.integrity import first_not_finite
+from utils.checkpoint.resume import images_fingerprint
+from utils.checkpoint.runs import LAST, rotate
+
+MAX_SAVE_SHARE = 0.05  # of the time, for saves at the ends of epochs
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run. Only rank 0 has one. attempt: the run's TolerantWriter."""
+
+    def __init__(self, folder, config, context, attempt):
+        self.folder, self.config, self.context, self.attempt = folder, config, context, attempt
+        self.fingerprint = images_fingerprint(context.dataset)
+        self.saved, self.seconds = time.monotonic(), 0.0  # when last.pth was written, and how long it took
+
+    def is_due(self):
+        """Whether `save_minutes` are over. True once: other processes hear of it later."""
+        due = time.monotonic() - self.saved >= self.config.save_minutes * 60
+        if due:
+            self.saved = time.monotonic()
+        return due
+
+    def is_cheap(self):
+        """Whether a save takes under 5 % of the time since the last: epochs may be short."""
+        return time.monotonic() - self.saved >= self.seconds / MAX_SAVE_SHARE
+
+    def save_last(self, epoch, images, sums):
+        """Writes last.pth, with all that resuming needs. Returns whether it is there.
+
+        epoch, images: the position, `images` of them into the epoch. sums: (processes, 11), the
+        meters' sums, or None at the start of an epoch.
+        """
+        context = self.context
+        return self.write(
+            LAST,
+            TrainingState(
+                epoch,
+                images,
+                context.batch_size,
+                self.fingerprint,
+                sums,
+                context.optimizer.state_dict(),
+                context.scaler.state_dict(),
+                int(context.meter.bad_in_row),
+            ),
+        )
+
+    def save_epoch(self, epoch):
+        """Writes epoch_XXXX.pth, weights alone, and deletes old ones."""
+        self.write(f"epoch_{epoch:04d}.pth")
+        self.attempt("deleting old epoch files", lambda: rotate(self.folder, self.config.keep_last))
+
+    def write(self, name, training=None):
+        """Writes what sampling needs, and a training state. Returns whether the file is there."""
+        diffusion, path = self.context.diffusion, self.folder / name
+        weights, began, written = diffusion.state_dict(), time.monotonic(), False
+        if first_not_finite(weights) is None:
+            checkpoint = replace(
+                self.context.about, path=path, weights=weights, ema_step=diffusion.ema_step, training=training
+            )
+            written = self.attempt(name, lambda: save_checkpoint(checkpoint))
+        else:
+            self.attempt.failed.add(name)
+            tqdm.write(f"NOT SAVED: the weights hold NaN or infinity; {path} stays as it was")
+        if name == LAST:  # best.pth or an epoch file does not put it off
+            self.saved, self.seconds = time.monotonic(), time.monotonic() - began
+        return written

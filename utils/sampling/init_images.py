@@ -1,0 +1,49 @@
+"""Images to start from: an image to change, and a mask of the part that may change."""
+
+import torch
+
+from utils.data.decode import check_image, describe_error, load_image
+from utils.errors import UserError
+
+
+def init_options(config, image_format):
+    """The SamplingOptions of predict.py's init_image and mask, a dict; {} without them.
+
+    image_format: the ImageFormat of the training. UserError where a file cannot be read.
+    """
+    if not config.init_image:
+        return {}
+    image = read_image(config.init_image, image_format) / 127.5 - 1
+    image = image.expand(config.batch_size, *image.shape[1:])
+    options = {"init": image, "strength": config.strength}
+    return {**options, "known": image, "mask": load_mask(config, image_format)} if config.mask else options
+
+
+def load_mask(config, image_format):
+    """A mask (1, 1, H, W), cropped as the image is: 1.0 (sampled) above mid-gray, else 0.0 (kept).
+
+    UserError where it cannot be read, has another shape than the image, or is of one value.
+    """
+    mask = (read_image(config.mask, image_format._replace(img_channels=1, background=(0, 0, 0))) > 127.5).float()
+    sizes = [check_image(path, full=False) for path in (config.mask, config.init_image)]
+    (width, height), (image_width, image_height) = sizes
+    if width * image_height != height * image_width:
+        raise UserError(
+            f"{config.mask}: the mask is {width}x{height} and {config.init_image} {image_width}x{image_height}: "
+            "they must have the same shape, so that one lies on the other"
+        )
+    if mask.min() == mask.max():
+        raise UserError(
+            f"{config.mask}: the mask is all {'white' if mask.max() else 'black'}: paint white what is sampled, black "
+            "what stays"
+        )
+    return mask
+
+
+def read_image(path, image_format):
+    """An image file as (1, C, H, W) float32, 0 to 255."""
+    try:
+        pixels = load_image(path, image_format)
+    except Exception as error:  # Pillow's decoders raise all kinds
+        raise UserError(f"{path}: cannot be read as an image ({describe_error(error)}); name another file") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float()

@@ -1,0 +1,241 @@
+"""Settings: the dataclass at the top of a script, and one declaration (`Setting`) for each field.
+
+The dataclass has a setting's type, default and help text. The declaration says what it may be, and
+whether a resumed run may change it. The command line, --help, the dataclass itself, presets and
+saved checkpoints are all held against it.
+"""
+
+import ast
+import difflib
+import inspect
+import io
+import sys
+import textwrap
+import tokenize
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.errors import UserError
+from utils.reference_names import REFERENCE_NAMES
+
+LARGEST = 2**53  # no setting needs more, and a float holds each whole number up to it
+MISFIT = object()  # what `Setting.fit` returns for a value that the setting cannot have
+NOUNS = {int: "whole number", float: "number", bool: "True or False", str: "text"}
+
+
+class Setting(NamedTuple):
+    """What a setting may be: one of `choices`, or a value of `kind` within its range."""
+
+    kind: type | None  # int, float, bool or str: of the value, or of each value of a tuple; None: choices alone
+    lowest: float = -LARGEST
+    highest: float = LARGEST
+    choices: tuple = ()  # words, numbers or None
+    count: range | None = None  # how many values its tuple has; None: it is no tuple
+    fixed: str = ""  # "run": a resumed run keeps it; "weights": so does a run that starts from its weights
+
+    def fit(self, value: Any, typed: str | None = None) -> Any:
+        """`value` as the setting has it (3 is a fine float, True is no number), or MISFIT.
+
+        typed: the text of a command line that `value` was read from.
+        """
+        for choice in self.choices:
+            if any(type(choice) is type(found) and choice == found for found in (value, typed)):
+                return choice
+        if self.count is None:
+            return self.fit_one(value, typed)
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        fitted = tuple(map(self.fit_one, values))
+        return fitted if len(fitted) in self.count and MISFIT not in fitted else MISFIT
+
+    def fit_one(self, value, typed=None):
+        """`fit` of a single value, whatever the choices."""
+        if self.kind is str:
+            return value if isinstance(value, str) else MISFIT if typed is None else typed
+        if self.kind is float and type(value) is int and abs(value) <= LARGEST:
+            value = float(value)
+        # NaN is in no range.
+        return value if type(value) is self.kind and self.lowest <= value <= self.highest else MISFIT
+
+    def __str__(self) -> str:
+        """What it may be, in words: `a whole number from 1 to 64`, `one of 'l1', 'l2'`."""
+        if self.kind is None:
+            return f"one of {', '.join(map(repr, self.choices))}"
+        number = self.kind in (int, float)
+        span = f" from {self.lowest} to {self.highest}" if self.highest < LARGEST else f" of at least {self.lowest}"
+        noun = NOUNS[self.kind] + "s" * (self.count is not None) + span * (number and self.lowest > -LARGEST)
+        if self.count is None:
+            noun = f"a {noun}" if number else noun
+        elif len(self.count) > 1:
+            noun += " with commas between them, one alone as 1,"
+        else:
+            noun = f"{self.count[0]} {noun} with commas between them"
+        return " or ".join([noun, *map(repr, self.choices)])
+
+
+def whole(lowest: int, highest: int = LARGEST, *choices: Any, **more: Any) -> Setting:
+    return Setting(int, lowest, highest, choices, **more)
+
+
+def number(lowest: float, highest: float = LARGEST, *choices: Any, **more: Any) -> Setting:
+    return Setting(float, lowest, highest, choices, **more)
+
+
+def flag(*choices: Any, **more: Any) -> Setting:
+    return Setting(bool, choices=choices, **more)
+
+
+def text(**more: Any) -> Setting:
+    return Setting(str, **more)
+
+
+def choice(choices: Iterable, **more: Any) -> Setting:
+    return Setting(None, choices=tuple(choices), **more)
+
+
+PAIR, SEVERAL = range(2, 3), range(1, 33)  # counts of a tuple's values
+
+
+def settings(config_class: type) -> type:
+    """Decorator: a dataclass of settings. It refuses nothing, as an import must not fail."""
+    for name in config_class.__annotations__:
+        value = vars(config_class).get(name)
+        if isinstance(value, (list, set, dict)):  # dataclass refuses these as defaults
+            value = tuple(value) if isinstance(value, list) else str(value)
+        setattr(config_class, name, value)
+    return dataclass(config_class)
+
+
+def parse(config_class: type, declared: dict[str, Setting], description: str, arguments: Iterable | None = None) -> Any:
+    """The settings of a script: the defaults of its dataclass, and over them the command line."""
+    options = typed_options(config_class, declared, description, arguments)
+    return config_class(**{**defaults(config_class, declared), **options})
+
+
+def defaults(config_class: type, declared: dict[str, Setting]) -> dict[str, Any]:
+    """The dataclass as {name: value}, checked as options are. UserError: its first fault."""
+    place = f"in the settings of {Path(inspect.getfile(config_class)).name}"
+    for name, value in vars(config_class).items():
+        if name in REFERENCE_NAMES:
+            raise UserError(
+                f"{name} {place} is a name of the reference: here it is {REFERENCE_NAMES[name]}; take the line out"
+            )
+        typed = name in config_class.__annotations__
+        if not name.startswith("_") and name not in declared and (typed or not callable(value)):
+            raise UserError(f"{name} {place} is no setting{nearest(name, declared)}: take the line out")
+        if name in declared and not typed:
+            raise UserError(f"{name} = {value!r} {place} has no type: write {name}: {type(value).__name__} = {value!r}")
+    missing = [name for name in declared if name not in config_class.__annotations__]
+    if missing:
+        raise UserError(f"{missing[0]} is missing {place}: put its line back, with the value that you want")
+    return {
+        field.name: fitted(f"{field.name} = {field.default!r} {place}", field.default, declared[field.name])
+        for field in fields(config_class)
+    }
+
+
+def preset_values(presets: dict[str, dict], name: str, declared: dict[str, Setting]) -> dict[str, Any]:
+    """The settings of a preset. UserError for an unknown preset, setting or value."""
+    place = f"PRESETS[{name!r}]"
+    preset = presets[fitted(f"preset {name!r}", name, choice(presets))]
+    for setting, value in preset.items():
+        if setting not in declared:
+            raise UserError(f"{place} has {setting!r}, which is no setting{nearest(setting, declared)}")
+        if isinstance(value, list):
+            raise UserError(f"{place}: {setting} is the list {value}: write it as a tuple, {tuple(value)}")
+        fitted(f"{place}: {setting} is {value!r}", value, declared[setting])
+    return preset
+
+
+def typed_options(
+    config_class: type, declared: dict[str, Setting], description: str, arguments: Iterable | None = None
+) -> dict[str, Any]:
+    """The options of the command line: {name: value}. UserError for a mistake. --help ends it."""
+    options = {}
+    words = iter(map(str, sys.argv[1:] if arguments is None else arguments))
+    for word in words:
+        if word in ("-h", "--help"):
+            print(help_text(config_class, declared, description))
+            raise SystemExit(0)
+        option, equals, value = word.partition("=")
+        name = option[2:] if option.startswith("--") else ""
+        if name in REFERENCE_NAMES and name not in declared:
+            raise UserError(f"--{name} is a name of the reference: here it is {REFERENCE_NAMES[name]}")
+        if name not in declared:
+            raise UserError(f"unrecognized arguments: {word}{nearest(name, declared)}; --help lists every setting")
+        value = value if equals else next(words, None)
+        if value is None or (not equals and value.startswith("--") and value[2:].partition("=")[0] in declared):
+            raise UserError(f"argument --{name}: expected one argument; --help lists every setting")
+        options[name] = fitted(f"--{name} {value}", read_literal(value), declared[name], value)
+    return options
+
+
+def nearest(name, declared):
+    """The known setting that a misspelled one may be, in words."""
+    return "".join(f" (did you mean {near}?)" for near in difflib.get_close_matches(name, declared, 1))
+
+
+def read_literal(typed):
+    """A value written as in Python (`32`, `2e-4`, `True`, `64,64`); any other text is itself."""
+    try:
+        return ast.literal_eval(typed.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval documents
+        return {"true": True, "false": False, "none": None}.get(typed.strip().lower(), typed)
+
+
+def fitted(what: str, value: Any, setting: Setting, typed: str | None = None) -> Any:
+    """`value` as the setting has it. UserError, with `what`, where it does not fit."""
+    found = setting.fit(value, typed)
+    if found is MISFIT:
+        raise UserError(f"{what}: expected {setting}")
+    return found
+
+
+def shown(value: Any) -> str:
+    """A value of a file as text for a message. Python prints no number of more than 4300 digits."""
+    try:
+        shortened = ascii(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return shortened if len(shortened) <= 60 else f"{shortened[:60]}..."
+
+
+def check_saved(config: dict, declared: dict[str, Setting]) -> dict[str, Any]:
+    """The settings of a file that are declared, each as it is declared. UserError for a misfit."""
+    return {
+        name: fitted(f"{name} is {shown(config[name])}", config[name], setting)
+        for name, setting in declared.items()
+        if name in config
+    }
+
+
+def help_text(config_class: type, declared: dict[str, Setting], description: str) -> str:
+    """The text for --help: headings, and each setting with help, choices, range, default."""
+    headings, comments = source_comments(config_class)
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of a module that `python -m` runs
+    indent = " " * 8
+    command = f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {Path(sys.argv[0]).name}"
+    lines = [f"usage: {command} [--NAME VALUE ...]", "", (description or "").strip()]
+    for field in fields(config_class):
+        lines += ["", headings[field.name]] if field.name in headings else []
+        about = f"{comments.get(field.name, '')} ({declared[field.name]}; default: {field.default!r})"
+        text = textwrap.wrap(about, 96, initial_indent=indent, subsequent_indent=indent)
+        lines += [f"  --{field.name} VALUE", *text]
+    return "\n".join(lines)
+
+
+def source_comments(config_class: type) -> tuple[dict[str, str], dict[str, str]]:
+    """({field name: heading above it}, {field name: comment behind it}), from the source."""
+    headings, comments, heading, name = {}, {}, None, None
+    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(config_class)).readline):
+        alone = not token.line[: token.start[1]].strip()  # the first token of its line
+        if token.type == tokenize.COMMENT and alone:
+            heading = token.string.lstrip("# ")
+        elif token.type == tokenize.COMMENT:
+            comments[name] = token.string.lstrip("# ")
+        elif token.type == tokenize.NAME and alone:
+            name = token.string
+            headings |= {name: heading} if heading else {}
+            heading = None
+    return headings, comments
