@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from nets import build
 from nets.errors import check_choice
-from nets.guidance import check_interval, check_weaker_model, within
 from nets.samplers import DEFAULT_SPACING, SAMPLERS, SEEDS, SPACINGS, seeded_noise, slerp
+from nets.sampling import check_guiding_model, check_interval, interval_predicate, sampling_schedule
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.config import block_settings, check_values, settings, typed_options
@@ -136,7 +136,7 @@ def check(config, typed):
         resamplings=(1, 10**6),
         interpolate=(0, 10**4),
     )
-    within(config.guidance_interval)  # before anything is loaded
+    interval_predicate(config.guidance_interval)  # before anything is loaded
     check_combinations(config, typed)
 
 
@@ -156,7 +156,7 @@ def check_model(config, diffusion, classes, guide):
         raise UserError("--class_name: this model was trained without classes; train with --class_conditional True")
     if config.class_name:
         check_choice("class_name", config.class_name, classes)
-    check_weaker_model(diffusion, config.guidance_scale, guide)
+    check_guiding_model(diffusion, config.guidance_scale, guide)
     if config.interpolate and classes and not config.class_name:
         known = ", ".join(classes)
         raise UserError(f"--interpolate stays within one class: name it with --class_name; known: {known}")
@@ -168,10 +168,11 @@ def resolve(config, typed, diffusion, classes):
     sampler = "ddpm" if config.mask else config.sampler
     spacing = config.spacing or DEFAULT_SPACING[sampler]
     strength = config.strength or (0.6 if config.init_image and not config.mask else 1.0)
-    steps = len(diffusion.plan(sampler, config.steps or None, spacing, strength))
+    steps = len(sampling_schedule(diffusion.alpha_bars, sampler, config.steps or None, spacing, strength))
     if config.mask and not config.steps:
         steps = min(steps, MASKED_STEPS)
-    check_interval(config.guidance_interval, diffusion.plan(sampler, steps, spacing, strength))
+    schedule = sampling_schedule(diffusion.alpha_bars, sampler, steps, spacing, strength)
+    check_interval(config.guidance_interval, schedule)
     num_images = config.interpolate or config.num_images
     if grid_rows(config, classes) and "num_images" not in typed and num_images == SHOWN:
         num_images = COLUMNS * grid_rows(config, classes)

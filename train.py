@@ -13,8 +13,16 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from nets import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, SAMPLERS, SCHEDULES, GaussianDiffusion, build
-from nets.sizes import check_input_shape, check_levels, choose_groups, count_flops, count_parameters
-from nets.weights import known_settings, unet_arguments
+from nets.architecture import (
+    change_classes,
+    check_input_shape,
+    check_levels,
+    choose_groups,
+    count_flops,
+    count_parameters,
+    unet_arguments,
+)
+from nets.unet import MAX_GROUPS
 from utils import distributed
 from utils.config import block_settings, check_values, settings, typed_options
 from utils.data.dataset import ImageDataset, epoch_batches, fit_batch_size, normalise, open_dataset, split_validation
@@ -191,6 +199,16 @@ def read_settings(arguments=None):
     return config, checkpoint, source
 
 
+def known_settings(checkpoint):
+    """The settings of a checkpoint, or what its weights determine, in older files too."""
+    # Weights do not determine num_groups. Without it in the config, it is the reference's.
+    config = build.settings_of(checkpoint)
+    # A config without icc is of a run that ignored colour profiles, one without a shift had none.
+    config = {"num_groups": MAX_GROUPS, "icc": not checkpoint.config, "schedule_shift": 0.0, **config}
+    # Without ema_step the EMA is a finished one. A warm-up would replace most of it in a few steps.
+    return config if "ema_step" in checkpoint else {**config, "ema_warmup": False}
+
+
 def check(config):
     """ValueError now for a setting out of range: it would fail later."""
     check_values(
@@ -258,7 +276,9 @@ def prepare(config, device, checkpoint=None):
             icc=config.icc,
         )
     if checkpoint and config.start_from and "position" not in checkpoint:
-        checkpoint = build.with_classes(checkpoint, asdict(config), images.classes)
+        weights = change_classes(checkpoint.weights, checkpoint.classes, images.classes, asdict(config))
+        classes = images.classes if config.class_conditional else []
+        checkpoint |= {"weights": weights, "weights_kind": "ema", "classes": classes}
     check_classes(config, images.classes, checkpoint)
     dataset, validation = split_validation(images, config.val_split)
     batch_size = fit_batch_size(len(dataset), config.batch_size, distributed.world_size() * config.accumulate)

@@ -20,6 +20,9 @@ SEEDS = 2**32  # the seeds that a CPU generator tells apart
 LOWEST_LAMBDA = -5.1  # just below the linear schedule's last one; there x_t holds no image yet
 
 
+Device = torch.device | str
+
+
 class Step(NamedTuple):
     """From timestep t to an earlier s. The last step has alpha_bar_s 1: no noise is left."""
 

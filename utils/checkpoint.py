@@ -1,5 +1,6 @@
 """Checkpoints: one file of plain types and tensors, whole or not there. Reading runs no code."""
 
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -14,11 +15,18 @@ LAST = "last.pth"
 BEST = "best.pth"  # of the lowest validation loss
 
 
+class Checkpoint(dict):
+    """What a file holds, with the names by which `nets` reads it."""
+
+    weights, kind = property(itemgetter("weights")), property(itemgetter("weights_kind"))
+    config, classes = property(itemgetter("config")), property(itemgetter("classes"))
+
+
 def save_checkpoint(path, checkpoint):
     """Writes a dict of plain types and tensors. OSError where the disk is full or refuses."""
     with atomic_write(path) as file:
         try:
-            torch.save(checkpoint, file)
+            torch.save(dict(checkpoint) if isinstance(checkpoint, Checkpoint) else checkpoint, file)
         except RuntimeError as error:
             # PyTorch's writer reports a full disk as a RuntimeError, behind its OSError.
             raise OSError(f"{path}: could not be written ({first_line(error)})") from error
@@ -55,4 +63,4 @@ def as_checkpoint(loaded, path):
     written = loaded.get("format", FORMAT)
     if type(written) is not int or written > FORMAT:
         raise UserError(f"{path}: written by a newer version of this project; update yours to read it")
-    return {"weights_kind": "full", "config": {}, "classes": [], **loaded}
+    return Checkpoint({"weights_kind": "full", "config": {}, "classes": [], **loaded})

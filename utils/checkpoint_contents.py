@@ -73,7 +73,7 @@ def check_contents(checkpoint):
     """ValueError that names the first value of a wrong kind or out of range.
 
     Lists among the settings become tuples. Settings that are not in SETTINGS stay as they are:
-    `train.py` holds its own against their types. Sizes are compared in `nets.weights.check_sizes`.
+    `train.py` holds its own against their types. `nets.architecture` compares the sizes.
     """
     check_tensors(checkpoint["weights"])
     expect("weights_kind", checkpoint["weights_kind"] in ("full", "ema"), checkpoint["weights_kind"], "full or ema")

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from nets import build
+from nets.architecture import read_architecture
 from nets.schedules import make_betas
 from nets.unet import MAX_GROUPS
-from nets.weights import read_architecture
 from utils.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from utils.checkpoint_contents import all_finite
 from utils.convert.diffusers_folder import export_model, import_model

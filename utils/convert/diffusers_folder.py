@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from nets import build
+from nets.architecture import clean_keys, read_architecture
+from nets.schedules import find_schedule
 from nets.unet import UNet
-from nets.weights import clean_keys, find_schedule, read_architecture, some
 from utils.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from utils.checkpoint_contents import all_finite
 from utils.errors import UserError
 from utils.files import atomic_folder, begin_export
 from utils.run_folders import find_weights
+from utils.terminal import first_few
 
 WEIGHTS = "diffusion_pytorch_model"  # .safetensors or .bin
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -241,7 +243,7 @@ def check_weights(weights, expected):
     ]
     problems += [] if all_finite(weights) else ["hold NaN or infinity"]
     if problems:
-        raise UserError(f"this is not one of our networks: its weights {some(problems)}")
+        raise UserError(f"this is not one of our networks: its weights {first_few(problems)}")
 
 
 def defaults(kind):

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from utils import distributed
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
 from utils.run_folders import find_weights
 from utils.training.resume import FIXED
@@ -17,7 +17,8 @@ def find_start(path):
     """(file, checkpoint without a training state) of a run's folder or a file, on all processes."""
     path = distributed.from_main(find_weights(path)[0] if distributed.is_main() else None)
     checkpoint = load_checkpoint(path, lazily=True)
-    return path, {name: checkpoint[name] for name in ("weights", "weights_kind", "config", "classes")}
+    names = ("weights", "weights_kind", "config", "classes")
+    return path, Checkpoint((name, checkpoint[name]) for name in names)
 
 
 def start_config(config, typed, checkpoint, source):
