@@ -58,7 +58,7 @@ def main():
 
 def network_of(config, device, layout=torch.contiguous_format):
     torch.manual_seed(0)
-    return UNet(3, base_channels=config.channel).to(device, memory_format=layout).train()
+    return fused.install(UNet(3, base_channels=config.channel)).to(device, memory_format=layout).train()
 
 
 def batch_of(config, device, layout=torch.contiguous_format):
@@ -66,7 +66,7 @@ def batch_of(config, device, layout=torch.contiguous_format):
     return x, torch.randint(0, 1000, (config.batch_size,), device=device)
 
 
-DISPATCH = unet.norm_act_conv  # the plain operations, or the fused one where it applies
+DISPATCH = fused.norm_act_conv  # the plain operations, or the fused one where it applies
 
 
 def plain(norm, activation, x, conv, dropout=None):
@@ -78,11 +78,11 @@ def backward(config, network, batch, norm_act_conv=DISPATCH):
     """The forward and backward pass of norm, activation, dropout and convolution by one path."""
 
     def step():
-        unet.norm_act_conv = norm_act_conv
+        fused.norm_act_conv = norm_act_conv
         with autocast(batch[0].device, config.precision):
             loss = network(*batch).float().square().mean()
         loss.backward()
-        unet.norm_act_conv = DISPATCH
+        fused.norm_act_conv = DISPATCH
 
     return step
 
@@ -223,10 +223,10 @@ def drawing_section(config, device):
 
     def half(network, batch, norm_act_conv=DISPATCH):
         def call():
-            unet.norm_act_conv = norm_act_conv
+            fused.norm_act_conv = norm_act_conv
             with torch.no_grad(), autocast(device, "bf16"):
                 network(*batch)
-            unet.norm_act_conv = DISPATCH
+            fused.norm_act_conv = DISPATCH
 
         return call
 

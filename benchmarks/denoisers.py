@@ -10,6 +10,7 @@ import sys
 from benchmarks import solvers
 from benchmarks.timing import markdown
 from nets.samplers import DEFAULT_STEPS
+from nets.sampling import SamplingOptions, make_denoiser
 from utils.config import check_values, parse_config, settings
 from utils.device import choose_device
 from utils.errors import run_script
@@ -63,8 +64,10 @@ def main(arguments=None):
 
 
 def denoisers(config, diffusion, guide):
-    """{name: function that takes the place of diffusion.denoiser}."""
-    plain = diffusion.denoiser
+    """{name: function of the labels that takes the place of make_denoiser}."""
+
+    def plain(y, **settings):
+        return make_denoiser(diffusion, y, SamplingOptions().override(**settings))
 
     def scaled(scale):
         """The predicted noise divided by `scale` (Ning et al. 2024, "ADM-ES")."""

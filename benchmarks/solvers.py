@@ -30,7 +30,9 @@ from benchmarks.runs import (
     write_json,
 )
 from benchmarks.timing import machine, markdown
+from nets import sampling
 from nets.samplers import SPACINGS
+from nets.sampling import make_denoiser
 from utils.config import check_values, parse_config, settings
 from utils.device import DTYPES, autocast, choose_compile, choose_device, choose_precision
 from utils.errors import run_script
@@ -309,7 +311,7 @@ class Bench:
         """
         found, seconds, batches = FeatureStatistics(), 0.0, 0
         if denoiser:
-            self.model.diffusion.denoiser = denoiser  # hides the method
+            sampling.make_denoiser = lambda diffusion, y, options: denoiser(y)
         self.clock.take()
         for first, steps in self.batches(cell):
             began = self.read()
@@ -321,7 +323,7 @@ class Bench:
             found.add(self.extractor(torch.from_numpy(to_uint8(x)[: self.config.samples - first])))
         calls, network = self.clock.take()
         if denoiser:
-            del self.model.diffusion.denoiser
+            sampling.make_denoiser = make_denoiser
         assert denoiser or calls == cell.made * batches, (calls, cell)
         a_picture = seconds / (batches * self.config.batch_size)
         return {

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nets import UNet, build
-from nets.weights import unet_arguments
+from nets.architecture import unet_arguments
 from train import Config
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import typed_options

@@ -9,7 +9,7 @@ from conftest import TINY, assert_same_state, run_main
 
 import train
 from nets import UNet
-from nets.sizes import count_flops
+from nets.architecture import count_flops
 from utils.checkpoint import load_checkpoint
 from utils.config import check_values
 from utils.training.summary import duration
@@ -113,7 +113,6 @@ def test_operations_of_a_network_that_one_can_count():
             layer.register_forward_hook(count)
     attention = torch.nn.functional.scaled_dot_product_attention
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nets.unet.norm_act_conv", lambda norm, activation, x, conv, dropout=None: conv(x))
         patch.setattr(
             "torch.nn.functional.scaled_dot_product_attention",
             lambda q, k, v: (counted.append(2 * 2 * q.shape[-2] ** 2 * q.shape[-1]), attention(q, k, v))[1],

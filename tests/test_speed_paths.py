@@ -13,8 +13,7 @@ from torch import nn
 
 from nets import UNet, unet
 from nets import cpu_fused as fused
-from nets.cpu_fused import NormActDropoutConv
-from nets.unet import norm_act_conv
+from nets.cpu_fused import NormActDropoutConv, norm_act_conv
 from utils.checkpoint_contents import weights_digest
 from utils.device import autocast, memory_format, round_weights
 
@@ -152,7 +151,7 @@ def test_attention_has_the_plain_paths_gradients(layout, monkeypatch):
         return torch.autograd.grad((block(x) * weights).sum(), (x, *block.parameters()))
 
     fast = gradients()
-    monkeypatch.setattr(unet, "norm_act_conv", plain)
+    monkeypatch.setattr(fused, "norm_act_conv", plain)
     for ours, expected in zip(fast, gradients(), strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
 
@@ -168,7 +167,7 @@ def test_the_whole_network_has_the_plain_paths_result_and_gradients(monkeypatch)
         return [out.detach(), *(parameter.grad for parameter in copied.parameters())]
 
     fast = outcome(torch.channels_last)
-    monkeypatch.setattr(unet, "norm_act_conv", plain)
+    monkeypatch.setattr(fused, "norm_act_conv", plain)
     for ours, expected in zip(fast, outcome(torch.contiguous_format), strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4 * max(1, expected.abs().max().item()), rtol=1e-3)
 
@@ -189,7 +188,7 @@ def test_the_fused_path_keeps_less_for_the_backward_pass(monkeypatch):
         return sum(storages.values()), out
 
     less, _ = kept()
-    monkeypatch.setattr(unet, "norm_act_conv", plain)
+    monkeypatch.setattr(fused, "norm_act_conv", plain)
     assert less < 0.55 * kept()[0]
 
 

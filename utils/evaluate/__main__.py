@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from nets import GaussianDiffusion, build
-from nets.guidance import check_interval, check_weaker_model, within
 from nets.samplers import SAMPLERS, SEEDS, SPACINGS
+from nets.sampling import check_guiding_model, check_interval, interval_predicate, sampling_schedule
 from utils.checkpoint import load_checkpoint
 from utils.checkpoint_contents import weights_digest
 from utils.config import check_values, parse_config, settings
@@ -164,7 +164,7 @@ def check(config):
         )
     if config.eta and config.sampler != "ddim":
         raise UserError("--eta is an option of ddim: add --sampler ddim, or leave it out")
-    within(config.guidance_interval)  # before anything is loaded
+    interval_predicate(config.guidance_interval)  # before anything is loaded
     check_guidance(config)
     if config.bits and not is_checkpoint(config.samples):
         raise UserError(f"--bits needs the model itself, and {config.samples} holds pictures: name a checkpoint")
@@ -211,7 +211,7 @@ def load_model(config, device, precision):
         guide_path = find_weights(config.guiding_path)[0].resolve()
         print(f"guided away from: {guide_path}")
         guide = build.guiding_model(load_checkpoint(guide_path, lazily=True), checkpoint, diffusion, config.use_ema)
-    check_weaker_model(diffusion, config.guidance_scale, guide)
+    check_guiding_model(diffusion, config.guidance_scale, guide)
     for part in (diffusion, guide) if guide else (diffusion,):
         part.to(device=device, memory_format=memory_format(device, precision))
     return Model(diffusion, classes, checkpoint["config"], str(path.resolve()), guide, str(guide_path or ""))
@@ -314,11 +314,12 @@ def labels_like(reference, model, seed):
 def samples_of(config, model, labels, device, precision):
     """The Samples of a model, equal to those of predict.py: sample i has the seed `seed` + i."""
     count = config.num_images or (ENOUGH if config.distances else config.nearest_images if config.nearest else 0)
-    plan = model.diffusion.plan(config.sampler, config.steps or None, config.spacing or None, 1.0)
-    check_interval(config.guidance_interval, plan)
+    alpha_bars = model.diffusion.alpha_bars
+    schedule = sampling_schedule(alpha_bars, config.sampler, config.steps or None, config.spacing or None)
+    check_interval(config.guidance_interval, schedule)
     settings = {
         "sampler": config.sampler,
-        "steps": len(plan),
+        "steps": len(schedule),
         "spacing": config.spacing or None,
         "guidance_scale": config.guidance_scale,
         "guidance_interval": config.guidance_interval,
@@ -335,7 +336,7 @@ def samples_of(config, model, labels, device, precision):
             yield torch.from_numpy(to_uint8(x)[: count - first])
 
     guidance = describe_guidance(config) + (f" away from {model.guide_name}" if model.guide else "")
-    name = f"{count:,} drawn, {config.sampler}, {len(plan)} steps{guidance}, seeds from {config.seed}, {model.name}"
+    name = f"{count:,} drawn, {config.sampler}, {len(schedule)} steps{guidance}, seeds from {config.seed}, {model.name}"
     return Samples(count, blocks(), name)
 
 

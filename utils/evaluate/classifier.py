@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from nets.weights import check_fit
+from nets.architecture import check_fit
 from utils.checkpoint_contents import Kind, check_tensors, expect, first_not_finite, weights_digest
 from utils.errors import UserError
 from utils.files import atomic_write
