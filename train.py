@@ -299,7 +299,7 @@ def train(config, parts, folder, start):
         decay=config.lr_decay_type,
     )
     compile_network(config, parts.diffusion)
-    agreement = distributed.Agreement()
+    lagged_max = distributed.LaggedMax()
     with StopSignal() as stop, RunFiles(folder, config, parts, start) as files:
         for epoch in range(start.epoch, config.epochs):
             consumed = start.images if epoch == start.epoch else 0  # images of this epoch
@@ -313,7 +313,7 @@ def train(config, parts, folder, start):
                 loss, bad_in_row = parts.meter.latest()
                 files.show(epoch, batch_size, loss, lr)
                 # Rank 0 keeps the time, any process may get a signal: all act two steps later.
-                number, save_now, bad_in_row = agreement.largest(stop.number, int(files.save_due()), bad_in_row)
+                number, save_now, bad_in_row = lagged_max.largest(stop.number, int(files.save_due()), bad_in_row)
                 if bad_in_row >= config.max_bad_steps:
                     raise UserError(f"{bad_in_row} steps in a row had NaN or infinite gradients. {files.advice()}")
                 saved = (number or save_now) and files.save(epoch, consumed)
@@ -363,7 +363,8 @@ def make_batch(config, parts, images, labels, epoch, consumed):
     x = normalise(images, parts.device, draws.flip if config.horizontal_flip else None, parts.layout)
     y = None
     if config.class_conditional:
-        y = torch.where(draws.drop, parts.diffusion.num_classes - 1, labels.to(parts.device, non_blocking=True))
+        labels = labels.to(parts.device, non_blocking=parts.device.type == "cuda")
+        y = torch.where(draws.drop, parts.diffusion.num_classes - 1, labels)
     return x, y, draws
 
 

@@ -19,7 +19,7 @@ from utils.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from utils.checkpoint_contents import all_finite
 from utils.convert.diffusers_folder import export_model, import_model
 from utils.errors import UserError, run_script
-from utils.files import begin_export
+from utils.files import begin_export, resolve_output
 from utils.run_folders import find_weights
 
 # Argument of the reference's UNet: its default, and train.py's option for such a network.
@@ -111,7 +111,7 @@ def open_run(run, file):
 
 def write(file, content, source):
     """Save `content`, and print its size beside that of the checkpoint it was made from."""
-    save_checkpoint(file, content)
+    save_checkpoint(resolve_output(file), content)
     before, after = (Path(path).stat().st_size / 2**20 for path in (source, file))
     print(f"{source} ({before:.1f} MiB) -> {file} ({after:.1f} MiB)")
 

@@ -21,7 +21,7 @@ from nets.weights import clean_keys, find_schedule, read_architecture, some
 from utils.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from utils.checkpoint_contents import all_finite
 from utils.errors import UserError
-from utils.files import atomic_folder, begin_export
+from utils.files import atomic_folder, begin_export, resolve_output
 from utils.run_folders import find_weights
 
 WEIGHTS = "diffusion_pytorch_model"  # .safetensors or .bin
@@ -59,7 +59,7 @@ def export_model(run, folder, class_name=""):
         raise UserError(f"{path}: its weights hold NaN or infinity")
     unet = UNet2DModel(**settings)
     unet.load_state_dict(weights)
-    with atomic_folder(folder) as unfinished, explain(f"{folder}: could not be written", OSError):
+    with atomic_folder(resolve_output(folder)) as unfinished, explain(f"{folder}: could not be written", OSError):
         DDPMPipeline(unet, DDPMScheduler(**scheduler_settings(diffusion))).save_pretrained(unfinished)
     print(f'DDPMPipeline.from_pretrained("{folder}")(num_inference_steps={diffusion.num_timesteps}) draws with it')
 
@@ -146,7 +146,9 @@ def import_model(folder, file):
     for key, value in diffusion.ema_model.state_dict().items():
         parts = torch.cat([weights[name] for name in their_keys(key, names)])
         own[f"ema_model.{key}"] = parts.reshape(value.shape).to(value.dtype)
-    save_checkpoint(file, {"format": FORMAT, "config": config, "classes": [], "weights": own, "weights_kind": "ema"})
+    save_checkpoint(
+        resolve_output(file), {"format": FORMAT, "config": config, "classes": [], "weights": own, "weights_kind": "ema"}
+    )
     print(f"python predict.py --model_path {file}  draws with it")
 
 
