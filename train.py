@@ -347,9 +347,8 @@ def make_batch(config, context, images, labels, epoch, consumed):
     x = normalize(images, context.device, step_noise.flip if config.horizontal_flip else None, context.layout)
     y = None
     if config.class_conditional:
-        y = torch.where(
-            step_noise.drop, context.diffusion.num_classes - 1, labels.to(context.device, non_blocking=True)
-        )
+        labels = labels.to(context.device, non_blocking=context.device.type == "cuda")
+        y = torch.where(step_noise.drop, context.diffusion.num_classes - 1, labels)
     return x, y, step_noise
 
 

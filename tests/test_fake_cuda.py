@@ -13,7 +13,7 @@ from torch.amp import autocast_mode
 import train
 from nets import SAMPLERS
 from utils.data.dataset import normalise
-from utils.device import DTYPES, LateCopy
+from utils.device import DTYPES, AsyncHostCopy
 from utils.evaluate.classifier import FeatureNet
 from utils.evaluate.features import Extractor
 from utils.training import preview, validation
@@ -76,7 +76,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch, name, lambda *args, _real=real, generator=None, **options: _real(*args, **options))
     monkeypatch.setattr(torch, "Generator", NoGenerator)
     # pinned memory needs a driver
-    monkeypatch.setattr(LateCopy, "push", lambda self, tensor: setattr(self, "pushed", tensor))
+    monkeypatch.setattr(AsyncHostCopy, "push", lambda self, tensor: setattr(self, "pushed", tensor))
     monkeypatch.setattr(
         autocast_mode.torch.amp.autocast_mode, "is_autocast_available", lambda device: True, raising=False
     )

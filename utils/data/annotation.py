@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.files import atomic_write, is_stream
+from utils.files import atomic_write, resolve_output
 from utils.terminal import printable
 
 LINE = re.compile(r"(?:([0-9]+);)?(.+)", re.DOTALL)  # an absolute path never starts with a digit
@@ -38,13 +38,12 @@ def write_annotation(annotation_path, paths, labels=None, classes=()):
     """Write the list and, with labels, its class names; delete the class names of an older list.
 
     A kill in between leaves a list without class names, which `read_annotation` refuses. Returns
-    the path of the class names; None where there are none, as beside a device or a FIFO.
+    the path of the class names; None where there are none.
     """
     names_path = classes_path(annotation_path)
     names = "".join(f"{name}\n" for name in classes) if labels is not None else None
-    alone = is_stream(annotation_path)
-    changed = not alone and _read_text(names_path) != names
-    with atomic_write(annotation_path, "w", **TEXT) as file:
+    changed = _read_text(names_path) != names
+    with atomic_write(resolve_output(annotation_path), "w", **TEXT) as file:
         file.writelines(f"{path}\n" if labels is None else f"{labels[i]};{path}\n" for i, path in enumerate(paths))
         file.flush()  # a full disk fails here, while the older pair is whole
         if changed:
@@ -52,7 +51,7 @@ def write_annotation(annotation_path, paths, labels=None, classes=()):
     if changed and names is not None:
         with atomic_write(names_path, "w", **TEXT) as file:
             file.write(names)
-    return None if alone or names is None else names_path
+    return None if names is None else names_path
 
 
 def read_annotation(annotation_path):

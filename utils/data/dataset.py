@@ -163,9 +163,10 @@ def normalise(images, device, flip=None, memory_format=torch.contiguous_format):
 
     flip: (B,) bool, the images to mirror left to right; None: no image.
     """
-    pixels = images.to(device, non_blocking=True)  # bytes: a quarter of the memory of floats
+    on_cuda = torch.device(device).type == "cuda"  # elsewhere a copy that is not waited for may be read too early
+    pixels = images.to(device, non_blocking=on_cuda)  # bytes: a quarter of the memory of floats
     if flip is not None:
-        pixels = torch.where(flip.to(device, non_blocking=True)[:, None, None, None], pixels.flip(2), pixels)
+        pixels = torch.where(flip.to(device, non_blocking=on_cuda)[:, None, None, None], pixels.flip(2), pixels)
     batch, height, width, channels = pixels.shape
     # A new tensor: .to() and .contiguous() keep odd strides where a side or the channels are 1.
     x = torch.empty((batch, channels, height, width), device=device, memory_format=memory_format)

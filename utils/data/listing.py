@@ -7,6 +7,7 @@ from pathlib import Path
 from utils.data.formats import UNREAD_EXTENSIONS
 from utils.data.search import beside_folders, first_of
 from utils.errors import UserError
+from utils.files import resolve_output
 
 
 def check_annotation_path(annotation_path, images=()):
@@ -14,7 +15,7 @@ def check_annotation_path(annotation_path, images=()):
     path = str(annotation_path)
     if "\0" in path or not Path(path).name or path.endswith(("/", os.sep)) or os.path.isdir(path):
         raise UserError(f"annotation_path {path!r} is no name of a file: give one such as train_lines.txt")
-    if os.path.realpath(path) in map(os.path.realpath, images):
+    if str(resolve_output(path)) in map(os.path.realpath, images):
         raise UserError(f"annotation_path {path} is one of the pictures: the list would replace it; give another name")
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from utils.device import LateCopy
+from utils.device import AsyncHostCopy
 
 QUARTERS = 4
 # What the sums are, in their order: losses and images by quarter of the timesteps, then these.
@@ -24,7 +24,7 @@ class Meter:
         self.device, self.num_timesteps = device, num_timesteps
         self.quarters = torch.arange(QUARTERS, device=device)[:, None]
         self.bad_in_row = torch.zeros((), device=device)
-        self.late = LateCopy(device)
+        self.late = AsyncHostCopy(device)
         self.reset()
 
     def reset(self, sums=None):

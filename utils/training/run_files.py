@@ -15,7 +15,7 @@ from tqdm import tqdm
 from utils import distributed
 from utils.checkpoint import BEST, LAST
 from utils.errors import UserError, is_out_of_memory
-from utils.files import Attempts, atomic_write, locked, remove_leftovers
+from utils.files import TolerantWriter, atomic_write, locked, remove_leftovers
 from utils.images import save_png
 from utils.training.loss_history import LossHistory
 from utils.training.preview import sample_preview
@@ -28,7 +28,7 @@ class RunFiles:
     def __init__(self, folder, config, parts, start):
         self.folder, self.config, self.parts, self.start = Path(folder), config, parts, start
         self.main = distributed.is_main()
-        self.attempt, self.lock = Attempts(), contextlib.ExitStack()
+        self.attempt, self.lock = TolerantWriter(), contextlib.ExitStack()
         self.images_per_epoch = len(parts.dataset) // parts.batch_size * parts.batch_size
 
     def __enter__(self):
