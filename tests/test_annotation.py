@@ -13,9 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.data.annotation import Annotation, classes_path, read_annotation, write_annotation
+from utils.data.annotation import (
+    Annotation,
+    check_annotation_path,
+    classes_path,
+    read_annotation,
+    write_annotation,
+)
 from utils.data.formats import EXTENSIONS
-from utils.data.listing import check_annotation_path
 from utils.data.search import beside_folders, check_images, find_images, label_by_folder, search, without_shipped
 from utils.data.threads import Budget, map_in_threads
 from utils.errors import UserError
@@ -414,6 +419,14 @@ def test_a_list_cannot_be_written_over_a_folder(tmp_path, monkeypatch, name):
     (tmp_path / "logs").mkdir()
     with pytest.raises(ValueError, match="is no name of a file: give one such as train_lines.txt"):
         check_annotation_path(name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_a_list_cannot_be_written_into_a_pipe_or_a_device(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", os.devnull):
+        with pytest.raises(ValueError, match="is a device or a pipe: give the name of a file"):
+            check_annotation_path(path)
 
 
 def test_a_list_never_replaces_an_image(tmp_path, monkeypatch):

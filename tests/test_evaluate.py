@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from nets import build
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.data.image_format import ImageFormat
 from utils.evaluate import __main__ as evaluate
 from utils.evaluate import inception
 from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net, train_feature_net
@@ -308,17 +309,17 @@ def test_folder_list_and_npz_are_the_same_pictures(folder, tmp_path):
     from utils.data.annotation import write_annotation
     from utils.data.search import find_images
 
-    pictures = open_images(folder, (8, 8, 1), cache_path=tmp_path / "cache")
+    pictures = open_images(folder, ImageFormat((8, 8), 1), cache_path=tmp_path / "cache")
     write_annotation(tmp_path / "list.txt", find_images(folder))
-    listed = open_images(tmp_path / "list.txt", (8, 8, 1), cache_path=tmp_path / "cache")
-    packed = open_images(save_npz(tmp_path / "p.npz", pictures.pixels), (8, 8, 1))
+    listed = open_images(tmp_path / "list.txt", ImageFormat((8, 8), 1), cache_path=tmp_path / "cache")
+    packed = open_images(save_npz(tmp_path / "p.npz", pictures.pixels), ImageFormat((8, 8), 1))
     assert pictures.classes == [f"kind_{kind}" for kind in range(KINDS)] and listed.classes == packed.classes == []
     expected = shapes(40, size=8)[0][np.argsort(np.arange(40) % KINDS, kind="stable")]
     for source, name in ((folder, pictures), (tmp_path / "list.txt", listed), (tmp_path / "p.npz", packed)):
         assert survey(source) == ({(8, 8): 40}, False)
         assert_close(torch.cat(list(name.blocks())), torch.from_numpy(expected))
     assert len({pictures.key(), listed.key(), packed.key()}) == 3
-    assert pictures.key() == open_images(folder, (8, 8, 1), cache_path=tmp_path / "cache").key()
+    assert pictures.key() == open_images(folder, ImageFormat((8, 8), 1), cache_path=tmp_path / "cache").key()
 
     part = pictures.subset([30, 3, 7]).subset([2, 0], ", two")
     assert part.name.endswith(", two") and [part.paths[0], part.paths[1]] == [pictures.paths[7], pictures.paths[30]]
@@ -346,7 +347,7 @@ def test_wrong_sets_are_named(tmp_path):
             survey(tmp_path / name)
     good = save_npz(tmp_path / "good.npz", np.zeros((2, 4, 4, 3), np.uint8))
     with pytest.raises(ValueError, match="as they are"):
-        open_images(good, (8, 8, 3))
+        open_images(good, ImageFormat((8, 8), 3))
 
 
 def test_an_npz_in_columns_first_order_is_read(tmp_path):
@@ -356,7 +357,7 @@ def test_an_npz_in_columns_first_order_is_read(tmp_path):
         save_npz(tmp_path / "columns.npz", np.asfortranarray(pictures)),
     )
     assert survey(columns) == ({(8, 8): 20}, False)
-    first, second = (open_images(path, (8, 8, 1)) for path in (rows, columns))
+    first, second = (open_images(path, ImageFormat((8, 8), 1)) for path in (rows, columns))
     assert_close(torch.cat(list(second.blocks())), torch.from_numpy(pictures))
     assert first.hashes == second.hashes
 
@@ -369,7 +370,7 @@ def test_a_damaged_npz_is_named(tmp_path, save):
     content[2000:2010] = bytes(10)
     (tmp_path / "p.npz").write_bytes(content)
     with pytest.raises(ValueError, match="p.npz: no .npz with pictures as arr_0"):
-        open_images(tmp_path / "p.npz", (8, 8, 3))
+        open_images(tmp_path / "p.npz", ImageFormat((8, 8), 3))
 
 
 def test_an_npz_whose_array_is_cut_off_is_named(tmp_path):
@@ -377,7 +378,7 @@ def test_an_npz_whose_array_is_cut_off_is_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "p.npz", "w") as archive:
         archive.writestr("arr_0.npy", (tmp_path / "arr_0.npy").read_bytes()[:-1])
     with pytest.raises(ValueError, match="p.npz: no .npz with pictures as arr_0"):
-        open_images(tmp_path / "p.npz", (8, 8, 3))
+        open_images(tmp_path / "p.npz", ImageFormat((8, 8), 3))
 
 
 def test_collect_keeps_the_first_only(net):
@@ -392,8 +393,8 @@ def test_collect_keeps_the_first_only(net):
 
 
 def test_reference_statistics_are_kept_by_data_and_network(net, tmp_path, monkeypatch):
-    pictures = open_images(save_npz(tmp_path / "p.npz", shapes(50)[0]), (12, 12, 1))
-    others = open_images(save_npz(tmp_path / "q.npz", shapes(50, seed=1)[0]), (12, 12, 1))
+    pictures = open_images(save_npz(tmp_path / "p.npz", shapes(50)[0]), ImageFormat((12, 12), 1))
+    others = open_images(save_npz(tmp_path / "q.npz", shapes(50, seed=1)[0]), ImageFormat((12, 12), 1))
     cache, extractor, calls = FeatureCache(tmp_path / "cache"), Extractor(net, "net", "cpu"), []
     monkeypatch.setattr(FeatureNet, "__call__", lambda self, x: calls.append(len(x)) or self.forward(x))
 
@@ -454,7 +455,9 @@ def test_a_set_against_itself_and_a_copy_of_it(folder, net_file, tmp_path, monke
     """The distance is 0, precision and recall are 1, and every sample is found to be a copy, of
     the right file.
     """
-    samples = save_npz(tmp_path / "samples.npz", open_images(folder, (8, 8, 1), cache_path=tmp_path / "cache").pixels)
+    samples = save_npz(
+        tmp_path / "samples.npz", open_images(folder, ImageFormat((8, 8), 1), cache_path=tmp_path / "cache").pixels
+    )
     found = run(monkeypatch, tmp_path, "--samples", samples, "--reference", folder, "--features", net_file)
     assert found["distances"]["frechet_distance"] < 1e-3
     assert (found["distances"]["precision"], found["distances"]["recall"]) == (1, 1)

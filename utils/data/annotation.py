@@ -34,6 +34,17 @@ def classes_path(annotation_path):
     return path.with_name(path.stem.removesuffix("_lines") + "_classes" + path.suffix)
 
 
+def check_annotation_path(annotation_path, images=()):
+    """Refuse a list at a folder or a device, or over one of the images: UserError."""
+    path = str(annotation_path)
+    if "\0" in path or not Path(path).name or path.endswith(("/", os.sep)) or os.path.isdir(path):
+        raise UserError(f"annotation_path {path!r} is no name of a file: give one such as train_lines.txt")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"annotation_path {path} is a device or a pipe: give the name of a file")
+    if os.path.realpath(path) in map(os.path.realpath, images):
+        raise UserError(f"annotation_path {path} is one of the pictures: the list would replace it; give another name")
+
+
 def write_annotation(annotation_path, paths, labels=None, classes=()):
     """Write the list and, with labels, its class names; delete the class names of an older list.
 
@@ -55,11 +66,11 @@ def write_annotation(annotation_path, paths, labels=None, classes=()):
 
 
 def read_annotation(annotation_path):
-    """Read a list and its class names. ValueError for a missing, empty or malformed one."""
-    lines = _lines(annotation_path)
+    """Read a list and its class names. UserError for a missing, empty or malformed one."""
+    lines, names_path = _lines(annotation_path), classes_path(annotation_path)
     if not lines:
         raise UserError(f"{annotation_path} {'is not there' if lines is None else 'lists no image'}: {RUN_AGAIN}")
-    labels, paths = zip(*(LINE.fullmatch(line).groups() for line in lines.values()))
+    labels, paths = map(list, zip(*(LINE.fullmatch(line).groups() for line in lines.values())))
     for number, label, path in zip(lines, labels, paths):
         if not os.path.isabs(path) or "\0" in path or (label is None) != (labels[0] is None):
             raise UserError(
@@ -67,18 +78,15 @@ def read_annotation(annotation_path):
                 f"'<class id>;<absolute path>' on all{_fault(path)}; {RUN_AGAIN}"
             )
     if labels[0] is None:
-        return Annotation(list(paths), None, [])
-    labels, names_path = list(map(int, labels)), classes_path(annotation_path)
-    classes = list((_lines(names_path) or {}).values())
+        return Annotation(paths, None, [])
+    labels, classes = list(map(int, labels)), list((_lines(names_path) or {}).values())
     if len(classes) <= max(labels):
-        raise UserError(
-            f"{annotation_path} uses class id {max(labels)}, but {names_path} "
-            f"{f'names {len(classes)} classes only' if classes else 'is missing or empty'}: {RUN_AGAIN}"
-        )
-    again = next((name for name, times in Counter(classes).items() if times > 1), None)
-    if again is not None:  # a checkpoint with such names could not be loaded
-        raise UserError(f"{names_path} names {printable(again)} twice: {RUN_AGAIN}")
-    return Annotation(list(paths), labels, classes)
+        known = f"names {len(classes)} classes only" if classes else "is missing or empty"
+        raise UserError(f"{annotation_path} uses class id {max(labels)}, but {names_path} {known}: {RUN_AGAIN}")
+    for name, times in Counter(classes).items():
+        if times > 1:  # a checkpoint with such names could not be loaded
+            raise UserError(f"{names_path} names {printable(name)} twice: {RUN_AGAIN}")
+    return Annotation(paths, labels, classes)
 
 
 def _fault(path):
@@ -93,7 +101,7 @@ def _fault(path):
 
 
 def _lines(path):
-    """{number: line} without empty lines; None where there is no file. ValueError for UTF-16."""
+    """{number: line} without empty lines; None where there is no file. UserError for UTF-16."""
     text = _read_text(path)
     if text is None:
         return None

@@ -22,7 +22,7 @@ from utils.checkpoint import load_checkpoint
 from utils.checkpoint_contents import weights_digest
 from utils.config import check_values, parse_config, settings
 from utils.data.dataset import split_validation
-from utils.data.decode import RESIZE_MODES
+from utils.data.image_format import RESIZE_MODES, ImageFormat
 from utils.device import DTYPES, autocast, choose_device, choose_precision, describe_device, memory_format
 from utils.errors import UserError, run_script
 from utils.evaluate.features import FeatureCache, collect, load_extractor, with_progress
@@ -254,18 +254,16 @@ def opener(config, model):
     shape, sizes = (own, None) if own else compared_shape(config)
     height, width, channels = shape
     print_line("compared at", f"{height}x{width} (height x width), {'colour' if channels == 3 else 'grey'}")
-    resize_mode = config.resize_mode or trained.get("resize_mode", "crop")
-    background = config.background or tuple(trained.get("background", (255, 255, 255)))
-    icc = trained.get("icc", True) if config.icc is None else config.icc
+    image_format = ImageFormat.from_config(
+        trained,
+        input_shape=(height, width),
+        img_channels=channels,
+        resize_mode=config.resize_mode or None,
+        background=config.background,
+        icc=config.icc,
+    )
     about = {"compared_at": list(shape), "sample_sizes": sizes}
-    return partial(
-        open_images,
-        shape=shape,
-        resize_mode=resize_mode,
-        background=background,
-        cache_path=config.cache_dir or None,
-        icc=icc,
-    ), about
+    return partial(open_images, image_format=image_format, cache_path=config.cache_dir or None), about
 
 
 def compared_shape(config):

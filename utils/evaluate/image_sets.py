@@ -6,7 +6,6 @@ import os
 import zipfile
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -60,32 +59,24 @@ def _listed(path):
     return paths
 
 
-def open_images(path, shape, resize_mode="crop", background=(255, 255, 255), cache_path=None, icc=True):
-    """The ImageDataset of a folder, a list or an .npz, with pixels of shape (H, W, C).
+def open_images(path, image_format, cache_path=None):
+    """The ImageDataset of a folder, a list or an .npz in this ImageFormat.
 
     Folders and lists are decoded into the cache of `utils.data.cache`. The folders in a folder are
-    its classes. An .npz holds `arr_0`, uint8 (N, H, W, C), of this shape already.
+    its classes. An .npz holds `arr_0`, uint8 (N, H, W, C), of its shape already.
     ValueError for anything else, and where there is no image.
     """
     path = Path(path)
     if path.suffix.lower() == ".npz":
-        return _open_npz(path, tuple(shape))
-    decode = partial(
-        open_dataset,
-        input_shape=shape[:2],
-        img_channels=shape[2],
-        resize_mode=resize_mode,
-        background=background,
-        cache_path=cache_path,
-        icc=icc,
-    )
+        return _open_npz(path, (*image_format.input_shape, image_format.img_channels))
     if not path.is_dir():
-        return decode(path)
+        return open_dataset(path, image_format, cache_path=cache_path)
     paths = _listed(path)
     with TemporaryDirectory() as folder:
         annotation = os.path.join(folder, "lines.txt")
         write_annotation(annotation, paths, *label_by_folder(paths))
-        return replace(decode(annotation), name=printable(path.resolve()))
+        dataset = open_dataset(annotation, image_format, cache_path=cache_path)
+        return replace(dataset, name=printable(path.resolve()))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.data.dataset import normalise
+from utils.data.dataset import normalize
 from utils.device import autocast
 from utils.errors import UserError
 from utils.evaluate.distances import kernel_distance, nearest, precision_and_recall, statistics_distance
@@ -115,7 +115,7 @@ def measure_bits(config, model, held_out, device, precision):
         y = None if labels is None else labels[numbers].to(device)
         with autocast(device, precision):
             denoise = diffusion.denoiser(y, config.use_ema)
-            x = normalise(held_out.images(numbers), device)
+            x = normalize(held_out.images(numbers), device)
             terms.append(variational_bound(denoise, diffusion.alpha_bars, x, generator))
     terms = torch.cat(terms)
     total, curve = terms.sum(1), terms.mean(0)
