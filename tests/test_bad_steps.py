@@ -15,15 +15,15 @@ BAD = (1, 4, 5, 9)
 
 def poison(patch, values):
     """Make the pictures of the given steps {step: value} NaN or infinite."""
-    steps, normalise = iter(range(10**6)), train.normalise
+    steps, normalize = iter(range(10**6)), train.normalize
 
     def poisoned(*arguments, **options):
-        x, value = normalise(*arguments, **options), values.get(next(steps))
+        x, value = normalize(*arguments, **options), values.get(next(steps))
         if value is not None:
             x[0, 0, 0, 0] = value
         return x
 
-    patch.setattr(train, "normalise", poisoned)
+    patch.setattr(train, "normalize", poisoned)
 
 
 def leave_out(patch, bad_steps):
