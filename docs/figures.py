@@ -19,8 +19,8 @@ from nets.samplers import SAMPLERS, seeded_noise
 from nets.schedules import make_betas
 from utils.checkpoint import load_checkpoint
 from utils.data.dataset import normalise
-from utils.errors import run_script
 from utils.data.image_format import ImageFormat
+from utils.errors import run_script
 from utils.evaluate.distances import nearest as nearest_features
 from utils.evaluate.image_sets import open_images
 from utils.files import atomic_write

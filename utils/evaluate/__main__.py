@@ -113,13 +113,12 @@ def main(arguments=None):
     print(f"{describe_device(device)}, precision {precision}")
     open_set, results = make_opener(config, model)
     reference, held_out = open_references(config, model, open_set)
-    samples = open_samples(config, model, open_set, reference, device, precision)
-    check_counts(config, samples, reference)
+    samples = generate(config, model, reference, device, precision) if model else read_samples(config, open_set)
+    print_line("samples", samples.name)
     results |= {"settings": asdict(config), "weights": digest_of(config, model and model.diffusion)}
     results |= {"guiding_weights": digest_of(config, model and model.guide)}
     results |= {"samples": samples.name, "num_samples": samples.count}
-    results |= {"reference": reference.name, "num_reference": len(reference)}
-    results |= {"held_out": held_out.name if held_out else None}
+    results |= {"reference": reference.name, "num_reference": len(reference), "held_out": held_out and held_out.name}
     results |= compare(config, samples, reference, held_out, device)
     if config.bits:
         results["bits"] = measure_bits(config, model, held_out, device, precision)
@@ -154,34 +153,26 @@ def check(config):
             raise UserError(f"--{name} needs a checkpoint, and {config.samples} holds images: name one with --samples")
 
 
-def check_counts(config, samples: Samples, reference: ImageDataset):
-    """Says where samples are few. UserError where they are too few for any distance."""
-    if samples.count < config.num_images:
-        print(f"warning: there are {samples.count:,} samples, fewer than the {config.num_images:,} asked for")
+def compare(config, samples, reference, held_out, device):
+    """The measures without a model that the settings ask for: a dict of distances and nearest."""
+    results, cache, extract = {}, FeatureCache(config.cache_dir, config.reference), None
+    if not config.distances and not config.nearest:
+        return results
     if config.distances and min(samples.count, len(reference)) < NEIGHBORS + 2:
         counts = f"{samples.count} samples and {len(reference)} reference images"
         raise UserError(f"{counts} are too few: distances need {NEIGHBORS + 2} of both; or set --distances False")
     if config.distances and samples.count < ENOUGH:
         print(f"warning: FID is biased upward below {ENOUGH:,} samples; compare only equal sample counts")
-
-
-def compare(config, samples, reference, held_out, device):
-    """The measures without a model that the settings ask for: a dict of distances and nearest."""
-    results, cache, extractor = {}, FeatureCache(config.cache_dir, config.reference), None
-    if not config.distances and not config.nearest:
-        return results
     if config.distances or config.nearest_by == "features":
-        extractor = load_extractor(
-            config.features, reference, cache, device, config.batch_size, config.inception_weights
-        )
-        print_line("features", extractor.name)
+        extract = load_extractor(config.features, reference, cache, device, config.batch_size, config.inception_weights)
+        print_line("features", extract.name)
     blocks = with_progress(samples.blocks, samples.count, "samples")
-    sampled = collect(blocks, extractor, config.max_features, config.nearest_images)
+    sampled = collect(blocks, extract, config.max_features, config.nearest_images)
     if config.distances:
-        known = cache.collected(reference, extractor, config.max_features)
-        results["distances"] = measure_distances(config, sampled, known, extractor)
+        known = cache.collected(reference, extract, config.max_features)
+        results["distances"] = measure_distances(config, sampled, known, extract)
     if config.nearest:
-        results["nearest"] = measure_nearest(config, sampled.images, reference, held_out, extractor)
+        results["nearest"] = measure_nearest(config, sampled.images, reference, held_out, extract)
     return results
 
 
@@ -189,7 +180,7 @@ def is_checkpoint(path: str) -> bool:
     """Whether `path` is a file of weights, a run's folder, or "" (the newest run)."""
     if not path or path.lower().endswith(WEIGHTS):
         return True
-    return Path(path).is_dir() and bool((Path(path) / "last.pth").is_file() or epoch_files(Path(path)))
+    return (Path(path) / "last.pth").is_file() or bool(epoch_files(path))
 
 
 def load_model(config, device: torch.device, precision: str) -> Model:
@@ -241,8 +232,8 @@ def make_opener(config, model: Model | None):
         height, width, channels, sizes = choose_shape(config)
     print_line("compared at", f"{height}x{width} (height x width), {'color' if channels == 3 else 'gray'}")
     own = {"input_shape": (height, width), "img_channels": channels, "resize_mode": config.resize_mode or None}
-    trained = model.config if model else {}
-    image_format = ImageFormat.from_config(trained, **own, background=config.background, icc=config.icc)
+    own |= {"background": config.background, "icc": config.icc}
+    image_format = ImageFormat.from_config(model.config if model else {}, **own)
     open_set = partial(open_images, image_format=image_format, cache_path=config.cache_dir or None)
     return open_set, {"compared_at": [height, width, channels], "sample_sizes": sizes}
 
@@ -255,21 +246,16 @@ def choose_shape(config):
     names = {"{}x{}".format(*size): count for size, count in sizes.most_common(5)}
     if len(sizes) > 1:
         found = ", ".join(f"{count} of {name}" for name, count in names.items())
-        resized = f"all are made {height}x{width}; --input_shape sets another"
-        print(f"warning: the samples have {len(sizes)} sizes ({found}): {resized}")
+        print(f"warning: {len(sizes)} sizes of samples ({found}): all are made {height}x{width}, or see --input_shape")
     return height, width, channels, names
 
 
-def open_samples(config, model, open_set, reference, device, precision) -> Samples:
-    """The Samples: read in random order, or generated as they are asked for."""
-    if model:
-        samples = samples_of(config, model, labels_like(reference, model, config.seed), device, precision)
-    else:
-        dataset = open_set(config.samples)
-        order = dataset.shuffled(config.num_images, config.seed)
-        samples = Samples(len(order), dataset.blocks(order), f"{len(order):,} images, {dataset.name}")
-    print_line("samples", samples.name)
-    return samples
+def read_samples(config, open_set) -> Samples:
+    """Samples that were generated before, in random order."""
+    dataset = open_set(config.samples)
+    order = dataset.shuffled(config.num_images, config.seed)
+    fewer = f" of {config.num_images:,} asked for" if len(order) < config.num_images else ""
+    return Samples(len(order), dataset.blocks(order), f"{len(order):,} images{fewer}, {dataset.name}")
 
 
 def labels_like(reference: ImageDataset, model: Model, seed: int) -> torch.Tensor | None:
@@ -281,14 +267,15 @@ def labels_like(reference: ImageDataset, model: Model, seed: int) -> torch.Tenso
     return reference.labels[torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))]
 
 
-def samples_of(config, model, labels, device, precision) -> Samples:
-    """The Samples of a model, equal to those of predict.py: sample i has the seed `seed` + i."""
+def generate(config, model: Model, reference: ImageDataset, device, precision) -> Samples:
+    """Samples equal to those of predict.py, made on demand: sample i has the seed `seed` + i."""
     count = config.num_images or (ENOUGH if config.distances else config.nearest_images if config.nearest else 0)
     plan = model.diffusion.plan(config.sampler, config.steps or None, config.spacing or None, 1.0)
     check_interval(config.guidance_interval, plan)
     settings = {name: getattr(config, name) for name in ("sampler", "guidance_scale", "guidance_interval", "use_ema")}
     settings |= {"steps": len(plan), "spacing": config.spacing or None, "guiding_model": model.guide}
     settings |= {"eta": config.eta} if config.sampler == "ddim" else {}
+    labels = labels_like(reference, model, config.seed)
 
     def blocks():
         firsts = range(0, count, config.batch_size)

@@ -11,8 +11,7 @@ from utils.files import atomic_write
 from utils.torch_files import load_tensors
 
 FORMAT = 1
-# Of what a file claims: a damaged or hostile one must not build a network of any size.
-LIMITS = {"feature_net": (FORMAT, FORMAT), "img_channels": (1, 4), "num_classes": (1, 100_000)}
+MAX_CHANNELS, MAX_CLASSES = 4, 100_000  # a file that claims more must not build a network of any size
 WIDTHS = (32, 64, 128)
 STEPS = 1400
 RATE = 2e-3  # the highest learning rate
@@ -41,7 +40,6 @@ class FeatureNet(nn.Module):
         return self.layers(images.to(self.head.weight.dtype) / 127.5 - 1).mean((2, 3))
 
     def classify(self, images: Tensor) -> Tensor:
-        """images (b, c, h, w) uint8 -> (b, classes) logits."""
         return self.head(self.forward(images))
 
 
@@ -50,9 +48,8 @@ def train_feature_net(
 ) -> FeatureNet:
     """A FeatureNet in eval mode, trained on images (n, h, w, c) uint8 with labels (n,).
 
-    A function of its arguments on a machine with a number of threads. Adam with one cycle of the
-    learning rate (Smith & Topin 2018). epochs: None makes about STEPS steps, at least one epoch:
-    about two minutes on one core for 60,000 images of 28x28.
+    Adam with one cycle of the learning rate (Smith & Topin 2018). epochs: None makes about STEPS
+    steps, at least one epoch: about two minutes on one core for 60,000 images of 28x28.
     """
     labels, test_labels = (torch.as_tensor(values).long() for values in (labels, test_labels))
     assert len(images) == len(labels) and len(test_images) == len(test_labels)
@@ -78,7 +75,7 @@ def train_feature_net(
     net.eval().requires_grad_(False)
     batches = torch.arange(len(test_labels)).split(500)
     found = torch.cat([net.classify(batch_of(test_images, rows, device)).argmax(1).cpu() for rows in batches])
-    net.accuracy = (found == test_labels).double().mean().item()
+    net.accuracy = round((found == test_labels).double().mean().item(), 4)
     return net
 
 
@@ -89,15 +86,13 @@ def batch_of(images, rows: Tensor, device) -> Tensor:
 
 def shift_randomly(images: Tensor, generator: torch.Generator, most: int = 2) -> Tensor:
     """The batch, moved by up to `most` pixels with repeated borders: position must not matter."""
-    down, right = torch.randint(-most, most + 1, (2,), generator=generator).tolist()
-    height, width = images.shape[2:]
-    rows = (torch.arange(height, device=images.device) + down).clamp(0, height - 1)
-    columns = (torch.arange(width, device=images.device) + right).clamp(0, width - 1)
-    return images[:, :, rows][:, :, :, columns]
+    for dim, shift in zip((2, 3), torch.randint(-most, most + 1, (2,), generator=generator).tolist()):
+        rows = (torch.arange(images.shape[dim]) + shift).clamp(0, images.shape[dim] - 1)
+        images = images.index_select(dim, rows.to(images.device))
+    return images
 
 
 def save_feature_net(path, net: FeatureNet) -> None:
-    """Write the net and its accuracy as one file."""
     about = {name: getattr(net, name) for name in ("img_channels", "num_classes", "accuracy")}
     weights = {name: value.cpu() for name, value in net.state_dict().items()}
     with atomic_write(path) as file:
@@ -108,10 +103,10 @@ def load_feature_net(path, device="cpu") -> FeatureNet:
     """The net of a file that `save_feature_net` wrote, in eval mode. UserError for others."""
     loaded = load_tensors(path, what="feature net")
     try:
-        for name, (lowest, highest) in LIMITS.items():
-            if not lowest <= loaded[name] <= highest:
-                raise UserError(f"{name} is out of range")
-        net = FeatureNet(loaded["img_channels"], loaded["num_classes"])
+        channels, classes = loaded["img_channels"], loaded["num_classes"]
+        if loaded["feature_net"] != FORMAT or not (channels <= MAX_CHANNELS and classes <= MAX_CLASSES):
+            raise UserError("of another version, or too large")
+        net = FeatureNet(channels, classes)
         net.accuracy = None if loaded["accuracy"] is None else float(loaded["accuracy"])
         check_tensors(loaded["weights"])
         net.load_state_dict(dict(loaded["weights"]))

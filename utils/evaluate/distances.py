@@ -21,14 +21,12 @@ class FeatureStatistics:
 
     def add(self, features: Tensor) -> "FeatureStatistics":
         features = as_features(features)
-        if self.count and features.shape[1] != len(self.mean):
-            raise UserError(f"features of {features.shape[1]} numbers added to features of {len(self.mean)}")
-        if len(features):
-            centered, total = features - features.mean(0), self.count + len(features)
-            shift = features.mean(0) - self.mean
-            between = torch.outer(shift, shift) * (self.count * len(features) / total)
-            self.scatter = self.scatter + centered.T @ centered + between
-            self.mean = self.mean + shift * (len(features) / total)
+        count, total = len(features), self.count + len(features)
+        if count:
+            mean = features.mean(0)
+            centered, shift = features - mean, mean - self.mean
+            self.scatter += centered.T @ centered + torch.outer(shift, shift) * (self.count * count / total)
+            self.mean += shift * (count / total)
             self.count = total
         return self
 
@@ -51,9 +49,8 @@ def as_features(features: Tensor) -> Tensor:
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
     """FID: |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), never below 0.
 
-    Dowson & Landau 1982; Heusel et al. 2017, equation 6. Covariances may be singular. With
-    C = L L^T the trace of the root is the sum of the singular values of L_1^T L_2: nothing turns
-    complex, and a set against itself gives 0 to rounding.
+    Heusel et al. 2017, equation 6. With C = L L^T the trace of the root is the sum of the singular
+    values of L_1^T L_2: also of singular covariances nothing turns complex.
     """
     cov_1, cov_2 = first.covariance, second.covariance
     overlap = torch.linalg.svdvals(matrix_root(cov_1).T @ matrix_root(cov_2)).sum()
@@ -67,13 +64,11 @@ def matrix_root(covariance: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt()
 
 
-def kernel_distance(
-    x: Tensor, y: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+def kernel_distance(x: Tensor, y: Tensor, subsets=100, subset_size=1000, seed=0) -> tuple[float, float]:
     """KID: (mean, standard deviation over subsets) of the squared MMD (Binkowski et al. 2018).
 
-    Features x (n, d) and y (m, d). Unbiased: it may fall below 0. A set of fewer than subset_size
-    is taken whole; two such sets of one size give one estimate.
+    Features x (n, d) and y (m, d). Unbiased: it may fall below 0. Two sets of one size, at most
+    subset_size, are taken whole, once.
     """
     x, y = as_features(x), as_features(y)
     size = min(subset_size, len(x), len(y))
@@ -88,9 +83,8 @@ def kernel_distance(
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
-    """The unbiased estimate (Binkowski et al. 2018, equation 4) of x and y, (n, d) each."""
+    """Binkowski et al. 2018, equation 4, of x and y, (n, d) each: no image is paired with itself."""
     k_xx, k_yy, k_xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    # An image paired with itself would bias the estimate.
     within = sum(k.sum() - k.trace() for k in (k_xx, k_yy)) / (len(x) * (len(x) - 1))
     return within - 2 * k_xy.mean()
 

@@ -25,10 +25,7 @@ KEPT_FILES = 16  # statistics and classifiers in the cache
 
 
 class Extractor:
-    """Images (b, H, W, C) uint8 -> features (b, d) float32 on the CPU, batch_size images at a time.
-
-    network: takes (b, channels, H, W) uint8; channels: 3 makes gray images color, -1 none.
-    """
+    """Images (b, H, W, C) uint8 -> features (b, d) float32 on the CPU. channels: 3 repeats gray."""
 
     def __init__(self, network: nn.Module, name: str, device, batch_size: int = 100, channels: int = -1):
         self.network, self.name, self.key = network, name, weights_digest(network.state_dict())
@@ -63,7 +60,6 @@ def collect(blocks: Iterable[Tensor], extractor=None, max_features=10_000, max_i
 
 
 def with_progress(blocks: Iterable[Tensor], count: int, description: str) -> Iterator[Tensor]:
-    """Yields the blocks of `count` images, under a progress bar."""
     with tqdm(total=count, desc=description, unit="img", dynamic_ncols=True, leave=False) as bar:
         for block in blocks:
             yield block
@@ -71,10 +67,7 @@ def with_progress(blocks: Iterable[Tensor], count: int, description: str) -> Ite
 
 
 class FeatureCache:
-    """Feature statistics and classifiers on disk, by a key of the images and the network.
-
-    cache_dir: the folder; "": that of `utils.data.cache` for the list `annotation_path`.
-    """
+    """Feature statistics and classifiers on disk, by a key of the images and the network."""
 
     def __init__(self, cache_dir: str = "", annotation_path: str = "train_lines.txt"):
         self.folders = [Path(cache_dir)] if cache_dir else cache_folders(annotation_path)
@@ -115,7 +108,6 @@ class FeatureCache:
         return path
 
     def prune(self, folder: Path) -> None:
-        """Keeps the newest files only."""
         found = [path for ending in ("features", "classifier") for path in folder.glob(f"*.{ending}.pth")]
         for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)[:-KEPT_FILES]:
             path.unlink(missing_ok=True)
@@ -129,6 +121,5 @@ def load_extractor(features, dataset, cache, device, batch_size=100, inception_w
     network, channels = load_feature_net(path, device), dataset.shape[2]
     if network.img_channels != channels:
         raise UserError(f"{path}: a feature net for {network.img_channels} channels, and the images have {channels}")
-    accuracy = "unknown" if network.accuracy is None else f"{network.accuracy:.1%}"
-    name = f"classifier of {network.num_classes} classes, test accuracy {accuracy}, {path.resolve()}"
+    name = f"classifier of {network.num_classes} classes, test accuracy {network.accuracy}, {path.resolve()}"
     return Extractor(network, name, device, batch_size)

@@ -29,10 +29,7 @@ MAX_RATIO, ALWAYS_ALLOWED = 20, 2**26  # an .npz that unpacks to more than both 
 
 
 def scan_sizes(path: str | Path) -> tuple[Counter, bool]:
-    """(Counter of the (height, width), whether an image has color) of a folder, list or .npz.
-
-    It reads headers alone. Files that cannot be read are left out, as in decoding.
-    """
+    """(Counter of (height, width), whether an image has color) of a folder, list or .npz."""
     path = Path(path)
     if path.suffix.lower() == ".npz":
         count, height, width, channels = _read_npz(path).shape
@@ -67,10 +64,9 @@ def _listed(path):
 
 
 def open_images(path: str | Path, image_format: ImageFormat, cache_path: str | None = None) -> ImageDataset:
-    """The ImageDataset of a folder, a list or an .npz, with pixels of this format.
+    """The ImageDataset of a folder (whose folders are classes), a list or an .npz.
 
-    Folders and lists are decoded into the cache of `utils.data.cache`. The folders in a folder are
-    its classes. An .npz holds `arr_0`, uint8 (N, H, W, C), of this shape already.
+    An .npz holds `arr_0`, uint8 (N, H, W, C), which has this format already.
     """
     path, decode = Path(path), partial(open_dataset, **image_format._asdict(), cache_path=cache_path)
     if path.suffix.lower() == ".npz":
@@ -89,9 +85,7 @@ def open_images(path: str | Path, image_format: ImageFormat, cache_path: str | N
 def _open_npz(path, shape):
     pixels = _read_npz(path)
     if pixels.shape[1:] not in (shape, (*shape[:2], 1)):
-        raise UserError(
-            f"{path} holds images of {pixels.shape[1:]}, not {shape}: those of an .npz are taken as they are"
-        )
+        raise UserError(f"{path} holds images of {pixels.shape[1:]}, not {shape}, and they are taken as they are")
     pixels = np.broadcast_to(pixels, (len(pixels), *shape))  # gray ones as color
     hashes = [hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest() for image in pixels]
     name, labels = printable(path.resolve()), torch.zeros(len(pixels), dtype=torch.int64)

@@ -11,12 +11,11 @@ from utils.checkpoint_contents import check_tensors
 from utils.errors import UserError, one_line
 from utils.torch_files import load_tensors
 
-INSTALL = "pip install torchmetrics torch-fidelity"
 INSTEAD = "--features classifier needs neither (its distances compare with its own only)"
 
 
 def load_inception(weights_path: str = "", device: torch.device | str = "cpu") -> nn.Module:
-    """The network of `torchmetrics.image.fid`: (b, 3, h, w) uint8 -> the last pooling, (b, 2048).
+    """The network of the FID paper: images (b, 3, h, w) uint8 -> the last pooling, (b, 2048).
 
     weights_path: a file; "": torch.hub's cache, downloaded (91 MB) where they are missing.
     """
@@ -27,7 +26,8 @@ def load_inception(weights_path: str = "", device: torch.device | str = "cpu") -
         source = weights_path or library.URL_INCEPTION_V3
     except Exception as error:  # whatever a broken package raises
         reason = f"importing them fails ({type(error).__name__}: {one_line(error, 120)})"
-        raise UserError(f"Inception features need two more packages, and {reason}: {INSTALL}; {INSTEAD}") from None
+        advice = f"pip install torchmetrics torch-fidelity; {INSTEAD}"
+        raise UserError(f"Inception features need two more packages, and {reason}: {advice}") from None
     try:
         weights = load_tensors(weights_path) if weights_path else downloaded_weights(library)
         check_tensors(weights)
@@ -42,17 +42,10 @@ def load_inception(weights_path: str = "", device: torch.device | str = "cpu") -
 
 
 def downloaded_weights(library) -> dict:
-    """The state dict in torch.hub's cache, downloaded where it is missing.
-
-    The file's name ends with the first digits of its SHA-256, which is compared before it is read.
-    """
+    """The state dict in torch.hub's cache, whose name ends with the first digits of its SHA-256."""
     path = Path(torch.hub.get_dir(), "checkpoints", Path(library.URL_INCEPTION_V3).name)
-    if path.is_file() and not sha256_of(path).startswith(path.stem.rsplit("-", 1)[1]):
+    if path.is_file() and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem.rsplit("-", 1)[1]):
         raise UserError(f"{path} is damaged, or another file: delete it, and it is downloaded again")
     return library.load_state_dict_from_url(
         library.URL_INCEPTION_V3, map_location="cpu", weights_only=True, check_hash=True
     )
-
-
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

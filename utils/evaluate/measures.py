@@ -30,26 +30,20 @@ def measure_distances(config, sampled: FeatureSet, known: FeatureSet, extractor:
     """Frechet distance (FID), kernel distance (KID), precision and recall."""
     fid, kid = ("FID", "KID") if config.features == "inception" else ("Frechet distance", "kernel distance")
     results = {"features": extractor.name, "features_digest": extractor.key, "kept_features": len(sampled.features)}
-
     frechet = frechet_distance(sampled.statistics, known.statistics)
     results |= {"frechet_distance": frechet}
     print_line(fid, f"{frechet:.4f}   ({sampled.statistics.count:,} against {known.statistics.count:,})")
-
     counts = f"{len(sampled.features):,} against {len(known.features):,}"
     kernel, spread = kernel_distance(sampled.features, known.features, seed=config.seed)
     results |= {"kernel_distance": kernel, "kernel_distance_std": spread}
     print_line(f"{kid} x 1000", f"{1000 * kernel:.3f} +- {1000 * spread:.3f} over subsets   ({counts})")
-
     precision, recall = precision_and_recall(sampled.features, known.features, NEIGHBORS)
     print_line("precision, recall", f"{precision:.3f}, {recall:.3f}   (k = {NEIGHBORS}, {counts})")
     return results | {"precision": precision, "recall": recall, "k": NEIGHBORS}
 
 
 def measure_nearest(config, images: Tensor, reference: ImageDataset, held_out, extractor) -> dict:
-    """Distances of the samples (n, H, W, C) to the nearest reference images: are they copies?
-
-    Next to them: those of the held-out images, or of the reference's to their nearest other.
-    """
+    """Are samples (n, H, W, C) copies? Distances to the nearest reference images, and others'."""
     extractor = extractor if config.nearest_by == "features" else None
     distances, found = nearest_images(images, reference, extractor)
     others, whose = (held_out, "held-out") if held_out else (reference, "reference, to its others")
@@ -69,10 +63,7 @@ def measure_nearest(config, images: Tensor, reference: ImageDataset, held_out, e
 
 
 def nearest_images(images: Tensor, reference: ImageDataset, extractor=None, k=1) -> tuple[Tensor, Tensor]:
-    """The k-th nearest reference images of images (n, H, W, C): (distances, numbers), (n,) each.
-
-    Between features of the extractor. None: between pixels, the root mean square in 0 to 255.
-    """
+    """The k-th nearest reference images of images (n, H, W, C): (distances, numbers), (n,) each."""
     describe = extractor or (lambda block: block.flatten(1))
     blocks = with_progress(reference.blocks(), len(reference), "nearest")
     distances, found = nearest(describe(images), map(describe, blocks), k)
