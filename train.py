@@ -17,8 +17,8 @@ from nets.sizes import check_input_shape, check_levels, choose_groups, count_flo
 from nets.weights import known_settings, unet_arguments
 from utils import distributed
 from utils.config import block_settings, check_values, settings, typed_options
-from utils.data.dataset import ImageDataset, epoch_batches, fit_batch_size, normalise, open_dataset, split_validation
-from utils.data.decode import RESIZE_MODES
+from utils.data.dataset import ImageDataset, epoch_batches, fit_batch_size, normalize, open_dataset, split_validation
+from utils.data.image_format import RESIZE_MODES, ImageFormat
 from utils.device import DTYPES, autocast, choose_compile, choose_device, choose_precision, memory_format, peak_memory
 from utils.errors import UserError, explain_out_of_memory, run_script
 from utils.run_folders import find_checkpoint, run_folder
@@ -248,15 +248,8 @@ def resolve(config):
 def prepare(config, device, checkpoint=None):
     """The Parts, with the checkpoint's weights where there is one."""
     with distributed.one_per_machine_first():
-        images = open_dataset(
-            config.annotation_path,
-            config.input_shape,
-            config.img_channels,
-            config.resize_mode,
-            config.background,
-            config.num_workers,
-            icc=config.icc,
-        )
+        image_format = ImageFormat.from_config(asdict(config))
+        images = open_dataset(config.annotation_path, image_format, config.num_workers)
     if checkpoint and config.start_from and "position" not in checkpoint:
         checkpoint = build.with_classes(checkpoint, asdict(config), images.classes)
     check_classes(config, images.classes, checkpoint)
@@ -360,7 +353,7 @@ def make_batch(config, parts, images, labels, epoch, consumed):
     flip, drop = config.horizontal_flip / 2, config.label_dropout if config.class_conditional else 0.0
     draws = draw_step(parts.generator, mix(config.seed, epoch, consumed), shape, config.num_timesteps, flip, drop)
     draws = draws.of_rank(rank, world_size)
-    x = normalise(images, parts.device, draws.flip if config.horizontal_flip else None, parts.layout)
+    x = normalize(images, parts.device, draws.flip if config.horizontal_flip else None, parts.layout)
     y = None
     if config.class_conditional:
         y = torch.where(draws.drop, parts.diffusion.num_classes - 1, labels.to(parts.device, non_blocking=True))

@@ -6,10 +6,18 @@ import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is n
 from pathlib import Path
 
 from utils.config import check_values, parse_config, settings
-from utils.data.annotation import write_annotation
+from utils.data.annotation import check_annotation_path, write_annotation
 from utils.data.formats import EXTENSIONS
-from utils.data.listing import check_annotation_path, describe_classes, describe_endings, describe_sizes
-from utils.data.search import SHIPPED, check_images, label_by_folder, search, without_shipped
+from utils.data.search import (
+    SHIPPED,
+    check_images,
+    describe_classes,
+    describe_endings,
+    describe_sizes,
+    label_by_folder,
+    search,
+    without_shipped,
+)
 from utils.errors import UserError, run_script
 from utils.terminal import printable
 

@@ -20,7 +20,7 @@ from torch import nn
 import train
 from benchmarks.timing import quiet
 from utils.data.annotation import write_annotation
-from utils.data.dataset import epoch_batches, normalise
+from utils.data.dataset import epoch_batches, normalize
 from utils.data.search import find_images
 from utils.device import autocast, choose_precision, memory_format, round_weights
 from utils.training.optimizer import learning_rate
@@ -117,11 +117,11 @@ class Ours:
 
     def batch(self):
         images, _ = next(self.batches)
-        return normalise(images, self.job.device, None, self.parts.layout)
+        return normalize(images, self.job.device, None, self.parts.layout)
 
 
 class Files(torch.utils.data.Dataset):
-    """The data set of diffusers' example: it opens, augments and normalises an image per access."""
+    """The data set of diffusers' example: it opens, augments and normalizes an image per access."""
 
     def __init__(self, folder, size, img_channels):
         from torchvision import transforms

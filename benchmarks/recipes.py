@@ -27,7 +27,7 @@ from nets.diffusion import PREDICTIONS, GaussianDiffusion
 from nets.errors import check_choice
 from nets.samplers import half_log_snr
 from utils.config import check_values, parse_config, parse_value, settings
-from utils.data.dataset import normalise
+from utils.data.dataset import normalize
 from utils.device import choose_device
 from utils.errors import run_script
 from utils.training.randomness import mix
@@ -119,7 +119,7 @@ def held_out_losses(parts):
     """The EMA's squared error of v, (EIGHTHS,) by timestep, always at the same ones and noise."""
     diffusion, images = parts.diffusion, parts.validation
     numbers = range(min(len(images), HELD_OUT))
-    x = normalise(images.images(numbers), parts.device)
+    x = normalize(images.images(numbers), parts.device)
     labels = images.labels[: len(x)] if diffusion.num_classes else None
     generator, losses = torch.Generator().manual_seed(0), torch.zeros(EIGHTHS, REPEATS)
     for number in range(REPEATS):

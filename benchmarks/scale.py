@@ -34,6 +34,7 @@ from utils.config import parse_config, settings
 from utils.data import cache
 from utils.data.annotation import write_annotation
 from utils.data.dataset import epoch_batches, open_dataset
+from utils.data.image_format import ImageFormat
 from utils.device import autocast, choose_device, choose_precision, memory_format
 from utils.errors import run_script
 from utils.files import atomic_write
@@ -92,7 +93,7 @@ def pictures_section(config, device):
 
             def start(annotation=annotation):
                 with quiet():
-                    return open_dataset(annotation, (64, 64), cache_path=folder)
+                    return open_dataset(annotation, ImageFormat((64, 64)), cache_path=folder)
 
             data = start()
             epochs = iter(range(1000))
@@ -127,7 +128,7 @@ def synthetic_dataset(folder, count):
     cache._decode = lambda path, settings: (generator.integers(0, 256, (64, 64, 3), dtype=np.uint8), "00")
     try:
         with quiet():
-            open_dataset(annotation, (64, 64), cache_path=folder, num_workers=1)
+            open_dataset(annotation, ImageFormat((64, 64)), cache_path=folder, num_workers=1)
     finally:
         cache._decode = decode
     return annotation

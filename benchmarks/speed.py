@@ -35,6 +35,7 @@ from benchmarks.timing import (
 from utils.config import parse_config, settings
 from utils.data.annotation import write_annotation
 from utils.data.dataset import epoch_batches, open_dataset
+from utils.data.image_format import ImageFormat
 from utils.data.search import find_images
 from utils.device import DTYPES, choose_device, choose_precision, peak_memory
 from utils.errors import run_script
@@ -241,7 +242,7 @@ def cache_section(config, job, contestants):
 
     def ours():
         with TemporaryDirectory() as cache, quiet():
-            open_dataset(annotation, (config.size, config.size), cache_path=cache)
+            open_dataset(annotation, ImageFormat((config.size, config.size)), cache_path=cache)
 
     def pillow():
         for path in paths:

@@ -26,6 +26,7 @@ from benchmarks.timing import CLOCKS, machine, markdown, quiet
 from nets import samplers
 from utils.config import check_values, parse_config, parse_value, settings
 from utils.data.dataset import epoch_batches, open_dataset
+from utils.data.image_format import ImageFormat
 from utils.device import autocast, choose_device, choose_precision
 from utils.errors import run_script
 from utils.evaluate.distances import FeatureStatistics, frechet_distance
@@ -263,7 +264,7 @@ class Judge:
     def __init__(self, config, device):
         self.config, self.device, self.channels = config, device, DATA[config.data]
         self.annotation = list_pictures(config.data, WORK, config.data_root)
-        self.dataset = open_dataset(self.annotation, (config.size, config.size), self.channels)
+        self.dataset = open_dataset(self.annotation, ImageFormat((config.size, config.size), self.channels))
         cache = FeatureCache("", self.annotation)
         self.extractor = load_extractor("classifier", self.dataset, cache, device)
         self.real = cache.collected(self.dataset, self.extractor, 10_000).statistics

@@ -53,6 +53,14 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+def load_as(path, *format_values, **more):
+    """`load_image` of a file in the ImageFormat of these values."""
+    from utils.data.decode import load_image
+    from utils.data.image_format import ImageFormat
+
+    return load_image(path, ImageFormat(*format_values, **more))
+
+
 def command(script, *arguments):
     return [sys.executable, str(PROJECT / script), *map(str, arguments)]
 

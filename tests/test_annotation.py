@@ -13,9 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.data.annotation import Annotation, classes_path, read_annotation, write_annotation
+from utils.data.annotation import (
+    Annotation,
+    check_annotation_path,
+    classes_path,
+    read_annotation,
+    write_annotation,
+)
 from utils.data.formats import EXTENSIONS
-from utils.data.listing import check_annotation_path
 from utils.data.search import beside_folders, check_images, find_images, label_by_folder, search, without_shipped
 from utils.data.threads import Budget, map_in_threads
 from utils.terminal import printable
@@ -286,16 +291,6 @@ def test_class_names_lie_beside_the_list():
     assert classes_path("/d/flowers.txt") == Path("/d/flowers_classes.txt")
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
-def test_a_fifo_gets_the_list_alone(tmp_path):
-    fifo = tmp_path / "list"
-    os.mkfifo(fifo)
-    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    assert write_annotation(fifo, ["/d/1.png"], [0], ["cats"]) is None
-    assert os.read(reader, 100) == b"0;/d/1.png\n" and os.listdir(tmp_path) == ["list"]
-    os.close(reader)
-
-
 @pytest.mark.parametrize("fails_at", [0, 1, 2])
 def test_a_write_that_fails_never_leaves_wrong_names(tmp_path, monkeypatch, fails_at):
     """Killed before the list, between list and names, and after both: the old pair, the new pair,
@@ -410,6 +405,14 @@ def test_a_list_cannot_be_written_over_a_folder(tmp_path, monkeypatch, name):
     (tmp_path / "logs").mkdir()
     with pytest.raises(ValueError, match="is no name of a file: give one such as train_lines.txt"):
         check_annotation_path(name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_a_list_cannot_be_written_into_a_pipe_or_a_device(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", os.devnull):
+        with pytest.raises(ValueError, match="is a device or a pipe: give the name of a file"):
+            check_annotation_path(path)
 
 
 def test_a_list_never_replaces_an_image(tmp_path, monkeypatch):

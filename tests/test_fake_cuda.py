@@ -12,7 +12,7 @@ from torch.amp import autocast_mode
 
 import train
 from nets import SAMPLERS
-from utils.data.dataset import normalise
+from utils.data.dataset import normalize
 from utils.device import DTYPES, LateCopy
 from utils.evaluate.classifier import FeatureNet
 from utils.evaluate.features import Extractor
@@ -196,9 +196,9 @@ def test_features_stay_on_the_gpu_until_they_are_kept(gpu, monkeypatch):
     assert features.shape == (6, 128) and features.device.type == "cpu"
 
 
-def test_pixels_are_normalised_on_the_gpu(gpu):
+def test_pixels_are_normalized_on_the_gpu(gpu):
     with gpu:
-        x = normalise(
+        x = normalize(
             torch.zeros(2, 8, 8, 3, dtype=torch.uint8), CUDA, torch.ones(2, dtype=torch.bool), torch.channels_last
         )
         assert x.device == CUDA and x.shape == (2, 3, 8, 8)

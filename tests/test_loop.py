@@ -9,7 +9,7 @@ from conftest import TINY, newest_run, read_history, run_main
 import train
 from nets import GaussianDiffusion
 from utils.checkpoint import load_checkpoint
-from utils.data.dataset import normalise
+from utils.data.dataset import normalize
 from utils.training import saving as run_module
 
 RUN = [*TINY, "--epochs", "2", "--seed", "1"]  # 6 steps
@@ -173,9 +173,9 @@ def test_saves_within_an_epoch_come_by_the_clock(workplace, monkeypatch):
     ]
 
 
-def test_normalised_pictures_reach_the_network(workplace, calls):
+def test_normalized_pictures_reach_the_network(workplace, calls):
     run_main("train.py", *RUN)
     x = torch.cat([call["x"] for call in calls])
     assert x.min() == -1 and x.max() == 1
-    both_ends = normalise(torch.tensor([[[[0], [255]]]], dtype=torch.uint8), torch.device("cpu"))
+    both_ends = normalize(torch.tensor([[[[0], [255]]]], dtype=torch.uint8), torch.device("cpu"))
     torch.testing.assert_close(both_ends.flatten(), torch.tensor([-1.0, 1.0]))

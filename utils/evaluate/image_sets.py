@@ -6,7 +6,6 @@ import re
 import zipfile
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -68,18 +67,19 @@ def open_images(path: str | Path, image_format: ImageFormat, cache_path: str | N
 
     An .npz holds `arr_0`, uint8 (N, H, W, C), which has this format already.
     """
-    path, decode = Path(path), partial(open_dataset, **image_format._asdict(), cache_path=cache_path)
+    path = Path(path)
     if path.suffix.lower() == ".npz":
         return _open_npz(path, (*image_format.input_shape, image_format.img_channels))
     if not path.is_dir():
-        return decode(path)
+        return open_dataset(path, image_format, cache_path=cache_path)
     paths, left_out = _listed(path)
     if left_out:
         print(f"left out {left_out} grids and animations of predict.py in {path}")
     with TemporaryDirectory() as folder:
         annotation = os.path.join(folder, "lines.txt")
         write_annotation(annotation, paths, *label_by_folder(paths))
-        return replace(decode(annotation), name=printable(path.resolve()))
+        dataset = open_dataset(annotation, image_format, cache_path=cache_path)
+    return replace(dataset, name=printable(path.resolve()))
 
 
 def _open_npz(path, shape):

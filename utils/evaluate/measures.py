@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.data.dataset import ImageDataset, normalise
+from utils.data.dataset import ImageDataset, normalize
 from utils.device import autocast
 from utils.errors import UserError
 from utils.evaluate.distances import frechet_distance, kernel_distance, nearest, precision_and_recall
@@ -92,7 +92,7 @@ def measure_bits(config, model, held_out: ImageDataset, device: torch.device, pr
     for numbers in tqdm(order.split(config.batch_size), desc="bits", leave=False):
         y = None if labels is None else labels[numbers].to(device)
         with autocast(device, precision):
-            x = normalise(held_out.images(numbers), device)
+            x = normalize(held_out.images(numbers), device)
             terms.append(variational_bound(diffusion.denoiser(y, config.use_ema), diffusion.alpha_bars, x, generator))
     terms = torch.cat(terms)
     total, curve = terms.sum(1), terms.mean(0)

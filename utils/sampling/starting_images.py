@@ -3,6 +3,7 @@
 import torch
 
 from utils.data.decode import check_image, describe_error, load_image
+from utils.data.image_format import ImageFormat
 from utils.errors import UserError
 
 
@@ -14,22 +15,22 @@ def starting_settings(config, diffusion, trained):
     """
     if not config.init_image:
         return {}
-    background = tuple(trained.get("background", (255, 255, 255)))
-    image = _load(config.init_image, diffusion.img_size, diffusion.img_channels, trained, background) / 127.5 - 1
+    image_format = ImageFormat.from_config(trained, input_shape=diffusion.img_size, img_channels=diffusion.img_channels)
+    image = _load(config.init_image, image_format) / 127.5 - 1
     image = image.expand(config.batch_size, *image.shape[1:])
     settings = {"init": image, "strength": config.strength}
     if config.mask:
-        mask = load_mask(config.mask, config.init_image, diffusion.img_size, trained)
+        mask = load_mask(config.mask, config.init_image, image_format)
         settings |= {"known": image, "mask": mask, "resamplings": config.resamplings}
     return settings
 
 
-def load_mask(path, image_path, input_shape, trained):
+def load_mask(path, image_path, image_format):
     """A mask (1, 1, H, W), cropped as the image is: 1.0 (sampled) above mid-grey, else 0.0 (kept).
 
     ValueError where it cannot be read, has another shape than the image, or is of one value.
     """
-    mask = (_load(path, input_shape, 1, trained, (0, 0, 0)) > 127.5).float()
+    mask = (_load(path, image_format._replace(img_channels=1, background=(0, 0, 0))) > 127.5).float()
     (width, height), (image_width, image_height) = check_image(path, full=False), check_image(image_path, full=False)
     if width * image_height != height * image_width:
         raise UserError(
@@ -44,11 +45,10 @@ def load_mask(path, image_path, input_shape, trained):
     return mask
 
 
-def _load(path, input_shape, img_channels, trained, background):
+def _load(path, image_format):
     """An image file as (1, C, H, W) float32, 0 to 255."""
     try:
-        resize_mode, icc = trained.get("resize_mode", "crop"), trained.get("icc", True)
-        pixels = load_image(path, input_shape, img_channels, resize_mode, background, icc)
+        pixels = load_image(path, image_format)
     except Exception as error:  # Pillow's decoders raise all kinds
         raise UserError(f"{path}: cannot be read as a picture ({describe_error(error)}); name another file") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float()

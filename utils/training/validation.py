@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from utils import distributed
-from utils.data.dataset import normalise
+from utils.data.dataset import normalize
 from utils.device import autocast
 from utils.training.randomness import draw_step, mix
 
@@ -26,7 +26,7 @@ def validation_loss(config, parts):
         t = ((torch.arange(size) + 0.5) / size * config.num_timesteps).long()
         pixels, labels = images.batch(np.arange(first, first + size)[mine])
         if len(pixels):
-            x = normalise(pixels, device, memory_format=parts.layout)
+            x = normalize(pixels, device, memory_format=parts.layout)
             y = labels.to(device) if config.class_conditional else None
             with autocast(device, config.precision):
                 losses = parts.diffusion(x, y, t=t[mine].to(device), noise=noise[mine], use_ema=True, reduction="none")
