@@ -23,7 +23,7 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.checkpoint_contents import weights_digest
 from utils.data.image_format import ImageFormat
 from utils.evaluate import __main__ as evaluate
-from utils.evaluate import inception
+from utils.evaluate import image_sets, inception
 from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net, train_feature_net
 from utils.evaluate.distances import (
     FeatureStatistics,
@@ -282,14 +282,19 @@ def test_feature_net_learns_and_repeats(net, tmp_path):
     assert features(net, pictures).shape == (5, net.num_features)
 
 
-def test_feature_net_refuses(tmp_path):
+def test_feature_net_refuses(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no such"):
         load_feature_net(tmp_path / "none.pth")
     torch.save({"weights": {}}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("text")
-    for name in ("other.pth", "text.pth"):
+    save_feature_net(tmp_path / "large.pth", FeatureNet(1, 4))
+    large = torch.load(tmp_path / "large.pth", weights_only=True)
+    torch.save({**large, "num_classes": 2**40}, tmp_path / "large.pth")
+    monkeypatch.setattr(FeatureNet, "__init__", lambda *_: pytest.fail("a network of that size was built"))
+    for name in ("other.pth", "text.pth", "large.pth"):
         with pytest.raises(ValueError, match="feature net"):
             load_feature_net(tmp_path / name)
+    monkeypatch.undo()
     pictures, labels = shapes(8)
     with pytest.raises(AssertionError):
         train_feature_net(pictures, labels[:7], pictures, labels)
@@ -388,6 +393,43 @@ def test_an_npz_whose_array_is_cut_off_is_named(tmp_path):
         archive.writestr("arr_0.npy", (tmp_path / "arr_0.npy").read_bytes()[:-1])
     with pytest.raises(ValueError, match="p.npz: no .npz with images as arr_0"):
         open_images(tmp_path / "p.npz", ImageFormat((8, 8)))
+
+
+def test_an_npz_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path, monkeypatch):
+    """Nothing is unpacked; the same images without compression are read."""
+    monkeypatch.setattr(image_sets, "ALWAYS_ALLOWED", 2**16)
+    black = np.zeros((40, 64, 64, 1), np.uint8)
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "extract", lambda *_: pytest.fail("unpacked"))
+        for read in (scan_sizes, lambda path: open_images(path, ImageFormat((64, 64), 1))):
+            with pytest.raises(ValueError, match="p.npz: .* more than 20 to 1: save it without compression") as error:
+                read(save_npz(tmp_path / "p.npz", black))
+            assert "\n" not in str(error.value)
+    np.savez(tmp_path / "plain.npz", arr_0=black)
+    assert scan_sizes(tmp_path / "plain.npz") == ({(64, 64): 40}, False)
+
+
+def test_grids_and_animations_of_predict_are_no_samples(tmp_path, capsys):
+    """A folder of predict.py's with --individual_files counts each image once."""
+    pictures = shapes(6, size=8)[0]
+    for seed, picture in enumerate(pictures):
+        save_png(tmp_path / "out" / f"{seed:010d}.png", picture)
+    with pytest.raises(ValueError, match="grids and animations of predict.py"):
+        for name in ("1x1", "5x5", "interpolation", "trajectory"):
+            save_png(tmp_path / "grids" / f"predict_{name}_results.png", np.tile(pictures[0], (2, 2, 1)))
+        Image.fromarray(pictures[0, ..., 0]).save(tmp_path / "grids" / "predict_trajectory_results.gif")
+        scan_sizes(tmp_path / "grids")
+    for path in (tmp_path / "grids").iterdir():
+        shutil.copy(path, tmp_path / "out")
+    assert scan_sizes(tmp_path / "out") == ({(8, 8): 6}, False)
+    assert len(open_images(tmp_path / "out", GRAY, cache_path=tmp_path / "cache")) == 6
+    assert "left out 5 grids and animations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.pt", "a.ckpt", "a.safetensors", "a.pth.tar", "A.CKPT", ""])
+def test_names_of_checkpoints(name):
+    assert evaluate.is_checkpoint(name)
+    assert not evaluate.is_checkpoint(name + "x.txt")
 
 
 def test_collect_keeps_the_first_only(net):

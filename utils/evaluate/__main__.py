@@ -96,8 +96,6 @@ class Model(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """The images to judge."""
-
     count: int
     blocks: Iterable[torch.Tensor]  # (b, H, W, C) uint8, to be read once
     name: str
@@ -119,7 +117,8 @@ def main(arguments=None):
     results |= {"guiding_weights": digest_of(config, model and model.guide)}
     results |= {"samples": samples.name, "num_samples": samples.count}
     results |= {"reference": reference.name, "num_reference": len(reference), "held_out": held_out and held_out.name}
-    results |= compare(config, samples, reference, held_out, device)
+    if config.distances or config.nearest:
+        results |= compare(config, samples, reference, held_out, device)
     if config.bits:
         results["bits"] = measure_bits(config, model, held_out, device, precision)
     results["minutes"] = (time.time() - start) / 60
@@ -156,8 +155,6 @@ def check(config):
 def compare(config, samples, reference, held_out, device):
     """The measures without a model that the settings ask for: a dict of distances and nearest."""
     results, cache, extract = {}, FeatureCache(config.cache_dir, config.reference), None
-    if not config.distances and not config.nearest:
-        return results
     if config.distances and min(samples.count, len(reference)) < NEIGHBORS + 2:
         counts = f"{samples.count} samples and {len(reference)} reference images"
         raise UserError(f"{counts} are too few: distances need {NEIGHBORS + 2} of both; or set --distances False")
@@ -203,7 +200,6 @@ def load_model(config, device: torch.device, precision: str) -> Model:
 
 
 def digest_of(config, diffusion: GaussianDiffusion | None) -> str | None:
-    """A short digest of the network that is used; None without one."""
     return diffusion and weights_digest((diffusion.ema_model if config.use_ema else diffusion.model).state_dict())
 
 

@@ -83,7 +83,7 @@ def kernel_distance(x: Tensor, y: Tensor, subsets=100, subset_size=1000, seed=0)
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
-    """Binkowski et al. 2018, equation 4, of x and y, (n, d) each: no image is paired with itself."""
+    """Binkowski et al. 2018, equation 4, of x and y, (n, d): no image is paired with itself."""
     k_xx, k_yy, k_xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     within = sum(k.sum() - k.trace() for k in (k_xx, k_yy)) / (len(x) * (len(x) - 1))
     return within - 2 * k_xy.mean()

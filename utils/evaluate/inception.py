@@ -15,10 +15,7 @@ INSTEAD = "--features classifier needs neither (its distances compare with its o
 
 
 def load_inception(weights_path: str = "", device: torch.device | str = "cpu") -> nn.Module:
-    """The network of the FID paper: images (b, 3, h, w) uint8 -> the last pooling, (b, 2048).
-
-    weights_path: a file; "": torch.hub's cache, downloaded (91 MB) where they are missing.
-    """
+    """The network of the FID paper, (b, 3, h, w) uint8 -> (b, 2048). "": weights of torch.hub."""
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as library  # torchmetrics imports it only when needed
         from torchmetrics.image.fid import FrechetInceptionDistance
@@ -42,7 +39,7 @@ def load_inception(weights_path: str = "", device: torch.device | str = "cpu") -
 
 
 def downloaded_weights(library) -> dict:
-    """The state dict in torch.hub's cache, whose name ends with the first digits of its SHA-256."""
+    """The state dict in torch.hub's cache (91 MB), whose name ends with digits of its SHA-256."""
     path = Path(torch.hub.get_dir(), "checkpoints", Path(library.URL_INCEPTION_V3).name)
     if path.is_file() and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem.rsplit("-", 1)[1]):
         raise UserError(f"{path} is damaged, or another file: delete it, and it is downloaded again")

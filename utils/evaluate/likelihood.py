@@ -8,8 +8,6 @@ from torch import Tensor
 
 from utils.errors import UserError
 
-LEVELS = 256  # values of a pixel, from -1 to 1
-
 
 @torch.no_grad()
 def variational_bound(denoise: Callable, alpha_bars: Sequence[float], x: Tensor, generator=None) -> Tensor:
@@ -53,7 +51,7 @@ def step_divergence(x: Tensor, x_0: Tensor, alpha_bar_s: float, alpha_bar_t: flo
 def decoder_log_likelihood(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
     """log P(N(mean, sigma^2) gives the level x), elementwise, in nats (equation 13)."""
     dtype = torch.float32 if x.device.type == "mps" else torch.float64  # Apple GPUs have no float64
-    x, mean, half = x.to(dtype), mean.to(dtype), 1 / (LEVELS - 1)
+    x, mean, half = x.to(dtype), mean.to(dtype), 1 / 255  # half the way to the neighboring level
     # A level owns the values half the way to its neighbors; the first and the last all beyond.
     lower = torch.where(x < -1 + half, -math.inf, (x - half - mean) / sigma)
     upper = torch.where(x > 1 - half, math.inf, (x + half - mean) / sigma)

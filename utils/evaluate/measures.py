@@ -18,7 +18,7 @@ from utils.images import make_grid, save_png
 from utils.terminal import first_few, printable
 
 NEIGHBORS = 3  # k of precision and recall, as in the paper
-QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75)
+QUANTILES = torch.tensor((0.01, 0.05, 0.25, 0.5, 0.75), dtype=torch.float64)
 PAIRS, COLUMNS = 20, 5  # of nearest images: so many of the closest, and so many spread over the rest
 
 
@@ -49,16 +49,15 @@ def measure_nearest(config, images: Tensor, reference: ImageDataset, held_out, e
     others, whose = (held_out, "held-out") if held_out else (reference, "reference, to its others")
     others = others.images(others.shuffled(config.nearest_images, config.seed))
     other_distances, _ = nearest_images(others, reference, extractor, 1 if held_out else 2)  # the nearest is itself
-    levels = torch.tensor(QUANTILES, dtype=torch.float64)
-    quantiles = {"samples": distances.quantile(levels).tolist(), whose: other_distances.quantile(levels).tolist()}
+    quantiles = {"samples": distances.quantile(QUANTILES).tolist(), whose: other_distances.quantile(QUANTILES).tolist()}
     closer = (distances < quantiles[whose][0]).double().mean().item()
     print_line("nearest neighbor", "distance of features" if extractor else "RMS distance (0-255)")
     print_line("  quantile", "  ".join(f"{quantile:>7.0%}" for quantile in QUANTILES))
     for name, values in quantiles.items():
         print_line(f"  {name}", "  ".join(f"{value:7.3f}" for value in values))
     print_line("  very close", f"{closer:.1%} of the samples are closer than the others' 1 % quantile (chance: 1 %)")
-    results = {"by": config.nearest_by, "quantiles": QUANTILES, **quantiles, "share_closer_than_first_quantile": closer}
-    results |= {"num_samples": len(images), "num_others": len(others)}
+    results = {"by": config.nearest_by, "quantiles": QUANTILES.tolist(), **quantiles}
+    results |= {"share_closer_than_first_quantile": closer, "num_samples": len(images), "num_others": len(others)}
     return results | {"pairs": save_pairs(config, images, reference, distances, found)}
 
 
@@ -87,7 +86,11 @@ def save_pairs(config, images: Tensor, reference: ImageDataset, distances: Tenso
 def measure_bits(config, model, held_out: ImageDataset, device: torch.device, precision: str) -> dict:
     """Bits per dimension of held-out images, at most, term by term."""
     diffusion, order = model.diffusion, torch.from_numpy(held_out.shuffled(config.bits_images, config.seed))
-    labels, generator = held_out_labels(held_out, model), torch.Generator(device).manual_seed(config.seed)
+    labels = held_out.labels if model.classes and held_out.classes == model.classes else None
+    if labels is None and model.classes and diffusion.null_class is None:
+        names = first_few(model.classes)
+        raise UserError(f"--bits: the held-out images are not sorted into folders of the model's classes ({names})")
+    generator = torch.Generator(device).manual_seed(config.seed)
     terms = []
     for numbers in tqdm(order.split(config.batch_size), desc="bits", leave=False):
         y = None if labels is None else labels[numbers].to(device)
@@ -104,13 +107,3 @@ def measure_bits(config, model, held_out: ImageDataset, device: torch.device, pr
     results = {"bits_per_dimension": total.mean().item(), "standard_error": None if math.isnan(error) else error}
     results |= {"num_images": len(total), "L_0": L_0, "L_between": L_between, "L_T": L_T}
     return results | {"terms": curve.tolist(), "precision": precision}
-
-
-def held_out_labels(held_out: ImageDataset, model) -> Tensor | None:
-    """The held-out images' class ids (N,); None: no classes, or the null class; else UserError."""
-    if model.classes and held_out.classes == model.classes:
-        return held_out.labels
-    if model.classes and model.diffusion.null_class is None:
-        needed = f"the model needs the classes {first_few(model.classes)}"
-        raise UserError(f"--bits: {needed}, and the held-out images are not sorted into folders of these names")
-    return None
