@@ -37,7 +37,7 @@ from utils.config import check_values, parse_config, settings
 from utils.device import DTYPES, autocast, choose_compile, choose_device, choose_precision
 from utils.errors import run_script
 from utils.evaluate import __main__ as evaluate
-from utils.evaluate.distances import FeatureStatistics, statistics_distance
+from utils.evaluate.distances import FeatureStatistics, frechet_distance
 from utils.evaluate.features import FeatureCache, load_extractor
 from utils.files import atomic_write
 from utils.images import to_uint8
@@ -238,7 +238,7 @@ class Bench:
             raise ValueError(
                 f"{config.model_path} does not say what it was trained on: name its pictures with --reference"
             )
-        reference, held_out = evaluate.open_references(wanted, self.model, evaluate.opener(wanted, self.model)[0])
+        reference, held_out = evaluate.open_references(wanted, self.model, evaluate.make_opener(wanted, self.model)[0])
         cache = FeatureCache(annotation_path=wanted.reference)
         self.extractor = load_extractor(config.features, reference, cache, device, config.batch_size)
         self.known = cache.collected(reference, self.extractor, 0).statistics
@@ -255,7 +255,7 @@ class Bench:
 
     def about(self):
         """What the cells of one table have in common."""
-        real = statistics_distance(self.held_out, self.known) if self.held_out else None
+        real = frechet_distance(self.held_out, self.known) if self.held_out else None
         trained_with = {
             name: self.model.config.get(name)
             for name in (
@@ -327,7 +327,7 @@ class Bench:
         assert denoiser or calls == cell.made * batches, (calls, cell)
         a_picture = seconds / (batches * self.config.batch_size)
         return {
-            "distance": statistics_distance(found, self.known),
+            "distance": frechet_distance(found, self.known),
             "seconds_a_picture": a_picture,
             "network_share": network / seconds,
         }

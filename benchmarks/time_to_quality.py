@@ -29,7 +29,7 @@ from utils.data.dataset import epoch_batches, open_dataset
 from utils.data.image_format import ImageFormat
 from utils.device import autocast, choose_device, choose_precision
 from utils.errors import run_script
-from utils.evaluate.distances import FeatureStatistics, statistics_distance
+from utils.evaluate.distances import FeatureStatistics, frechet_distance
 from utils.evaluate.features import FeatureCache, load_extractor
 from utils.files import atomic_write
 from utils.images import save_png, to_uint8
@@ -287,7 +287,7 @@ class Judge:
                 plan = samplers.solver_steps(alpha_bars, chosen)
                 x = last_images(samplers.SAMPLERS[SAMPLER](denoise, next(noise), plan, noise))
             statistics.add(self.extractor(torch.from_numpy(to_uint8(x))))
-        return statistics_distance(statistics, self.real)
+        return frechet_distance(statistics, self.real)
 
 
 def measure(config, device, judge, name, report, path):

@@ -38,9 +38,9 @@ def load():
     return build.from_checkpoint(load_checkpoint(WEIGHTS))
 
 
-def real_images(count=None, shape=(*SIZE, 3)):
+def real_images(count=None, size=SIZE):
     """The emoji as uint8 (N, H, W, C); `count` of them, the same ones each time."""
-    images = open_images(IMAGES, ImageFormat(shape[:2], shape[2]))
+    images = open_images(IMAGES, ImageFormat(size))
     return images.images(images.shuffled(count or 0, seed=1))
 
 
@@ -178,7 +178,7 @@ def ema(steps=240):
     torch.manual_seed(0)
     diffusion = build.from_config(asdict(config))
     optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=3e-3)
-    images = normalize(real_images(shape=(16, 16, 3)), CPU)
+    images = normalize(real_images(size=(16, 16)), CPU)
     held_out, images = images[:128], images[128:]
     t, found = torch.arange(128) * 1000 // 128, {"the weights": [], "their EMA": []}
     for step in range(steps):

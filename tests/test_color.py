@@ -245,7 +245,7 @@ def test_the_evaluation_takes_the_setting_of_the_training(monkeypatch, tmp_path)
         ({}, False, False),
     ):
         config = evaluate.Config(icc=typed, cache_dir=str(tmp_path / "cache"))
-        found = evaluate.opener(config, evaluate.Model(network, [], trained, "x"))[0](tmp_path).images([0]).numpy()
+        found = evaluate.make_opener(config, evaluate.Model(network, [], trained, "x"))[0](tmp_path).images([0]).numpy()
         assert (np.abs(found - colours()).max() > 20) == expected
 
 

@@ -190,7 +190,7 @@ def test_inpainting_and_starting_images_stay_on_the_gpu(parts, gpu):
 
 def test_features_stay_on_the_gpu_until_they_are_kept(gpu, monkeypatch):
     net = to_fake_module(gpu, FeatureNet(3, 2).eval())
-    monkeypatch.setattr(FeatureNet, "digest", lambda self: "fake")
+    monkeypatch.setattr("utils.evaluate.features.weights_digest", lambda weights: "fake")
     with gpu:
         features = Extractor(net, "fake", CUDA, 4)(torch.zeros(6, 8, 8, 3, dtype=torch.uint8))
     assert features.shape == (6, 128) and features.device.type == "cpu"

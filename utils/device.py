@@ -120,7 +120,9 @@ def is_here(name, processes):
     """Whether a run on this device ("auto", "cuda", "cuda:1", ...) can go on here."""
     kind, _, index = name.partition(":")
     counted = torch.cuda.device_count() if kind == "cuda" else 1
-    return name == "auto" or (is_available(kind) and (not index or (processes == 1 and index.isdigit() and int(index) < counted)))
+    return name == "auto" or (
+        is_available(kind) and (not index or (processes == 1 and index.isdigit() and int(index) < counted))
+    )
 
 
 def choose_compile(setting, device):

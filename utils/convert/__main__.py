@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from nets import build
+from nets.architecture import read_architecture
 from nets.schedules import make_betas
 from nets.unet import MAX_GROUPS
-from nets.architecture import read_architecture
 from utils.checkpoint.file import Checkpoint, save_checkpoint
 from utils.checkpoint.integrity import first_not_finite, save_tensors
 from utils.checkpoint.runs import open_weights

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from nets import build
-from nets.unet import UNet
 from nets.architecture import clean_keys, read_architecture
 from nets.schedules import find_schedule
+from nets.unet import UNet
 from utils.checkpoint.file import Checkpoint, load_checkpoint, save_checkpoint
 from utils.checkpoint.integrity import first_not_finite
 from utils.checkpoint.runs import open_weights
