@@ -1,4 +1,4 @@
-"""Compares samples of a checkpoint, or a folder of images, with real images: FID, KID, copies, bits.
+"""Compares samples of a checkpoint, or of a folder, with real images: FID, KID, copies, bits.
 
 python -m utils.evaluate --samples logs/<run> --features classifier --num_images 10000 --bits True
 """
