@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from utils.training.loss_history import LossHistory
+
 PROJECT = Path(__file__).resolve().parent.parent
 # One thread: several would wait for each other wherever the machine does something else beside the
 # tests.
@@ -42,6 +44,18 @@ def write_pictures(folder, count=24, size=8, seed=0):
         path = Path(folder) / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def curves():
+    """For a test that wants epoch_loss.png to be drawn."""
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """matplotlib takes ten times as long as a tiny run: it draws only for tests of the curves."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr(LossHistory, "plot", lambda self, final=False: None)
 
 
 @pytest.fixture

@@ -131,6 +131,23 @@ def test_a_full_disk_at_any_call_leaves_the_old_file_and_no_other(tmp_path, monk
         assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize(("mode", "content"), [("wb", b"few bytes"), ("w", "a line\n")])
+def test_all_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch, mode, content):
+    """Few bytes wait in Python's own buffer, which fsync knows nothing of, unless it is flushed."""
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def recorded_fsync(descriptor):
+        found = os.fstat(descriptor)
+        calls.append(("fsync", found.st_size) if stat.S_ISREG(found.st_mode) else "fsync of the folder")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    with atomic_write(tmp_path / "file", mode) as file:
+        file.write(content)
+    assert calls == [("fsync", len(content)), "replace", "fsync of the folder"]
+
+
 def test_an_error_inside_the_block_leaves_the_old_file(tmp_path):
     (tmp_path / "file").write_bytes(OLD)
     with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "file") as file:

@@ -74,6 +74,18 @@ def test_a_guiding_model_against_its_formula(x_t):
         torch.testing.assert_close(itself, diffusion.denoiser(labels)(x_t, 7))
 
 
+def test_a_guiding_model_is_not_clipped_before_the_comparison(x_t):
+    """Its x_0 leaves [-1, 1] here; only what is led away from it is clipped."""
+    diffusion, guide = small(prediction="x0"), small(prediction="x0")
+    diffusion.ema_model.weight.data.fill_(2.0)
+    guide.ema_model.weight.data.fill_(3.0)
+    led = (3 + 1.5 * (2 - 3)) * x_t
+    assert (3 * x_t).abs().max() > 2
+    for clip in (False, True):
+        x_0 = diffusion.denoiser(None, guidance_scale=1.5, clip=clip, guiding_model=guide)(x_t, 7)
+        torch.testing.assert_close(x_0, led.clamp(-1, 1) if clip else led)
+
+
 @pytest.mark.parametrize(
     ("words", "other"),
     [

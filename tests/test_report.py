@@ -25,7 +25,7 @@ def made(folder):
 
 
 @pytest.fixture
-def finished(workplace, capsys):
+def finished(workplace, capsys, curves):
     """A finished run with previews, samples, and an evaluation that says it is of this run."""
     run_main(
         "train.py",

@@ -81,7 +81,7 @@ def test_a_broken_package_ends_no_training(tmp_path, package):
     assert len(read_history(newest_run(tmp_path))) == 2
 
 
-def test_a_broken_backend_of_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_broken_backend_of_matplotlib_is_one_line(tmp_path, monkeypatch, capsys, curves):
     history = LossHistory(tmp_path)
     history.add({"epoch": 1, "step": 1, "loss": 0.5, "loss_t1": 0.5}, {"epoch": 1, "seconds": 1.0})
     backends = pytest.importorskip("matplotlib.backends")
@@ -152,12 +152,13 @@ def kill_what_was_started():
 def start_training(folder, *settings, **options):
     """A training process of many epochs that has written its first last.pth."""
     arguments = command("train.py", *TINY, "--epochs", "100000", "--save_minutes", "0", *settings)
+    before = set(folder.glob("logs/*/last.pth"))
     process = subprocess.Popen(
         arguments, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
     )
     STARTED.append(process)
     deadline = time.monotonic() + 120
-    while not list(folder.glob("logs/*/last.pth")):
+    while not set(folder.glob("logs/*/last.pth")) - before:  # of this process: it handles signals now
         assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()
         time.sleep(0.05)
     return process
@@ -181,10 +182,9 @@ def test_a_lost_terminal_saves_and_under_nohup_it_is_ignored(listed):
 
     process = start_training(listed, "--seed", "2", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)
-    time.sleep(1.5)
-    assert process.poll() is None
-    process.kill()
-    process.communicate()
+    process.send_signal(signal.SIGTERM)  # the first signal that it heeds decides how it ends
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in output and "SIGHUP" not in output
 
 
 def test_a_second_training_in_the_same_folder_is_refused(listed):
@@ -207,19 +207,56 @@ def test_a_lock_refuses_another_process_only_while_it_is_held(tmp_path):
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
 
 
-def test_other_checkpoints_do_not_put_off_last_pth(tmp_path, monkeypatch):
-    """Short epochs with a best.pth each, or an epoch file, would keep it from being written."""
+class Clock:
+    """Stands in for the module `time`: a save takes 2 seconds, and nothing else any."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(saving, "time", clock)
+    monkeypatch.setattr(saving, "save_checkpoint", lambda path, state: setattr(clock, "now", clock.now + 2))
+    return clock
+
+
+@pytest.fixture
+def checkpoints(tmp_path, monkeypatch, clock):
+    """The writer of a run's checkpoints, with a save every 10 minutes."""
     monkeypatch.setattr(saving, "images_fingerprint", lambda dataset: "")
-    monkeypatch.setattr(saving, "save_checkpoint", lambda path, state: None)
     parts = SimpleNamespace(dataset=SimpleNamespace(classes=[]), diffusion=torch.nn.Linear(1, 1))
     parts.diffusion.ema_step = 0
-    config = train.Config(save_minutes=10)
-    checkpoints = saving.Checkpoints(tmp_path, config, parts, lambda name, write: write() is None)
-    checkpoints.saved, checkpoints.seconds = time.monotonic() - 3600, 100.0
+    return saving.Checkpoints(tmp_path, train.Config(save_minutes=10), parts, lambda name, write: write() is None)
+
+
+def test_other_checkpoints_do_not_put_off_last_pth(checkpoints, clock):
+    """Short epochs with a best.pth each, or an epoch file, would keep it from being written."""
+    assert checkpoints.write("last.pth")
+    clock.now += 596
     for name in ("best.pth", "epoch_0001.pth"):
         assert checkpoints.write(name) and checkpoints.is_cheap()
     assert checkpoints.is_due()
-    assert checkpoints.write("last.pth") and not checkpoints.is_due() and checkpoints.seconds < 100
+    assert checkpoints.write("last.pth") and not checkpoints.is_due() and not checkpoints.is_cheap()
+
+
+def test_a_save_at_the_end_of_an_epoch_takes_at_most_a_twentieth_of_the_time(checkpoints, clock):
+    assert checkpoints.is_cheap()  # how long a save takes is not known yet
+    assert checkpoints.write("last.pth")
+    for seconds, cheap in ((0, False), (38, False), (3, True)):  # it took 2
+        clock.now += seconds
+        assert checkpoints.is_cheap() == cheap
+
+
+def test_a_save_is_due_once_in_its_minutes(checkpoints, clock):
+    """Other processes hear of it two steps later: until then it is not due again."""
+    for seconds, due in ((599, False), (1, True), (0, False), (599, False), (1, True), (0, False)):
+        clock.now += seconds
+        assert checkpoints.is_due() == due
 
 
 @pytest.mark.parametrize(
