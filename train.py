@@ -32,11 +32,11 @@ from utils.training.optimizer import (
     make_optimizer,
     step_unless_bad,
 )
-from utils.training.randomness import draw_step, mix
 from utils.training.resume import check_classes, merge_config, restore
-from utils.training.run_files import RunFiles
+from utils.training.run_files import RunWriter
+from utils.training.signals import StopSignal
 from utils.training.start_from import find_start, start_config
-from utils.training.stopping import StopSignal
+from utils.training.step_rng import derive_seed, sample_step_noise
 from utils.training.summary import print_dry_run, print_summary
 from utils.training.validation import validation_loss
 
@@ -263,7 +263,7 @@ def prepare(config, device, checkpoint=None):
     dataset, validation = split_validation(images, config.val_split)
     batch_size = fit_batch_size(len(dataset), config.batch_size, distributed.world_size() * config.accumulate)
     check_network_fits(count_parameters(unet_arguments(asdict(config), len(images.classes))), device)
-    torch.manual_seed(mix(config.seed, "weights"))
+    torch.manual_seed(derive_seed(config.seed, "weights"))
     diffusion = build.from_config(asdict(config), len(images.classes))
     if checkpoint:
         build.load_weights(diffusion, checkpoint["weights"], checkpoint["weights_kind"])
@@ -300,7 +300,7 @@ def train(config, parts, folder, start):
     )
     compile_network(config, parts.diffusion)
     agreement = distributed.Agreement()
-    with StopSignal() as stop, RunFiles(folder, config, parts, start) as files:
+    with StopSignal() as stop, RunWriter(folder, config, parts, start) as files:
         for epoch in range(start.epoch, config.epochs):
             consumed = start.images if epoch == start.epoch else 0  # images of this epoch
             parts.meter.reset(start.sums if epoch == start.epoch else None)
@@ -349,16 +349,18 @@ def train_step(config, parts, images, labels, epoch, consumed, lr):
 
 
 def make_batch(config, parts, images, labels, epoch, consumed):
-    """(x (b, C, H, W) in [-1, 1], class ids (b,) or None, Draws) on the device.
+    """(x (b, C, H, W) in [-1, 1], class ids (b,) or None, StepNoise) on the device.
 
     The randomness is drawn for the whole batch on every process, so that the number of processes
     changes nothing but dropout.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
-    torch.manual_seed(mix(config.seed, epoch, consumed, "dropout", rank))
+    torch.manual_seed(derive_seed(config.seed, epoch, consumed, "dropout", rank))
     shape = (parts.batch_size, config.img_channels, *config.input_shape)
     flip, drop = config.horizontal_flip / 2, config.label_dropout if config.class_conditional else 0.0
-    draws = draw_step(parts.generator, mix(config.seed, epoch, consumed), shape, config.num_timesteps, flip, drop)
+    draws = sample_step_noise(
+        parts.generator, derive_seed(config.seed, epoch, consumed), shape, config.num_timesteps, flip, drop
+    )
     draws = draws.of_rank(rank, world_size)
     x = normalise(images, parts.device, draws.flip if config.horizontal_flip else None, parts.layout)
     y = None

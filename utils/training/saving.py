@@ -14,7 +14,7 @@ CHEAP = 0.05  # share of the time that saves at the ends of epochs may take
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run. Only rank 0 has one. attempt: the run's Attempts."""
+    """Writes the checkpoints of a run. Only rank 0 has one. attempt: the run's TolerantWriter."""
 
     def __init__(self, folder, config, parts, attempt):
         self.folder, self.config, self.parts, self.attempt = folder, config, parts, attempt
