@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
+from utils.config import parse_config, settings
 
 from benchmarks.timing import interleave, markdown, spread, usable_cores
 from nets import GaussianDiffusion, UNet, unet
 from nets import cpu_fused as fused
-from utils.config import parse_config, settings
 from utils.device import autocast, choose_device, choose_precision, round_weights
 from utils.errors import run_script
 from utils.training.optimizer import make_optimizer

@@ -7,11 +7,12 @@ The solver is predict.py's default. Every number is a Frechet distance as in ben
 
 import sys
 
+from utils.config import check_values, parse_config, settings
+
 from benchmarks import solvers
 from benchmarks.timing import markdown
 from nets.samplers import DEFAULT_STEPS
 from nets.sampling import SamplingOptions, make_denoiser
-from utils.config import check_values, parse_config, settings
 from utils.device import choose_device
 from utils.errors import run_script
 from utils.evaluate import __main__ as evaluate

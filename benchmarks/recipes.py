@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from utils.config import check_values, parse_config, parse_value, settings
 
 import nets.diffusion
 import train
@@ -26,11 +27,10 @@ from benchmarks.timing import CLOCKS, markdown
 from nets.diffusion import PREDICTIONS, GaussianDiffusion
 from nets.errors import check_choice
 from nets.samplers import half_log_snr
-from utils.config import check_values, parse_config, parse_value, settings
 from utils.data.dataset import normalize
 from utils.device import choose_device
 from utils.errors import run_script
-from utils.training.randomness import mix
+from utils.training.step_rng import derive_seed
 
 EIGHTHS, REPEATS, HELD_OUT, CANDIDATES = 8, 16, 256, 4
 BASE = {**train.PRESETS["quick"], "val_split": 0.1, "compile": False}
@@ -143,9 +143,9 @@ def patched(owner, name, function):
     return lambda: patch.object(owner, name, lambda *args, **options: function(original, *args, **options))
 
 
-def stratified(draw_step, generator, seed, shape, num_timesteps, *chances):
+def stratified(sample_step_noise, generator, seed, shape, num_timesteps, *chances):
     """One timestep in each of B equal parts (Kingma et al. 2021, "VDM")."""
-    draws, own = draw_step(generator, seed, shape, num_timesteps, *chances), torch.Generator().manual_seed(seed)
+    draws, own = sample_step_noise(generator, seed, shape, num_timesteps, *chances), torch.Generator().manual_seed(seed)
     u = (torch.arange(shape[0]) + torch.rand(shape[0], generator=own)) / shape[0]
     order = torch.randperm(shape[0], generator=own)
     return draws._replace(t=(u * num_timesteps).long().clamp(max=num_timesteps - 1)[order])
@@ -154,7 +154,7 @@ def stratified(draw_step, generator, seed, shape, num_timesteps, *chances):
 def immiscible(make_batch, config, parts, images, labels, epoch, consumed):
     """The nearest of CANDIDATES noises for each image (arXiv 2406.12303, "immiscible")."""
     x, y, draws = make_batch(config, parts, images, labels, epoch, consumed)
-    own = torch.Generator().manual_seed(mix(config.seed, epoch, consumed, "candidates"))
+    own = torch.Generator().manual_seed(derive_seed(config.seed, epoch, consumed, "candidates"))
     noises = torch.randn(len(x), CANDIDATES, *x.shape[1:], generator=own)
     chosen = (noises - x[:, None]).flatten(2).square().sum(2).argmin(1)
     return x, y, draws._replace(noise=noises[torch.arange(len(x)), chosen])
@@ -166,7 +166,7 @@ def lambdas_from(distribution):
     def make_batch_by_lambda(make_batch, config, parts, *where):
         x, y, draws = make_batch(config, parts, *where)
         lambdas = torch.tensor([half_log_snr(alpha_bar) for alpha_bar in parts.diffusion.alpha_bars])
-        own = torch.Generator().manual_seed(mix(config.seed, *where[2:], "lambda"))
+        own = torch.Generator().manual_seed(derive_seed(config.seed, *where[2:], "lambda"))
         wanted = distribution(torch.rand(len(x), generator=own, dtype=torch.float64))
         t = torch.searchsorted(-lambdas.double(), -wanted).clamp(max=len(lambdas) - 1)
         return x, y, draws._replace(t=t)
@@ -225,7 +225,7 @@ def ema_of(share):
 
 VARIANTS = {
     "": [],
-    "stratified": [patched(train, "draw_step", stratified)],
+    "stratified": [patched(train, "sample_step_noise", stratified)],
     "immiscible": [patched(train, "make_batch", immiscible)],
     "laplace": lambdas_from(laplace),
     "input noise": [patched(GaussianDiffusion, "perturb_x", input_noise)],

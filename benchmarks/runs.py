@@ -17,12 +17,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from utils.run_folders import newest_last
+
 from utils.data.annotation import read_annotation, write_annotation
 from utils.data.downloads import ARCHIVES, download
 from utils.data.search import find_images, label_by_folder
 from utils.files import atomic_write
-from utils.run_folders import newest_last
-from utils.training.randomness import mix
+from utils.training.step_rng import derive_seed
 
 PROJECT = Path(__file__).resolve().parent.parent
 WORK = PROJECT / "results" / "benchmarks"  # ignored by git
@@ -94,7 +95,7 @@ def trained(folder, annotation, options, minutes, epochs=0):
     {epochs, steps, minutes, images_per_second, command, history}.
     """
     settings = {**options, "annotation_path": str(annotation)}
-    folder = Path(folder) / f"run_{mix(sorted(settings.items()), minutes, epochs):016x}"
+    folder = Path(folder) / f"run_{derive_seed(sorted(settings.items()), minutes, epochs):016x}"
     folder.mkdir(parents=True, exist_ok=True)
     plan = folder / "epochs.json"
     if not plan.is_file():

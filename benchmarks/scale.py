@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from utils.config import parse_config, settings
 
 from benchmarks.timing import (
     check_sections,
@@ -30,7 +31,6 @@ from benchmarks.timing import (
 )
 from nets import GaussianDiffusion, UNet
 from utils import distributed
-from utils.config import parse_config, settings
 from utils.data import cache
 from utils.data.annotation import write_annotation
 from utils.data.dataset import epoch_batches, open_dataset

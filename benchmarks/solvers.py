@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from tqdm import tqdm
+from utils.config import check_values, parse_config, settings
 
 from benchmarks.runs import (
     DATA,
@@ -33,7 +34,6 @@ from benchmarks.timing import machine, markdown
 from nets import sampling
 from nets.samplers import SPACINGS
 from nets.sampling import make_denoiser
-from utils.config import check_values, parse_config, settings
 from utils.device import DTYPES, autocast, choose_compile, choose_device, choose_precision
 from utils.errors import run_script
 from utils.evaluate import __main__ as evaluate

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
+from utils.config import parse_config, settings
 
 from benchmarks.contestants import CONTESTANTS, Job, Ours, installed
 from benchmarks.timing import (
@@ -32,7 +33,6 @@ from benchmarks.timing import (
     with_rows,
     write_text,
 )
-from utils.config import parse_config, settings
 from utils.data.annotation import write_annotation
 from utils.data.dataset import epoch_batches, open_dataset
 from utils.data.image_format import ImageFormat

@@ -18,13 +18,13 @@ from typing import Literal
 import numpy as np
 import torch
 from tqdm import tqdm
+from utils.config import check_values, parse_config, parse_value, settings
 
 import train
 from benchmarks.contestants import Diffusers, Job, Lucidrains, forever
 from benchmarks.runs import DATA, RESULTS, WORK, list_pictures, write_json
 from benchmarks.timing import CLOCKS, machine, markdown, quiet
 from nets import samplers
-from utils.config import check_values, parse_config, parse_value, settings
 from utils.data.dataset import epoch_batches, open_dataset
 from utils.data.image_format import ImageFormat
 from utils.device import autocast, choose_device, choose_precision

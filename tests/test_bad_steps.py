@@ -3,11 +3,11 @@
 import pytest
 import torch
 from conftest import TINY, assert_equal, newest_run, read_history, run_main
+from utils.training.saving import Checkpoints
 
 import train
 from nets import GaussianDiffusion
 from utils.checkpoint import load_checkpoint
-from utils.training.saving import Checkpoints
 
 RUN = [*TINY, "--epochs", "4", "--seed", "3"]  # 12 steps
 BAD = (1, 4, 5, 9)

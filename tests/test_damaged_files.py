@@ -12,13 +12,13 @@ import zipfile
 import pytest
 import torch
 from conftest import PROJECT, TINY, newest_run, run_main, write_pictures
+from utils.run_folders import find_weights, newest_last
+from utils.torch_files import load_tensors
 
 from nets import build
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net
 from utils.evaluate.features import Extractor, FeatureCache
-from utils.run_folders import find_weights, newest_last
-from utils.torch_files import load_tensors
 
 PREDICT = [
     "--device",

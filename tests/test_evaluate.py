@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
+from utils.checkpoint_contents import weights_digest
 
 from nets import build
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.checkpoint_contents import weights_digest
 from utils.data.image_format import ImageFormat
 from utils.evaluate import __main__ as evaluate
 from utils.evaluate import image_sets, inception

@@ -65,7 +65,7 @@ def test_second_signal_ends_at_once(tmp_path):
     hangs.
     """
     script = (
-        "import time; from utils.training.stopping import StopSignal\nwith StopSignal():\n"
+        "import time; from utils.training.signals import StopSignal\nwith StopSignal():\n"
         "    print('ready', flush=True)\n    time.sleep(60)"
     )
     process = subprocess.Popen(
@@ -93,7 +93,7 @@ def test_torchrun_stops_all_processes_at_one_step(twin):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=100)[0].decode()
-    assert "goes on from here" in output, output
+    assert "resumes from here" in output, output
     stopped = load_checkpoint(newest_run(broken) / "last.pth")["position"]
     assert stopped["epoch"] < 199
     assert len(load_checkpoint(newest_run(broken) / "last.pth")["sums"]) == 2

@@ -123,17 +123,27 @@ def locked(folder, refusal):
 
 
 class TolerantWriter:
-    """Calls writers that the system may refuse: training continues. failed: what is missing."""
+    """Writes to a run's folder that may fail. Training continues; its end looks into `failed`."""
 
-    def __init__(self):
-        self.failed = set()
+    def __init__(self, folder):
+        self.folder, self.gone = folder, False
+        self.failed = set()  # names whose last write failed
 
     def __call__(self, name, write):
-        """Whether write() succeeded; says so where it did not."""
-        self.failed.discard(name)
+        """Calls write(). Returns whether the system let it; says so where it did not."""
+        self.failed.add(name)
+        gone_before, self.gone = self.gone, not self.folder.is_dir()  # `atomic_write` would make it again
+        if self.gone:
+            if not gone_before:
+                tqdm.write(
+                    f"NOT SAVED: {self.folder} was removed or renamed; training continues, and saves once it is back"
+                )
+            return False
         try:
             write()
         except OSError as error:
-            self.failed.add(name)
-            tqdm.write(f"NOT SAVED: {name}: {error}; training continues, and the next save tries again")
-        return name not in self.failed
+            reason = error if error.filename else f"{name}: {error}"
+            tqdm.write(f"NOT SAVED: {reason}; training continues, and the next save tries again")
+            return False
+        self.failed.discard(name)
+        return True

@@ -20,6 +20,11 @@ def first_few(words, limit=3, others="more"):
     return ", ".join(words[:limit]) + (f" and {len(words) - limit} {others}" if len(words) > limit else "")
 
 
+def plural(count, noun, ending="s"):
+    """A number and its noun, such as `1 image`, `1,000 images`."""
+    return f"{count:,} {noun}{ending * (count != 1)}"
+
+
 class SafeStream:
     """A text stream that escapes what it cannot show, and leads nowhere once its reader is gone."""
 
