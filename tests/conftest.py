@@ -128,6 +128,11 @@ def randomize(network, seed=0):
     return network
 
 
+def read_file(path):
+    """What the file of a checkpoint holds, as the dict that was saved."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def newest_run(folder):
     runs = [path for path in (Path(folder) / "logs").glob("*") if path.is_dir()]
     return max(runs, key=lambda path: path.stat().st_mtime_ns)

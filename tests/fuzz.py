@@ -32,7 +32,7 @@ from PIL import Image
 import predict
 import train
 import txt_annotation
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint.file import load_checkpoint
 from utils.convert import __main__ as convert
 from utils.errors import run_script
 from utils.evaluate import __main__ as evaluate

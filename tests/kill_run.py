@@ -14,9 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import ENVIRONMENT, TINY, assert_same_state, command, run, run_main, torchrun, write_pictures
-
-from utils.checkpoint import load_checkpoint
+from conftest import ENVIRONMENT, TINY, assert_same_state, command, read_file, run, run_main, torchrun, write_pictures
 
 RUN = [*TINY, "--epochs", "4", "--val_split", "0.1", "--class_conditional", "True", "--seed", "5"]
 
@@ -25,7 +23,7 @@ def result(folder):
     """(checkpoint, epoch_loss.csv) of the only run in `folder`."""
     runs = [path for path in (folder / "logs").glob("*") if path.is_dir()]
     assert len(runs) == 1
-    return load_checkpoint(runs[0] / "last.pth"), (runs[0] / "epoch_loss.csv").read_text()
+    return read_file(runs[0] / "last.pth"), (runs[0] / "epoch_loss.csv").read_text()
 
 
 def kill_while_training(arguments, folder, after):

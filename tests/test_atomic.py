@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_file
 
 from utils import files as atomic
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint.integrity import save_tensors
 from utils.errors import UserError
 from utils.files import atomic_folder, atomic_write, locked, read_json, remove_leftovers, resolve_output
 
@@ -277,7 +278,7 @@ def test_what_is_no_file_is_refused_and_stays(tmp_path, special, through_a_link)
         path.symlink_to(special.name)
     before = os.lstat(special)
     refusal = f"{path} is a device, a pipe, a socket"
-    for attempt in (resolve_output, write, lambda path: save_checkpoint(path, {"weights": {}})):
+    for attempt in (resolve_output, write, lambda path: save_tensors(path, {"weights": {}})):
         with pytest.raises(UserError, match=re.escape(refusal)):
             attempt(path)
     with pytest.raises(UserError, match="choose another folder"):
@@ -350,18 +351,18 @@ def test_a_checkpoint_that_does_not_fit_the_disk_is_an_oserror(tmp_path):
     PyTorch's own writer.
     """
     path = tmp_path / "last.pth"
-    save_checkpoint(path, {"weights": {"x": torch.zeros(3)}})
+    save_tensors(path, {"weights": {"x": torch.zeros(3)}})
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
-            save_checkpoint(path, {"weights": {"x": torch.zeros(1_000_000)}})
+            save_tensors(path, {"weights": {"x": torch.zeros(1_000_000)}})
         except OSError:
             os._exit(7)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert load_checkpoint(path)["weights"]["x"].shape == (3,)
+    assert read_file(path)["weights"]["x"].shape == (3,)
     assert os.listdir(tmp_path) == ["last.pth"]
 
 

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from conftest import TINY, assert_equal, newest_run, read_history, run_main
-from utils.training.saving import Checkpoints
+from conftest import TINY, assert_equal, newest_run, read_file, read_history, run_main
 
 import train
 from nets import GaussianDiffusion
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint.saving import CheckpointWriter
 
 RUN = [*TINY, "--epochs", "4", "--seed", "3"]  # 12 steps
 BAD = (1, 4, 5, 9)
@@ -53,12 +52,12 @@ def leave_out(patch, bad_steps):
 @pytest.fixture(autouse=True)
 def saves_at_each_epoch(monkeypatch):
     """However long a save takes beside these tiny epochs."""
-    monkeypatch.setattr(Checkpoints, "is_cheap", lambda self: True)
+    monkeypatch.setattr(CheckpointWriter, "is_cheap", lambda self: True)
 
 
 def last(workplace):
     run = newest_run(workplace)
-    return {**load_checkpoint(run / "last.pth"), "history": read_history(run)}
+    return {**read_file(run / "last.pth"), "history": read_history(run)}
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "muon"])

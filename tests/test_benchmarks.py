@@ -19,7 +19,7 @@ from benchmarks import denoisers, quality, recipes, runs, solvers
 from benchmarks.solvers import Cell
 from nets import build
 from nets.samplers import half_log_snr
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint.integrity import save_tensors
 from utils.data.annotation import read_annotation
 from utils.evaluate.classifier import FeatureNet, save_feature_net
 
@@ -242,7 +242,7 @@ def test_a_cell_is_measured_on_a_checkpoint(workplace):
         "num_timesteps": 10,
     }
     weights = build.from_config(settings).state_dict()
-    save_checkpoint(
+    save_tensors(
         "small.pth", {"format": 1, "config": settings, "classes": [], "weights": weights, "weights_kind": "full"}
     )
     save_feature_net("net.pth", FeatureNet(3, 2))
@@ -314,7 +314,7 @@ def test_changes_of_the_predicted_image_are_measured_on_a_checkpoint(workplace, 
     save_feature_net("net.pth", FeatureNet(3, 2))
     for name in ("model.pth", "weaker.pth"):
         weights = conditional_diffusion(len(name), len(classes)).state_dict()
-        save_checkpoint(
+        save_tensors(
             name, {"format": 1, "config": CONDITIONAL, "classes": classes, "weights": weights, "weights_kind": "full"}
         )
     options = [
@@ -348,7 +348,7 @@ def test_changes_of_the_predicted_image_are_measured_on_a_checkpoint(workplace, 
     assert [row[0] for row in rows] == [f"| {name}" for name in names]
     assert all(float(row[1].removesuffix(" |")) >= 0 for row in rows)
     other = {**CONDITIONAL, "num_timesteps": 12}
-    save_checkpoint(
+    save_tensors(
         "weaker.pth",
         {
             "format": 1,

@@ -12,11 +12,11 @@ import zipfile
 import pytest
 import torch
 from conftest import PROJECT, TINY, newest_run, run_main, write_pictures
-from utils.run_folders import find_weights, newest_last
-from utils.torch_files import load_tensors
 
 from nets import build
-from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from utils.checkpoint.file import load_checkpoint
+from utils.checkpoint.integrity import load_tensors, save_tensors
+from utils.checkpoint.runs import find_weights, newest_last
 from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net
 from utils.evaluate.features import Extractor, FeatureCache
 
@@ -53,7 +53,7 @@ def trained(tmp_path_factory):
 def small(folder):
     """A checkpoint of a few kB."""
     weights = {f"layer{number}": torch.arange(40.0) + number for number in range(4)}
-    save_checkpoint(
+    save_tensors(
         folder / "small.pth",
         {"format": 1, "weights": weights, "config": {"channel": 32, "epochs": 7}, "classes": ["a", "b"]},
     )
@@ -274,7 +274,7 @@ def test_nan_in_weights_is_refused_by_name(trained, workplace, capsys):
     ):
         bad = checkpoint["weights"][name].clone()
         bad[(-1,) * bad.ndim] = value
-        save_checkpoint("bad.pth", {**checkpoint, "weights": {**checkpoint["weights"], name: bad}})
+        save_tensors("bad.pth", {**checkpoint, "weights": {**checkpoint["weights"], name: bad}})
         for arguments in (("predict.py", "--model_path", "bad.pth", *PREDICT), ("train.py", "--resume", "bad.pth")):
             assert f"bad.pth: its weights hold NaN or infinity (the first is {name})" in error_of(capsys, *arguments)
 
@@ -285,7 +285,6 @@ LIMITED = """
 import resource, sys, torch
 sys.path.insert(0, {project!r})
 from nets import build
-from utils.checkpoint import load_checkpoint
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in {paths!r}:
     for use in (build.from_checkpoint, build.settings_of):
@@ -313,7 +312,7 @@ def test_a_claim_of_any_size_is_refused_in_little_memory(trained, tmp_path):
     checkpoint, paths = load_checkpoint(trained), []
     for number, claim in enumerate(CLAIMS):
         paths.append(str(tmp_path / f"large_{number}.pth"))
-        save_checkpoint(paths[-1], {**checkpoint, "config": {**checkpoint["config"], **claim}})
+        save_tensors(paths[-1], {**checkpoint, "config": {**checkpoint["config"], **claim}})
     refused_in_little(paths)
 
 
@@ -348,7 +347,7 @@ def test_a_bare_state_dict_that_claims_more_than_it_has(trained, tmp_path):
 def test_more_classes_than_rows(trained, tmp_path):
     checkpoint = load_checkpoint(trained)
     with pytest.raises(ValueError, match="class_bias.weight .* instead of .10001"):
-        build.from_checkpoint(Checkpoint(checkpoint | {"classes": [str(number) for number in range(10_000)]}))
+        build.from_checkpoint(replace(checkpoint, classes=[str(number) for number in range(10_000)]))
 
 
 # Feature nets

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import read_file
 
 from nets import UNet, build
 from train import Config
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint.file import load_checkpoint
+from utils.checkpoint.integrity import save_tensors
 from utils.convert import __main__ as convert
 from utils.convert.diffusers_folder import export_model, import_model, to_unet2d
 from utils.errors import run_script
@@ -56,7 +58,7 @@ def write_checkpoint(path, classes=(), **settings):
     diffusion = build.from_config(config, len(classes))
     scramble(diffusion.ema_model)
     checkpoint = {"config": config, "classes": list(classes), "weights": diffusion.state_dict(), "weights_kind": "full"}
-    save_checkpoint(path, checkpoint)
+    save_tensors(path, checkpoint)
     return diffusion.eval()
 
 
@@ -138,7 +140,7 @@ def test_with_few_steps_the_pipeline_starts_at_the_last_timestep(tmp_path):
 def test_a_bare_state_dict_is_exported_too(tmp_path):
     ours = build.from_config({**SMALL, "num_groups": 32, "input_shape": (32, 32)})
     scramble(ours.ema_model)
-    save_checkpoint(tmp_path / "a.pth", ours.state_dict())
+    save_tensors(tmp_path / "a.pth", ours.state_dict())
     export_model(tmp_path / "a.pth", tmp_path / "out")
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.unet.config.sample_size == 32
@@ -268,7 +270,7 @@ def test_there_and_back_is_the_same_model(tmp_path, settings):
     for network in (back.ema_model, back.model):
         torch.testing.assert_close(network.state_dict(), ours.ema_model.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(back.betas, ours.betas, rtol=1e-5, atol=0)
-    before, after = (load_checkpoint(tmp_path / name)["config"] for name in ("a.pth", "back.pth"))
+    before, after = (read_file(tmp_path / name)["config"] for name in ("a.pth", "back.pth"))
     assert {name: before[name] for name in after} == {**after, "label_dropout": before["label_dropout"]}
 
 
@@ -294,7 +296,7 @@ def test_a_model_made_with_diffusers_comes_in(tmp_path, settings, schedule):
     theirs = foreign(tmp_path / "in", scheduler=settings)
     import_model(tmp_path / "in", tmp_path / "back.pth")
     back = loaded(tmp_path / "back.pth")
-    assert load_checkpoint(tmp_path / "back.pth")["config"]["schedule"] == schedule
+    assert read_file(tmp_path / "back.pth")["config"]["schedule"] == schedule
     torch.testing.assert_close(back.betas, diffusers.DDPMScheduler(**settings).betas, rtol=1e-5, atol=1e-9)
     assert_equal_networks(back.ema_model, theirs.eval())
 

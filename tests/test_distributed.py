@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, TINY, command, newest_run, read_history, run, run_main, torchrun
-
-from utils.checkpoint import load_checkpoint
+from conftest import PROJECT, TINY, command, newest_run, read_file, read_history, run, run_main, torchrun
 
 # In float32 on every machine: in bf16 sums of another order are other sums.
 RUN = [
@@ -31,7 +29,7 @@ def train_in(folder, build, *settings):
     folder.mkdir()
     output = run(build("train.py", *RUN, "--annotation_path", folder.parent / "train_lines.txt", *settings), folder)
     path = newest_run(folder)
-    return {**load_checkpoint(path / "last.pth"), "history": read_history(path)}, output
+    return {**read_file(path / "last.pth"), "history": read_history(path)}, output
 
 
 def assert_close(one, other):
@@ -73,7 +71,7 @@ def test_accumulation_in_one_process(workplace):
     one = newest_run(workplace)
     run_main("train.py", *RUN, "--accumulate", "4")
     assert newest_run(workplace) != one
-    one, parts = (load_checkpoint(folder / "last.pth") for folder in (one, newest_run(workplace)))
+    one, parts = (read_file(folder / "last.pth") for folder in (one, newest_run(workplace)))
     assert_close(one, parts)
     assert one["weights"]["model.out_conv.weight"].any()
 
@@ -104,13 +102,13 @@ def test_a_rank_that_dies_ends_the_run_with_its_error(workplace):
     script.write_text(
         "import sys, train\n"
         "from utils import distributed\n"
-        "original, steps = train.normalise, []\n"
-        "def normalise(*a, **k):\n"
+        "original, steps = train.normalize, []\n"
+        "def normalize(*a, **k):\n"
         "    steps.append(1)\n"
         "    if distributed.rank() == 1 and len(steps) == 3:\n"
         "        raise RuntimeError('rank one broke')\n"
         "    return original(*a, **k)\n"
-        "train.normalise = normalise\n"
+        "train.normalize = normalize\n"
         "train.main()\n"
     )
     # An absolute path: torchrun() leaves it as it is.

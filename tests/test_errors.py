@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, command, newest_run, run, run_main, write_pictures
+from conftest import TINY, command, newest_run, read_file, run, run_main, write_pictures
 
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint.integrity import save_tensors
 
 TRAIN = [*TINY, "--epochs", "1", "--precision", "fp32"]
 PREDICT = [
@@ -179,14 +179,14 @@ def test_no_weights_at_all(tmp_path, monkeypatch, capsys):
 
 
 def test_checkpoint_of_another_architecture(place, capsys):
-    checkpoint = load_checkpoint(place / "logs/run/last.pth")
+    checkpoint = read_file(place / "logs/run/last.pth")
     cases = (
         ({"channel": 64}, "of another shape"),
         ({"channel_mults": (1, 2)}, "missing"),
         ({"num_res_blocks": 0}, "unknown"),
     )
     for changed, words in cases:
-        save_checkpoint("other.pth", {**checkpoint, "config": {**checkpoint["config"], **changed}})
+        save_tensors("other.pth", {**checkpoint, "config": {**checkpoint["config"], **changed}})
         line = refused(capsys, "predict.py", "--model_path", "other.pth", *PREDICT)
         assert "the weights do not fit this network" in line and words in line
     for option, value in (
@@ -294,9 +294,9 @@ def test_strips_that_cannot_be(place, capsys, options, words):
 
 
 def test_class_of_a_model_without_classes(place, capsys):
-    checkpoint = load_checkpoint("logs/run/last.pth")
+    checkpoint = read_file("logs/run/last.pth")
     weights = {name: value for name, value in checkpoint["weights"].items() if "class_bias" not in name}
-    save_checkpoint(
+    save_tensors(
         "plain.pth", {**checkpoint, "weights": weights, "config": {**checkpoint["config"], "class_conditional": False}}
     )
     for options, words in (

@@ -15,12 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import read_file
 from PIL import Image
 from torch.testing import assert_close
-from utils.checkpoint_contents import weights_digest
 
 from nets import build
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint.integrity import save_tensors, weights_digest
 from utils.data.image_format import ImageFormat
 from utils.evaluate import __main__ as evaluate
 from utils.evaluate import image_sets, inception
@@ -627,7 +627,7 @@ def checkpoint(folder, tmp_path):
     torch.manual_seed(0)
     diffusion = build.from_config(config, KINDS)
     path = tmp_path / "run" / "last.pth"
-    save_checkpoint(
+    save_tensors(
         path,
         {
             "config": config,
@@ -674,10 +674,10 @@ def test_guidance_reaches_the_samples(checkpoint, folder, net_file, tmp_path, mo
     """An interval, a weaker model, and both: each gives other samples, and the table says which."""
     generator = torch.Generator().manual_seed(0)
     for name in ("model.pth", "weak.pth"):  # an untrained network has zeros where it ends
-        other = load_checkpoint(checkpoint)
+        other = read_file(checkpoint)
         for value in (value for key, value in other["weights"].items() if "model." in key):
             value += 0.1 * torch.randn(value.shape, generator=generator)
-        save_checkpoint(tmp_path / name, other)
+        save_tensors(tmp_path / name, other)
     common = (
         "--samples",
         tmp_path / "model.pth",

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from utils.config import typed_options
+from conftest import read_file
 
 from nets import UNet, build
 from nets.architecture import unet_arguments
 from train import Config
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint.file import load_checkpoint
+from utils.checkpoint.integrity import save_tensors
 from utils.convert import __main__ as convert
 from utils.convert.__main__ import export_reference, export_weights
 from utils.convert.diffusers_folder import export_model
 from utils.errors import run_script
+from utils.settings import typed_options
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -55,7 +57,7 @@ def write_run(folder, classes=CLASSES, **settings):
             parameter.data = noise * scale * (parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3)
     weights = diffusion.state_dict()
     optimizer = {name: torch.zeros_like(value) for name, value in diffusion.model.state_dict().items()}
-    save_checkpoint(
+    save_tensors(
         folder / "last.pth",
         {
             "config": config,
@@ -101,7 +103,7 @@ def test_the_export_holds_the_average_in_half_precision_and_nothing_of_the_train
     export_weights(tmp_path / "run" / "last.pth", tmp_path / "small.pth")
     exported, original = (
         torch.load(tmp_path / "small.pth", weights_only=True),
-        load_checkpoint(tmp_path / "run" / "last.pth"),
+        read_file(tmp_path / "run" / "last.pth"),
     )
     assert sorted(exported) == ["classes", "config", "format", "weights", "weights_kind"]
     assert exported["weights_kind"] == "ema" and exported["classes"] == CLASSES
@@ -124,7 +126,7 @@ def test_an_export_is_exported_again_unchanged(tmp_path):
     write_run(tmp_path / "run")
     export_weights(tmp_path / "run", tmp_path / "small.pth")
     export_weights(tmp_path / "small.pth", tmp_path / "again.pth")
-    first, second = (load_checkpoint(tmp_path / name) for name in ("small.pth", "again.pth"))
+    first, second = (read_file(tmp_path / name) for name in ("small.pth", "again.pth"))
     torch.testing.assert_close(first.pop("weights"), second.pop("weights"), rtol=0, atol=0)
     assert first == second
 
@@ -132,7 +134,7 @@ def test_an_export_is_exported_again_unchanged(tmp_path):
 def test_training_goes_on_from_an_export_with_its_average_kept(tmp_path):
     write_run(tmp_path / "run")
     export_weights(tmp_path / "run", tmp_path / "small.pth")
-    exported = load_checkpoint(tmp_path / "small.pth")
+    exported = read_file(tmp_path / "small.pth")
     assert "position" not in exported  # a run of its own, at epoch 0
     diffusion = loaded(tmp_path / "small.pth")
     torch.testing.assert_close(diffusion.model.state_dict(), diffusion.ema_model.state_dict(), rtol=0, atol=0)
@@ -162,7 +164,7 @@ def test_from_averages_alone_the_reference_gets_them_twice(tmp_path):
 def test_the_references_own_file_is_exported_too(tmp_path):
     source = build.from_config({**SMALL, "input_shape": (32, 32)})
     wrapped = {f"module.{name}": value for name, value in source.state_dict().items()}
-    save_checkpoint(tmp_path / "published.pth", wrapped)
+    save_tensors(tmp_path / "published.pth", wrapped)
     export_weights(tmp_path / "published.pth", tmp_path / "small.pth")
     export_reference(tmp_path / "published.pth", tmp_path / "bare.pth")
     back = loaded(tmp_path / "small.pth")
@@ -304,9 +306,9 @@ def test_what_a_killed_export_left_goes_with_the_next_one_of_that_name(tmp_path,
 def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path):
     source = write_run(tmp_path / "run", num_groups=32)
     source.ema_model.out_conv.bias.data[0] = 1e5
-    save_checkpoint(
+    save_tensors(
         tmp_path / "run" / "last.pth",
-        {**load_checkpoint(tmp_path / "run" / "last.pth"), "weights": source.state_dict()},
+        {**read_file(tmp_path / "run" / "last.pth"), "weights": source.state_dict()},
     )
     with pytest.raises(ValueError, match="65504"):
         export_weights(tmp_path / "run", tmp_path / "small.pth")
@@ -318,9 +320,7 @@ def test_weights_that_are_not_those_of_their_settings_are_refused(tmp_path):
     source = write_run(tmp_path / "run")
     weights = source.state_dict()
     del weights["ema_model.init_conv.bias"]
-    save_checkpoint(
-        tmp_path / "run" / "last.pth", {**load_checkpoint(tmp_path / "run" / "last.pth"), "weights": weights}
-    )
+    save_tensors(tmp_path / "run" / "last.pth", {**read_file(tmp_path / "run" / "last.pth"), "weights": weights})
     with pytest.raises(ValueError, match="missing: ema_model.init_conv.bias"):
         export_weights(tmp_path / "run", tmp_path / "small.pth")
 
@@ -333,7 +333,7 @@ def test_the_command_takes_a_runs_folder_and_a_mistake_is_one_line(tmp_path, mon
     command = [sys.executable, "-m", "utils.convert", "weights", tmp_path / "run", tmp_path / "out" / "small.pth"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert load_checkpoint(tmp_path / "out" / "small.pth")["weights_kind"] == "ema"
+    assert read_file(tmp_path / "out" / "small.pth")["weights_kind"] == "ema"
     monkeypatch.setattr(sys, "argv", ["convert", "reference", str(tmp_path / "run"), str(tmp_path / "bare.pth")])
     convert.main()
     assert "model.init_conv.bias" in torch.load(tmp_path / "bare.pth", weights_only=True)

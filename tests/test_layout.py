@@ -37,7 +37,7 @@ PACKAGES = {
 
 # A command is no part of what others import: it may import checkpoints too.
 COMMANDS = {"utils.report": {"utils.checkpoint"}}
-# The declarations of settings name the choices of nets: the one module beside the commands that imports it.
+# The declarations of settings name the choices of nets. No other module beside the commands does.
 NAMES_CHOICES = "utils.training.run_settings"
 
 

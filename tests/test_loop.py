@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, newest_run, read_history, run_main
+from conftest import TINY, newest_run, read_file, read_history, run_main
 
 import train
 from nets import GaussianDiffusion
-from utils.checkpoint import load_checkpoint
 from utils.data.dataset import normalize
 from utils.training import saving as run_module
 
@@ -38,7 +37,7 @@ def test_labels_are_hidden_at_the_rate_asked_for(workplace, calls):
 def test_without_label_dropout_there_is_no_null_class(workplace, calls):
     run_main("train.py", *RUN, "--class_conditional", "True", "--label_dropout", "0")
     assert set(torch.cat([call["y"] for call in calls]).tolist()) == {0, 1}
-    weights = load_checkpoint(newest_run(workplace) / "last.pth")["weights"]
+    weights = read_file(newest_run(workplace) / "last.pth")["weights"]
     assert weights["model.downs.0.class_bias.weight"].shape[0] == 2
 
 
@@ -141,7 +140,7 @@ def test_gradients_are_clipped_by_their_own_norm_not_the_scaled_one(workplace, g
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=1024.0))
     run_main("train.py", *PLAIN, "--grad_clip", "0.5")
     second = newest_run(workplace)
-    assert second != first and load_checkpoint(second / "last.pth")["scaler"]["scale"] == 1024
+    assert second != first and read_file(second / "last.pth")["scaler"]["scale"] == 1024
     torch.testing.assert_close(torch.stack(gradients)[0], without[0], rtol=1e-3, atol=1e-6)
     one, other = (read_history(run)[-1] for run in (first, second))
     assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2) and one["grad_norm"] > 0.5
@@ -189,7 +188,7 @@ def test_a_new_weight_decay_holds_after_resuming(workplace, monkeypatch):
     )
     run_main("train.py", "--resume", "latest", "--epochs", "3", "--weight_decay", "0.25")
     assert seen == {0.25}
-    assert load_checkpoint(newest_run(workplace) / "last.pth")["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
+    assert read_file(newest_run(workplace) / "last.pth")["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
 
 
 def test_only_the_newest_weights_are_kept(workplace):

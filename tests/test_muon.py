@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, assert_same_state, run_main
+from conftest import TINY, assert_same_state, read_file, run_main
 
 from nets import UNet
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint.integrity import save_tensors
 from utils.training.muon import ADAM_SIZE, Muon, orthogonal
 from utils.training.optimizer import make_optimizer, restore_optimizer, step_unless_bad
 
@@ -217,7 +217,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(workplace, settings):
     run_main("train.py", *constant, "--epochs", "4", "--save_dir", "whole")
     run_main("train.py", *constant, "--epochs", "2", "--save_dir", "broken")
     run_main("train.py", "--resume", "latest", "--epochs", "4", "--save_dir", "broken")
-    assert_same_state(*(load_checkpoint(last(folder)) for folder in ("whole", "broken")))
+    assert_same_state(*(read_file(last(folder)) for folder in ("whole", "broken")))
 
 
 @pytest.mark.parametrize("kinds", [("adam", "muon"), ("muon", "adamw")])
@@ -227,7 +227,7 @@ def test_another_optimizer_begins_with_moments_of_its_own(workplace, capsys, kin
     assert f"the optimizer was {kinds[0]} and is {kinds[1]}: its moments begin anew" in capsys.readouterr().out
     run_main("train.py", "--resume", "latest", "--epochs", "4")
     assert "begin anew" not in capsys.readouterr().out
-    checkpoint = load_checkpoint(last("logs"))
+    checkpoint = read_file(last("logs"))
     assert checkpoint["config"]["optimizer_type"] == kinds[1] and checkpoint["position"]["epoch"] == 4
     kept = {frozenset(state) for state in checkpoint["optimizer"]["state"].values()}
     adams = frozenset(("step", "exp_avg", "exp_avg_sq"))
@@ -236,9 +236,9 @@ def test_another_optimizer_begins_with_moments_of_its_own(workplace, capsys, kin
 
 def test_moments_of_another_optimizer_than_the_settings_name_are_refused(workplace, capsys):
     run_main("train.py", *RUN, "--epochs", "1")
-    checkpoint = load_checkpoint(last("logs"))
+    checkpoint = read_file(last("logs"))
     checkpoint["config"]["optimizer_type"] = "adam"
-    save_checkpoint("edited.pth", checkpoint)
+    save_tensors("edited.pth", checkpoint)
     with pytest.raises(SystemExit) as end:
         run_main("train.py", "--resume", "edited.pth", "--epochs", "2")
     assert end.value.code == 1 and "its optimizer cannot be those of a training" in capsys.readouterr().err

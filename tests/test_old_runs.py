@@ -11,10 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import read_history, run_main
+from conftest import read_file, read_history, run_main
 from PIL import Image
-
-from utils.checkpoint import load_checkpoint
 
 OLD = Path(__file__).parent / "data" / "old_run"
 
@@ -32,7 +30,7 @@ def old_run(workplace):
 def test_an_old_run_resumes_and_samples_as_it_did(old_run):
     folder, expected = old_run
     run_main("train.py", "--resume", folder, "--epochs", "4")
-    state = load_checkpoint(folder / "last.pth")
+    state = read_file(folder / "last.pth")
     ema = sum(
         value.double().abs().sum().item() for name, value in state["weights"].items() if name.startswith("ema_model")
     )

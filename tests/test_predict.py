@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, TINY, newest_run, run, run_main, torchrun, write_pictures
+from conftest import PROJECT, TINY, newest_run, read_file, run, run_main, torchrun, write_pictures
 from PIL import Image
 
 import predict
 from nets import GaussianDiffusion, build, seeded_noise, slerp
 from nets.samplers import half_log_snr
 from nets.sampling import sampling_schedule
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint.file import load_checkpoint
+from utils.checkpoint.integrity import save_tensors
 from utils.convert.__main__ import export_weights
 from utils.device import memory_format
 from utils.images import make_grid, save_png, to_uint8
@@ -46,10 +47,10 @@ def runs(tmp_path_factory):
 
 def tell_classes_apart(path):
     """A few steps do not teach a network what a class is: make what it knows of them weigh more."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = read_file(path)
     for name, value in checkpoint["weights"].items():
         value *= 10 if "class_bias" in name else 1
-    save_checkpoint(path, checkpoint)
+    save_tensors(path, checkpoint)
 
 
 @pytest.fixture
@@ -122,8 +123,8 @@ def test_newest_run_is_drawn_as_one_picture_and_a_clean_grid(plain, capsys):
     for name, options in (("2020_older", {"prediction": "eps"}), ("2019_newer", {})):
         folder = Path("logs") / name
         folder.mkdir(parents=True)
-        checkpoint = load_checkpoint(plain / "last.pth")
-        save_checkpoint(folder / "last.pth", {**checkpoint, "config": {**checkpoint["config"], **options}})
+        checkpoint = read_file(plain / "last.pth")
+        save_tensors(folder / "last.pth", {**checkpoint, "config": {**checkpoint["config"], **options}})
     run_main("predict.py", "--device", "cpu", "--seed", "3", "--precision", "fp32")
     assert f"{(folder / 'last.pth').resolve()}, the newest run's" in capsys.readouterr().out
     wanted = expected(plain, list(range(3, 28)), sampler="sde-dpm++", steps=20)
@@ -204,10 +205,10 @@ def test_guidance_within_an_interval_and_by_a_weaker_model(runs, classy, plain, 
     interval = (round(middle - 0.1, 3), round(middle + 0.1, 3))
     for model, y, labels in ((classy, torch.ones(3, dtype=torch.long), ["--class_name", "odd"]), (plain, None, [])):
         for file, factor in (("weaker.pth", 0.8), ("weak.pth", 0.9)):
-            weak = load_checkpoint(model / "last.pth")
+            weak = read_file(model / "last.pth")
             for value in (value for value in weak["weights"].values() if value.ndim > 1):
                 value *= factor
-            save_checkpoint(file, weak)
+            save_tensors(file, weak)
         guide = build.from_checkpoint(weak)[0].to(memory_format=memory_format(torch.device("cpu"), "fp32"))
         common = [
             "--seed",
@@ -246,15 +247,15 @@ def test_guidance_within_an_interval_and_by_a_weaker_model(runs, classy, plain, 
 def test_a_guiding_model_that_leads_nowhere_or_elsewhere_is_refused(runs, plain, capsys):
     """Also the model's own half-precision copy; the raw weights count where they are drawn with."""
     export_weights(plain, "half.pth")
-    checkpoint = load_checkpoint(plain / "last.pth")
+    checkpoint = read_file(plain / "last.pth")
     for file, config in (
         ("large.pth", {"input_shape": (16, 16)}),
         ("linear.pth", {"schedule": "cosine"}),
         ("deep.pth", {"channel_mults": (1, 2)}),
     ):
         weights = build.from_config({**checkpoint["config"], **config}).state_dict()
-        save_checkpoint(file, {**checkpoint, "config": {**checkpoint["config"], **config}, "weights": weights})
-    save_checkpoint("short.pth", {**checkpoint, "weights": dict(list(checkpoint["weights"].items())[:-9])})
+        save_tensors(file, {**checkpoint, "config": {**checkpoint["config"], **config}, "weights": weights})
+    save_tensors("short.pth", {**checkpoint, "weights": dict(list(checkpoint["weights"].items())[:-9])})
     for path, words in (
         (runs[1], "the guiding model has another number of classes"),
         (plain, "has the same weights"),
@@ -278,11 +279,11 @@ def test_a_guiding_model_that_leads_nowhere_or_elsewhere_is_refused(runs, plain,
 
 
 def test_many_classes_take_turns(plain, capsys):
-    checkpoint = load_checkpoint(plain / "last.pth")
+    checkpoint = read_file(plain / "last.pth")
     config = {**checkpoint["config"], "class_conditional": True, "label_dropout": 0.1, "attention_resolutions": ()}
     classes = [f"kind {number}" for number in range(12)]
     weights = build.from_config(config, len(classes)).state_dict()
-    save_checkpoint("many.pth", {"config": config, "classes": classes, "weights": weights, "weights_kind": "full"})
+    save_tensors("many.pth", {"config": config, "classes": classes, "weights": weights, "weights_kind": "full"})
     out = draw("many.pth", "--seed", "0", "--steps", "1", out="grid")
     assert "and 2 more" in capsys.readouterr().out
     assert len(tiles(out / "predict_5x5_results.png")) == 50
@@ -580,7 +581,7 @@ def test_older_results_stay_if_drawing_fails(plain, monkeypatch):
 def test_bare_state_dict(runs, tmp_path, monkeypatch, capsys, number):
     monkeypatch.chdir(tmp_path)
     torch.save(
-        {f"module.{name}": value for name, value in load_checkpoint(runs[number] / "last.pth")["weights"].items()},
+        {f"module.{name}": value for name, value in read_file(runs[number] / "last.pth")["weights"].items()},
         "bare.pth",
     )
     out = draw("bare.pth", "--seed", "5", "--num_images", "1", "--batch_size", "1", "--steps", "1")
@@ -622,9 +623,9 @@ def test_shipped_weights_where_there_is_no_run(plain, capsys):
 
 
 def test_grey_pictures(plain):
-    config = {**load_checkpoint(plain / "last.pth")["config"], "img_channels": 1, "input_shape": (8, 16)}
+    config = {**read_file(plain / "last.pth")["config"], "img_channels": 1, "input_shape": (8, 16)}
     weights = build.from_config(config).state_dict()
-    save_checkpoint("grey.pth", {"config": config, "classes": [], "weights": weights, "weights_kind": "full"})
+    save_tensors("grey.pth", {"config": config, "classes": [], "weights": weights, "weights_kind": "full"})
     options = ["--seed", "1", "--num_images", "6", "--batch_size", "6", "--individual_files", "True"]
     out = draw("grey.pth", *options, "--npz", "True", "--trajectory", "True")
     assert np.load(out / "predict_results.npz")["arr_0"].shape == (6, 8, 16, 1)
@@ -666,7 +667,7 @@ def test_network_calls_decide_whether_compiling_pays():
 def test_the_weights_in_the_box_draw_their_classes():
     path = PROJECT / "logs" / "emoji.pth"
     assert path.stat().st_size < 24e6
-    checkpoint = load_checkpoint(path)
+    checkpoint = read_file(path)
     assert checkpoint["weights_kind"] == "ema" and "optimizer" not in checkpoint
     diffusion, classes = build.from_checkpoint(checkpoint)
     assert classes == sorted(path.name for path in (PROJECT / "datasets" / "noto_emoji").glob("*") if path.is_dir())

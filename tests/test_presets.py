@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, assert_same_state, run_main
+from conftest import TINY, assert_same_state, read_file, run_main
 from utils.config import check_values
 
 import train
 from nets import UNet
 from nets.architecture import count_flops
-from utils.checkpoint import load_checkpoint
 from utils.training.summary import duration
 
 NAMES = [name for name in train.PRESETS if name]
@@ -60,7 +59,7 @@ def test_a_run_keeps_what_its_preset_was(workplace, monkeypatch, capsys):
     run_main("train.py", *constant, "--preset", "quick", "--epochs", "1", "--save_dir", "broken")
     monkeypatch.setitem(train.PRESETS, "quick", {"prediction": "x0", "dropout": 0.5})  # a later version's
     run_main("train.py", "--resume", "latest", "--epochs", "2", "--save_dir", "broken")
-    whole, broken = (load_checkpoint(last(folder)) for folder in ("whole", "broken"))
+    whole, broken = (read_file(last(folder)) for folder in ("whole", "broken"))
     assert_same_state(whole, broken)
     assert whole["config"]["prediction"] == "v" and whole["config"]["preset"] == "quick"
     with pytest.raises(SystemExit):
@@ -128,7 +127,7 @@ def test_best_pth_has_the_weights_of_the_lowest_validation_loss(workplace, capsy
     with open(folder / "epoch_loss.csv", newline="") as file:
         rows = [(float(row["val_loss"]), int(row["epoch"])) for row in csv.DictReader(file)]
     _, epoch = min(rows)
-    best, there = load_checkpoint(folder / "best.pth"), load_checkpoint(folder / f"epoch_{epoch:04d}.pth")
+    best, there = read_file(folder / "best.pth"), read_file(folder / f"epoch_{epoch:04d}.pth")
     for name, value in best["weights"].items():
         torch.testing.assert_close(value, there["weights"][name], rtol=0, atol=0)
     assert f"lowest after epoch {epoch}: `python predict.py --model_path" in capsys.readouterr().out

@@ -9,11 +9,11 @@ import time
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, assert_same_state, command, newest_run, read_history, run_main, torchrun
+from conftest import ENVIRONMENT, assert_same_state, command, newest_run, read_file, read_history, run_main, torchrun
 from kill_run import RUN, kill_and_compare, result
 
 from utils import device as device_module
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint.integrity import save_tensors
 
 
 @pytest.fixture
@@ -39,20 +39,20 @@ def test_signal_saves_within_the_epoch_and_resume_goes_on(twin, monkeypatch, cap
     monkeypatch.chdir(whole)
     run_main("train.py", *RUN, *pictures)
     monkeypatch.chdir(broken)
-    steps, normalise = [], train.normalise
+    steps, normalize = [], train.normalize
 
     def signal_at_third_step(*arguments, **options):
         steps.append(1)
         if len(steps) == 3:
             os.kill(os.getpid(), number)
-        return normalise(*arguments, **options)
+        return normalize(*arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(train, "normalise", signal_at_third_step)
+        patch.setattr(train, "normalize", signal_at_third_step)
         run_main("train.py", *RUN, *pictures)
     assert end.value.code == 128 + number
     assert "--resume" in capfd.readouterr().out
-    position = load_checkpoint(newest_run(broken) / "last.pth")["position"]
+    position = read_file(newest_run(broken) / "last.pth")["position"]
     assert position["epoch"] == 1 and 0 < position["images"] < 16
     run_main("train.py", "--resume", newest_run(broken))
     (one, one_csv), (other, other_csv) = result(whole), result(broken)
@@ -94,9 +94,9 @@ def test_torchrun_stops_all_processes_at_one_step(twin):
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=100)[0].decode()
     assert "resumes from here" in output, output
-    stopped = load_checkpoint(newest_run(broken) / "last.pth")["position"]
+    stopped = read_file(newest_run(broken) / "last.pth")["position"]
     assert stopped["epoch"] < 199
-    assert len(load_checkpoint(newest_run(broken) / "last.pth")["sums"]) == 2
+    assert len(read_file(newest_run(broken) / "last.pth")["sums"]) == 2
 
 
 def test_changed_batch_size_goes_on_at_the_next_epoch(twin, monkeypatch, capsys):
@@ -107,7 +107,7 @@ def test_changed_batch_size_goes_on_at_the_next_epoch(twin, monkeypatch, capsys)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_at_step(patch, train, 2)
         run_main("train.py", *RUN, *pictures)
-    assert load_checkpoint(newest_run(broken) / "last.pth")["position"]["images"] == 16 - 8
+    assert read_file(newest_run(broken) / "last.pth")["position"]["images"] == 16 - 8
     run_main("train.py", "--resume", "latest", "--batch_size", "4")
     assert "the batch size was 8 and is 4: going on with the next epoch" in capsys.readouterr().out
     rows = read_history(newest_run(broken))
@@ -135,22 +135,22 @@ def test_changed_pictures_are_said_and_not_fatal(workplace, capsys, change, said
 
 def stop_at_step(patch, train, number):
     """Send SIGTERM to this process in the `number`-th step."""
-    steps, normalise = [], train.normalise
+    steps, normalize = [], train.normalize
 
     def noticing(*arguments, **options):
         steps.append(1)
         if len(steps) == number + 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return normalise(*arguments, **options)
+        return normalize(*arguments, **options)
 
-    patch.setattr(train, "normalise", noticing)
+    patch.setattr(train, "normalize", noticing)
 
 
 def edited(path, change):
     """The checkpoint at `path` with `change` made to it, as another file."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = read_file(path)
     change(checkpoint)
-    save_checkpoint(path.with_name("edited.pth"), checkpoint)
+    save_tensors(path.with_name("edited.pth"), checkpoint)
     return path.with_name("edited.pth")
 
 
@@ -161,25 +161,25 @@ def edited(path, change):
 def test_a_setting_that_an_older_file_does_not_know_is_what_it_was(workplace, capsys, built, name, value):
     run_main("train.py", *RUN, "--epochs", "1", *built)
     path = newest_run(workplace) / "last.pth"
-    was, old = load_checkpoint(path)["config"][name], edited(path, lambda checkpoint: checkpoint["config"].pop(name))
+    was, old = read_file(path)["config"][name], edited(path, lambda checkpoint: checkpoint["config"].pop(name))
     with pytest.raises(SystemExit):
         run_main("train.py", "--resume", old, "--epochs", "2", f"--{name}", value)
     assert f"built with {name} = {was}, which cannot change" in capsys.readouterr().err
     # what the first command may have said
     run_main("train.py", "--resume", old, "--epochs", "2", "--num_groups", "auto")
-    assert load_checkpoint(newest_run(workplace) / "last.pth")["config"][name] == was
+    assert read_file(newest_run(workplace) / "last.pth")["config"][name] == was
 
 
 def test_a_file_of_weights_alone_starts_a_run_that_keeps_their_average(workplace, capsys):
     run_main("train.py", *RUN, "--epochs", "1", "--ema_decay", "0.9999")
     first = newest_run(workplace)
-    average = load_checkpoint(first / "last.pth")["weights"]
+    average = read_file(first / "last.pth")["weights"]
     exported = edited(first / "epoch_0001.pth", lambda checkpoint: checkpoint.pop("ema_step"))
     capsys.readouterr()
     run_main("train.py", "--resume", exported, "--epochs", "1", "--init_lr", "0.1")
     assert "a file of weights alone" in capsys.readouterr().out
     assert newest_run(workplace) != first
-    after = load_checkpoint(newest_run(workplace) / "last.pth")["weights"]
+    after = read_file(newest_run(workplace) / "last.pth")["weights"]
     moved = {
         kind: (after[f"{kind}.init_conv.weight"] - average[f"{kind}.init_conv.weight"]).norm()
         for kind in ("model", "ema_model")
@@ -189,13 +189,13 @@ def test_a_file_of_weights_alone_starts_a_run_that_keeps_their_average(workplace
 
 def test_only_typed_settings_override_the_runs_own(workplace, capsys):
     run_main("train.py", *RUN, "--epochs", "1")
-    assert load_checkpoint(newest_run(workplace) / "last.pth")["config"]["init_lr"] == 8e-4  # what "auto" became
+    assert read_file(newest_run(workplace) / "last.pth")["config"]["init_lr"] == 8e-4  # what "auto" became
     capsys.readouterr()
     run_main("train.py", "--resume", "latest", "--epochs", "2", "--init_lr", "1e-3")
     said = capsys.readouterr().out
     unused = next(line for line in said.splitlines() if line.startswith("not used, as the run goes on with its own"))
     assert "batch_size" in unused and "init_lr" not in unused and "epochs" not in unused
-    config = load_checkpoint(newest_run(workplace) / "last.pth")["config"]
+    config = read_file(newest_run(workplace) / "last.pth")["config"]
     assert (config["epochs"], config["init_lr"], config["channel"], config["batch_size"]) == (2, 1e-3, 32, 8)
 
 
@@ -241,24 +241,24 @@ def test_resume_latest_stops_at_a_damaged_newest_run(workplace, capsys):
         assert len(lines) == 1 and "logs/later/last.pth: damaged" in lines[0] and words in lines[0]
     assert (first / "last.pth").read_bytes() == whole
     run_main("train.py", "--resume", first, "--epochs", "2")
-    assert load_checkpoint(first / "last.pth")["position"]["epoch"] == 2
+    assert read_file(first / "last.pth")["position"]["epoch"] == 2
 
 
 def test_a_file_of_weights_only_starts_a_run_of_its_own(workplace):
     run_main("train.py", *RUN, "--epochs", "1")
     first = newest_run(workplace)
-    weights = load_checkpoint(first / "epoch_0001.pth")
+    weights = read_file(first / "epoch_0001.pth")
     assert "optimizer" not in weights
     run_main("train.py", "--resume", first / "epoch_0001.pth", "--epochs", "1")
     assert newest_run(workplace) != first
-    ours = load_checkpoint(newest_run(workplace) / "last.pth")
+    ours = read_file(newest_run(workplace) / "last.pth")
     # Its average goes on from where it was: no first update overwrites it.
     assert ours["ema_step"] == weights["ema_step"] + 2
 
 
 def test_average_and_its_counter_survive(workplace):
     run_main("train.py", *RUN, "--epochs", "2")
-    checkpoint = load_checkpoint(newest_run(workplace) / "last.pth")
+    checkpoint = read_file(newest_run(workplace) / "last.pth")
     assert checkpoint["ema_step"] == 4
     pairs = [
         (value, checkpoint["weights"]["ema_" + name])
@@ -294,7 +294,7 @@ def test_a_bare_state_dict_of_the_reference_goes_on(workplace, capsys):
         "--preview_period",
         "0",
     )
-    ours = load_checkpoint(newest_run(workplace) / "last.pth")
+    ours = read_file(newest_run(workplace) / "last.pth")
     torch.testing.assert_close(ours["weights"]["betas"], torch.tensor(betas, dtype=torch.float32))
     assert ours["ema_step"] == 2000 + 3
     assert 6.99 < float(ours["weights"]["ema_model.init_conv.bias"][0]) < 7
@@ -304,9 +304,9 @@ def test_a_bare_state_dict_of_the_reference_goes_on(workplace, capsys):
 def test_weights_alone_start_a_run_on_whatever_is_here(workplace, capsys):
     run_main("train.py", *RUN, "--epochs", "1", "--save_period", "1")
     weights = newest_run(workplace) / "epoch_0001.pth"
-    state = load_checkpoint(weights)
+    state = read_file(weights)
     state["config"].update(device="cuda:3", precision="bf16", compile=True)
-    save_checkpoint("weights.pth", state)
+    save_tensors("weights.pth", state)
     capsys.readouterr()
     run_main("train.py", "--resume", "weights.pth", "--dry_run", "True")
     said = capsys.readouterr().out

@@ -12,10 +12,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, PROJECT, TINY, command, newest_run, read_history, run, run_main, write_pictures
+from conftest import (
+    ENVIRONMENT,
+    PROJECT,
+    TINY,
+    command,
+    newest_run,
+    read_file,
+    read_history,
+    run,
+    run_main,
+    write_pictures,
+)
 
 import train
-from utils.checkpoint import load_checkpoint
 from utils.files import TolerantWriter, locked
 from utils.training import saving
 from utils.training.loss_history import LossHistory, Table, read_table
@@ -251,7 +261,7 @@ def test_a_save_that_comes_good_is_no_failure(workplace, monkeypatch):
     monkeypatch.setattr(saving, "save_checkpoint", full_once)
     monkeypatch.setattr(saving.Checkpoints, "is_cheap", lambda self: True)
     run_main("train.py", *RUN)
-    assert load_checkpoint(newest_run(workplace) / "last.pth")["position"]["epoch"] == 2
+    assert read_file(newest_run(workplace) / "last.pth")["position"]["epoch"] == 2
 
 
 # Signals, and a second run
@@ -298,7 +308,7 @@ def test_a_lost_terminal_saves_and_under_nohup_it_is_ignored(listed):
     process.send_signal(signal.SIGHUP)
     output = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 128 + signal.SIGHUP and "stopped by SIGHUP" in output
-    assert load_checkpoint(newest_run(listed) / "last.pth")["position"]
+    assert read_file(newest_run(listed) / "last.pth")["position"]
 
     process = start_training(listed, "--seed", "2", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)

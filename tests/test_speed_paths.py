@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from conftest import randomize
 from torch import nn
-from utils.checkpoint_contents import weights_digest
 
 from nets import GaussianDiffusion, UNet, unet
 from nets import cpu_fused as fused
 from nets.cpu_fused import NormActDropoutConv, install, norm_act_conv
+from utils.checkpoint.integrity import weights_digest
 from utils.device import autocast, memory_format, round_weights
 
 

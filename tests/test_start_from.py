@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, assert_same_state, run_main, write_pictures
+from conftest import TINY, assert_same_state, read_file, run_main, write_pictures
 
 import train
 from nets import build
 from nets.architecture import change_classes
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint.integrity import save_tensors
 
 SETTINGS = {
     "input_shape": (8, 8),
@@ -26,7 +26,7 @@ KNOWN = ["cats", "dogs", "birds"]
 
 def last(folder):
     """The newest checkpoint below a folder of runs."""
-    return load_checkpoint(max(Path(folder).glob("*/last.pth"), key=lambda path: path.stat().st_mtime_ns))
+    return read_file(max(Path(folder).glob("*/last.pth"), key=lambda path: path.stat().st_mtime_ns))
 
 
 def trained_network(config, classes):
@@ -107,7 +107,7 @@ def given(tmp_path, monkeypatch):
         "label_dropout": 0.1,
     }
     _, checkpoint = trained_network(config, ["even", "odd"])
-    save_checkpoint("given.pth", {"format": 1, "ema_step": 5, **checkpoint})
+    save_tensors("given.pth", {"format": 1, "ema_step": 5, **checkpoint})
     write_pictures(tmp_path / "datasets", 16, 12)
     (tmp_path / "datasets" / "odd").rename(tmp_path / "datasets" / "new")
     run_main("txt_annotation.py")
@@ -130,7 +130,7 @@ def test_a_run_starts_from_a_file(given, capsys):
         "0",
     )
     assert f"starting from {given}, with its network and schedule" in capsys.readouterr().out
-    before, after = load_checkpoint(given), last("logs")
+    before, after = read_file(given), last("logs")
     assert after["config"]["prediction"] == "v" and after["config"]["schedule"] == "cosine"
     assert after["config"]["input_shape"] == (12, 12) and after["position"]["epoch"] == 1
     assert (before["classes"], after["classes"]) == (["even", "odd"], ["even", "new"])
@@ -171,14 +171,14 @@ def test_what_the_weights_cannot_do_is_refused_by_name(given, capsys, options, m
 
 
 def test_weights_alone_and_bare_ones_are_fine(given):
-    whole = load_checkpoint(given)
+    whole = read_file(given)
     average = {
         name: value.half() if name.startswith("ema_model.") else value
         for name, value in whole["weights"].items()
         if not name.startswith("model.")
     }
     about = {name: whole[name] for name in ("format", "config", "classes")}
-    save_checkpoint("small.pth", {**about, "weights_kind": "ema", "weights": average})
+    save_tensors("small.pth", {**about, "weights_kind": "ema", "weights": average})
     torch.save({f"module.{name}": value for name, value in whole["weights"].items()}, "bare.pth")
     typed = [word for word in TINY if word not in ("--num_timesteps", "20")]
     for name, groups in (("small", "8"), ("bare", "32")):
@@ -189,7 +189,7 @@ def test_weights_alone_and_bare_ones_are_fine(given):
 
 
 def test_the_carried_settings_are_those_of_the_weights():
-    from utils.training.start_from import CARRIED
+    from utils.checkpoint.resume import WEIGHTS
 
-    assert set(CARRIED) <= set(train.Config.__dataclass_fields__)
-    assert "channel" in CARRIED and "prediction" in CARRIED and "input_shape" not in CARRIED
+    assert set(WEIGHTS) <= set(train.Config.__dataclass_fields__)
+    assert "channel" in WEIGHTS and "prediction" in WEIGHTS and "input_shape" not in WEIGHTS

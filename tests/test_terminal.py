@@ -6,9 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ENVIRONMENT, PROJECT, TINY, command, newest_run, run, write_pictures
+from conftest import ENVIRONMENT, PROJECT, TINY, command, newest_run, read_file, run, write_pictures
 
-from utils.checkpoint import load_checkpoint
 from utils.terminal import SafeStream
 
 
@@ -80,7 +79,7 @@ def test_a_missing_stderr_and_a_closed_pipe(tmp_path):
         ["bash", "-c", f"{training} 2>&- | head -n 1"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, timeout=240
     )
     assert done.returncode == 0 and b"Traceback" not in done.stderr
-    assert load_checkpoint(newest_run(tmp_path) / "last.pth")["position"]["epoch"] == 2
+    assert read_file(newest_run(tmp_path) / "last.pth")["position"]["epoch"] == 2
 
 
 def test_a_reader_that_left_before_the_first_line_ends_no_script_with_an_error(tmp_path):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, run_main
-from utils.training.resume import _own_sums
 
 import train
 from utils import distributed
+from utils.checkpoint.resume import own_sums
 from utils.data.dataset import ImageDataset, split_validation
 from utils.training.meter import Meter, epoch_means
 from utils.training.optimizer import choose_learning_rate, learning_rate
@@ -160,7 +160,7 @@ def test_running_sums_survive_another_number_of_processes(monkeypatch):
             monkeypatch.setattr(distributed, "world_size", lambda world_size=world_size: world_size)
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             monkeypatch.setattr(distributed, "is_main", lambda rank=rank: rank == 0)
-            sums[world_size, rank] = _own_sums(saved).tolist()
+            sums[world_size, rank] = own_sums(saved).tolist()
     assert sums == {
         (1, 0): [11, 22],
         (2, 0): [1, 2],

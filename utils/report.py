@@ -12,9 +12,9 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from utils.checkpoint.runs import newest_weights
 from utils.errors import UserError, run_script
 from utils.files import atomic_write, read_json
-from utils.run_folders import newest_weights
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
 PREVIEW_BYTES, MOST_PREVIEWS = 2_500_000, 40
