@@ -87,7 +87,8 @@ def test_a_reader_that_left_before_the_first_line_ends_no_script_with_an_error(t
     script = "from utils.errors import run_script\nrun_script(lambda: print('done'))"
     end, pipe = os.pipe()
     os.close(end)
-    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, stdout=pipe, stderr=subprocess.PIPE, timeout=60)
+    options = {"cwd": PROJECT, "env": {**os.environ, "PYTHONUNBUFFERED": ""}, "stderr": subprocess.PIPE, "timeout": 60}
+    done = subprocess.run([sys.executable, "-c", script], stdout=pipe, **options)
     os.close(pipe)
     assert (done.returncode, done.stderr) == (0, b"")
 

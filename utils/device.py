@@ -15,11 +15,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_device(name, local_rank=0, processes=1):
     """torch.device for a name, or for "auto": CUDA, else Apple's MPS, else the CPU.
 
-    Each of several processes takes the GPU of its local rank. MPS has no reductions over processes.
-    ValueError for a device that is not here.
+    Each of several processes takes the GPU of its local rank. UserError: there is no such device.
     """
     if name == "auto":
-        mps = is_available("mps") and processes == 1
+        mps = is_available("mps") and processes == 1  # it has no reductions over processes
         name = "cuda" if is_available("cuda") else "mps" if mps else "cpu"
     if processes > 1 and (name.startswith("mps") or ":" in name):
         raise UserError(f"device {name!r} is for one process: with torchrun choose cuda (a GPU each) or cpu")

@@ -82,8 +82,8 @@ def read_evaluation(folder):
 
 def table(rows):
     """An HTML table; "" without rows."""
-    lines = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
-    return f"<table>{text}</table>" if (text := "".join(f"<tr>{line}</tr>" for line in lines)) else ""
+    lines = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+    return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>" if lines else ""
 
 
 def image(path, kind="pixels"):
@@ -131,13 +131,12 @@ def warnings(config, rows, found):
 def settings_table(config):
     """Name, value and train.py's own value, where they differ. Its block is read, not run."""
     nodes = ast.parse(SCRIPT.read_text(encoding="utf-8")).body
-    block = next(node for node in nodes if getattr(node, "name", "") == "Config")
-    values = {}
+    block, rows = next(node for node in nodes if getattr(node, "name", "") == "Config"), []
     for line in (line for line in block.body if isinstance(line, ast.AnnAssign)):
         with suppress(ValueError):  # an expression, like 10 ** 3
-            values[line.target.id] = ast.literal_eval(line.value)
-    values = json.loads(json.dumps(values))  # tuples as lists, as in the run's file
-    rows = [(name, config[name], value) for name, value in values.items() if config.get(name, value) != value]
+            name, default = line.target.id, json.loads(json.dumps(ast.literal_eval(line.value)))  # tuples as lists
+            if config.get(name, default) != default:
+                rows.append((name, config[name], default))
     return table([("", "this run", "train.py"), *rows] if rows else [])
 
 
