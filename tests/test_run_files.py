@@ -74,22 +74,12 @@ def test_a_row_that_finds_no_space_comes_with_the_next(tmp_path, monkeypatch):
     assert [row["epoch"] for row in read_table(table.path, 9)] == ["1", "2", "3"]
 
 
-DAMAGED = [
-    b"3,9,0,5\n",
-    b"3,9,zero\n",
-    b"3,x,0.5\n",
-    b",9,0.5\n",
-    b"3\n",
-    b"\x00,9,0.5\n",
-    b'"3,9,0.5\n',
-    b"\xff,9,0.5\n",
-]
-
-
-@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize(
+    "damage", [b"3,9,0,5", b"3,9,zero", b"3,x,0.5", b",9,0.5", b"3", b"\x00,9,0.5", b'"3,9,0.5', b"\xff,9,0.5"]
+)
 def test_a_damaged_table_keeps_its_rows_up_to_the_damage(tmp_path, damage):
     path = tmp_path / "epoch_loss.csv"
-    path.write_bytes(b"epoch,step,loss\n1,3,0.7\n2,6,0.6\n" + damage + b"4,12,0.4\n")
+    path.write_bytes(b"epoch,step,loss\n1,3,0.7\n2,6,0.6\n" + damage + b"\n4,12,0.4\n")
     history = LossHistory(tmp_path, read_table(path, 9))
     assert history.lowest("loss") == (0.6, "2")
     history.add({"epoch": 3, "step": 9, "loss": 0.5}, {"epoch": 3, "seconds": 1.0})
@@ -226,7 +216,7 @@ def test_a_curve_that_cannot_be_plotted_costs_only_itself(tmp_path, monkeypatch,
 
     monkeypatch.setattr(pytest.importorskip("matplotlib.figure").Figure, "savefig", fail)
     history = LossHistory(tmp_path)
-    history.add({"epoch": 1, "step": 1, "loss": 0.5}, {"epoch": 1, "seconds": 1.0})
+    history.add({"epoch": 1, "step": 1, "loss": 0.5, "loss_t1": 0.5}, {"epoch": 1, "seconds": 1.0})
     history.plot(final=True)
     history.close()
     assert capsys.readouterr().out.count("no loss curve is drawn") == 1

@@ -58,7 +58,7 @@ def by_shape(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
 
 
 def as_matrix(tensor: Tensor, weight: Tensor) -> Tensor:
-    """(out, in, h, w) -> (out, in*h*w), with the columns in their order in memory: no copy."""
+    """(out, in, h, w) -> (out, in*h*w), columns as in memory: no copy, and U V' has them so."""
     return (tensor if weight.is_contiguous() else tensor.permute(0, 2, 3, 1)).reshape(len(tensor), -1)
 
 
