@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as F
 
 from utils.data import decode as images
 from utils.data.decode import check_image
-from utils.data.image_format import RESIZE_MODES
+from utils.data.image_format import RESIZE_MODES, ImageFormat
 from utils.data.read_errors import describe_error, is_about_the_file, is_damage
 from utils.data.threads import Budget, map_in_threads
 from utils.images import make_grid, save_animation, save_png, to_uint8
@@ -399,6 +399,17 @@ def test_reduced_jpegs_keep_their_place(tmp_path):
     Image.fromarray(np.rint(ramp).astype(np.uint8)).save(tmp_path / "a.jpg", quality=100)
     found = load_as(tmp_path / "a.jpg", (10, 10), 1)[0, :, 0]
     assert np.abs(found - 255 / 320 * (32.1 * (np.arange(10) + 0.5) - 0.5))[2:-2].max() <= 0.8
+
+
+# The format
+
+
+def test_a_format_takes_what_the_settings_say_and_the_defaults_for_the_rest():
+    trained = {"input_shape": (24, 32), "background": [1, 2, 3], "icc": False, "batch_size": 64}
+    assert ImageFormat.from_config(trained) == ((24, 32), 3, "crop", (1, 2, 3), False)
+    changed = ImageFormat.from_config(trained, input_shape=(8, 9), img_channels=1, resize_mode=None, icc=True)
+    assert changed == ((8, 9), 1, "crop", (1, 2, 3), True)
+    assert ImageFormat((8, 8)) == ((8, 8), 3, "crop", (255, 255, 255), True)
 
 
 # What is refused

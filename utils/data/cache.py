@@ -116,10 +116,9 @@ def _build_cache(pixels_path, paths, image_format, num_workers):
         with atomic_write(pixels_path.with_suffix(".json"), "w", encoding="utf-8") as file:
             json.dump({"shape": [len(hashes), *shape], "hashes": hashes, "bad": bad}, file)
     except OSError as error:
-        raise OSError(
-            f"the cache of decoded images could not be written ({error.strerror or error}): {place} needs "
-            f"{megabytes:.0f} MB; free some space, or lower input_shape"
-        ) from error
+        advice = f"{place} needs {megabytes:.0f} MB; free some space, or lower input_shape"
+        fault = f"the cache of decoded images could not be written ({error.strerror or error})"
+        raise OSError(f"{fault}: {advice}") from error
 
 
 def _decode(path, image_format):

@@ -29,9 +29,8 @@ JPEG_FORMATS = ("JPEG", "MPO")
 def load_image(path, image_format):
     """One image file -> uint8 array (height, width, channels) of this ImageFormat.
 
-    path: a path, or a binary file that can seek. A JPEG that shrinks much is decoded at a reduced
-    scale: nearly the same pixels, two to five times faster.
-    UserError for an unknown setting or an image above DECODE_BYTES; any Exception for damage.
+    path: a path, or a binary file, which is closed. Any Exception for damage. A JPEG that shrinks
+    much is decoded at a reduced scale: nearly the same pixels, two to five times faster.
     """
     check_image_format(image_format)
     (height, width), channels, resize_mode, background, _ = image_format
@@ -81,10 +80,8 @@ def _bytes_to_decode(image, stored_size):
     per_pixel = BYTES_PER_PIXEL + DECODER_BYTES.get(image.format, 0) + VALUE_BYTES * (image.mode[0] in "IF")
     per_pixel += COMPOSITE_BYTES * image.has_transparency_data + PROFILE_BYTES * ("icc_profile" in image.info)
     needed = image.width * image.height * per_pixel
-    if image.info.get("progressive"):
-        needed += pixels * PROGRESSIVE_BYTES
-    if image.format == "TIFF":
-        needed += image.buffer_bytes()
+    needed += pixels * PROGRESSIVE_BYTES * bool(image.info.get("progressive"))
+    needed += image.buffer_bytes() if image.format == "TIFF" else 0
     if needed > DECODE_BYTES:
         raise UserError(
             f"its {pixels / 1e6:.0f} million pixels take {needed / 1e9:.1f} GB to decode, "
@@ -117,7 +114,7 @@ def _flatten(image, background, icc):
     """The image as a viewer shows it: mode L or RGB, sRGB, without transparency."""
     _scale_transparency(image)
     image.load()
-    profile, negative = image.info.get("icc_profile") if icc else None, getattr(image, "negative", False)
+    profile, negative = icc and image.info.get("icc_profile"), getattr(image, "negative", False)
     if image.mode[0] in "IF":
         image, negative = _scale_values(image, negative), False
     elif image.has_transparency_data and image.mode not in ("LA", "RGBA"):

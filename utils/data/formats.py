@@ -79,14 +79,12 @@ def open_image(source, whole=True):
 
 def check_regular(path):
     """The size of a file in bytes. UserError where it is too large or no regular file."""
-    status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise UserError("is a folder")
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe blocks, and a device never ends
-        raise UserError("is no regular file (a pipe, a socket or a device)")
-    if status.st_size > FILE_BYTES:
-        raise UserError(f"a file of {status.st_size / 1e9:.1f} GB; at most {FILE_BYTES / 1e9:.1f} GB are read")
-    return status.st_size
+    mode, size = os.stat(path).st_mode, os.path.getsize(path)
+    if not stat.S_ISREG(mode):  # opening a pipe blocks, and a device never ends
+        raise UserError("is a folder" if stat.S_ISDIR(mode) else "is no regular file (a pipe, a socket or a device)")
+    if size > FILE_BYTES:
+        raise UserError(f"a file of {size / 1e9:.1f} GB; at most {FILE_BYTES / 1e9:.1f} GB are read")
+    return size
 
 
 def _identify(file, whole):
