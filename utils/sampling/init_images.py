@@ -2,7 +2,8 @@
 
 import torch
 
-from utils.data.decode import check_image, describe_error, load_image
+from utils.data.decode import check_image, load_image
+from utils.data.read_errors import describe_error
 from utils.errors import UserError
 
 
