@@ -95,7 +95,8 @@ def test_a_broken_backend_of_matplotlib_is_one_line(tmp_path, monkeypatch, capsy
 def test_the_backend_of_a_notebook_draws_the_curve_all_the_same(tmp_path):
     write_pictures(tmp_path / "datasets")
     run(command("txt_annotation.py"), tmp_path)
-    environment = {**ENVIRONMENT, "MPLBACKEND": "module://matplotlib_inline_nowhere.backend_inline"}
+    backend = "module://matplotlib_inline_nowhere.backend_inline"
+    environment = {**ENVIRONMENT, "PYTHONPATH": "", "MPLBACKEND": backend}
     done = subprocess.run(
         command("train.py", *RUN), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
     )
@@ -203,7 +204,7 @@ def test_a_lock_refuses_another_process_only_while_it_is_held(tmp_path):
     script = f"import sys; sys.path.insert(0, {str(PROJECT)!r})\nfrom utils.files import locked\n"
     script += f"with locked({str(tmp_path)!r}, 'busy'): pass"
     with locked(tmp_path, "busy"):
-        assert b"ValueError: busy" in subprocess.run([sys.executable, "-c", script], capture_output=True).stderr
+        assert b"UserError: busy" in subprocess.run([sys.executable, "-c", script], capture_output=True).stderr
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
 
 
