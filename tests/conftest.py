@@ -15,8 +15,8 @@ from utils.training.loss_history import LossHistory
 
 PROJECT = Path(__file__).resolve().parent.parent
 # One thread: several would wait for each other wherever the machine does something else beside the
-# tests.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+# tests. And no matplotlib: it takes nearly half the time of a short run.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT / "tests/data/without_curves")}
 torch.set_num_threads(1)
 
 # The smallest network that has all kinds of blocks.
@@ -53,7 +53,7 @@ def curves():
 
 @pytest.fixture(autouse=True)
 def no_curves(request, monkeypatch):
-    """matplotlib takes ten times as long as a tiny run: it draws only for tests of the curves."""
+    """Within this process too, matplotlib draws only for tests of the curves."""
     if "curves" not in request.fixturenames:
         monkeypatch.setattr(LossHistory, "plot", lambda self, final=False: None)
 

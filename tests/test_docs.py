@@ -3,12 +3,10 @@
 import ast
 import fnmatch
 import re
-import subprocess
-from pathlib import Path
 
 import documents
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, command, run, run_main
 from documents import ALL, CHECKS, ENGLISH, faults_of_translation, take_apart
 
 
@@ -241,35 +239,17 @@ def test_the_lines_from_python_run(tmp_path, monkeypatch, capsys):
         assert documents.refusal(("python", f"{script}.py", *ast.literal_eval(words))) == ""
 
 
-def test_commands_of_seconds_run(tmp_path):
-    """Those of the front page that draw or ask, as a reader types them."""
-    import os
-    import sys
+@pytest.mark.parametrize("script", ["train.py", "predict.py", "txt_annotation.py"])
+def test_each_script_answers_help(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_main(script, "--help")
+    assert not end.value.code and "--" in capsys.readouterr().out
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("train.py", "predict.py", "txt_annotation.py"):
-        done = subprocess.run(
-            [sys.executable, str(PROJECT / name), "--help"],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0 and "--" in done.stdout
+
+def test_the_command_of_the_front_page_samples(tmp_path):
+    """As a reader types it, but for the number of steps."""
     (tmp_path / "logs").symlink_to(PROJECT / "logs")
-    drawn = next(
-        line
-        for line in re.findall(r"`(python predict\.py[^`]*)`", text_of(PROJECT / "README.md"))
-        if "class_name" in line
-    )
-    words = drawn.replace("\n", " ").split()[2:]
-    done = subprocess.run(
-        [sys.executable, str(PROJECT / "predict.py"), *words, "--steps", "2"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0 and Path(tmp_path, "results/predict_out/predict_5x5_results.png").is_file()
+    lines = documents.commands(text_of(PROJECT / "README.md"))
+    words = next(words for words in lines if words[1:2] == ["predict.py"] and "--class_name" in words)
+    run(command(*words[1:], "--steps", "2"), tmp_path)
+    assert (tmp_path / "results/predict_out/predict_5x5_results.png").is_file()

@@ -187,7 +187,8 @@ def test_a_broken_backend_of_matplotlib_is_one_line(tmp_path, monkeypatch, capsy
 def test_the_backend_of_a_notebook_draws_the_curve_all_the_same(tmp_path):
     write_pictures(tmp_path / "datasets")
     run(command("txt_annotation.py"), tmp_path)
-    environment = {**ENVIRONMENT, "MPLBACKEND": "module://matplotlib_inline_nowhere.backend_inline"}
+    backend = "module://matplotlib_inline_nowhere.backend_inline"
+    environment = {**ENVIRONMENT, "PYTHONPATH": "", "MPLBACKEND": backend}
     done = subprocess.run(
         command("train.py", *RUN), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
     )
