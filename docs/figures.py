@@ -18,7 +18,7 @@ from nets import SCHEDULES, build
 from nets.samplers import SAMPLERS, seeded_noise
 from nets.schedules import make_betas
 from utils.checkpoint import load_checkpoint
-from utils.data.dataset import normalise
+from utils.data.dataset import normalize
 from utils.errors import run_script
 from utils.evaluate.distances import nearest as nearest_features
 from utils.evaluate.image_sets import open_images
@@ -47,7 +47,7 @@ def noise_like(x, seed=0):
 
 
 def save(name, figure):
-    """The figure as a PNG of 64 colours, which is small."""
+    """The figure as a PNG of 64 colors, which is small."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     with atomic_write(FOLDER / f"{name}.png") as file:
@@ -85,7 +85,7 @@ def noising():
     """One image at six timesteps, by perturb_x."""
     diffusion, _ = load()
     t = torch.tensor([0, 100, 300, 500, 700, 999])
-    x = normalise(real_images(1), CPU).expand(6, -1, -1, -1)
+    x = normalize(real_images(1), CPU).expand(6, -1, -1, -1)
     panels("noising", [diffusion.perturb_x(x, t, noise_like(x[:1]).expand_as(x))], ["x_t"], [f"t = {n}" for n in t])
 
 
@@ -105,7 +105,7 @@ def schedules():
 def answers():
     """What the network sees and answers: x_t, its eps, its x_0."""
     diffusion, classes = load()
-    x, t = normalise(real_images(1), CPU), (100, 500, 900)
+    x, t = normalize(real_images(1), CPU), (100, 500, 900)
     rows = [[], [], []]
     for step in t:
         x_t = diffusion.perturb_x(x, torch.tensor([step]), noise_like(x))
@@ -148,7 +148,7 @@ def posterior():
 def loss():
     """The loss of eps, and of v, over the timesteps."""
     diffusion, _ = load()
-    x, ts = normalise(real_images(64), CPU), np.arange(9, 1000, 45)
+    x, ts = normalize(real_images(64), CPU), np.arange(9, 1000, 45)
     y = torch.full((len(x),), diffusion.null_class)
     v, eps = [], []
     for step in ts:
@@ -176,7 +176,7 @@ def ema(steps=240):
     torch.manual_seed(0)
     diffusion = build.from_config(asdict(config))
     optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=3e-3)
-    images = normalise(real_images(shape=(16, 16, 3)), CPU)
+    images = normalize(real_images(shape=(16, 16, 3)), CPU)
     held_out, images = images[:128], images[128:]
     t, found = torch.arange(128) * 1000 // 128, {"the weights": [], "their EMA": []}
     for step in range(steps):
@@ -238,7 +238,7 @@ def nearest():
     x = diffusion.sample(7, CPU, torch.arange(7), sampler="sde-dpm++", steps=25, seeds=range(7))
     bank = real_images()
     _, found = nearest_features(torch.from_numpy(to_uint8(x)).flatten(1), [bank.flatten(1)], 1)
-    panels("nearest", [x, normalise(bank[found[:, 0]], CPU)], ["sample", "nearest"], classes)
+    panels("nearest", [x, normalize(bank[found[:, 0]], CPU)], ["sample", "nearest"], classes)
 
 
 FIGURES = {

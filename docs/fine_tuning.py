@@ -1,6 +1,6 @@
-"""The example of docs/training.md: forty pictures, a few minutes from the weights in the box.
+"""The example of docs/training.md: forty images, a few minutes from the weights in the box.
 
-python -m docs.fine_tuning FOLDER     draws the pictures there (CC0), trains, and draws the figure
+python -m docs.fine_tuning FOLDER     draws the images there (CC0), trains, and draws the figure
 """
 
 import os
@@ -22,10 +22,10 @@ COUNT, SIZE, SCALE = 40, 32, 8
 
 
 def house(draw, random):
-    """A house: a wall, a roof, a door and a window, in random colours and sizes."""
-    colour = lambda: tuple(int(value) for value in random.integers(40, 230, 3))  # noqa: E731
+    """A house: a wall, a roof, a door and a window, in random colors and sizes."""
+    color = lambda: tuple(int(value) for value in random.integers(40, 230, 3))  # noqa: E731
     left, right, top = (int(random.integers(low, low + 5)) for low in (3, 24, 12))
-    wall, roof, door = colour(), colour(), colour()
+    wall, roof, door = color(), color(), color()
     draw.rectangle([left * SCALE, top * SCALE, right * SCALE, 29 * SCALE], fill=wall)
     middle = (left + right) / 2 + random.uniform(-2, 2)
     corners = ((left - 2, top), (right + 2, top), (middle, 3))
@@ -36,8 +36,8 @@ def house(draw, random):
     draw.rectangle([window * SCALE, (top + 2) * SCALE, (window + 4) * SCALE, (top + 6) * SCALE], fill=(190, 225, 250))
 
 
-def draw_pictures(folder):
-    """COUNT pictures of houses on white."""
+def draw_images(folder):
+    """COUNT images of houses on white."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for number in range(COUNT):
@@ -56,7 +56,7 @@ def main():
     if len(sys.argv) != 2:
         raise ValueError("usage: python -m docs.fine_tuning FOLDER")
     folder = Path(sys.argv[1])
-    draw_pictures(folder / "datasets")
+    draw_images(folder / "datasets")
     os.chdir(folder)
     txt_annotation.main([])
     began = time.monotonic()

@@ -37,7 +37,7 @@ def a_report(distances, T=T):
             "seed": seed,
             "distance": distance,
             "made": solvers.calls_of(solver, steps),
-            "seconds_a_picture": 0.1,
+            "seconds_per_image": 0.1,
             "network_share": 0.97,
         }
         for (solver, spacing, steps), values in distances.items()
@@ -147,7 +147,7 @@ def test_an_interrupted_table_goes_on_and_measures_no_cell_twice(tmp_path):
             measured.append(None)
             raise KeyboardInterrupt
         measured.append(cell)
-        return {"distance": 1.0 + cell.steps, "seconds_a_picture": 0.1, "network_share": 0.97}
+        return {"distance": 1.0 + cell.steps, "seconds_per_image": 0.1, "network_share": 0.97}
 
     with pytest.raises(KeyboardInterrupt):
         solvers.fill(empty, path, wanted, measure)
@@ -220,11 +220,11 @@ def test_quality_replaces_a_report_of_other_settings_and_adds_to_one_of_the_same
 def test_archives_that_were_compressed_anew_are_taken_from_a_root_and_the_root_stays_as_it_is(tmp_path):
     raw = tmp_path / "root" / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-    (raw / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"pictures", mtime=7))
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"images", mtime=7))
     (raw / "train-labels-idx1-ubyte").write_bytes(b"labels")
     runs.copy_unpacked(tmp_path / "root", tmp_path / "own")
     found = {path.name: path.read_bytes() for path in (tmp_path / "own" / "FashionMNIST" / "raw").iterdir()}
-    assert found == {"train-images-idx3-ubyte": b"pictures", "train-labels-idx1-ubyte": b"labels"}
+    assert found == {"train-images-idx3-ubyte": b"images", "train-labels-idx1-ubyte": b"labels"}
     assert sorted(path.name for path in raw.iterdir()) == ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte"]
     with pytest.raises(ValueError, match="no files in FashionMNIST/raw"):
         runs.copy_unpacked(tmp_path, tmp_path / "own")
@@ -249,7 +249,7 @@ def test_a_cell_is_measured_on_a_checkpoint(workplace):
     config = solvers.Config(model_path="small.pth", features="net.pth", samples=6, batch_size=4, compile=False)
     bench = solvers.Bench(config, torch.device("cpu"))
     found = bench.measure(Cell("ddim", "trailing", 5, 5, 0))
-    assert found["distance"] > 0 and found["seconds_a_picture"] > 0 and bench.about()["num_reference"] == 24
+    assert found["distance"] > 0 and found["seconds_per_image"] > 0 and bench.about()["num_reference"] == 24
 
 
 CONDITIONAL = {
@@ -374,8 +374,8 @@ def test_what_a_benchmark_takes_from_a_module_is_there(path):
 
 
 def test_each_variant_of_a_recipe_changes_the_training_and_leaves_nothing_behind(workplace, monkeypatch):
-    monkeypatch.setattr(recipes, "sampled", lambda judge, run: 0.0)
-    judge = types.SimpleNamespace(
+    monkeypatch.setattr(recipes, "sampled", lambda evaluator, run: 0.0)
+    evaluator = types.SimpleNamespace(
         config=recipes.Config(size=16, images=24), annotation="train_lines.txt", channels=3, device=torch.device("cpu")
     )
 
@@ -388,7 +388,7 @@ def test_each_variant_of_a_recipe_changes_the_training_and_leaves_nothing_behind
             "batch_size": 8,
             **settings,
         }
-        steps, _, _, loss, *_ = recipes.measure(judge, variant, images, values)
+        steps, _, _, loss, *_ = recipes.measure(evaluator, variant, images, values)
         return steps, loss
 
     plain, classes = losses(""), losses("", class_conditional=True, horizontal_flip=True)
