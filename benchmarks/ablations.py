@@ -1,4 +1,4 @@
-"""The candidates of NOTES.md, each beside the path that it would replace.
+"""The candidates of NOTES.md, each compared with the path that it would replace.
 
 python -m benchmarks.ablations --sections step
 """
@@ -114,7 +114,7 @@ def parts_section(config, device):
         "network, forward and backward": step,
         "clipping": lambda: clip_grad_norm_(trained, 1.0),
         "fused Adam": optimizer.step,
-        "moving average": diffusion.update_ema,
+        "EMA": diffusion.update_ema,
     }
 
 
@@ -130,7 +130,7 @@ def print_profile(config, device):
     total = sum(event.self_cpu_time_total for event in events)
     print(
         markdown(
-            ("operation", "share of the time"),
+            ("operation", "fraction of the time"),
             [(event.key, f"{event.self_cpu_time_total / total:.1%}") for event in events[:16]],
         )
     )

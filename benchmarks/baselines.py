@@ -47,6 +47,15 @@ def forever(make_iterator):
         yield from make_iterator()
 
 
+def prepare_training(asked):
+    """(Config, TrainContext) of train.py's settings, as its `main` makes them."""
+    with quiet():
+        config, device = train.resolve(asked)
+        context = train.prepare(config, device, None, train.saved_settings(asked, config, []))
+    train.compile_network(config, context.diffusion)
+    return config, context
+
+
 class Ours:
     """This project: the step of train.py's loop and the sampling of predict.py."""
 
@@ -66,12 +75,9 @@ class Ours:
             img_channels=job.img_channels,
             num_groups=32,  # as diffusers has
         )
-        with quiet():
-            self.config, _ = train.resolve(self.config)
-            self.context = train.prepare(self.config, job.device)
+        self.config, self.context = prepare_training(self.config)
         self.precision, self.diffusion = self.config.precision, self.context.diffusion
         self.network = self.diffusion.model
-        train.compile_network(self.config, self.diffusion)
         self.batches, self.step = forever(self.epoch), 0
 
     def epoch(self):
@@ -101,7 +107,7 @@ class Ours:
         """One step of ddpm, as `sample` takes it."""
         if not hasattr(self, "steps"):
             self.steps = forever(
-                lambda: self.drawing.sample_steps(self.job.batch_size, self.job.device, sampler="ddpm")
+                lambda: self.sampling.sample_steps(self.job.batch_size, self.job.device, sampler="ddpm")
             )
         with autocast(self.job.device, self.precision):
             next(self.steps)

@@ -4,7 +4,7 @@
 
 Through train.py, predict.py and utils.evaluate, as a user would. Loss curves, Frechet distances
 (features of a classifier that is trained on the same data), bits per dimension, sample grids, times
-and hardware go to benchmarks/results/. The same command goes on where it was stopped; other data or
+and hardware go to benchmarks/results/. The same command resumes where it was stopped; other data or
 variants with otherwise equal settings are added to the table.
 """
 
@@ -52,7 +52,7 @@ class Config:
     # What is trained
     data: str = ",".join(DATA)        # datasets, with commas between
     variants: str = "eps"             # a training of each: eps, v, eps+min_snr and v+min_snr, with commas between
-    weights: str = ",".join(WEIGHTS)  # ema: the averaged weights are measured; last: those of the last step too
+    weights: str = ",".join(WEIGHTS)  # which are measured: ema, last, with commas between
     minutes: float = 20.0             # time of each training
     epochs: int = 0                   # epochs instead; 0: as many as fit into the minutes
     size: int = 0                     # height and width of the images; 0: 32 on a GPU, 16 elsewhere
@@ -130,7 +130,7 @@ def opened(path, config):
 
 
 def measured(config, device, data, variant, annotation, path):
-    """One training and all that is measured of it: {training, grid, averages: {name: {...}}}."""
+    """One training and all that is measured of it: {training, grid, weights: {name: {...}}}."""
     options = {
         **network_options(device, config.size, config.channel),
         **VARIANTS[variant],
@@ -139,46 +139,46 @@ def measured(config, device, data, variant, annotation, path):
         "device": device.type,
         **({"class_conditional": True} if config.class_conditional else {}),
     }
-    weights, training = trained(WORK / data / variant, annotation, options, config.minutes, config.epochs)
+    checkpoint, training = trained(WORK / data / variant, annotation, options, config.minutes, config.epochs)
     grid = path.with_name(f"{path.stem}_{data}_{variant}.png")
-    sample_grid(weights, device, grid)
-    averages = {name: evaluated(config, device, weights, annotation, name) for name in config.weights.split(",")}
-    return {"training": training, "grid": grid.name, "averages": averages}
+    sample_grid(checkpoint, device, grid)
+    found = {name: evaluated(config, device, checkpoint, annotation, name) for name in config.weights.split(",")}
+    return {"training": training, "grid": grid.name, "weights": found}
 
 
-def sample_grid(weights, device, path):
+def sample_grid(checkpoint, device, path):
     """predict.py's grid from seed 0, as a file of the results."""
-    folder = weights.parent / "predict_out"
+    folder = checkpoint.parent / "predict_out"
     run_project(
         "predict.py",
-        {"model_path": str(weights), "seed": 0, "save_dir": str(folder), "device": device.type},
-        weights.parent,
+        {"model_path": str(checkpoint), "seed": 0, "save_dir": str(folder), "device": device.type},
+        checkpoint.parent,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "predict_5x5_results.png", path)
 
 
-def evaluated(config, device, weights, annotation, average):
+def evaluated(config, device, checkpoint, annotation, name):
     """utils.evaluate's distances, and bits per dimension for the EMA weights."""
-    folder = weights.parent / f"evaluate_{average}_{SAMPLER}_{config.samples}_{config.bits_images}"
+    folder = checkpoint.parent / f"evaluate_{name}_{SAMPLER}_{config.samples}_{config.bits_images}"
     found = folder / "evaluate_results.json"
     if not found.is_file():
         options = {
-            "samples": str(weights),
+            "samples": str(checkpoint),
             "reference": str(annotation),
             "num_images": config.samples,
             "features": "classifier",
-            "nearest": average == "ema",
+            "nearest": name == "ema",
             "nearest_images": min(config.samples, 1000),
-            "bits": average == "ema",
+            "bits": name == "ema",
             "bits_images": config.bits_images,
-            "use_ema": WEIGHTS[average],
+            "use_ema": WEIGHTS[name],
             "save_dir": str(folder),
             "device": device.type,
             "batch_size": 500 if device.type == "cuda" else 100,
             "sampler": SAMPLER,
         }
-        run_project("utils.evaluate", options, weights.parent)
+        run_project("utils.evaluate", options, checkpoint.parent)
     results = json.loads(found.read_text("utf-8"))
     results["distances"]["features"] = re.sub(r", [^,]*\.pth$", "", results["distances"]["features"])
     nearest = {name: value for name, value in results.get("nearest", {}).items() if name != "pairs"}
@@ -236,19 +236,19 @@ def table(report):
     for key, run in report["runs"].items():
         training, (data, variant) = run["training"], key.split("/")
         validation = training["history"][-1]["val_loss"]
-        for average, found in run["averages"].items():
+        for name, found in run["weights"].items():
             distances, bits = found["distances"], found.get("bits")
             lines.append(
                 (
                     data,
                     variant,
-                    average,
+                    name,
                     f"{distances['frechet_distance']:.3f}",
                     f"{1000 * distances['kernel_distance']:.2f} ± {1000 * distances['kernel_distance_std']:.2f}",
                     f"{distances['precision']:.3f}",
                     f"{distances['recall']:.3f}",
                     bits_of(bits) if bits else "",
-                    f"{validation:.4f}" if average == "ema" else "",
+                    f"{validation:.4f}" if name == "ema" else "",
                     f"{training['steps']:,}",
                     f"{training['minutes']:.1f}",
                 )
@@ -269,7 +269,7 @@ def notes(report):
     How close the samples are to the training images.
     """
     for key, run in report["runs"].items():
-        training, found = run["training"], next(iter(run["averages"].values()))
+        training, found = run["training"], next(iter(run["weights"].values()))
         yield (
             f"- {key}: {training['epochs']} epochs, {training['images_per_second']:,.0f} images/s; "
             f"{found['num_reference']:,} reference "
@@ -283,7 +283,7 @@ def notes(report):
                 f"chance gives {first:.0%}."
             )
         if training["steps"] <= EMA_START:
-            yield f"  The average begins at step {EMA_START:,}: here it is the last weights."
+            yield f"  The EMA starts at step {EMA_START:,}: here it equals the last weights."
 
 
 def plot(report, path):
@@ -300,7 +300,7 @@ def plot(report, path):
     FigureCanvasAgg(figure)
     for place, (key, run) in zip(figure.subplots(rows, columns, squeeze=False).flat, report["runs"].items()):
         history = run["training"]["history"]
-        for name, label in (("loss", "training, dropout on"), ("val_loss", "held out, averaged weights")):
+        for name, label in (("loss", "training, dropout on"), ("val_loss", "held out, EMA")):
             steps, values = [row["step"] for row in history], [row[name] for row in history]
             place.plot(steps, values, label=label, marker="." if len(history) < 20 else "")
         place.set(title=key, xlabel="step", ylabel="loss", yscale="log")

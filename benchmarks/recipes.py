@@ -159,31 +159,32 @@ def patched(owner, name, function):
 
 def stratified(sample_step_noise, generator, seed, shape, num_timesteps, *chances):
     """One timestep in each of B equal parts (Kingma et al. 2021, "VDM")."""
-    draws, own = sample_step_noise(generator, seed, shape, num_timesteps, *chances), torch.Generator().manual_seed(seed)
+    step_noise = sample_step_noise(generator, seed, shape, num_timesteps, *chances)
+    own = torch.Generator().manual_seed(seed)
     u = (torch.arange(shape[0]) + torch.rand(shape[0], generator=own)) / shape[0]
     order = torch.randperm(shape[0], generator=own)
-    return draws._replace(t=(u * num_timesteps).long().clamp(max=num_timesteps - 1)[order])
+    return step_noise._replace(t=(u * num_timesteps).long().clamp(max=num_timesteps - 1)[order])
 
 
 def immiscible(make_batch, config, context, images, labels, epoch, consumed):
     """The nearest of CANDIDATES noises for each image (arXiv 2406.12303, "immiscible")."""
-    x, y, draws = make_batch(config, context, images, labels, epoch, consumed)
+    x, y, step_noise = make_batch(config, context, images, labels, epoch, consumed)
     own = torch.Generator().manual_seed(derive_seed(config.seed, epoch, consumed, "candidates"))
     noises = torch.randn(len(x), CANDIDATES, *x.shape[1:], generator=own)
     chosen = (noises - x[:, None]).flatten(2).square().sum(2).argmin(1)
-    return x, y, draws._replace(noise=noises[torch.arange(len(x)), chosen])
+    return x, y, step_noise._replace(noise=noises[torch.arange(len(x)), chosen])
 
 
 def lambdas_from(distribution):
     """Timesteps whose lambda has a distribution: `distribution`, a function of u in (0, 1)."""
 
     def make_batch_by_lambda(make_batch, config, context, *where):
-        x, y, draws = make_batch(config, context, *where)
+        x, y, step_noise = make_batch(config, context, *where)
         lambdas = torch.tensor([half_log_snr(alpha_bar) for alpha_bar in context.diffusion.alpha_bars])
         own = torch.Generator().manual_seed(derive_seed(config.seed, *where[2:], "lambda"))
         wanted = distribution(torch.rand(len(x), generator=own, dtype=torch.float64))
         t = torch.searchsorted(-lambdas.double(), -wanted).clamp(max=len(lambdas) - 1)
-        return x, y, draws._replace(t=t)
+        return x, y, step_noise._replace(t=t)
 
     return [patched(train, "make_batch", make_batch_by_lambda)]
 
@@ -210,9 +211,9 @@ def mirroring(resolve, config):
 
 def mirrored(make_batch, config, context, images, labels, epoch, consumed):
     """Half of the images mirrored, in classes of their own: an augmentation that does not leak."""
-    x, y, draws = make_batch(config, context, images, labels, epoch, consumed)
+    x, y, step_noise = make_batch(config, context, images, labels, epoch, consumed)
     null = context.diffusion.num_classes - 1
-    return x, torch.where(draws.flip & (y != null), y + null // 2, y), draws
+    return x, torch.where(step_noise.flip & (y != null), y + null // 2, y), step_noise
 
 
 def half_size_first(train_step, run):
@@ -228,11 +229,11 @@ def at_half_size(train_step, config, context, images, *where):
         train_step(config, context, images, *where)
 
 
-def ema_of(share):
-    """The EMA spans a share of the steps so far (Karras et al. 2024); train.py's a ninth."""
+def ema_of(fraction):
+    """The EMA spans a fraction of the steps so far (Karras et al. 2024); train.py's a ninth."""
 
     def weight(ema_weight, n, decay, warmup):
-        return torch.where(n < 0, 1.0, 1 / (1 + share * (1 + n)))
+        return torch.where(n < 0, 1.0, 1 / (1 + fraction * (1 + n)))
 
     return [patched(nets.diffusion, "ema_weight", weight)]
 

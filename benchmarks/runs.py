@@ -1,7 +1,7 @@
 """Images to train on, and runs of train.py for a stated time, in a folder of their own: the user's
 datasets/ and logs/ stay as they are.
 
-All of it goes on where it was stopped: what is unpacked, listed, measured or trained is not done
+All of it resumes where it was stopped: what is unpacked, listed, measured or trained is not done
 again.
 """
 
@@ -69,7 +69,7 @@ def list_images(data, work=WORK, data_root=""):
 def copy_unpacked(data_root, target):
     """Brings Fashion-MNIST's files from one torchvision root to another.
 
-    Archives are unpacked here: torchvision refuses those that were compressed anew, as Debian's
+    Archives are unpacked here: torchvision refuses those that were recompressed, as Debian's
     package of the same data has them.
     """
     raw, to = Path(data_root) / "FashionMNIST" / "raw", target / "FashionMNIST" / "raw"

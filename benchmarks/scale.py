@@ -163,7 +163,7 @@ def channels_section(config, device):
 
 
 def training_step(channel, size, config, device):
-    """A function that trains one step: network, loss, gradients, fused Adam, average."""
+    """A function that trains one step: network, loss, gradients, fused Adam, EMA."""
     layout, precision = memory_format(device, choose_precision("auto", device)), choose_precision("auto", device)
     diffusion = (
         GaussianDiffusion(UNet(3, base_channels=channel), (size, size), 3).to(device, memory_format=layout).train()
@@ -190,7 +190,7 @@ def step_rows(axis, steps, config, device):
 
 
 def processes_section(config, device):
-    """Processes that train on their shares of a batch and average gradients, by torchrun."""
+    """Processes that train on their parts of a batch and average gradients, by torchrun."""
     rows = []
     for count in config.processes:
         command = [
@@ -225,13 +225,12 @@ def processes_section(config, device):
 
 def measure_worker(config, device):
     """One of several processes; the first prints the seconds of each step."""
-    share = Config(**{**asdict(config), "batch_size": config.batch_size // distributed.world_size()})
     layout = memory_format(device, "fp32")
     diffusion = GaussianDiffusion(UNet(3, base_channels=config.channel), (32, 32), 3).train()
     diffusion = diffusion.to(device, memory_format=layout)
     model = distributed.wrap(diffusion)
     optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=1e-4)
-    x = torch.randn(share.batch_size, 3, 32, 32, device=device)
+    x = torch.randn(config.batch_size // distributed.world_size(), 3, 32, 32, device=device)
 
     def step():
         model(x).backward()
@@ -290,7 +289,7 @@ def as_text(report):
 def plot(rows, path):
     """A panel for each axis, both scales logarithmic.
 
-    Without matplotlib it says so and draws none.
+    Without matplotlib it says so and plots nothing.
     """
     try:
         import matplotlib

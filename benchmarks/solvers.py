@@ -2,16 +2,15 @@
 
     python -m benchmarks.solvers
 
-Every number is a Frechet distance in float64 between features of generated and of real images, from a
+Every number is a Frechet distance in float64 between features of samples and of real images, from a
 classifier that is trained on the same data first. Table, JSON and plot go to benchmarks/results/. A
-cell is stored as soon as it is measured; the same command goes on. The first seed of all cells
+cell is stored as soon as it is measured; the same command resumes. The first seed of all cells
 comes first, the cheap ones before the costly: a table that was broken off is of use.
 """
 
 import json
 import statistics
 import sys
-import time
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
@@ -452,12 +451,12 @@ def heading(report):
     clock = "wall time" if on["clock"] == "wall" else "this process's CPU time"
     real = about["num_held_out"]
     real = f" {real:,} real images that were held out have {about['held_out_distance']:.3f}." if real else ""
-    return ("" if done == wanted else f"UNFINISHED: {done} of {wanted} cells; the same command goes on.\n\n") + (
+    return ("" if done == wanted else f"UNFINISHED: {done} of {wanted} cells; the same command resumes.\n\n") + (
         f"Frechet distance of {about['samples']:,} images to {about['num_reference']:,} real ones, mean and "
         "standard deviation of up to "
         f"{seeds} seeds. Lower is better.{real}\nFeatures: {about['features']}. Network: {about['parameters']:,} "
         f"parameters; {network}; "
-        f"T = {about['T']}, averaged weights, x_0 clipped.\n"
+        f"T = {about['T']}, EMA weights, x_0 clipped.\n"
         f"{on['gpu'] or on['cpu']}, {on['threads']} of {on['cores']} cores, load {on['load']:.1f}, {on['precision']}, "
         f"{clock}; "
         f"torch {on['versions'].get('torch')}."

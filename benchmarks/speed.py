@@ -1,4 +1,4 @@
-"""Speed and memory beside other implementations, interleaved in one process.
+"""Speed and memory compared with other implementations, interleaved in one process.
 
     python -m benchmarks.speed
 
@@ -150,9 +150,9 @@ def rows_of(what, unit, seconds, per_call, flops=None):
 
 
 def train_section(config, job, implementations):
-    """Images a second of a whole training step: data, network, optimizer, average.
+    """Images per second of a whole training step: data, network, optimizer, EMA.
 
-    And FLOP/s beside the machine's peaks.
+    And FLOP/s compared with the machine's peaks.
     """
     seconds = timed(config, job, {name: one.train_step for name, one in implementations.items()})
     flops = {name: count_flops(one.train_step) for name, one in implementations.items()}
@@ -199,27 +199,27 @@ def measure_peaks(config, job, precision):
 
 
 def denoise_section(config, job, implementations):
-    """One reverse step of ddpm for a batch, with the averaged weights where there are any."""
+    """One reverse step of ddpm for a batch, with the EMA where there is one."""
     seconds = timed(config, job, {name: one.denoise_step for name, one in implementations.items()})
     return rows_of("denoising step", "images/s", seconds, dict.fromkeys(seconds, config.batch_size))
 
 
 def sample_section(config, job, implementations):
-    """25 images: ours in 25 network calls, the others a stated share of 1000, scaled up."""
-    shares = {}
+    """25 images: ours in 25 network calls, the others a stated fraction of 1000, scaled up."""
+    fractions = {}
 
     def sampling(name):
         def sample():
-            shares[name] = implementations[name].sample(25)
+            fractions[name] = implementations[name].sample(25)
 
         return sample
 
     rounds = replace(config, rounds=max(2, config.rounds // 2))
     seconds = timed(rounds, job, {name: sampling(name) for name in implementations}, warm_up=1)
-    rows = rows_of("25 images", "images/s", seconds, {name: 25 * share for name, share in shares.items()})
+    rows = rows_of("25 images", "images/s", seconds, {name: 25 * done for name, done in fractions.items()})
     for row in rows:
-        share = shares[row["who"]]
-        row["note"] = "whole" if share == 1 else f"measured {share:.1%} of its 1000 steps, scaled up"
+        done = fractions[row["who"]]
+        row["note"] = "whole" if done == 1 else f"measured {done:.1%} of its 1000 steps, scaled up"
     return rows
 
 

@@ -5,7 +5,7 @@
 Every method trains in its own loop on the same images, and is told how many steps fit into the
 minutes. At each mark the same solver samples with its EMA, and the Frechet distance to the real
 images is written down, in the features of a classifier of the same data. The clock counts training
-alone. A mark is stored as soon as it is measured; the same command goes on from there. Table, JSON
+alone. A mark is stored as soon as it is measured; the same command resumes there. Table, JSON
 and curves go to benchmarks/results/.
 """
 
@@ -18,15 +18,17 @@ import torch
 from tqdm import tqdm
 
 import train
-from benchmarks.baselines import Diffusers, Job, Lucidrains, forever
+from benchmarks.baselines import Diffusers, Job, Lucidrains, forever, prepare_training
 from benchmarks.runs import DATA, RESULTS, WORK, list_images, write_json
 from benchmarks.timing import CLOCKS, machine, markdown, read_names
 from nets import samplers
 from nets.errors import check_choice
+from nets.sampling import SamplingOptions, make_denoiser, sampling_schedule
 from utils.data.dataset import epoch_batches, open_dataset
+from utils.data.image_format import ImageFormat
 from utils.device import autocast, choose_device, choose_precision
 from utils.errors import run_script
-from utils.evaluate.distances import FeatureStatistics, statistics_distance
+from utils.evaluate.distances import FeatureStatistics, frechet_distance
 from utils.evaluate.features import FeatureCache, load_extractor
 from utils.files import atomic_write
 from utils.images import save_png, to_uint8
@@ -91,10 +93,7 @@ class OurRun:
         config = train.Config(
             annotation_path=str(annotation), device=job.device.type, seed=seed, **{**shared, **overrides}
         )
-        with quiet():
-            self.config, device = train.resolve(config)
-            self.context = train.prepare(self.config, device)
-        train.compile_network(self.config, self.context.diffusion)
+        self.config, self.context = prepare_training(config)
         self.diffusion, self.step = self.context.diffusion, 0
         self.batches = forever(self.epoch)
 
@@ -123,7 +122,7 @@ class OurRun:
         """(denoise, alpha_bars): the EMA, with the classes in turn where it has them."""
         labels = self.context.dataset.labels
         y = labels[numbers % len(labels)].to(self.context.device) if self.diffusion.num_classes is not None else None
-        return self.diffusion.denoiser(y), self.diffusion.alpha_bars
+        return make_denoiser(self.diffusion, y, SamplingOptions()), self.diffusion.alpha_bars
 
     def state(self):
         diffusion = self.diffusion
@@ -183,8 +182,7 @@ class DiffusersRun(InOurPrecision, Diffusers):
         self.network.train(not on)
 
     def state(self):
-        context = (self.network, self.ema, self.optimizer, self.rate)
-        return [part.state_dict() for part in context]
+        return [part.state_dict() for part in (self.network, self.ema, self.optimizer, self.rate)]
 
     def restore(self, state, step):
         for part, saved in zip((self.network, self.ema, self.optimizer, self.rate), state):
@@ -211,8 +209,8 @@ class LucidrainsRun(InOurPrecision, Lucidrains):
         return denoise, model.alphas_cumprod.double().tolist()
 
     def state(self):
-        context = {"model": self.diffusion, "opt": self.trainer.opt, "ema": self.trainer.ema}
-        return {"step": self.trainer.step, **{name: part.state_dict() for name, part in context.items()}}
+        parts = {"model": self.diffusion, "opt": self.trainer.opt, "ema": self.trainer.ema}
+        return {"step": self.trainer.step, **{name: part.state_dict() for name, part in parts.items()}}
 
     def restore(self, state, step):
         self.trainer.step = state["step"]
@@ -257,7 +255,7 @@ def ours(config):
 
 
 def read_settings(pairs, declared=RUN_SETTINGS):
-    """{name: value} of `setting:value;setting:value`. UserError for an unknown one, or its value."""
+    """{name: value} of `setting:value;setting:value`. UserError for an unknown setting or value."""
     words = [pair.partition(":") for pair in pairs.split(";") if pair]
     for setting, _, _ in words:
         check_choice("setting", setting, declared)
@@ -289,7 +287,7 @@ class Evaluator:
     def __init__(self, config, device):
         self.config, self.device, self.channels = config, device, DATA[config.data]
         self.annotation = list_images(config.data, WORK, config.data_root)
-        self.dataset = open_dataset(self.annotation, (config.size, config.size), self.channels)
+        self.dataset = open_dataset(self.annotation, ImageFormat((config.size, config.size), self.channels))
         cache = FeatureCache("", self.annotation)
         self.extractor = load_extractor("classifier", self.dataset, cache, device)
         self.real = cache.collected(self.dataset, self.extractor, 10_000).statistics
@@ -306,13 +304,12 @@ class Evaluator:
         for first in range(0, self.config.samples, size):
             numbers = torch.arange(first, first + size)
             denoise, alpha_bars = run.denoiser(numbers)
-            chosen = samplers.timesteps(alpha_bars, STEPS, samplers.DEFAULT_SPACING[SAMPLER])
             noise = samplers.seeded_noise((self.config.seed + numbers).tolist(), shape, self.device)
             with torch.no_grad():
-                plan = samplers.solver_steps(alpha_bars, chosen)
-                x = last_images(samplers.SAMPLERS[SAMPLER](denoise, next(noise), plan, noise))
+                schedule = sampling_schedule(alpha_bars, SAMPLER, STEPS)
+                x = last_images(samplers.SAMPLERS[SAMPLER](denoise, next(noise), schedule, noise))
             statistics.add(self.extractor(torch.from_numpy(to_uint8(x))))
-        return statistics_distance(statistics, self.real)
+        return frechet_distance(statistics, self.real)
 
 
 def measure(config, device, evaluator, name, report, path):
@@ -321,14 +318,16 @@ def measure(config, device, evaluator, name, report, path):
     folder = WORK / "time_to_quality" / "_".join(map(str, identity))
     folder.mkdir(parents=True, exist_ok=True)
     job = Job(device, config.channel, config.size, config.batch_size, 0.1, evaluator.folder, folder, evaluator.channels)
-    known = ours(config)
-    run = (
-        PEERS[name](job)
-        if name in PEERS
-        else OurRun(job, evaluator.annotation, evaluator.channels, config.seed, known[name])
-    )
+    settings = None if name in PEERS else ours(config)[name]
+
+    def start():
+        if name in PEERS:
+            return PEERS[name](job)
+        return OurRun(job, evaluator.annotation, evaluator.channels, config.seed, settings)
+
+    run = start()
     about = {
-        "settings": None if name in PEERS else json.loads(json.dumps(known[name])),  # as the file has them
+        "settings": json.loads(json.dumps(settings)),  # as the file has them
         "precision": choose_precision("auto", device),
     }
     entry = report["methods"].get(name, {})
@@ -341,11 +340,7 @@ def measure(config, device, evaluator, name, report, path):
     else:
         entry["total_steps"], entry["steps_a_minute"] = plan(config, run)
         del run
-        run = (
-            PEERS[name](job)
-            if name in PEERS
-            else OurRun(job, evaluator.annotation, evaluator.channels, config.seed, known[name])
-        )
+        run = start()
         run.told(entry["total_steps"])
     clock = CLOCKS[config.clock]
     for mark in config.marks[len(entry["marks"]) :]:
