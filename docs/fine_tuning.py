@@ -1,10 +1,11 @@
-"""The example of docs/training.md: forty images, a few minutes from the weights in the box.
+"""The example of docs/training.md: fine-tunes the bundled checkpoint on forty images, in minutes.
 
-python -m docs.fine_tuning FOLDER     draws the images there (CC0), trains, and draws the figure
+    python -m docs.fine_tuning --folder results/fine_tuning
+
+It draws the images there (CC0), trains, samples, and makes the figure.
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import train
 import txt_annotation
 from docs.figures import WEIGHTS, panels
 from utils.errors import run_script
+from utils.settings import parse, settings, text
 
 COUNT, SIZE, SCALE = 40, 32, 8
 
@@ -52,33 +54,27 @@ def pixels(paths):
     return torch.from_numpy(stacked).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def main():
-    if len(sys.argv) != 2:
-        raise ValueError("usage: python -m docs.fine_tuning FOLDER")
-    folder = Path(sys.argv[1])
+@settings
+class Config:
+    folder: str = "results/fine_tuning"  # where the images and the run are written
+
+
+SETTINGS = {"folder": text()}
+
+
+def main(arguments=None):
+    folder = Path(parse(Config, SETTINGS, __doc__, arguments).folder)
     draw_images(folder / "datasets")
     os.chdir(folder)
     txt_annotation.main([])
     began = time.monotonic()
-    train.main(
-        [
-            "--start_from",
-            str(WEIGHTS),
-            "--preset",
-            "quick",
-            "--batch_size",
-            "8",
-            "--epochs",
-            "100",
-            "--preview_period",
-            "0",
-        ]
-    )
+    options = {"start_from": WEIGHTS, "preset": "quick", "batch_size": 8, "epochs": 100, "preview_period": 0}
+    train.main([f"--{name}={value}" for name, value in options.items()])
     print(f"{time.monotonic() - began:.0f} seconds of training")
     predict.main(["--seed", "1", "--num_images", "8", "--individual_files", "True"])
-    drawn = sorted(Path("results/predict_out").glob("seed_*.png"))
-    rows = [pixels(sorted(Path("datasets").glob("*.png"))[:8]), pixels(drawn)]
-    panels("fine_tuning", rows, ["given", "drawn"], [""] * 8)
+    samples = sorted(Path("results/predict_out").glob("seed_*.png"))
+    rows = [pixels(sorted(Path("datasets").glob("*.png"))[:8]), pixels(samples)]
+    panels("fine_tuning", rows, ["given", "sampled"], [""] * 8)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from benchmarks import denoisers, quality, recipes, runs, solvers
 from benchmarks.solvers import Cell
 from nets import build
 from nets.samplers import half_log_snr
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint.file import Checkpoint, save_checkpoint
 from utils.data.annotation import read_annotation
 from utils.evaluate.classifier import FeatureNet, save_feature_net
 
@@ -241,10 +242,7 @@ def test_a_cell_is_measured_on_a_checkpoint(workplace):
         "num_groups": 4,
         "num_timesteps": 10,
     }
-    weights = build.from_config(settings).state_dict()
-    save_checkpoint(
-        "small.pth", {"format": 1, "config": settings, "classes": [], "weights": weights, "weights_kind": "full"}
-    )
+    save_checkpoint(Checkpoint(Path("small.pth"), build.from_config(settings).state_dict(), config=settings))
     save_feature_net("net.pth", FeatureNet(3, 2))
     config = solvers.Config(model_path="small.pth", features="net.pth", samples=6, batch_size=4, compile=False)
     bench = solvers.Bench(config, torch.device("cpu"))
@@ -283,7 +281,7 @@ def test_changes_of_the_predicted_image():
 
     def images(t):
         changes = denoisers.denoisers(config, diffusion, guide)
-        return {name: denoiser(y, True, 1.0, True)(x, t) for name, denoiser in changes.items()}
+        return {name: denoiser(y)(x, t) for name, denoiser in changes.items()}
 
     plain, null, away = (
         model.denoiser(labels)(x, t) for model, labels in ((diffusion, y), (diffusion, None), (guide, y))
@@ -314,9 +312,7 @@ def test_changes_of_the_predicted_image_are_measured_on_a_checkpoint(workplace, 
     save_feature_net("net.pth", FeatureNet(3, 2))
     for name in ("model.pth", "weaker.pth"):
         weights = conditional_diffusion(len(name), len(classes)).state_dict()
-        save_checkpoint(
-            name, {"format": 1, "config": CONDITIONAL, "classes": classes, "weights": weights, "weights_kind": "full"}
-        )
+        save_checkpoint(Checkpoint(Path(name), weights, config=CONDITIONAL, classes=classes))
     options = [
         "--model_path",
         "model.pth",
@@ -348,16 +344,8 @@ def test_changes_of_the_predicted_image_are_measured_on_a_checkpoint(workplace, 
     assert [row[0] for row in rows] == [f"| {name}" for name in names]
     assert all(float(row[1].removesuffix(" |")) >= 0 for row in rows)
     other = {**CONDITIONAL, "num_timesteps": 12}
-    save_checkpoint(
-        "weaker.pth",
-        {
-            "format": 1,
-            "config": other,
-            "classes": classes,
-            "weights_kind": "full",
-            "weights": build.from_config(other, len(classes)).state_dict(),
-        },
-    )
+    weights = build.from_config(other, len(classes)).state_dict()
+    save_checkpoint(Checkpoint(Path("weaker.pth"), weights, config=other, classes=classes))
     with pytest.raises(ValueError, match="the guiding model has another schedule"):
         denoisers.main(options)
 
