@@ -182,16 +182,13 @@ def resolve(config, given, diffusion, classes):
     """
     seed = distributed.from_main(random.randrange(2**31) if config.seed < 0 else config.seed)
     sampler = "ddpm" if config.mask else config.sampler
-    options = SamplingOptions(
-        sampler,
-        config.steps or None,
-        config.spacing or DEFAULT_SPACING[sampler],
-        strength=config.strength or (0.6 if config.init_image and not config.mask else 1.0),
-    )
-    steps = len(sampling_schedule(diffusion, options))
+    spacing = config.spacing or DEFAULT_SPACING[sampler]
+    strength = config.strength or (0.6 if config.init_image and not config.mask else 1.0)
+    steps = len(sampling_schedule(diffusion.alpha_bars, sampler, config.steps or None, spacing, strength))
     if config.mask and not config.steps:
         steps = min(steps, MASKED_STEPS)
-    check_interval(config.guidance_interval, sampling_schedule(diffusion, options._replace(steps=steps)))
+    schedule = sampling_schedule(diffusion.alpha_bars, sampler, steps, spacing, strength)
+    check_interval(config.guidance_interval, schedule)
     num_images = config.interpolate or config.num_images
     if grid_rows(config, classes) and "num_images" not in given and num_images == SHOWN:
         num_images = COLUMNS * grid_rows(config, classes)
@@ -205,8 +202,8 @@ def resolve(config, given, diffusion, classes):
         seed=seed,
         seed_to=config.seed_to if config.seed_to >= 0 else seed + 1,
         sampler=sampler,
-        spacing=options.spacing,
-        strength=options.strength,
+        spacing=spacing,
+        strength=strength,
         steps=steps,
         num_images=num_images,
         input_shape=diffusion.img_size,

@@ -13,7 +13,15 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from nets import GaussianDiffusion, build
-from nets.architecture import check_input_shape, check_levels, choose_groups, count_flops, count_parameters
+from nets.architecture import (
+    change_classes,
+    check_input_shape,
+    check_levels,
+    choose_groups,
+    count_flops,
+    count_parameters,
+    unet_arguments,
+)
 from utils import distributed
 from utils.checkpoint.file import Checkpoint
 from utils.checkpoint.resume import check_classes, merge_settings, restore, start_settings
@@ -224,7 +232,8 @@ def prepare(config, device, checkpoint, about):
     with distributed.one_per_machine_first():
         images = open_dataset(config.annotation_path, image_format, config.num_workers)
     if checkpoint and config.start_from and checkpoint.training is None:
-        checkpoint = build.with_classes(checkpoint, asdict(config), images.classes)
+        weights = change_classes(checkpoint.weights, checkpoint.classes, images.classes, asdict(config))
+        checkpoint = replace(checkpoint, weights=weights, kind="ema", classes=[])
     check_classes(config, images.classes, checkpoint)
     dataset, validation = split_validation(images, config.val_split)
     batch_size = fit_batch_size(len(dataset), config.batch_size, distributed.world_size() * config.accumulate)
@@ -256,7 +265,7 @@ def prepare(config, device, checkpoint, about):
 
 def network_arguments(config, images):
     """The arguments of the UNet for these settings and the classes of the images."""
-    return build.unet_arguments(asdict(config), len(images.classes))
+    return unet_arguments(asdict(config), len(images.classes))
 
 
 def train(config, context, folder, start):
@@ -338,9 +347,8 @@ def make_batch(config, context, images, labels, epoch, consumed):
     x = normalize(images, context.device, step_noise.flip if config.horizontal_flip else None, context.layout)
     y = None
     if config.class_conditional:
-        y = torch.where(
-            step_noise.drop, context.diffusion.num_classes - 1, labels.to(context.device, non_blocking=True)
-        )
+        labels = labels.to(context.device, non_blocking=context.device.type == "cuda")
+        y = torch.where(step_noise.drop, context.diffusion.num_classes - 1, labels)
     return x, y, step_noise
 
 

@@ -5,12 +5,20 @@ import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is n
 # isort: split
 from pathlib import Path
 
-from utils.config import check_values, parse_config, settings
-from utils.data.annotation import write_annotation
+from utils.data.annotation import check_annotation_path, write_annotation
 from utils.data.formats import EXTENSIONS
-from utils.data.listing import check_annotation_path, describe_classes, describe_endings, describe_sizes
-from utils.data.search import SHIPPED, check_images, label_by_folder, search, without_shipped
+from utils.data.search import (
+    SHIPPED,
+    check_images,
+    describe_classes,
+    describe_endings,
+    describe_sizes,
+    label_by_folder,
+    search,
+    without_shipped,
+)
 from utils.errors import UserError, run_script
+from utils.settings import flag, parse, settings, text, whole
 from utils.terminal import printable
 
 
@@ -18,16 +26,24 @@ from utils.terminal import printable
 @settings
 class Config:
     datasets_path: str = "datasets"           # folder of the images; folders below their common root are classes
-    annotation_path: str = "train_lines.txt"  # the list to write; the class names go beside it
+    annotation_path: str = "train_lines.txt"  # the annotation file to write; class names next to it
     verify: bool = True                       # decode every image and leave out the bad ones (False: read headers only)
-    num_workers: int = 0                      # threads that decode; 0 = all cores
-    download: str = ""                        # fetch flowers102 cifar10 fashion_mnist mnist celeba oxford_pets or stl10
+    num_workers: int = 0                      # threads that decode; 0: one per core
+    download: str = ""                        # get flowers102 cifar10 fashion_mnist mnist celeba oxford_pets or stl10
 # fmt: on
 
 
+SETTINGS = {
+    "datasets_path": text(),
+    "annotation_path": text(),
+    "verify": flag(),
+    "num_workers": whole(0, 1024),
+    "download": text(),  # utils.data.downloads knows its names, and takes seconds to import
+}
+
+
 def main(arguments=None):
-    config = parse_config(Config, __doc__, arguments)
-    check_values(config, num_workers=(0, 1024))
+    config = parse(Config, SETTINGS, __doc__, arguments)
     check_annotation_path(config.annotation_path)
     if config.download:
         from utils.data.downloads import download  # torchvision takes seconds to import

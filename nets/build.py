@@ -1,106 +1,167 @@
 """Builds a GaussianDiffusion from settings or from a file of weights. Every script uses it."""
 
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
 import torch
 
+from .architecture import (
+    Weights,
+    arguments_of,
+    check_fit,
+    check_input_shape,
+    check_sizes,
+    class_rows,
+    clean_keys,
+    prefixes,
+    read_architecture,
+    unet_arguments,
+)
 from .diffusion import GaussianDiffusion
 from .errors import SettingError, check_choice
-from .guidance import check_weaker_model
-from .schedules import make_betas
-from .sizes import check_input_shape
+from .sampling import check_guiding_model
+from .schedules import find_schedule, make_betas
 from .unet import UNet
-from .weights import change_classes, check_fit, check_sizes, class_rows, clean_keys, read_settings, unet_arguments
-
-# train.py's settings that are arguments of the same name. A missing one leaves the default.
-SCHEDULE = ("schedule", "num_timesteps", "schedule_low", "schedule_high", "schedule_shift")
-OBJECTIVE = ("loss_type", "ema_decay", "ema_start", "prediction", "loss_weighting", "min_snr_gamma", "ema_warmup")
 
 
-def from_config(config, num_classes=0):
+class Checkpoint(Protocol):
+    """What is read of a loaded file."""
+
+    weights: Weights
+    kind: str  # "full", or "ema": `model.*` is missing
+    config: dict[str, Any]  # train.py's settings by name; {} for a bare state dict
+    classes: list[str]  # their names
+
+
+def from_config(config: Mapping[str, Any], num_classes: int = 0) -> GaussianDiffusion:
     """The GaussianDiffusion for train.py's settings, a dict by field name.
 
-    num_classes: the number of class names. With class_conditional the network has an embedding per
-    class, and label_dropout > 0 adds the null class. ValueError: settings that do not fit together.
+    A setting goes to the constructor that has an argument of its name; a missing one leaves the
+    default, and others are ignored. num_classes: the number of class names. With class_conditional
+    the network has an embedding per class, and label_dropout > 0 adds the null class. ValueError:
+    settings that do not fit together.
     """
-    input_shape, img_channels = tuple(config.get("input_shape", (32, 32))), config.get("img_channels", 3)
     rows, null_class = class_rows(config, num_classes)
-    arguments = unet_arguments(config, num_classes)
-    check_input_shape(input_shape, len(arguments["channel_mults"]))
-    betas = make_betas(**{name: config[name] for name in SCHEDULE if name in config})
-    objective = {name: config[name] for name in OBJECTIVE if name in config}
-    network = UNet(**arguments)
-    return GaussianDiffusion(network, input_shape, img_channels, rows, betas, null_class=null_class, **objective)
+    network = unet_arguments(config, num_classes)
+    input_shape = tuple(config.get("input_shape", (32, 32)))
+    check_input_shape(input_shape, len(network["channel_mults"]))
+    own = {
+        "img_size": input_shape,
+        "img_channels": network["img_channels"],
+        "num_classes": rows,
+        "null_class": null_class,
+    }
+    betas = make_betas(**arguments_of(make_betas, config))
+    return GaussianDiffusion(**arguments_of(GaussianDiffusion, config, model=UNet(**network), betas=betas, **own))
 
 
-def from_checkpoint(checkpoint, input_shape=None):
+def from_checkpoint(
+    checkpoint: Checkpoint, input_shape: Sequence[int] | None = None
+) -> tuple[GaussianDiffusion, list[str]]:
     """(GaussianDiffusion in eval mode, class names) of a loaded checkpoint.
 
-    checkpoint: a dict with weights, weights_kind, config and classes. An empty config means a bare
-    state dict; the class names are then "0", "1", ... A network without classes has no names.
+    The class names of a bare state dict are "0", "1", ... A network without classes has no names.
     input_shape: (height, width); None is the config's, or 32x32 for a bare state dict.
     ValueError where settings and weights do not fit together.
     """
-    check_sizes(checkpoint)
     overrides = {"input_shape": input_shape} if input_shape else {}
-    if checkpoint["config"]:
-        diffusion = from_config({**checkpoint["config"], **overrides}, len(checkpoint["classes"]))
-        load_weights(diffusion, checkpoint["weights"], checkpoint["weights_kind"])
+    if checkpoint.config:
+        config, num_classes = checkpoint.config, len(checkpoint.classes)
+        check_sizes(clean_keys(checkpoint.weights), config, num_classes)
+        diffusion = from_config({**config, **overrides}, num_classes)
+        load_weights(diffusion, checkpoint.weights, checkpoint.kind)
     else:
-        diffusion = from_weights(checkpoint["weights"], **overrides)
+        diffusion = from_weights(checkpoint.weights, **overrides)
     if diffusion.num_classes is None:
         return diffusion.eval(), []
     named = diffusion.num_classes - (diffusion.null_class is not None)
-    return diffusion.eval(), checkpoint["classes"] or [str(number) for number in range(named)]
+    return diffusion.eval(), checkpoint.classes or [str(number) for number in range(named)]
 
 
-def guiding_model(checkpoint, own, diffusion, use_ema=True):
+def guiding_model(
+    checkpoint: Checkpoint, own: Checkpoint, diffusion: GaussianDiffusion, use_ema: bool = True
+) -> GaussianDiffusion:
     """The GaussianDiffusion of a weaker checkpoint, to guide `diffusion`, which is that of `own`.
 
     ValueError where it cannot be built, is of another kind, or has the same weights.
     """
-    for name, found in (
-        ("classes", [part["classes"] for part in (checkpoint, own)]),
-        ("input_shape", [part["config"].get("input_shape") for part in (checkpoint, own)]),
-    ):
-        if all(found) and found[0] != found[1]:
-            raise SettingError(f"the guiding model learned another {name}: take an earlier file of the same run")
+    advice = "take an earlier file of the same run"
+    shapes = [part.config.get("input_shape") for part in (checkpoint, own)]
+    for name, (one, other) in {"classes": (checkpoint.classes, own.classes), "input_shape": shapes}.items():
+        if one and other and one != other:
+            raise SettingError(f"the guiding model learned another {name}: {advice}")
     try:
         guide, _ = from_checkpoint(checkpoint, diffusion.img_size)
     except ValueError as error:
         raise SettingError(f"the guiding model: {error}") from None
-    check_weaker_model(diffusion, 1.0, guide)
-    networks = [part.ema_model if use_ema else part.model for part in (diffusion, guide)]
+    check_guiding_model(diffusion, 1.0, guide)
+    networks = [part.network(use_ema) for part in (diffusion, guide)]
     weights, others = ([value.half() for value in network.parameters()] for network in networks)  # as small files have
     if len(weights) == len(others) and all(map(torch.equal, weights, others)):
-        raise SettingError(
-            "the guiding model has the same weights and leads nowhere: take an earlier file of the same run"
-        )
+        raise SettingError(f"the guiding model has the same weights, so it guides nowhere: {advice}")
     return guide
 
 
-def from_weights(state_dict, input_shape=(32, 32)):
+def from_weights(state_dict: Weights, input_shape: Sequence[int] = (32, 32)) -> GaussianDiffusion:
     """The GaussianDiffusion of a bare state dict, with its weights.
 
     Shapes and betas determine the settings; the others (groups, prediction, padding) are the
     reference's defaults. Instance norm is read as group norm. The EMA counter is ema_start, so that
     the first update does not overwrite the EMA. ValueError for other files.
     """
-    weights = clean_keys(state_dict)
-    settings, num_classes = read_settings(weights)
+    settings, num_classes = read_settings(state_dict)
     diffusion = from_config({**settings, "input_shape": input_shape}, num_classes)
-    load_weights(diffusion, weights, "full" if "model.init_conv.weight" in weights else "ema")
+    load_weights(diffusion, state_dict, "full" if "model." in prefixes(clean_keys(state_dict)) else "ema")
     diffusion.ema_step = diffusion.ema_start
     return diffusion
 
 
-def with_classes(checkpoint, config, classes):
-    """The checkpoint with its EMA as the weights of a network for other classes, names."""
-    rows, null_class = class_rows(config, len(classes))
-    chosen = list(classes) if rows else []
-    weights = change_classes(checkpoint["weights"], checkpoint["classes"], chosen, null_class is not None)
-    return {**checkpoint, "weights": weights, "weights_kind": "ema", "classes": chosen}
+def read_settings(state_dict: Weights) -> tuple[dict[str, Any], int]:
+    """(settings, number of classes) of a bare state dict, whose sizes fit each other.
+
+    The settings are train.py's, and time_emb_dim and norm. `schedule` is missing for unknown betas.
+    """
+    weights = clean_keys(state_dict)
+    settings = read_architecture(weights, prefixes(weights)[0])
+    classes, betas = settings.pop("num_classes"), weights["betas"].double().cpu().numpy()
+    settings |= {
+        "channel": settings.pop("base_channels"),
+        "class_conditional": classes is not None,
+        "label_dropout": 0.0,
+    }
+    try:
+        settings |= find_schedule(betas)
+    except ValueError:
+        settings["num_timesteps"] = betas.size
+    check_sizes(weights, settings, classes or 0)
+    return settings, classes or 0
 
 
-def load_weights(diffusion, state_dict, kind="full"):
+def config_from_weights(state_dict: Weights) -> dict[str, Any]:
+    """train.py's settings of a bare state dict; ValueError for a network that they cannot build."""
+    settings, _ = read_settings(state_dict)
+    for name in ("time_emb_dim", "norm"):
+        value, needed = settings.pop(name), inspect.signature(UNet).parameters[name].default
+        if value != needed:
+            raise SettingError(
+                f"train.py cannot train a network with {name} {value}: it needs {needed}; predict.py can sample with it"
+            )
+    if "schedule" not in settings:
+        warnings.warn("the betas of these weights match no known schedule: they are used unchanged", stacklevel=2)
+    return settings
+
+
+def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """train.py's settings of a checkpoint: its config, or what its weights determine."""
+    if not checkpoint.config:
+        return config_from_weights(checkpoint.weights)
+    check_sizes(clean_keys(checkpoint.weights), checkpoint.config, len(checkpoint.classes))
+    return checkpoint.config
+
+
+def load_weights(diffusion: GaussianDiffusion, state_dict: Weights, kind: str = "full") -> None:
     """Loads a state dict into `diffusion`. kind "ema": `model.*` is missing and becomes the EMA.
 
     Half precision and the prefixes of DistributedDataParallel and torch.compile are fine.

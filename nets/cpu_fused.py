@@ -3,18 +3,62 @@
 The four plain operations keep four to five full-size tensors for the backward pass. This one keeps
 its input and a mask of one byte per feature. The backward pass computes the convolution's input
 again, which is cheap. Results equal the plain ones up to rounding; dropout drops other features.
+`install` puts it into a network; nobody needs it to understand the network.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from .unet import AttentionBlock, ResidualBlock, UNet, attend
 
 aten = torch.ops.aten
 
 
+class FusedResidualBlock(ResidualBlock):
+    def forward(self, x, time_emb=None, y=None):
+        h = norm_act_conv(self.norm_1, self.activation, x, self.conv_1)
+        h = self.add_conditions(h, time_emb, y)
+        dropout, conv = self.conv_2
+        h = norm_act_conv(self.norm_2, self.activation, h, conv, dropout)
+        return self.attention(h + self.residual_connection(x))
+
+
+class FusedAttentionBlock(AttentionBlock):
+    def forward(self, x):
+        return x + self.to_out(attend(norm_act_conv(self.norm, None, x, self.to_qkv)))
+
+
+class FusedUNet(UNet):
+    def to_output(self, x):
+        return norm_act_conv(self.out_norm, self.activation, x, self.out_conv)
+
+
+FUSED = {ResidualBlock: FusedResidualBlock, AttentionBlock: FusedAttentionBlock, UNet: FusedUNet}
+
+
+def install(network: nn.Module) -> nn.Module:
+    """`network`, whose blocks take the fused path from now on wherever it applies.
+
+    It changes their class alone: parameters and keys stay, and copies of the network have it too.
+    """
+    for module in network.modules():
+        module.__class__ = FUSED.get(type(module), type(module))
+    return network
+
+
+def norm_act_conv(norm, activation, x: Tensor, conv, dropout=None) -> Tensor:
+    """conv(dropout(activation(norm(x)))) for x (b, c, h, w). activation and dropout may be None."""
+    if applies(norm, activation, x, conv, dropout):
+        return fused(norm, activation, x, conv, dropout)
+    x = norm(x)
+    x = x if activation is None else activation(x)
+    return conv(x if dropout is None else dropout(x))
+
+
 def applies(norm, activation, x, conv, dropout=None):
-    """Whether `norm_act_conv` can replace the plain operations; not where a compiler fuses them."""
+    """Whether `fused` can replace the plain operations; not where a compiler fuses them."""
     on_cpu = x.device.type == "cpu" and x.dim() == 4 and x.numel() > 0 and not torch.compiler.is_compiling()
     norm_fits = isinstance(norm, nn.GroupNorm) and norm.affine and activation in (None, F.silu)
     conv_fits = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
@@ -29,8 +73,8 @@ def dropout_rate(dropout):
     return dropout.p if dropout is not None and dropout.training else 0.0
 
 
-def norm_act_conv(norm, activation, x, conv, dropout=None):
-    """conv(dropout(activation(norm(x)))) where `applies` holds."""
+def fused(norm, activation, x, conv, dropout=None):
+    """`norm_act_conv` in one operation, where `applies` holds."""
     if torch.is_grad_enabled():
         settings = norm.num_groups, norm.eps, activation is not None, dropout_rate(dropout), conv.padding
         return NormActDropoutConv.apply(x, norm.weight, norm.bias, conv.weight, conv.bias, *settings)

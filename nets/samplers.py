@@ -17,7 +17,12 @@ from .errors import SettingError, check_choice
 
 NOISE_BLOCK = 8  # steps whose noise is sampled at once; another number changes the image of a seed
 SEEDS = 2**32  # the seeds that a CPU generator tells apart
+VARIANCES = ("beta", "posterior")  # of ddpm's noise: beta_t, or the smaller one of Ho et al. 2020, equation 7
+DEFAULT_RESAMPLINGS = 10  # of RePaint's paper
 LOWEST_LAMBDA = -5.1  # just below the linear schedule's last one; there x_t holds no image yet
+
+
+Device = torch.device | str
 
 
 class Step(NamedTuple):
@@ -33,7 +38,7 @@ def ddpm(denoise, x, steps, noise, *, variance="beta"):
 
     variance of the noise: "beta", or the smaller "posterior" (equation 7). The last step adds none.
     """
-    check_choice("variance", variance, ("beta", "posterior"))
+    check_choice("variance", variance, VARIANCES)
     for alpha_bar_t, alpha_bar_s, t in steps:
         alpha = alpha_bar_t / alpha_bar_s
         beta = 1 - alpha
@@ -113,7 +118,7 @@ def heun(denoise, x, steps, noise):
         yield x, x_0
 
 
-def repaint(denoise, x, steps, noise, *, known, mask, variance="beta", resamplings=10):
+def repaint(denoise, x, steps, noise, *, known, mask, variance="beta", resamplings=DEFAULT_RESAMPLINGS):
     """RePaint (Lugmayr et al. 2022, algorithm 1, jumps of one step): ddpm that keeps known pixels.
 
     known: images (b, c, h, w). mask: broadcastable to known, 1 where pixels are sampled. Each step

@@ -5,6 +5,8 @@ float64: in float32, 1 - beta loses digits of beta. SCHEDULES lists the schedule
 """
 
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,30 +15,30 @@ from .errors import SettingError, check_choice
 MAX_BETA = 0.999  # beta 1 erases the image in one step and leads to a division by alpha 0
 
 
-def generate_linear_schedule(T, low, high):
+def generate_linear_schedule(T: int, low: float, high: float) -> np.ndarray:
     """T betas in equal steps from low to high (Ho et al. 2020, section 4: T 1000, 1e-4 to 0.02)."""
     return np.linspace(low, high, T, dtype=np.float64)
 
 
-def generate_cosine_schedule(T, s=0.008):
+def generate_cosine_schedule(T: int, s: float = 0.008) -> np.ndarray:
     """T betas up to 0.999 whose alpha_bar follows cos^2 (Nichol & Dhariwal 2021, equation 17)."""
     time = np.arange(T + 1, dtype=np.float64) / T
     return betas_from_alpha_bar(np.cos((time + s) / (1 + s) * np.pi / 2) ** 2)
 
 
-def generate_sigmoid_schedule(T, start=-3, end=3, tau=1.0):
+def generate_sigmoid_schedule(T: int, start: float = -3, end: float = 3, tau: float = 1.0) -> np.ndarray:
     """T betas up to 0.999 whose alpha_bar follows a sigmoid (Jabri et al. 2022, algorithm 1)."""
     time = np.arange(T + 1, dtype=np.float64) / T
     falling = 1 / (1 + np.exp((time * (end - start) + start) / tau))
     return betas_from_alpha_bar(falling - falling[-1])
 
 
-def betas_from_alpha_bar(alpha_bar):
+def betas_from_alpha_bar(alpha_bar: np.ndarray) -> np.ndarray:
     """beta_t = 1 - alpha_bar_t / alpha_bar_(t-1): (T + 1,) -> (T,). A common factor cancels out."""
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], MAX_BETA)
 
 
-def scaled_linear(T, low, high):
+def scaled_linear(T: int, low: float, high: float) -> np.ndarray:
     """Linear betas up to 0.999. The factor 1000/T keeps alpha_bar_T close to that of T = 1000."""
     return np.minimum(generate_linear_schedule(T, low * 1000 / T, high * 1000 / T), MAX_BETA)
 
@@ -48,7 +50,7 @@ SCHEDULES = {
 }
 
 
-def shift_betas(betas, shift):
+def shift_betas(betas: np.ndarray, shift: float) -> np.ndarray:
     """Betas whose lambda, half the log-SNR, is `shift` higher at every timestep but those at 0.999.
 
     Hoogeboom et al. 2023 ("simple diffusion", section 3.1) lower it for large images, which need
@@ -59,7 +61,13 @@ def shift_betas(betas, shift):
     return betas_from_alpha_bar(factor * alpha_bar / (factor * alpha_bar + 1 - alpha_bar))
 
 
-def make_betas(schedule="linear", num_timesteps=1000, schedule_low=1e-4, schedule_high=0.02, schedule_shift=0.0):
+def make_betas(
+    schedule: str = "linear",
+    num_timesteps: int = 1000,
+    schedule_low: float = 1e-4,
+    schedule_high: float = 0.02,
+    schedule_shift: float = 0.0,
+) -> np.ndarray:
     """The (T,) float64 betas of the named schedule.
 
     schedule_low, schedule_high: the first and last beta of the linear schedule for T = 1000.
@@ -89,7 +97,7 @@ def make_betas(schedule="linear", num_timesteps=1000, schedule_low=1e-4, schedul
     return betas
 
 
-def check_betas(betas):
+def check_betas(betas: Sequence[float] | np.ndarray) -> np.ndarray:
     """`betas` as a (T,) float64 array; ValueError unless T >= 1 and every 0 < beta < 1."""
     betas = np.asarray(betas, dtype=np.float64)
     if betas.ndim != 1 or betas.size == 0:
@@ -99,7 +107,7 @@ def check_betas(betas):
     return betas
 
 
-def schedule_tables(betas):
+def schedule_tables(betas: np.ndarray) -> dict[str, np.ndarray]:
     """The tables that a state dict stores, (T,) float64 each (letters of Ho et al. 2020).
 
     remove_noise_coeff and reciprocal_sqrt_alphas: the factors of equation 11. sigma: algorithm 2.
@@ -116,3 +124,27 @@ def schedule_tables(betas):
         "remove_noise_coeff": betas / np.sqrt(1 - alphas_cumprod),
         "sigma": np.sqrt(betas),
     }
+
+
+def find_schedule(betas: Sequence[float] | np.ndarray) -> dict[str, Any]:
+    """The arguments of `make_betas` for (float32) betas, a dict; ValueError for unknown betas."""
+    betas = check_betas(betas)
+    T, free = len(betas), max(np.flatnonzero(betas < MAX_BETA), default=0)  # free: the last index below the cap
+    last = betas[0] + (betas[free] - betas[0]) * (T - 1) / free if free else betas[0]  # the last beta without the cap
+    low, high = (float(f"{beta * T / 1000:.6g}") for beta in (betas[0], last))
+    for schedule, make in SCHEDULES.items():
+        if np.allclose(make(T, low, high), betas, rtol=1e-5, atol=1e-9):
+            limits = {"schedule_low": low, "schedule_high": high} if schedule == "linear" else {}
+            return {"schedule": schedule, "num_timesteps": T, **limits}
+    for schedule in ("cosine", "sigmoid"):
+        shift = find_shift(betas, SCHEDULES[schedule](T, low, high))
+        if shift:
+            return {"schedule": schedule, "num_timesteps": T, "schedule_shift": shift}
+    raise SettingError(f"this is not one of our models: its betas match no schedule of ours ({', '.join(SCHEDULES)})")
+
+
+def find_shift(betas: np.ndarray, unshifted: np.ndarray) -> float | None:
+    """The `shift` of `shift_betas` that leads from `unshifted` to `betas`, else None."""
+    odds, before = ((1 - values[0]) / values[0] for values in (betas, unshifted))  # the SNR of timestep 0
+    shift = round(0.5 * float(np.log(odds / before)), 6)
+    return shift if np.allclose(shift_betas(unshifted, shift), betas, rtol=1e-5, atol=1e-9) else None

@@ -1,52 +1,37 @@
 """The UNet of Ho et al. 2020 ("DDPM"): (x_t, t, y) -> a prediction with the shape of x_t.
 
-Shapes are (b, c, h, w): batch, channels, height, width. The attributes of the blocks are the keys
-of the state dict.
+Shapes: batch, channels, height, width (b, c, h, w). Attributes are the keys of the state dict.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import cpu_fused
 from .errors import SettingError, check_choice
 
 MAX_GROUPS = 32  # group norm: the reference's default
-TIME_EMB_DIM = 512  # the reference's default
 
 
-def get_norm(norm, num_channels, num_groups):
+def get_norm(norm: str | None, num_channels: int, num_groups: int) -> nn.Module:
     """The layer for "gn", "in", "bn" (group, instance, batch norm) or None; else ValueError."""
     if norm == "gn" and num_channels % num_groups:
         raise SettingError(f"group norm: {num_channels} channels are not a multiple of {num_groups} groups; change one")
-    choices = {
-        "gn": lambda: nn.GroupNorm(num_groups, num_channels),
-        "in": lambda: nn.InstanceNorm2d(num_channels, affine=True),
-        "bn": lambda: nn.BatchNorm2d(num_channels),
-        None: nn.Identity,
-    }
-    check_choice("normalization", norm, choices)
-    return choices[norm]()
+    layers = {"gn": partial(nn.GroupNorm, num_groups), "in": partial(nn.InstanceNorm2d, affine=True)}
+    layers |= {"bn": nn.BatchNorm2d, None: nn.Identity}
+    check_choice("normalization", norm, layers)
+    return layers[norm](num_channels)
 
 
-def zero_init(layer):
+def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
     """`layer` with zero weight and bias: a residual branch that ends in it first adds zero."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def norm_act_conv(norm, activation, x, conv, dropout=None):
-    """conv(dropout(activation(norm(x)))) for x (b, c, h, w). activation and dropout may be None."""
-    if cpu_fused.applies(norm, activation, x, conv, dropout):  # same result, less memory and time
-        return cpu_fused.norm_act_conv(norm, activation, x, conv, dropout)
-    x = norm(x)
-    x = x if activation is None else activation(x)
-    return conv(x if dropout is None else dropout(x))
 
 
 class PositionalEmbedding(nn.Module):
@@ -56,14 +41,14 @@ class PositionalEmbedding(nn.Module):
     under autocast: bf16 rounds timestep 999 to 1000.
     """
 
-    def __init__(self, dim, scale=1.0):
+    def __init__(self, dim: int, scale: float = 1.0):
         super().__init__()
         if dim % 2:
             raise SettingError(f"a positional embedding has an even number of channels, not {dim}")
         self.dim = dim
         self.scale = scale
 
-    def forward(self, t):
+    def forward(self, t: Tensor) -> Tensor:
         half = self.dim // 2
         frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000) / half))
         angles = (t.float() * self.scale)[:, None] * frequencies  # (b, dim/2)
@@ -73,11 +58,11 @@ class PositionalEmbedding(nn.Module):
 class Downsample(nn.Module):
     """Halves height and width with a strided convolution; ValueError for an odd size."""
 
-    def __init__(self, in_channels):
+    def __init__(self, in_channels: int):
         super().__init__()
         self.downsample = nn.Conv2d(in_channels, in_channels, 3, stride=2, padding=1)
 
-    def forward(self, x, time_emb=None, y=None):
+    def forward(self, x: Tensor, time_emb: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         for name, size in zip(("height", "width"), x.shape[2:]):
             if size % 2:
                 raise SettingError(f"downsampling needs an even {name}, got {size}: each level but the last halves it")
@@ -87,32 +72,36 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Doubles height and width: nearest neighbour, then a convolution. No checkerboard patterns."""
 
-    def __init__(self, in_channels):
+    def __init__(self, in_channels: int):
         super().__init__()
         conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
         self.upsample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), conv)
 
-    def forward(self, x, time_emb=None, y=None):
+    def forward(self, x: Tensor, time_emb: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         return self.upsample(x)
 
 
 class AttentionBlock(nn.Module):
     """Self-attention over all pixels with one head, added to its input. It costs O((h*w)^2)."""
 
-    def __init__(self, in_channels, norm="gn", num_groups=MAX_GROUPS):
+    def __init__(self, in_channels: int, norm: str | None = "gn", num_groups: int = MAX_GROUPS):
         super().__init__()
-        self.in_channels = in_channels
         self.norm = get_norm(norm, in_channels, num_groups)
         self.to_qkv = nn.Conv2d(in_channels, in_channels * 3, 1)
         self.to_out = zero_init(nn.Conv2d(in_channels, in_channels, 1))
 
-    def forward(self, x):
-        qkv = norm_act_conv(self.norm, None, x, self.to_qkv).flatten(2).transpose(1, 2)  # (b, h*w, 3c)
-        # The fast kernels need contiguous channels: free in channels_last, else one copy.
-        q, k, v = qkv.contiguous().unsqueeze(1).chunk(3, dim=-1)  # (b, 1 head, h*w, c)
-        out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(c)) v
-        out = out.squeeze(1).transpose(1, 2).reshape(x.shape)
-        return x + self.to_out(out)
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.to_out(attend(self.to_qkv(self.norm(x))))
+
+
+def attend(qkv: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(c)) v over the pixels: (b, 3c, h, w) -> (b, c, h, w)."""
+    b, channels, h, w = qkv.shape
+    # The fast kernels need contiguous channels: free in channels_last, else one copy.
+    pixels = qkv.flatten(2).transpose(1, 2).contiguous()  # (b, h*w, 3c)
+    q, k, v = pixels.unsqueeze(1).chunk(3, dim=-1)  # (b, 1 head, h*w, c)
+    out = F.scaled_dot_product_attention(q, k, v)
+    return out.squeeze(1).transpose(1, 2).reshape(b, channels // 3, h, w)
 
 
 class ResidualBlock(nn.Module):
@@ -124,15 +113,15 @@ class ResidualBlock(nn.Module):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        dropout,
-        time_emb_dim=None,
-        num_classes=None,
-        activation=F.relu,
-        norm="gn",
-        num_groups=MAX_GROUPS,
-        use_attention=False,
+        in_channels: int,
+        out_channels: int,
+        dropout: float,
+        time_emb_dim: int | None = None,
+        num_classes: int | None = None,
+        activation: Callable[[Tensor], Tensor] = F.relu,
+        norm: str | None = "gn",
+        num_groups: int = MAX_GROUPS,
+        use_attention: bool = False,
     ):
         super().__init__()
         self.activation = activation
@@ -146,110 +135,90 @@ class ResidualBlock(nn.Module):
         self.residual_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
         self.attention = AttentionBlock(out_channels, norm, num_groups) if use_attention else nn.Identity()
 
-    def forward(self, x, time_emb=None, y=None):
-        out = norm_act_conv(self.norm_1, self.activation, x, self.conv_1)
-        shift = self.shift(time_emb, y)
-        if shift is not None:
-            out = out + shift[:, :, None, None].to(out.dtype)  # under autocast a class embedding is float32
-        dropout, conv = self.conv_2
-        out = norm_act_conv(self.norm_2, self.activation, out, conv, dropout)
-        return self.attention(out + self.residual_connection(x))
+    def forward(self, x: Tensor, time_emb: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        h = self.conv_1(self.activation(self.norm_1(x)))
+        h = self.add_conditions(h, time_emb, y)
+        h = self.conv_2(self.activation(self.norm_2(h)))
+        return self.attention(h + self.residual_connection(x))
 
-    def shift(self, time_emb, y):
-        """The sum of time_bias and class_bias, (b, out_channels); None without both."""
-        if self.time_bias is not None and time_emb is None:
-            raise SettingError("this block is conditioned on time: pass time_emb")
-        if self.class_bias is not None and y is None:
-            raise SettingError("this block is conditioned on classes: pass y")
+    def add_conditions(self, h: Tensor, time_emb: Tensor | None, y: Tensor | None) -> Tensor:
+        """h with the sum of time_bias and class_bias, (b, out_channels), added to its channels."""
         shift = None
         if self.time_bias is not None:
+            if time_emb is None:
+                raise SettingError("the network is conditioned on time: pass time (to a block: time_emb)")
             shift = self.time_bias(self.activation(time_emb))
         if self.class_bias is not None:
+            if y is None:
+                raise SettingError("the network is conditioned on classes: pass y")
             shift = self.class_bias(y) if shift is None else shift + self.class_bias(y)
-        return shift
+        if shift is None:
+            return h
+        return h + shift[:, :, None, None].to(h.dtype)  # under autocast a class embedding is float32
 
 
 class UNet(nn.Module):
     """Predicts eps, x_0 or v from x_t, as GaussianDiffusion trains it.
 
-    channel_mults: a factor of base_channels for each level. attention_resolutions: levels, 0 is the
-    full size. time_emb_dim None: no input t. num_classes None: no input y. initial_pad: the border
-    of zeros around x, in pixels; the output lacks it. activation_checkpointing: the backward pass
-    computes activations again, in a third more time and a fraction of the memory.
+    channel_mults: a factor of base_channels per level. attention_resolutions: levels, 0 is full
+    size. time_emb_dim, num_classes: None for no input t or y. initial_pad: pixels of zeros around.
+    activation_checkpointing: the backward pass computes activations again, in a third more time.
     """
 
     def __init__(
         self,
-        img_channels,
-        base_channels=128,
-        channel_mults=(1, 2, 2, 2),
-        num_res_blocks=2,
-        time_emb_dim=TIME_EMB_DIM,
-        time_emb_scale=1.0,
-        num_classes=None,
-        activation=F.silu,
-        dropout=0.1,
-        attention_resolutions=(1,),
-        norm="gn",
-        num_groups=MAX_GROUPS,
-        initial_pad=0,
+        img_channels: int,
+        base_channels: int = 128,
+        channel_mults: Sequence[int] = (1, 2, 2, 2),
+        num_res_blocks: int = 2,
+        time_emb_dim: int | None = 512,
+        time_emb_scale: float = 1.0,
+        num_classes: int | None = None,
+        activation: Callable[[Tensor], Tensor] = F.silu,
+        dropout: float = 0.1,
+        attention_resolutions: Sequence[int] = (1,),
+        norm: str | None = "gn",
+        num_groups: int = MAX_GROUPS,
+        initial_pad: int = 0,
         *,
-        activation_checkpointing=False,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
-        self.activation = activation
-        self.initial_pad = initial_pad
-        self.num_classes = num_classes
+        self.activation, self.num_classes, self.initial_pad = activation, num_classes, initial_pad
         self.activation_checkpointing = activation_checkpointing
         self.time_mlp = None
         if time_emb_dim is not None:
-            self.time_mlp = nn.Sequential(
-                PositionalEmbedding(base_channels, time_emb_scale),
-                nn.Linear(base_channels, time_emb_dim),
-                nn.SiLU(),
-                nn.Linear(time_emb_dim, time_emb_dim),
-            )
+            layers = nn.Linear(base_channels, time_emb_dim), nn.SiLU(), nn.Linear(time_emb_dim, time_emb_dim)
+            self.time_mlp = nn.Sequential(PositionalEmbedding(base_channels, time_emb_scale), *layers)
         self.init_conv = nn.Conv2d(img_channels, base_channels, 3, padding=1)
-        block = partial(
-            ResidualBlock,
-            dropout=dropout,
-            time_emb_dim=time_emb_dim,
-            num_classes=num_classes,
-            activation=activation,
-            norm=norm,
-            num_groups=num_groups,
-        )
+        self.downs, self.mid, self.ups = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        levels = [(base_channels * mult, i in attention_resolutions) for i, mult in enumerate(channel_mults)]
+        shared = (dropout, time_emb_dim, num_classes, activation, norm, num_groups)
+        self.add_blocks(base_channels, levels, num_res_blocks, shared)
+        self.out_norm = get_norm(norm, levels[0][0], num_groups)
+        self.out_conv = zero_init(nn.Conv2d(levels[0][0], img_channels, 3, padding=1))
 
-        widths = [base_channels * mult for mult in channel_mults]
-        channels = base_channels
+    def add_blocks(self, channels: int, levels: list[tuple[int, bool]], num_res_blocks: int, shared: tuple) -> None:
+        """levels: (channels, with attention) from full size on. shared: arguments of all blocks."""
         skips = [channels]  # the channels of the skip connections
-        self.downs = nn.ModuleList()
-        for level, width in enumerate(widths):
+        for level, (width, attention) in enumerate(levels):
             for _ in range(num_res_blocks):
-                self.downs.append(block(channels, width, use_attention=level in attention_resolutions))
-                channels = width
-                skips.append(channels)
-            if level < len(widths) - 1:
-                self.downs.append(Downsample(channels))
-                skips.append(channels)
-
-        self.mid = nn.ModuleList([block(channels, channels, use_attention=True), block(channels, channels)])
-
-        self.ups = nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
+                self.downs.append(ResidualBlock(skips[-1], width, *shared, attention))
+                skips.append(width)
+            if level < len(levels) - 1:
+                self.downs.append(Downsample(skips[-1]))
+                skips.append(skips[-1])
+        channels = skips[-1]
+        self.mid.extend(ResidualBlock(channels, channels, *shared, attention) for attention in (True, False))
+        for level, (width, attention) in reversed(list(enumerate(levels))):
             for _ in range(num_res_blocks + 1):
-                self.ups.append(block(channels + skips.pop(), width, use_attention=level in attention_resolutions))
+                self.ups.append(ResidualBlock(channels + skips.pop(), width, *shared, attention))
                 channels = width
             if level > 0:
                 self.ups.append(Upsample(channels))
 
-        self.out_norm = get_norm(norm, channels, num_groups)
-        self.out_conv = zero_init(nn.Conv2d(channels, img_channels, 3, padding=1))
-
-    def forward(self, x, time=None, y=None):
+    def forward(self, x: Tensor, time: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """x (b, c, h, w), time (b,) timesteps, y (b,) class ids -> (b, c, h, w)."""
-        if self.num_classes is not None and y is None:
-            raise SettingError("this network is conditioned on classes: pass y")
         time_emb = self.embed_time(time)
         pad = self.initial_pad
         x = self.init_conv(F.pad(x, (pad,) * 4) if pad else x)
@@ -263,18 +232,18 @@ class UNet(nn.Module):
             if isinstance(layer, ResidualBlock):
                 x = torch.cat((x, skips.pop()), dim=1)
             x = self.run(layer, x, time_emb, y)
-        x = norm_act_conv(self.out_norm, self.activation, x, self.out_conv)
+        x = self.to_output(x)
         return x[:, :, pad:-pad, pad:-pad] if pad else x
 
-    def embed_time(self, time):
-        """(b,) timesteps -> (b, time_emb_dim), or None for a network without time."""
-        if self.time_mlp is None:
-            return None
-        if time is None:
-            raise SettingError("this network is conditioned on time: pass time")
-        return self.time_mlp(time)
+    def to_output(self, x: Tensor) -> Tensor:
+        """The last features (b, c, h, w) -> (b, img_channels, h, w)."""
+        return self.out_conv(self.activation(self.out_norm(x)))
 
-    def run(self, layer, x, time_emb, y):
+    def embed_time(self, time: Tensor | None) -> Tensor | None:
+        """(b,) timesteps -> (b, time_emb_dim); None without them, or for a network without time."""
+        return None if time is None or self.time_mlp is None else self.time_mlp(time)
+
+    def run(self, layer: nn.Module, x: Tensor, time_emb: Tensor | None, y: Tensor | None) -> Tensor:
         """layer(x, time_emb, y), with activation checkpointing where it is on."""
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(layer, x, time_emb, y, use_reentrant=False)

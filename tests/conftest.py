@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from utils.training.loss_history import LossHistory
+
 PROJECT = Path(__file__).resolve().parent.parent
 # One thread: several would wait for each other wherever the machine does something else beside the
 # tests.
@@ -45,12 +47,32 @@ def write_pictures(folder, count=24, size=8, seed=0):
 
 
 @pytest.fixture
+def curves():
+    """For a test that wants epoch_loss.png to be drawn."""
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """matplotlib takes ten times as long as a tiny run: it draws only for tests of the curves."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr(LossHistory, "plot", lambda self, final=False: None)
+
+
+@pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """An empty folder to work in, with 24 tiny pictures and their list."""
     monkeypatch.chdir(tmp_path)
     write_pictures(tmp_path / "datasets")
     run_main("txt_annotation.py")
     return tmp_path
+
+
+def load_as(path, *format_values, **more):
+    """`load_image` of a file in the ImageFormat of these values."""
+    from utils.data.decode import load_image
+    from utils.data.image_format import ImageFormat
+
+    return load_image(path, ImageFormat(*format_values, **more))
 
 
 def command(script, *arguments):

@@ -13,11 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.data.annotation import Annotation, classes_path, read_annotation, write_annotation
+from utils.data.annotation import (
+    Annotation,
+    check_annotation_path,
+    classes_path,
+    read_annotation,
+    write_annotation,
+)
 from utils.data.formats import EXTENSIONS
-from utils.data.listing import check_annotation_path
 from utils.data.search import beside_folders, check_images, find_images, label_by_folder, search, without_shipped
 from utils.data.threads import Budget, map_in_threads
+from utils.errors import UserError
 from utils.terminal import printable
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -195,13 +201,6 @@ def test_what_a_terminal_would_act_on_is_escaped(monkeypatch, text, shown):
     assert printable(text) == shown
 
 
-def test_what_the_terminal_lacks_is_escaped(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    assert printable("猫é\udcff") == r"\u732b\xe9\udcff"
-    monkeypatch.setattr(sys, "stdout", None)
-    assert printable("猫\x1b") == r"猫\x1b"
-
-
 # Classes
 
 
@@ -287,13 +286,23 @@ def test_class_names_lie_beside_the_list():
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
-def test_a_fifo_gets_the_list_alone(tmp_path):
-    fifo = tmp_path / "list"
-    os.mkfifo(fifo)
-    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    assert write_annotation(fifo, ["/d/1.png"], [0], ["cats"]) is None
-    assert os.read(reader, 100) == b"0;/d/1.png\n" and os.listdir(tmp_path) == ["list"]
-    os.close(reader)
+def test_a_fifo_is_refused_before_the_older_names_go(tmp_path):
+    os.mkfifo(tmp_path / "list.txt")
+    (tmp_path / "list_classes.txt").write_text("mine\n")
+    for attempt in (lambda path: write_annotation(path, ["/d/1.png"], [0], ["cats"]), check_annotation_path):
+        with pytest.raises(UserError, match="list.txt is a device, a pipe, a socket"):
+            attempt(tmp_path / "list.txt")
+    assert (tmp_path / "list_classes.txt").read_text() == "mine\n" and len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links of POSIX")
+def test_a_list_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "train_lines.txt").symlink_to("elsewhere/list")
+    write_annotation(tmp_path / "train_lines.txt", ["/d/1.png"], [0], ["cats"])
+    assert (tmp_path / "elsewhere" / "list").read_text() == "0;/d/1.png\n"
+    assert (tmp_path / "train_lines.txt").is_symlink()
+    assert read_annotation(tmp_path / "train_lines.txt") == Annotation(["/d/1.png"], [0], ["cats"])
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 2])
@@ -410,6 +419,14 @@ def test_a_list_cannot_be_written_over_a_folder(tmp_path, monkeypatch, name):
     (tmp_path / "logs").mkdir()
     with pytest.raises(ValueError, match="is no name of a file: give one such as train_lines.txt"):
         check_annotation_path(name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_a_list_cannot_be_written_into_a_pipe_or_a_device(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", os.devnull):
+        with pytest.raises(ValueError, match="is a device or a pipe: give the name of a file"):
+            check_annotation_path(path)
 
 
 def test_a_list_never_replaces_an_image(tmp_path, monkeypatch):

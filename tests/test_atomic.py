@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import torch
 
 from utils import files as atomic
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.files import atomic_folder, atomic_write, remove_leftovers
+from utils.errors import UserError
+from utils.files import atomic_folder, atomic_write, locked, read_json, remove_leftovers, resolve_output
 
 OLD, NEW = b"old" * 1000, b"new" * 50_000
 CALLS = ("open", "write", "fsync", "replace", "close")
@@ -129,6 +131,23 @@ def test_a_full_disk_at_any_call_leaves_the_old_file_and_no_other(tmp_path, monk
         assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize(("mode", "content"), [("wb", b"few bytes"), ("w", "a line\n")])
+def test_all_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch, mode, content):
+    """Few bytes wait in Python's own buffer, which fsync knows nothing of, unless it is flushed."""
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def recorded_fsync(descriptor):
+        found = os.fstat(descriptor)
+        calls.append(("fsync", found.st_size) if stat.S_ISREG(found.st_mode) else "fsync of the folder")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    with atomic_write(tmp_path / "file", mode) as file:
+        file.write(content)
+    assert calls == [("fsync", len(content)), "replace", "fsync of the folder"]
+
+
 def test_an_error_inside_the_block_leaves_the_old_file(tmp_path):
     (tmp_path / "file").write_bytes(OLD)
     with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "file") as file:
@@ -183,12 +202,31 @@ def test_a_folder_that_is_in_the_way_stays(tmp_path):
     assert os.listdir(tmp_path / "folder") == ["mine"] and os.listdir(tmp_path) == ["folder"]
 
 
-# Links, devices and FIFOs
+# Links, devices and pipes
+
+
+@pytest.mark.parametrize("target", ["there", "not there", "a folder"])
+def test_a_link_at_a_fixed_name_is_replaced(tmp_path, target):
+    """A folder from someone else cannot redirect a write: what the link names stays as it was."""
+    real, link = tmp_path / "real", tmp_path / "link"
+    link.symlink_to("real")
+    if target == "there":
+        real.write_bytes(OLD)
+    elif target == "a folder":
+        real.mkdir()
+    write(link)
+    assert not link.is_symlink() and link.read_bytes() == NEW
+    if target == "there":
+        assert real.read_bytes() == OLD
+    elif target == "a folder":
+        assert os.listdir(real) == []
+    else:
+        assert not real.exists()
 
 
 @pytest.mark.parametrize("target", ["there", "not there", "in a new folder"])
 @pytest.mark.parametrize("links", [1, 2])
-def test_a_link_is_written_through(tmp_path, target, links):
+def test_a_link_that_the_user_typed_is_followed(tmp_path, target, links):
     """The link stays, its target is replaced whole, and the old content survives an error."""
     real = tmp_path / ("new/real" if target == "in a new folder" else "real")
     link = real
@@ -197,59 +235,55 @@ def test_a_link_is_written_through(tmp_path, target, links):
         link.symlink_to(os.path.relpath(link_to, tmp_path))
     if target == "there":
         real.write_bytes(OLD)
-    with pytest.raises(ZeroDivisionError), atomic_write(link) as file:
+    with pytest.raises(ZeroDivisionError), atomic_write(resolve_output(link)) as file:
         file.write(b"half")
         raise ZeroDivisionError
     assert real.read_bytes() == OLD if target == "there" else not real.exists()
-    write(link)
+    write(resolve_output(link))
     assert link.is_symlink() and not real.is_symlink() and real.read_bytes() == link.read_bytes() == NEW
     assert [name for name in (*os.listdir(tmp_path), *os.listdir(real.parent)) if name.endswith(".tmp")] == []
 
 
-def test_a_circle_of_links_is_refused(tmp_path):
+def test_a_circle_of_links_gives_way_to_the_file(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    with pytest.raises(OSError, match="symbolic links"):
-        write(tmp_path / "a")
-    assert (tmp_path / "a").is_symlink() and sorted(os.listdir(tmp_path)) == ["a", "b"]
+    write(resolve_output(tmp_path / "a"))
+    assert sum((tmp_path / name).is_symlink() for name in ("a", "b")) == 1
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == NEW
+
+
+@pytest.fixture(params=["pipe", "socket", "device"])
+def special(request, tmp_path, monkeypatch):
+    """A path of no file. The device is one of its own, with the numbers of the null device."""
+    path = tmp_path / request.param
+    if request.param == "pipe":
+        os.mkfifo(path)
+    elif request.param == "socket":
+        monkeypatch.chdir(tmp_path)  # names of sockets are short
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path.name)
+    else:
+        try:
+            os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+        except PermissionError:
+            pytest.skip("only root may make devices, and not in every container")
+    return path
 
 
 @pytest.mark.parametrize("through_a_link", [False, True])
-def test_a_fifo_is_written_to_and_stays(tmp_path, through_a_link):
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
+def test_what_is_no_file_is_refused_and_stays(tmp_path, special, through_a_link):
+    path = tmp_path / "link" if through_a_link else special
     if through_a_link:
-        (tmp_path / "link").symlink_to("fifo")
-    path = tmp_path / "link" if through_a_link else fifo
-    with pytest.raises(OSError, match="fifo|link"):  # nobody reads: at once, not a wait for ever
-        write(path, b"x")
-    with subprocess.Popen(["cat", fifo], stdout=subprocess.PIPE) as reader:
-        while True:  # until the reader has opened it
-            try:
-                write(path)
-                break
-            except OSError as error:
-                assert error.errno == errno.ENXIO
-        assert reader.stdout.read() == NEW
-    assert stat.S_ISFIFO(os.stat(fifo).st_mode)
-    assert sorted(os.listdir(tmp_path)) == ["fifo", "link"][: 1 + through_a_link]
-
-
-def test_a_device_is_written_to_and_stays(tmp_path):
-    """A device of its own with the numbers of the system's null device."""
-    device = tmp_path / "null"
-    try:
-        os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
-        device.write_bytes(b"x")
-    except PermissionError:
-        pytest.skip("only root may make devices, and not in every container")
-    write(device)
-    with atomic_write(device, "w", encoding="utf-8") as file:
-        file.write("text")
-    save_checkpoint(device, {"weights": {"x": torch.zeros(3)}})
-    with pytest.raises(OSError):
-        write_folder(device)
-    assert stat.S_ISCHR(os.stat(device).st_mode) and os.listdir(tmp_path) == ["null"]
+        path.symlink_to(special.name)
+    before = os.lstat(special)
+    refusal = f"{path} is a device, a pipe, a socket"
+    for attempt in (resolve_output, write, lambda path: save_checkpoint(path, {"weights": {}})):
+        with pytest.raises(UserError, match=re.escape(refusal)):
+            attempt(path)
+    with pytest.raises(UserError, match="choose another folder"):
+        write_folder(path)
+    assert os.path.samestat(os.lstat(special), before)
+    assert sorted(os.listdir(tmp_path)) == sorted({special.name, path.name})
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd/1").exists(), reason="names of open files need /proc")
@@ -258,8 +292,7 @@ def test_the_processes_own_output(tmp_path, kind):
     """Named as a file, as `/dev/stdout` does: what is printed before and after is not lost."""
     script = (
         "from utils.files import atomic_write\nprint('before', flush=True)\n"
-        "with atomic_write('/proc/self/fd/1', 'w', encoding='utf-8') as file:\n    file.write('between\\n')\n"
-        "print('after')"
+        "try:\n    with atomic_write('/proc/self/fd/1'):\n        pass\nexcept ValueError as error:\n    print(error)"
     )
     options = {"cwd": Path(__file__).resolve().parent.parent, "check": True, "text": True}
     if kind == "pipe":
@@ -268,20 +301,48 @@ def test_the_processes_own_output(tmp_path, kind):
         with open(tmp_path / "out", "a") as file:
             subprocess.run([sys.executable, "-c", script], stdout=file, **options)
         printed = (tmp_path / "out").read_text()
-    assert printed == "before\nbetween\nafter\n"
+    before, refusal = printed.splitlines()
+    assert (
+        before == "before" and refusal.startswith("/proc/self/fd/1 is a device, a pipe") and "choose a file" in refusal
+    )
 
 
 def test_a_folder_behind_a_link(tmp_path):
+    """As for files: the link stays where the user typed it, and is never followed elsewhere."""
     (tmp_path / "real").mkdir()
     for name, target in (("link", "real"), ("dangling", "later")):
         (tmp_path / name).symlink_to(target)
-        write_folder(tmp_path / name)
+        with pytest.raises(UserError, match="is a file or a link"):
+            write_folder(tmp_path / name)
+        write_folder(resolve_output(tmp_path / name))
         assert (tmp_path / name).is_symlink() and sorted(os.listdir(tmp_path / target)) == ["a", "b"]
-    os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(NotADirectoryError):
-        write_folder(tmp_path / "fifo")
-    assert stat.S_ISFIFO(os.stat(tmp_path / "fifo").st_mode)
-    assert sorted(os.listdir(tmp_path)) == ["dangling", "fifo", "later", "link", "real"]
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "later", "link", "real"]
+
+
+def test_the_lock_of_a_run_is_no_link(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to("../elsewhere")
+    with locked(tmp_path / "run", "busy"):
+        pass
+    assert not (tmp_path / "elsewhere").exists() and (tmp_path / "run" / ".lock").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{"a": [1]}', {"a": [1]}),
+        ("\ufeff{}".encode(), {}),
+        (b"[1]", None),
+        (b"{", None),
+        (b"\xff\xfe\xff", None),
+        (b"[" * 100_000, None),
+        (b"", None),
+    ],
+)
+def test_json_of_settings(tmp_path, content, expected):
+    (tmp_path / "file.json").write_bytes(content)
+    assert read_json(tmp_path / "file.json") == expected
+    assert read_json(tmp_path) is None and read_json(tmp_path / "missing") is None
 
 
 def test_a_checkpoint_that_does_not_fit_the_disk_is_an_oserror(tmp_path):

@@ -3,27 +3,32 @@
 import pytest
 import torch
 from conftest import TINY, assert_equal, newest_run, read_history, run_main
+from utils.training.saving import Checkpoints
 
 import train
 from nets import GaussianDiffusion
 from utils.checkpoint import load_checkpoint
-from utils.training.saving import Checkpoints
 
 RUN = [*TINY, "--epochs", "4", "--seed", "3"]  # 12 steps
 BAD = (1, 4, 5, 9)
 
 
 def poison(patch, values):
-    """Make the pictures of the given steps {step: value} NaN or infinite."""
-    steps, normalise = iter(range(10**6)), train.normalise
+    """Make the pictures of the given steps {step: value} NaN or infinite.
+
+    Returns a list that grows by the value, or None, of each step.
+    """
+    taken, normalize = [], train.normalize
 
     def poisoned(*arguments, **options):
-        x, value = normalise(*arguments, **options), values.get(next(steps))
+        x, value = normalize(*arguments, **options), values.get(len(taken))
+        taken.append(value)
         if value is not None:
             x[0, 0, 0, 0] = value
         return x
 
-    patch.setattr(train, "normalise", poisoned)
+    patch.setattr(train, "normalize", poisoned)
+    return taken
 
 
 def leave_out(patch, bad_steps):
@@ -86,6 +91,23 @@ def test_too_many_in_a_row_end_the_run_with_its_last_good_state(workplace, monke
     assert all(value.isfinite().all() for value in state["weights"].values())
     assert state["position"] == {**state["position"], "epoch": 2}
     assert state["bad_in_row"] == 2
+
+
+def test_bad_steps_before_a_stop_count_after_it(workplace, monkeypatch, capsys):
+    """A run that is restarted every few steps ends too, unless it has another learning rate."""
+    with monkeypatch.context() as patch:
+        poison(patch, {1: float("nan"), 2: float("nan")})
+        run_main("train.py", *RUN, "--epochs", "1", "--max_bad_steps", "6")
+    run = newest_run(workplace)
+    whole = (run / "last.pth").read_bytes()
+    taken = {}
+    for name, settings in (("as it was", []), ("another rate", ["--init_lr", "1e-4"])):
+        (run / "last.pth").write_bytes(whole)
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            taken[name] = poison(patch, dict.fromkeys(range(100), float("nan")))
+            run_main("train.py", "--resume", run, "--epochs", "50", *settings)
+        assert "6 steps in a row" in capsys.readouterr().err
+    assert len(taken["another rate"]) - len(taken["as it was"]) == 2
 
 
 def test_bad_steps_with_good_ones_between_do_not_end_it(workplace, monkeypatch):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from nets import GaussianDiffusion, UNet, from_config, from_weights, generate_cosine_schedule, load_weights
-from nets.sizes import check_input_shape, choose_groups
-from nets.weights import config_from_weights
+from nets.architecture import check_input_shape, choose_groups
+from nets.build import config_from_weights
 
 SMALL = {"channel": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "input_shape": (8, 12), "num_timesteps": 50}
 

@@ -8,14 +8,16 @@ import types
 import numpy as np
 import pytest
 import torch
+from conftest import load_as
 from PIL import Image, ImageCms
 
 import train
 from utils.data.annotation import write_annotation
 from utils.data.color import to_srgb
 from utils.data.dataset import open_dataset
-from utils.data.decode import check_image, load_image
+from utils.data.decode import check_image
 from utils.data.formats import EXTENSIONS
+from utils.data.image_format import ImageFormat
 
 # Columns: the XYZ (D50) of red, green and blue.
 DISPLAY_P3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
@@ -84,7 +86,7 @@ def colours(seed=0):
 
 def same_size(path, channels=3, **settings):
     width, height = check_image(path)
-    return load_image(path, (height, width), channels, "stretch", **settings).astype(int)
+    return load_as(path, (height, width), channels, "stretch", **settings).astype(int)
 
 
 LOSSLESS = {
@@ -211,7 +213,7 @@ def test_the_setting_makes_caches_of_its_own(tmp_path):
     Image.fromarray(colours()).save(tmp_path / "a.png", icc_profile=rgb_profile(DISPLAY_P3))
     write_annotation(tmp_path / "lines.txt", [str(tmp_path / "a.png")])
     converted, kept, again = (
-        open_dataset(tmp_path / "lines.txt", (16, 16), cache_path=tmp_path / "cache", icc=icc).pixels[0]
+        open_dataset(tmp_path / "lines.txt", ImageFormat((16, 16), icc=icc), cache_path=tmp_path / "cache").pixels[0]
         for icc in (True, False, True)
     )
     np.testing.assert_array_equal(kept, colours())
@@ -223,8 +225,8 @@ def test_the_training_hands_the_setting_on(monkeypatch):
     class Reached(Exception):
         pass
 
-    def reached(*arguments, icc):
-        raise Reached(icc)
+    def reached(annotation_path, image_format, num_workers):
+        raise Reached(image_format.icc)
 
     monkeypatch.setattr(train, "open_dataset", reached)
     for icc in (True, False):
@@ -243,7 +245,7 @@ def test_the_evaluation_takes_the_setting_of_the_training(monkeypatch, tmp_path)
         ({}, False, False),
     ):
         config = evaluate.Config(icc=typed, cache_dir=str(tmp_path / "cache"))
-        found = evaluate.opener(config, evaluate.Model(network, [], trained, "x"))[0](tmp_path).images([0]).numpy()
+        found = evaluate.make_opener(config, evaluate.Model(network, [], trained, "x"))[0](tmp_path).images([0]).numpy()
         assert (np.abs(found - colours()).max() > 20) == expected
 
 
@@ -253,7 +255,7 @@ def test_profiles_are_applied_by_many_threads_alike(tmp_path):
         Image.fromarray(colours(i)).save(tmp_path / f"{i:03}.png", icc_profile=profile)
     paths = [str(tmp_path / f"{i:03}.png") for i in range(200)]
     write_annotation(tmp_path / "lines.txt", paths)
-    dataset = open_dataset(tmp_path / "lines.txt", (16, 16), num_workers=8, cache_path=tmp_path / "cache")
+    dataset = open_dataset(tmp_path / "lines.txt", ImageFormat((16, 16)), num_workers=8, cache_path=tmp_path / "cache")
     for i in range(200):
         assert np.abs(dataset.pixels[i] - shown(colours(i), DISPLAY_P3)).max() <= 2
 
@@ -261,4 +263,4 @@ def test_profiles_are_applied_by_many_threads_alike(tmp_path):
 def test_bytes_of_a_file_are_read_like_the_file(tmp_path):
     Image.fromarray(colours()).save(tmp_path / "a.png", icc_profile=rgb_profile(DISPLAY_P3))
     content = io.BytesIO((tmp_path / "a.png").read_bytes())
-    np.testing.assert_array_equal(load_image(content, (16, 16)), same_size(tmp_path / "a.png"))
+    np.testing.assert_array_equal(load_as(content, (16, 16)), same_size(tmp_path / "a.png"))

@@ -12,13 +12,13 @@ import zipfile
 import pytest
 import torch
 from conftest import PROJECT, TINY, newest_run, run_main, write_pictures
-
-from nets import build
-from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net
-from utils.evaluate.features import Extractor, FeatureCache
 from utils.run_folders import find_weights, newest_last
 from utils.torch_files import load_tensors
+
+from nets import build
+from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net
+from utils.evaluate.features import Extractor, FeatureCache
 
 PREDICT = [
     "--device",
@@ -285,11 +285,10 @@ LIMITED = """
 import resource, sys, torch
 sys.path.insert(0, {project!r})
 from nets import build
-from nets.weights import known_settings
 from utils.checkpoint import load_checkpoint
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in {paths!r}:
-    for use in (build.from_checkpoint, known_settings):
+    for use in (build.from_checkpoint, build.settings_of):
         try:
             use(load_checkpoint(path, lazily=use is build.from_checkpoint))
             print("accepted", path)
@@ -349,7 +348,7 @@ def test_a_bare_state_dict_that_claims_more_than_it_has(trained, tmp_path):
 def test_more_classes_than_rows(trained, tmp_path):
     checkpoint = load_checkpoint(trained)
     with pytest.raises(ValueError, match="class_bias.weight .* instead of .10001"):
-        build.from_checkpoint({**checkpoint, "classes": [str(number) for number in range(10_000)]})
+        build.from_checkpoint(Checkpoint(checkpoint | {"classes": [str(number) for number in range(10_000)]}))
 
 
 # Feature nets

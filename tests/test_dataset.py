@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import load_as
 from PIL import Image
 
 from utils.data import cache as module
@@ -21,10 +22,11 @@ from utils.data.dataset import (
     ImageDataset,
     epoch_batches,
     fit_batch_size,
-    normalise,
+    normalize,
     open_dataset,
 )
 from utils.data.decode import load_image
+from utils.data.image_format import ImageFormat
 from utils.images import to_uint8
 
 
@@ -45,12 +47,13 @@ def listed(tmp_path):
 def decoded(monkeypatch):
     """How many files were decoded: a list that grows."""
     calls = []
-    monkeypatch.setattr(module, "load_image", lambda *args, **kwargs: calls.append(1) or load_image(*args, **kwargs))
+    monkeypatch.setattr(module, "load_image", lambda *args: calls.append(1) or load_image(*args))
     return calls
 
 
-def open_listed(listed, **settings):
-    return open_dataset(listed[0], **{"input_shape": (8, 16), "cache_path": listed[2], **settings})
+def open_listed(listed, cache_path="", num_workers=0, **settings):
+    image_format = ImageFormat(**{"input_shape": (8, 16), **settings})
+    return open_dataset(listed[0], image_format, num_workers, listed[2] if cache_path == "" else cache_path)
 
 
 # What is in the cache
@@ -71,7 +74,7 @@ def test_the_cache_holds_what_load_image_gives(listed, settings):
     shape = settings.get("input_shape", (8, 16))
     assert len(data) == 40 and data.paths == listed[1] and data.classes == ["a", "b"]
     kept = {name: value for name, value in settings.items() if name not in ("input_shape", "num_workers")}
-    expected = torch.from_numpy(np.stack([load_image(path, shape, **kept) for path in listed[1]]))
+    expected = torch.from_numpy(np.stack([load_as(path, shape, **kept) for path in listed[1]]))
     images, labels = data.batch(range(40))
     assert images.dtype == torch.uint8 and labels.dtype == torch.int64
     assert torch.equal(images, expected) and labels.tolist() == [i % 2 for i in range(40)]
@@ -122,7 +125,7 @@ def test_another_setting_is_another_cache(listed, decoded, settings):
     data = open_listed(listed, **settings)
     assert len(decoded) == 80
     assert torch.equal(
-        data.images([0])[0], torch.from_numpy(load_image(listed[1][0], **{"input_shape": (8, 16), **settings}))
+        data.images([0])[0], torch.from_numpy(load_as(listed[1][0], **{"input_shape": (8, 16), **settings}))
     )
     open_listed(listed)
     assert len(decoded) == 80  # the first one is still there
@@ -143,7 +146,7 @@ def test_an_added_and_a_removed_file_are_noticed(listed):
     assert open_listed(listed).paths == listed[1][1:]
     write_annotation(listed[0], listed[1][::-1])
     data = open_listed(listed)
-    assert torch.equal(data.images([0])[0], torch.from_numpy(load_image(listed[1][-1], (8, 16))))
+    assert torch.equal(data.images([0])[0], torch.from_numpy(load_as(listed[1][-1], (8, 16))))
 
 
 # Builds that do not end well
@@ -251,7 +254,7 @@ def test_files_gone_bad_are_named_and_left_out(listed, capsys, decoded):
         assert "left out 2 of 40" in said and listed[1][5] in said and listed[1][30] in said
         kept = [i for i in range(40) if i not in (5, 30)]
         assert data.paths == [listed[1][i] for i in kept] and data.labels.tolist() == [i % 2 for i in kept]
-        expected = np.stack([load_image(listed[1][i], (8, 16)) for i in kept])
+        expected = np.stack([load_as(listed[1][i], (8, 16)) for i in kept])
         assert torch.equal(data.batch(range(38))[0], torch.from_numpy(expected)) and len(data.hashes) == 38
     assert len(decoded) == 40
 
@@ -274,17 +277,19 @@ def test_a_failure_that_may_pass_ends_the_build_and_keeps_nothing(listed, monkey
 
         patch.setattr("utils.data.cache.load_image", fail)
         with pytest.raises(ValueError, match="nothing was kept") as caught:
-            open_dataset(annotation, (8, 8), cache_path=annotation.parent / "cache")
+            open_dataset(annotation, ImageFormat((8, 8)), cache_path=annotation.parent / "cache")
     assert any(path in str(caught.value) for path in paths) and "\n" not in str(caught.value)
     assert not [path for path in (annotation.parent / "cache").iterdir() if path.suffix in (".pixels", ".json", ".tmp")]
-    assert len(open_dataset(annotation, (8, 8), cache_path=annotation.parent / "cache")) == len(paths)
+    assert len(open_dataset(annotation, ImageFormat((8, 8)), cache_path=annotation.parent / "cache")) == len(paths)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
 def test_a_pipe_in_the_list_is_left_out(listed, capsys):
     os.unlink(listed[1][2])
     os.mkfifo(listed[1][2])
-    assert len(open_dataset(listed[0], (8, 8), cache_path=listed[0].parent / "cache")) == len(listed[1]) - 1
+    assert (
+        len(open_dataset(listed[0], ImageFormat((8, 8)), cache_path=listed[0].parent / "cache")) == len(listed[1]) - 1
+    )
     assert "is no regular file" in capsys.readouterr().out
 
 
@@ -461,9 +466,9 @@ def test_batch_sizes_that_cannot_be_are_refused_with_what_can(images, batch_size
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(2, 4, 6, 3), (2, 4, 6, 1), (1, 1, 5, 3), (3, 1, 1, 1)])
-def test_normalise_scales_and_is_contiguous_as_asked(shape, memory_format):
+def test_normalize_scales_and_is_contiguous_as_asked(shape, memory_format):
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
-    x = normalise(pixels, "cpu", memory_format=memory_format)
+    x = normalize(pixels, "cpu", memory_format=memory_format)
     expected = (pixels.double() / 255 * 2 - 1).permute(0, 3, 1, 2)
     torch.testing.assert_close(x.double(), expected, atol=1e-6, rtol=0)
     batch, height, width, channels = shape
@@ -473,14 +478,14 @@ def test_normalise_scales_and_is_contiguous_as_asked(shape, memory_format):
 
 def test_every_level_survives_there_and_back():
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
-    x = normalise(pixels, "cpu")
+    x = normalize(pixels, "cpu")
     assert (x.min(), x.max()) == (-1, 1)
     np.testing.assert_array_equal(to_uint8(x), pixels.numpy())
 
 
 def test_only_the_chosen_images_are_mirrored_left_to_right():
     pixels = torch.randint(0, 256, (3, 4, 6, 3), dtype=torch.uint8)
-    plain, flipped = normalise(pixels, "cpu"), normalise(pixels, "cpu", flip=torch.tensor([True, False, True]))
+    plain, flipped = normalize(pixels, "cpu"), normalize(pixels, "cpu", flip=torch.tensor([True, False, True]))
     assert torch.equal(flipped[1], plain[1])
     assert torch.equal(flipped[[0, 2]], plain[[0, 2]].flip(-1)) and not torch.equal(flipped[0], plain[0])
 

@@ -1,5 +1,6 @@
 """The forward process, the objectives, the EMA, labels."""
 
+import copy
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nets import LOSSES, PREDICTIONS, GaussianDiffusion, UNet, generate_cosine_schedule, generate_linear_schedule
+from nets.ema import update_
 
 T = 100
 BETAS = generate_linear_schedule(T, 1e-3, 0.2)
@@ -275,6 +277,27 @@ def test_ema_warmup_against_its_formula():
         average = value if average is None else decay * average + (1 - decay) * value
         expected.append(average)
     torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
+
+
+class OnGpu(torch.Tensor):
+    """A number of the host that says it is on a GPU."""
+
+    device = property(lambda self: torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_the_update_on_a_gpu_is_that_on_the_cpu(weight):
+    """Other operations, as reading the weight would make the host wait for the GPU."""
+    torch.manual_seed(0)
+    model, average = (nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)) for _ in range(2))
+    model[1].running_mean.fill_(5.0)
+    average.requires_grad_(False)
+    expected = [a + weight * (b.detach() - a) for a, b in zip(average.parameters(), model.parameters())]
+    on_gpu = copy.deepcopy(average)
+    for network, number in ((average, torch.tensor(weight)), (on_gpu, torch.tensor(weight).as_subclass(OnGpu))):
+        update_(network, model, number)
+        torch.testing.assert_close(list(network.parameters()), expected)
+        assert network[1].running_mean[0] == (5 if weight else 0)
 
 
 def test_ema_update_rate_counts_every_step_and_acts_on_some():

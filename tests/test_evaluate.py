@@ -10,17 +10,20 @@ import shutil
 import sys
 import urllib.error
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
+from utils.checkpoint_contents import weights_digest
 
 from nets import build
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.data.image_format import ImageFormat
 from utils.evaluate import __main__ as evaluate
-from utils.evaluate import inception
+from utils.evaluate import image_sets, inception
 from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net, train_feature_net
 from utils.evaluate.distances import (
     FeatureStatistics,
@@ -28,10 +31,9 @@ from utils.evaluate.distances import (
     kernel_distance,
     nearest,
     precision_and_recall,
-    statistics_distance,
 )
 from utils.evaluate.features import Extractor, FeatureCache, collect
-from utils.evaluate.image_sets import open_images, survey
+from utils.evaluate.image_sets import open_images, scan_sizes
 from utils.evaluate.inception import load_inception
 from utils.images import save_png
 
@@ -45,6 +47,7 @@ def randn(*shape, seed=0):
 
 
 KINDS = 4
+GRAY = ImageFormat((8, 8), 1)
 
 
 def shapes(count, size=12, seed=0):
@@ -73,19 +76,26 @@ def net():
 
 
 def features(net, pictures):
-    return Extractor(net, "net", "cpu")(torch.as_tensor(pictures))
+    channels = -1 if isinstance(net, FeatureNet) else 3
+    return Extractor(net, "net", "cpu", channels=channels)(torch.as_tensor(pictures))
 
 
 def frechet(net, first, second):
-    return statistics_distance(*(FeatureStatistics().add(features(net, pictures)) for pictures in (first, second)))
+    return frechet_distance(*(FeatureStatistics().add(features(net, pictures)) for pictures in (first, second)))
 
 
 # The Frechet distance
 
 
+def distance_of(mean_1, cov_1, mean_2, cov_2):
+    """The distance of statistics with these means and covariances."""
+    values = [torch.as_tensor(value, dtype=torch.float64) for value in (mean_1, cov_1, mean_2, cov_2)]
+    return frechet_distance(FeatureStatistics(2, *values[:2]), FeatureStatistics(2, *values[2:]))
+
+
 def test_frechet_distance_of_one_dimension():
     """(m_1 - m_2)^2 + (s_1 - s_2)^2."""
-    assert frechet_distance([1.0], [[4.0]], [-2.0], [[0.25]]) == pytest.approx(9 + 1.5**2)
+    assert distance_of([1.0], [[4.0]], [-2.0], [[0.25]]) == pytest.approx(9 + 1.5**2)
 
 
 def test_frechet_distance_of_covariances_that_commute():
@@ -94,7 +104,7 @@ def test_frechet_distance_of_covariances_that_commute():
     first, second = torch.tensor([3.0, 2, 1, 1e-3, 1e-9, 0]).double(), torch.tensor([1.0, 2, 5, 0, 1e-9, 0.5]).double()
     covariances = [basis @ torch.diag(values) @ basis.T for values in (first, second)]
     expected = 6 * 0.5**2 + (first.sqrt() - second.sqrt()).square().sum().item()
-    assert frechet_distance(torch.zeros(6), covariances[0], torch.full((6,), 0.5), covariances[1]) == pytest.approx(
+    assert distance_of(torch.zeros(6), covariances[0], torch.full((6,), 0.5), covariances[1]) == pytest.approx(
         expected, rel=1e-7
     )
 
@@ -105,7 +115,7 @@ def test_frechet_distance_of_covariances_that_do_not():
     a, b, shift = (a @ a.T).numpy(), (b @ b.T).numpy(), np.arange(5.0)
     assert np.abs(a @ b - b @ a).max() > 0.1
     expected = shift @ shift + np.trace(a) + np.trace(b) - 2 * np.sqrt(np.linalg.eigvals(a @ b).real).sum()
-    assert frechet_distance(shift, a, 0 * shift, b) == pytest.approx(expected, rel=1e-9)
+    assert distance_of(shift, a, 0 * shift, b) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_distance_of_singular_covariances():
@@ -115,18 +125,18 @@ def test_frechet_distance_of_singular_covariances():
     """
     few, others = randn(10, 200), randn(10, 200, seed=1)
     first, second = FeatureStatistics().add(few), FeatureStatistics().add(others)
-    assert statistics_distance(first, first) < 1e-9
-    assert statistics_distance(first, second) > 10
+    assert frechet_distance(first, first) < 1e-9
+    assert frechet_distance(first, second) > 10
     line, other_line = torch.zeros(3, 3), torch.zeros(3, 3)
     line[0, 0], other_line[1, 1] = 1, 4
-    assert frechet_distance(torch.zeros(3), line, torch.zeros(3), other_line) == pytest.approx(5)
-    assert 0 <= frechet_distance(torch.zeros(3), 1e-20 * line, torch.zeros(3), 1e-20 * line) < 1e-15
+    assert distance_of(torch.zeros(3), line, torch.zeros(3), other_line) == pytest.approx(5)
+    assert 0 <= distance_of(torch.zeros(3), 1e-20 * line, torch.zeros(3), 1e-20 * line) < 1e-15
 
 
 @pytest.mark.parametrize("bad", [torch.eye(3), torch.full((2, 2), math.nan)])
 def test_frechet_distance_refuses(bad):
-    with pytest.raises(ValueError, match="fit together|NaN"):
-        frechet_distance(torch.zeros(2), torch.eye(2), torch.zeros(2), bad)
+    with pytest.raises(RuntimeError, match="non-finite|shapes"):
+        distance_of(torch.zeros(2), torch.eye(2), torch.zeros(2), bad)
 
 
 def test_running_statistics_are_those_of_the_whole():
@@ -139,7 +149,7 @@ def test_running_statistics_are_those_of_the_whole():
     assert_close(running.mean, torch.from_numpy(whole.numpy().mean(0)), rtol=1e-12, atol=0)
     assert_close(running.covariance, torch.from_numpy(np.cov((whole.numpy() - 1e6).T)), rtol=1e-7, atol=1e-7)
     for wrong in (torch.zeros(3), torch.zeros(2, 6), torch.tensor([[math.inf] * 7])):
-        with pytest.raises(ValueError, match="features"):
+        with pytest.raises((ValueError, RuntimeError), match="features|size of tensor"):
             running.add(wrong)
     with pytest.raises(ValueError, match="at least 2"):
         _ = FeatureStatistics().add(whole[:1]).covariance
@@ -218,7 +228,7 @@ def test_precision_and_recall_of_known_sets():
     assert precision_and_recall(half_off, whole) == (0.5, 1)
     copies = whole[:8].repeat(10, 1)  # more copies than neighbours: balls of no size
     assert precision_and_recall(copies * (1 + 1e-7), copies) == (1, 1)  # as float32 features of other batches would be
-    with pytest.raises(ValueError, match="more than 3"):
+    with pytest.raises(ValueError, match="the 4 nearest of 3"):
         precision_and_recall(whole, whole[:3])
 
 
@@ -263,25 +273,30 @@ def test_feature_net_learns_and_repeats(net, tmp_path):
     same = train_feature_net(*shapes(200), *shapes(40, seed=1), epochs=1, batch_size=50, seed=4)
     assert torch.equal(global_state, torch.random.get_rng_state())
     other = train_feature_net(*shapes(200), *shapes(40, seed=1), epochs=1, batch_size=50, seed=5)
-    assert again.digest() == same.digest() != other.digest()
+    assert weights_digest(again.state_dict()) == weights_digest(same.state_dict()) != weights_digest(other.state_dict())
     save_feature_net(tmp_path / "net.pth", net)
     loaded = load_feature_net(tmp_path / "net.pth")
-    assert loaded.digest() == net.digest() and loaded.accuracy == net.accuracy
+    assert weights_digest(loaded.state_dict()) == weights_digest(net.state_dict()) and loaded.accuracy == net.accuracy
     pictures = shapes(5)[0]
     assert torch.equal(features(loaded, pictures), features(net, pictures))
     assert features(net, pictures).shape == (5, net.num_features)
 
 
-def test_feature_net_refuses(tmp_path):
+def test_feature_net_refuses(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no such"):
         load_feature_net(tmp_path / "none.pth")
     torch.save({"weights": {}}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("text")
-    for name in ("other.pth", "text.pth"):
+    save_feature_net(tmp_path / "large.pth", FeatureNet(1, 4))
+    large = torch.load(tmp_path / "large.pth", weights_only=True)
+    torch.save({**large, "num_classes": 2**40}, tmp_path / "large.pth")
+    monkeypatch.setattr(FeatureNet, "__init__", lambda *_: pytest.fail("a network of that size was built"))
+    for name in ("other.pth", "text.pth", "large.pth"):
         with pytest.raises(ValueError, match="feature net"):
             load_feature_net(tmp_path / name)
+    monkeypatch.undo()
     pictures, labels = shapes(8)
-    with pytest.raises(ValueError, match="uint8"):
+    with pytest.raises(AssertionError):
         train_feature_net(pictures, labels[:7], pictures, labels)
     with pytest.raises(ValueError, match="uint8"):
         FeatureNet(1, 4)(torch.zeros(1, 1, 8, 8))
@@ -308,17 +323,17 @@ def test_folder_list_and_npz_are_the_same_pictures(folder, tmp_path):
     from utils.data.annotation import write_annotation
     from utils.data.search import find_images
 
-    pictures = open_images(folder, (8, 8, 1), cache_path=tmp_path / "cache")
+    pictures = open_images(folder, GRAY, cache_path=tmp_path / "cache")
     write_annotation(tmp_path / "list.txt", find_images(folder))
-    listed = open_images(tmp_path / "list.txt", (8, 8, 1), cache_path=tmp_path / "cache")
-    packed = open_images(save_npz(tmp_path / "p.npz", pictures.pixels), (8, 8, 1))
+    listed = open_images(tmp_path / "list.txt", GRAY, cache_path=tmp_path / "cache")
+    packed = open_images(save_npz(tmp_path / "p.npz", pictures.pixels), GRAY)
     assert pictures.classes == [f"kind_{kind}" for kind in range(KINDS)] and listed.classes == packed.classes == []
     expected = shapes(40, size=8)[0][np.argsort(np.arange(40) % KINDS, kind="stable")]
     for source, name in ((folder, pictures), (tmp_path / "list.txt", listed), (tmp_path / "p.npz", packed)):
-        assert survey(source) == ({(8, 8): 40}, False)
+        assert scan_sizes(source) == ({(8, 8): 40}, False)
         assert_close(torch.cat(list(name.blocks())), torch.from_numpy(expected))
     assert len({pictures.key(), listed.key(), packed.key()}) == 3
-    assert pictures.key() == open_images(folder, (8, 8, 1), cache_path=tmp_path / "cache").key()
+    assert pictures.key() == open_images(folder, GRAY, cache_path=tmp_path / "cache").key()
 
     part = pictures.subset([30, 3, 7]).subset([2, 0], ", two")
     assert part.name.endswith(", two") and [part.paths[0], part.paths[1]] == [pictures.paths[7], pictures.paths[30]]
@@ -335,18 +350,18 @@ def test_wrong_sets_are_named(tmp_path):
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 4, 4, 3)))
     np.savez(tmp_path / "name.npz", other=np.zeros((2, 4, 4, 3), np.uint8))
     for name, message in (
-        ("empty", "no pictures"),
+        ("empty", "no images"),
         ("text.npz", "no .npz"),
         ("floats.npz", "float64"),
         ("name.npz", "arr_0"),
-        ("none.npz", "no such"),
+        ("none.npz", "No such"),
         ("none.txt", "not there"),
     ):
-        with pytest.raises(ValueError, match=message):
-            survey(tmp_path / name)
+        with pytest.raises((ValueError, OSError), match=message):
+            scan_sizes(tmp_path / name)
     good = save_npz(tmp_path / "good.npz", np.zeros((2, 4, 4, 3), np.uint8))
     with pytest.raises(ValueError, match="as they are"):
-        open_images(good, (8, 8, 3))
+        open_images(good, ImageFormat((8, 8)))
 
 
 def test_an_npz_in_columns_first_order_is_read(tmp_path):
@@ -355,8 +370,8 @@ def test_an_npz_in_columns_first_order_is_read(tmp_path):
         save_npz(tmp_path / "rows.npz", pictures),
         save_npz(tmp_path / "columns.npz", np.asfortranarray(pictures)),
     )
-    assert survey(columns) == ({(8, 8): 20}, False)
-    first, second = (open_images(path, (8, 8, 1)) for path in (rows, columns))
+    assert scan_sizes(columns) == ({(8, 8): 20}, False)
+    first, second = (open_images(path, GRAY) for path in (rows, columns))
     assert_close(torch.cat(list(second.blocks())), torch.from_numpy(pictures))
     assert first.hashes == second.hashes
 
@@ -368,16 +383,53 @@ def test_a_damaged_npz_is_named(tmp_path, save):
     content = bytearray((tmp_path / "p.npz").read_bytes())
     content[2000:2010] = bytes(10)
     (tmp_path / "p.npz").write_bytes(content)
-    with pytest.raises(ValueError, match="p.npz: no .npz with pictures as arr_0"):
-        open_images(tmp_path / "p.npz", (8, 8, 3))
+    with pytest.raises(ValueError, match="p.npz: no .npz with images as arr_0"):
+        open_images(tmp_path / "p.npz", ImageFormat((8, 8)))
 
 
 def test_an_npz_whose_array_is_cut_off_is_named(tmp_path):
     np.save(tmp_path / "arr_0.npy", np.zeros((20, 8, 8, 3), np.uint8))
     with zipfile.ZipFile(tmp_path / "p.npz", "w") as archive:
         archive.writestr("arr_0.npy", (tmp_path / "arr_0.npy").read_bytes()[:-1])
-    with pytest.raises(ValueError, match="p.npz: no .npz with pictures as arr_0"):
-        open_images(tmp_path / "p.npz", (8, 8, 3))
+    with pytest.raises(ValueError, match="p.npz: no .npz with images as arr_0"):
+        open_images(tmp_path / "p.npz", ImageFormat((8, 8)))
+
+
+def test_an_npz_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path, monkeypatch):
+    """Nothing is unpacked; the same images without compression are read."""
+    monkeypatch.setattr(image_sets, "ALWAYS_ALLOWED", 2**16)
+    black = np.zeros((40, 64, 64, 1), np.uint8)
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "extract", lambda *_: pytest.fail("unpacked"))
+        for read in (scan_sizes, lambda path: open_images(path, ImageFormat((64, 64), 1))):
+            with pytest.raises(ValueError, match="p.npz: .* more than 20 to 1: save it without compression") as error:
+                read(save_npz(tmp_path / "p.npz", black))
+            assert "\n" not in str(error.value)
+    np.savez(tmp_path / "plain.npz", arr_0=black)
+    assert scan_sizes(tmp_path / "plain.npz") == ({(64, 64): 40}, False)
+
+
+def test_grids_and_animations_of_predict_are_no_samples(tmp_path, capsys):
+    """A folder of predict.py's with --individual_files counts each image once."""
+    pictures = shapes(6, size=8)[0]
+    for seed, picture in enumerate(pictures):
+        save_png(tmp_path / "out" / f"{seed:010d}.png", picture)
+    with pytest.raises(ValueError, match="grids and animations of predict.py"):
+        for name in ("1x1", "5x5", "interpolation", "trajectory"):
+            save_png(tmp_path / "grids" / f"predict_{name}_results.png", np.tile(pictures[0], (2, 2, 1)))
+        Image.fromarray(pictures[0, ..., 0]).save(tmp_path / "grids" / "predict_trajectory_results.gif")
+        scan_sizes(tmp_path / "grids")
+    for path in (tmp_path / "grids").iterdir():
+        shutil.copy(path, tmp_path / "out")
+    assert scan_sizes(tmp_path / "out") == ({(8, 8): 6}, False)
+    assert len(open_images(tmp_path / "out", GRAY, cache_path=tmp_path / "cache")) == 6
+    assert "left out 5 grids and animations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.pt", "a.ckpt", "a.safetensors", "a.pth.tar", "A.CKPT", ""])
+def test_names_of_checkpoints(name):
+    assert evaluate.is_checkpoint(name)
+    assert not evaluate.is_checkpoint(name + "x.txt")
 
 
 def test_collect_keeps_the_first_only(net):
@@ -392,8 +444,8 @@ def test_collect_keeps_the_first_only(net):
 
 
 def test_reference_statistics_are_kept_by_data_and_network(net, tmp_path, monkeypatch):
-    pictures = open_images(save_npz(tmp_path / "p.npz", shapes(50)[0]), (12, 12, 1))
-    others = open_images(save_npz(tmp_path / "q.npz", shapes(50, seed=1)[0]), (12, 12, 1))
+    pictures = open_images(save_npz(tmp_path / "p.npz", shapes(50)[0]), ImageFormat((12, 12), 1))
+    others = open_images(save_npz(tmp_path / "q.npz", shapes(50, seed=1)[0]), ImageFormat((12, 12), 1))
     cache, extractor, calls = FeatureCache(tmp_path / "cache"), Extractor(net, "net", "cpu"), []
     monkeypatch.setattr(FeatureNet, "__call__", lambda self, x: calls.append(len(x)) or self.forward(x))
 
@@ -405,9 +457,7 @@ def test_reference_statistics_are_kept_by_data_and_network(net, tmp_path, monkey
     assert count == 50 and len(first.features) == 20
     again, count = counted(pictures, extractor, 20)
     assert count == 0
-    assert (
-        torch.equal(again.features, first.features) and statistics_distance(again.statistics, first.statistics) < 1e-9
-    )
+    assert torch.equal(again.features, first.features) and frechet_distance(again.statistics, first.statistics) < 1e-9
     assert counted(others, extractor, 20)[1] == 50
     assert counted(pictures, extractor, 30)[1] == 50
     random_net = Extractor(FeatureNet(1, KINDS).eval(), "other", "cpu")
@@ -454,7 +504,7 @@ def test_a_set_against_itself_and_a_copy_of_it(folder, net_file, tmp_path, monke
     """The distance is 0, precision and recall are 1, and every sample is found to be a copy, of
     the right file.
     """
-    samples = save_npz(tmp_path / "samples.npz", open_images(folder, (8, 8, 1), cache_path=tmp_path / "cache").pixels)
+    samples = save_npz(tmp_path / "samples.npz", open_images(folder, GRAY, cache_path=tmp_path / "cache").pixels)
     found = run(monkeypatch, tmp_path, "--samples", samples, "--reference", folder, "--features", net_file)
     assert found["distances"]["frechet_distance"] < 1e-3
     assert (found["distances"]["precision"], found["distances"]["recall"]) == (1, 1)
@@ -465,7 +515,7 @@ def test_a_set_against_itself_and_a_copy_of_it(folder, net_file, tmp_path, monke
     paths = sorted(folder.rglob("*.png"))
     assert all(pair["reference"] == str(paths[order[pair["sample"]]]) for pair in found["nearest"]["pairs"])
     printed = capsys.readouterr().out
-    assert "warning: 40 samples are few" in printed
+    assert "warning: FID is biased upward below 10,000 samples" in printed
     picture = np.asarray(Image.open(tmp_path / "out" / "evaluate_nearest_results.png"))
     for row, column in ((0, 0), (3, 4)):  # a pair is 8 x 16 pixels, with 4 around it
         pair = picture[4 + 12 * row :, 4 + 20 * column :]
@@ -490,7 +540,7 @@ def test_one_grey_sample_does_not_make_all_of_them_grey(tmp_path, monkeypatch, c
     Image.open(samples / "000.png").convert("L").save(samples / "000.png")
     only = ("--reference", reference, "--distances", "False")
     found = run(monkeypatch, tmp_path, "--samples", samples, *only)
-    assert found["compared_at"] == [8, 8, 3] and "compared at             8x8 (height x width), colour" in (
+    assert found["compared_at"] == [8, 8, 3] and "compared at             8x8 (height x width), color" in (
         capsys.readouterr().out
     )
     grey = tmp_path / "grey"
@@ -511,7 +561,7 @@ def test_the_most_frequent_size_is_the_one_to_compare_at(tmp_path, monkeypatch, 
     found = run(monkeypatch, tmp_path, *options)
     assert found["compared_at"] == [8, 8, 3] and found["sample_sizes"] == {"8x8": 5, "1x1": 2, "40x40": 1}
     said = capsys.readouterr().out
-    assert "warning: the samples have 3 sizes (5 of 8x8, 2 of 1x1, 1 of 40x40): all are made 8x8" in said
+    assert "warning: 3 sizes of samples (5 of 8x8, 2 of 1x1, 1 of 40x40): all are made 8x8" in said
     assert run(monkeypatch, tmp_path, *options, "--input_shape", "4,6")["compared_at"] == [4, 6, 3]
 
 
@@ -519,7 +569,7 @@ def test_too_few_pictures_are_refused_before_any_work(folder, tmp_path, monkeypa
     monkeypatch.setattr(evaluate, "load_extractor", lambda *_: pytest.fail("worked before it looked"))
     few = save_npz(tmp_path / "few.npz", shapes(4, size=8)[0])
     for options in (("--samples", few, "--reference", folder), ("--samples", folder, "--reference", few)):
-        with pytest.raises(ValueError, match="4 (samples|reference pictures) are too few for distances, which need 5"):
+        with pytest.raises(ValueError, match="4 (samples|reference images).* are too few: distances need 5"):
             run(monkeypatch, tmp_path, *options, "--features", "classifier")
 
 
@@ -542,7 +592,7 @@ def test_nearest_beside_held_out_pictures(folder, net_file, tmp_path, monkeypatc
     assert "warning" not in capsys.readouterr().out
     by_pixels = run(monkeypatch, tmp_path, *common, "--held_out", folder)
     assert max(by_pixels["nearest"]["held-out"]) < 1e-3
-    assert "40 of the held-out pictures are among the reference's" in capsys.readouterr().out
+    assert "40 held-out images are in the reference too" in capsys.readouterr().out
     bank = torch.from_numpy(shapes(40, size=8)[0]).double()  # one picture by hand, in root mean square levels
     apart = (
         (torch.from_numpy(shapes(10, size=8, seed=8)[0]).double()[:, None] - bank)
@@ -568,6 +618,7 @@ def checkpoint(folder, tmp_path):
         "attention_resolutions": (),
         "class_conditional": True,
         "label_dropout": 0.1,
+        "num_groups": 8,  # groups of one channel would normalize the class away
         "schedule": "cosine",
         "num_timesteps": 6,
         "val_split": 0.2,
@@ -656,7 +707,7 @@ def test_guidance_reaches_the_samples(checkpoint, folder, net_file, tmp_path, mo
         (guide, "does nothing with a"),
         (("--guidance_scale", 2, "--guiding_path", tmp_path / "gone.pth"), "gone.pth"),
         (("--guidance_scale", 2, "--guidance_interval", "50,60"), "no step is in the"),
-        (("--samples", folder, "--guidance_scale", 2), "--guidance_scale is of drawing"),
+        (("--samples", folder, "--guidance_scale", 2), "--guidance_scale needs a checkpoint"),
     ):
         with pytest.raises((SystemExit, ValueError, OSError)) as error:
             run(monkeypatch, tmp_path, *common, *options)
@@ -666,7 +717,7 @@ def test_guidance_reaches_the_samples(checkpoint, folder, net_file, tmp_path, mo
 def test_labels_follow_the_reference(checkpoint, folder, tmp_path):
     config = evaluate.Config(samples=str(checkpoint), reference=str(folder), cache_dir=str(tmp_path / "cache"))
     model = evaluate.load_model(config, torch.device("cpu"), "fp32")
-    reference, _ = evaluate.open_references(config, model, evaluate.opener(config, model)[0])
+    reference, _ = evaluate.open_references(config, model, evaluate.make_opener(config, model)[0])
     reference = reference.subset(np.flatnonzero(reference.labels.numpy() < 2))
     labels = evaluate.labels_like(reference, model, seed=0)
     assert torch.equal(torch.bincount(labels), torch.bincount(reference.labels))
@@ -678,12 +729,15 @@ def test_labels_follow_the_reference(checkpoint, folder, tmp_path):
 def test_what_does_not_fit_is_said_in_one_line(checkpoint, folder, net_file, tmp_path, monkeypatch):
     packed = save_npz(tmp_path / "p.npz", shapes(10, size=8)[0])
     for arguments, message in (
-        (("--samples", packed, "--bits", "True"), "names? a checkpoint"),
+        (("--samples", packed, "--bits", "True"), "needs a checkpoint"),
         (("--samples", checkpoint, "--reference", tmp_path / "more", "--bits", "True"), "--held_out"),
-        (("--samples", checkpoint, "--img_channels", 3), "pictures of 1"),
+        (("--samples", checkpoint, "--img_channels", 3), "images of 1"),
         (("--samples", packed, "--input_shape", "16,16", "--reference", packed), "as they are"),
         (("--samples", packed, "--reference", packed, "--features", "classifier"), "class folders"),
-        (("--samples", folder, "--reference", folder, "--features", "classifier"), "too few"),
+        (
+            ("--samples", folder, "--reference", folder, "--features", "classifier"),
+            "100 images, not 4 classes and 40 different",
+        ),
         (("--samples", folder, "--img_channels", 3, "--reference", folder, "--features", net_file), "1 channels"),
         (("--samples", packed, "--sampler", "magic"), "ddim"),
         (("--samples", packed, "--eta", "0.5"), "--eta is an option of ddim"),
@@ -719,11 +773,11 @@ def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(extractor, "load_state_dict_from_url", offline)
-    with pytest.raises(ValueError, match="cannot be downloaded from https.*no network.*--inception_weights") as error:
+    with pytest.raises(ValueError, match="no Inception weights in https.*no network.*--inception_weights") as error:
         load_inception()
     assert "\n" not in str(error.value)
     (tmp_path / "weights.pth").write_text("text")
-    for name, message in (("none.pth", "cannot be read"), ("weights.pth", "not the Inception weights")):
+    for name, message in (("none.pth", "no such"), ("weights.pth", "a text file")):
         with pytest.raises(ValueError, match=message):
             load_inception(str(tmp_path / name))
 
@@ -738,13 +792,14 @@ def test_inception_from_a_file_of_weights(monkeypatch, tmp_path):
         patch.setattr(extractor, "load_state_dict_from_url", lambda *_, **__: {})
         patch.setattr(kind, "load_state_dict", lambda *_, **__: None)
         torch.manual_seed(0)
-        torch.save(load_inception().network.state_dict(), tmp_path / "weights.pth")
+        torch.save(load_inception().state_dict(), tmp_path / "weights.pth")
     network = load_inception(str(tmp_path / "weights.pth"))
-    grey = torch.from_numpy(shapes(3)[0]).permute(0, 3, 1, 2)
-    found = network(grey)
+    grey = torch.from_numpy(shapes(3)[0])
+    found = Extractor(network, "", "cpu", channels=3)(grey)
     assert found.shape == (3, 2048) and found.std(0).max() > 0
-    assert_close(found, network.network(grey.repeat(1, 3, 1, 1)))
-    assert network.digest() == load_inception(str(tmp_path / "weights.pth")).digest()
+    assert_close(found, network(grey.permute(0, 3, 1, 2).repeat(1, 3, 1, 1)))
+    again = load_inception(str(tmp_path / "weights.pth"))
+    assert weights_digest(network.state_dict()) == weights_digest(again.state_dict())
 
 
 class Attack:
@@ -768,7 +823,7 @@ def test_no_code_of_an_inception_file_runs(monkeypatch, tmp_path, kind):
             {"fc.weight": Attack()} if kind == "value" else Attack(), kept, _use_new_zipfile_serialization=kind != "old"
         )
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    with pytest.raises(ValueError, match="not the Inception weights.*could run code") as error:
+    with pytest.raises(ValueError, match="no Inception weights in .*could run code") as error:
         load_inception(str(kept))
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="is damaged, or another file: delete it") as error:
@@ -777,8 +832,8 @@ def test_no_code_of_an_inception_file_runs(monkeypatch, tmp_path, kind):
     assert not (tmp_path / "attacked").exists()
     digest = extractor.URL_INCEPTION_V3.rsplit("-", 1)[1].removesuffix(".pth")
     with monkeypatch.context() as patch:  # a file of that digest would not run either
-        patch.setattr(inception, "sha256_of", lambda path: digest)
-        with pytest.raises(ValueError, match="not the Inception weights"):
+        patch.setattr(inception.hashlib, "sha256", lambda content: SimpleNamespace(hexdigest=lambda: digest))
+        with pytest.raises(ValueError, match="no Inception weights"):
             load_inception()
     assert not (tmp_path / "attacked").exists()
 

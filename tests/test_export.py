@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from utils.config import typed_options
 
 from nets import UNet, build
-from nets.weights import unet_arguments
+from nets.architecture import unet_arguments
 from train import Config
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.config import typed_options
 from utils.convert import __main__ as convert
 from utils.convert.__main__ import export_reference, export_weights
 from utils.convert.diffusers_folder import export_model

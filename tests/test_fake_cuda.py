@@ -12,8 +12,8 @@ from torch.amp import autocast_mode
 
 import train
 from nets import SAMPLERS
-from utils.data.dataset import normalise
-from utils.device import DTYPES, LateCopy
+from utils.data.dataset import normalize
+from utils.device import DTYPES, AsyncHostCopy
 from utils.evaluate.classifier import FeatureNet
 from utils.evaluate.features import Extractor
 from utils.training import preview, validation
@@ -76,7 +76,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch, name, lambda *args, _real=real, generator=None, **options: _real(*args, **options))
     monkeypatch.setattr(torch, "Generator", NoGenerator)
     # pinned memory needs a driver
-    monkeypatch.setattr(LateCopy, "push", lambda self, tensor: setattr(self, "pushed", tensor))
+    monkeypatch.setattr(AsyncHostCopy, "push", lambda self, tensor: setattr(self, "pushed", tensor))
     monkeypatch.setattr(
         autocast_mode.torch.amp.autocast_mode, "is_autocast_available", lambda device: True, raising=False
     )
@@ -190,15 +190,15 @@ def test_inpainting_and_starting_images_stay_on_the_gpu(parts, gpu):
 
 def test_features_stay_on_the_gpu_until_they_are_kept(gpu, monkeypatch):
     net = to_fake_module(gpu, FeatureNet(3, 2).eval())
-    monkeypatch.setattr(FeatureNet, "digest", lambda self: "fake")
+    monkeypatch.setattr("utils.evaluate.features.weights_digest", lambda weights: "fake")
     with gpu:
         features = Extractor(net, "fake", CUDA, 4)(torch.zeros(6, 8, 8, 3, dtype=torch.uint8))
     assert features.shape == (6, 128) and features.device.type == "cpu"
 
 
-def test_pixels_are_normalised_on_the_gpu(gpu):
+def test_pixels_are_normalized_on_the_gpu(gpu):
     with gpu:
-        x = normalise(
+        x = normalize(
             torch.zeros(2, 8, 8, 3, dtype=torch.uint8), CUDA, torch.ones(2, dtype=torch.bool), torch.channels_last
         )
         assert x.device == CUDA and x.shape == (2, 3, 8, 8)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load_as
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from utils.data import formats
-from utils.data.decode import DECODE_BYTES, check_image, describe_error, load_image
+from utils.data.decode import DECODE_BYTES, check_image, describe_error
 from utils.data.formats import open_image
 from utils.data.search import check_images
 
@@ -24,7 +25,7 @@ HAS_AVIF = ".avif" in formats.EXTENSIONS
 
 def load_same_size(path, channels=1, **settings):
     width, height = check_image(path)
-    return load_image(path, (height, width), channels, "stretch", **settings).astype(int)
+    return load_as(path, (height, width), channels, "stretch", **settings).astype(int)
 
 
 # TIFF
@@ -266,7 +267,7 @@ def test_an_image_over_the_limit_is_left_out_with_its_reason(tmp_path, content, 
     with pytest.raises(
         ValueError, match=rf"its {megapixels} million pixels take \d+\.\d GB to decode, more than the 1\.4 GB"
     ):
-        load_image(tmp_path / "a.png", (8, 8))
+        load_as(tmp_path / "a.png", (8, 8))
     for full in (True, False):
         ((_, reason),) = check_images([str(tmp_path / "a.png")], full)[1]
         assert "million pixels" in reason and "attack" not in reason
@@ -276,7 +277,7 @@ def test_a_small_tiff_of_one_huge_tile_is_left_out(tmp_path):
     tiled = {322: (4, 2**15), 323: (4, 2**16), 324: (4, 8), 325: (4, 20)}
     write_tiff(tmp_path / "a.tif", KINDS["uint8"][0], "<", 1, deflate=True, tags=tiled.items())
     with pytest.raises(ValueError, match="GB to decode"):
-        load_image(tmp_path / "a.tif", (8, 8))
+        load_as(tmp_path / "a.tif", (8, 8))
 
 
 def test_a_large_jpeg_that_shrinks_is_read(tmp_path, monkeypatch):
@@ -285,9 +286,9 @@ def test_a_large_jpeg_that_shrinks_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.data.decode.DECODE_BYTES", 2**20)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2**10)
     assert check_image(tmp_path / "a.jpg") == (1024, 1024)
-    assert np.abs(load_image(tmp_path / "a.jpg", (16, 16)).astype(int) - [200, 0, 0]).max() <= 2
+    assert np.abs(load_as(tmp_path / "a.jpg", (16, 16)).astype(int) - [200, 0, 0]).max() <= 2
     with pytest.raises(ValueError, match="1 million pixels"):
-        load_image(tmp_path / "progressive.jpg", (16, 16))
+        load_as(tmp_path / "progressive.jpg", (16, 16))
 
 
 def test_images_above_pillows_limit_are_read(tmp_path, monkeypatch):
@@ -296,7 +297,7 @@ def test_images_above_pillows_limit_are_read(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
             assert check_image(tmp_path / name) == (64, 32)
-            assert (load_image(tmp_path / name, (4, 4)) == [255, 0, 0]).mean() > 0.6
+            assert (load_as(tmp_path / name, (4, 4)) == [255, 0, 0]).mean() > 0.6
 
 
 MEASURE = """
@@ -310,7 +311,7 @@ decode.STRIP_PIXELS = 2**18  # what a strip takes is beside the reckoning
 with decode.open_image(sys.argv[1]) as image:
     reckoned = decode._bytes_to_decode(image, image.size)
 before = peak()
-decode.load_image(sys.argv[1], (8, 8))
+decode.load_as(sys.argv[1], (8, 8))
 print((peak() - before) / reckoned)
 """
 
@@ -360,7 +361,7 @@ def test_a_hair_of_many_rows_takes_little_memory(tmp_path, monkeypatch, mode):
     monkeypatch.setattr("utils.data.decode.LARGEST_PASS", 10_000)
     monkeypatch.setattr(Image.Image, "resize", observed)
     Image.fromarray(np.linspace(0, 255, 5000).astype(np.uint8)[:, None]).save(tmp_path / "a.png")
-    found = load_image(tmp_path / "a.png", (8, 64), 1, mode)
+    found = load_as(tmp_path / "a.png", (8, 64), 1, mode)
     assert found.shape == (8, 64, 1)
     assert all(before[1] * after[0] <= 10_000 for before, after in passes)
     if mode == "stretch":
@@ -381,7 +382,7 @@ def test_a_pipe_is_refused_at_once(tmp_path, linked):
     for full in (True, False):
         assert check_images([str(path)], full)[1] == [(str(path), "is no regular file (a pipe, a socket or a device)")]
     with pytest.raises(ValueError, match="no regular file"):
-        load_image(path, (8, 8))
+        load_as(path, (8, 8))
 
 
 def test_a_folder_is_named_as_one(tmp_path):
@@ -397,7 +398,7 @@ def test_avif_is_read_upright(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (48, 32), (200, 30, 30)).save(tmp_path / "a.avif", exif=exif, quality=95)
     assert check_image(tmp_path / "a.avif") == (32, 48)
-    assert np.abs(load_image(tmp_path / "a.avif", (8, 8)).astype(int) - [200, 30, 30]).max() <= 6
+    assert np.abs(load_as(tmp_path / "a.avif", (8, 8)).astype(int) - [200, 30, 30]).max() <= 6
 
 
 def reload_with(monkeypatch, plugin):

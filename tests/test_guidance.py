@@ -7,7 +7,7 @@ import torch
 from test_diffusion import BETAS, Scale, guided, small
 
 from nets import GaussianDiffusion
-from nets.guidance import check_interval, check_weaker_model, lead_away
+from nets.sampling import apply_guidance, check_guiding_model, check_interval, sampling_schedule
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def x_t():
 def test_the_scale_goes_from_the_weaker_model_over_the_own_one_and_beyond():
     own, weaker = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 1.0])
     for scale, led in ((0, weaker), (1, own), (3, torch.tensor([2.0, -8.0]))):
-        torch.testing.assert_close(lead_away(own, weaker, scale), led)
+        torch.testing.assert_close(apply_guidance(own, weaker, scale), led)
 
 
 def test_guidance_one_is_the_plain_conditional_network(x_t):
@@ -74,6 +74,18 @@ def test_a_guiding_model_against_its_formula(x_t):
         torch.testing.assert_close(itself, diffusion.denoiser(labels)(x_t, 7))
 
 
+def test_a_guiding_model_is_not_clipped_before_the_comparison(x_t):
+    """Its x_0 leaves [-1, 1] here; only what is led away from it is clipped."""
+    diffusion, guide = small(prediction="x0"), small(prediction="x0")
+    diffusion.ema_model.weight.data.fill_(2.0)
+    guide.ema_model.weight.data.fill_(3.0)
+    led = (3 + 1.5 * (2 - 3)) * x_t
+    assert (3 * x_t).abs().max() > 2
+    for clip in (False, True):
+        x_0 = diffusion.denoiser(None, guidance_scale=1.5, clip=clip, guiding_model=guide)(x_t, 7)
+        torch.testing.assert_close(x_0, led.clamp(-1, 1) if clip else led)
+
+
 @pytest.mark.parametrize(
     ("words", "other"),
     [
@@ -102,19 +114,19 @@ def test_a_guidance_interval_has_a_step():
 
 
 def test_the_guiding_model_uses_its_ema_where_the_model_does(x_t):
-    diffusion, guide = small(prediction="x0"), small(prediction="x0")
+    diffusion, guide = small(prediction="x0").eval(), small(prediction="x0").eval()
     values = {diffusion.model: 0.5, diffusion.ema_model: 0.4, guide.model: 0.3, guide.ema_model: 0.1}
     for network, value in values.items():
         network.weight.data.fill_(value)
     for use_ema, own, away in ((True, 0.4, 0.1), (False, 0.5, 0.3)):
-        x_0 = diffusion.denoiser(None, use_ema, 2.0, clip=False, guiding_model=guide)(x_t, 7)
+        x_0 = diffusion.denoiser(None, use_ema, guidance_scale=2.0, clip=False, guiding_model=guide)(x_t, 7)
         torch.testing.assert_close(x_0, (2 * own - away) * x_t)
 
 
 def test_what_has_no_guidance_passes_and_a_guiding_model_of_another_kind_never_does():
     plain = small()
-    check_weaker_model(plain, 1.0)
-    check_interval(None, plan := plain.plan("ddim", 4))
-    check_interval((-99.0, 99.0), plan)
+    check_guiding_model(plain, 1.0)
+    check_interval(None, schedule := sampling_schedule(plain.alpha_bars, "ddim", 4))
+    check_interval((-99.0, 99.0), schedule)
     with pytest.raises(ValueError, match="another number of classes"):
-        check_weaker_model(plain, 1.0, guided())
+        check_guiding_model(plain, 1.0, guided())

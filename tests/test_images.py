@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import load_as
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from utils.data import decode as images
-from utils.data.decode import check_image, describe_error, is_about_the_file, is_damage, load_image
+from utils.data.decode import check_image, describe_error, is_about_the_file, is_damage
+from utils.data.image_format import RESIZE_MODES
 from utils.data.threads import Budget, map_in_threads
 from utils.images import make_grid, save_animation, save_png, to_uint8
 
@@ -36,7 +38,7 @@ def smooth(width, height, seed=0):
 def load_same_size(path, channels=3, **settings):
     """The file at its own size, where resizing is the identity."""
     width, height = check_image(path)
-    return load_image(path, (height, width), channels, "stretch", **settings).astype(int)
+    return load_as(path, (height, width), channels, "stretch", **settings).astype(int)
 
 
 def over(rgba, background):
@@ -101,14 +103,14 @@ def test_a_turned_jpeg_read_at_a_reduced_scale_lies_right(tmp_path, orientation,
     stored.save(tmp_path / "a.jpg", quality=95, exif=exif)
     stored.getexif()[ORIENTATION] = orientation
     ImageOps.exif_transpose(stored).save(tmp_path / "upright.png")
-    turned, upright = (load_image(tmp_path / name, (24, 17), 3, mode).astype(int) for name in ("a.jpg", "upright.png"))
+    turned, upright = (load_as(tmp_path / name, (24, 17), 3, mode).astype(int) for name in ("a.jpg", "upright.png"))
     assert np.abs(turned - upright).max() <= 6
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_exif_does_no_harm(tmp_path):
     smooth(16, 16).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
-    assert load_image(tmp_path / "a.jpg", (16, 16)).shape == (16, 16, 3)
+    assert load_as(tmp_path / "a.jpg", (16, 16)).shape == (16, 16, 3)
 
 
 # Transparency
@@ -166,7 +168,7 @@ def test_palette_with_alpha_mode_is_composited(tmp_path):
     picture = picture.convert("PA")
     picture.putalpha(Image.fromarray(np.array([[255, 51]], dtype=np.uint8)))
     assert picture.mode == "PA"
-    found = np.asarray(images._opaque(picture, BACKGROUND), dtype=int)
+    found = np.asarray(images._flatten(picture, BACKGROUND, True), dtype=int)
     assert np.abs(found - over([[(200, 100, 0, 255), (0, 0, 255, 51)]], BACKGROUND)).max() <= 1
 
 
@@ -211,7 +213,7 @@ def test_16_bit_keeps_its_full_range(tmp_path, byte_order, suffix):
 @pytest.mark.parametrize("mode, dtype", [("I;16", "<u2"), ("I;16L", "<u2"), ("I;16B", ">u2")])
 def test_16_bit_modes_of_both_byte_orders(mode, dtype):
     picture = Image.frombytes(mode, (16, 16), RAMP16.astype(dtype).tobytes())
-    np.testing.assert_array_equal(np.asarray(images._opaque(picture, BACKGROUND)), RAMP16 // 257)
+    np.testing.assert_array_equal(np.asarray(images._flatten(picture, BACKGROUND, True)), RAMP16 // 257)
 
 
 def test_a_dark_16_bit_picture_stays_dark(tmp_path):
@@ -306,7 +308,7 @@ def test_crop_is_torchvisions_resize_and_centre_crop(tmp_path, size, shape):
     inner = [round(scale * size[1]), round(scale * size[0])]  # (height, width), whole numbers for these sizes
     tensor = F.resize(F.pil_to_tensor(picture).float(), inner, v2.InterpolationMode.BICUBIC, antialias=True)
     expected = F.center_crop(tensor, list(shape)).clamp(0, 255).permute(1, 2, 0).numpy()
-    found = load_image(tmp_path / "a.png", shape, 3, "crop")
+    found = load_as(tmp_path / "a.png", shape, 3, "crop")
     assert found.shape == (*shape, 3) and found.dtype == np.uint8
     assert np.abs(found - expected).max() <= 1.5
 
@@ -317,21 +319,21 @@ def test_stretch_is_torchvisions_resize(tmp_path):
     expected = F.resize(F.pil_to_tensor(picture).float(), [24, 40], v2.InterpolationMode.BICUBIC, antialias=True).clamp(
         0, 255
     )
-    found = load_image(tmp_path / "a.png", (24, 40), 3, "stretch")
+    found = load_as(tmp_path / "a.png", (24, 40), 3, "stretch")
     assert np.abs(found - expected.permute(1, 2, 0).numpy()).max() <= 1.5
 
 
 def test_shrinking_is_antialiased(tmp_path):
     checkers = np.indices((256, 256)).sum(0) % 2 * 255
     Image.fromarray(checkers.astype(np.uint8)).save(tmp_path / "a.png")
-    assert np.abs(load_image(tmp_path / "a.png", (32, 32), 1).astype(int) - 127).max() <= 6
+    assert np.abs(load_as(tmp_path / "a.png", (32, 32), 1).astype(int) - 127).max() <= 6
 
 
 @pytest.mark.parametrize("size, bars", [((40, 20), np.s_[:8]), ((20, 40), np.s_[:, :8])])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pad_shows_the_whole_picture_between_bars(tmp_path, size, bars, channels):
     Image.new("RGB", size, (255, 0, 0)).save(tmp_path / "a.png")
-    found = load_image(tmp_path / "a.png", (32, 32), channels, "pad", background=(0, 0, 255))
+    found = load_as(tmp_path / "a.png", (32, 32), channels, "pad", background=(0, 0, 255))
     red, blue = ((76,), (29,)) if channels == 1 else ((255, 0, 0), (0, 0, 255))
     assert (found[bars] == blue).all() and (np.rot90(found, 2)[bars] == blue).all()
     assert (found == red).all(axis=-1).sum() == 32 * 16
@@ -339,8 +341,8 @@ def test_pad_shows_the_whole_picture_between_bars(tmp_path, size, bars, channels
 
 def test_a_hair_thin_picture_is_no_error(tmp_path):
     Image.new("RGB", (1000, 1), (9, 9, 9)).save(tmp_path / "a.png")
-    for mode in images.RESIZE_MODES:
-        assert load_image(tmp_path / "a.png", (8, 16), 3, mode).shape == (8, 16, 3)
+    for mode in RESIZE_MODES:
+        assert load_as(tmp_path / "a.png", (8, 16), 3, mode).shape == (8, 16, 3)
 
 
 # JPEG at a reduced scale
@@ -357,10 +359,8 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path, monkeypatch, 
     monkeypatch.setattr(
         Image.Image, "resize", lambda self, *args, **kwargs: sizes.append(self.size) or resize(self, *args, **kwargs)
     )
-    for mode in images.RESIZE_MODES:
-        from_jpeg, from_png = (
-            load_image(tmp_path / name, (32, 32), 3, mode).astype(int) for name in ("a.jpg", "a.png")
-        )
+    for mode in RESIZE_MODES:
+        from_jpeg, from_png = (load_as(tmp_path / name, (32, 32), 3, mode).astype(int) for name in ("a.jpg", "a.png"))
         assert np.abs(from_jpeg - from_png).max() <= 3
         assert sizes[0] == reduced or mode == "pad"
         sizes.clear()
@@ -374,7 +374,7 @@ def test_the_reduced_scale_of_a_turned_jpeg_is_for_its_upright_shape(tmp_path, m
     monkeypatch.setattr(
         Image.Image, "resize", lambda self, *args, **kwargs: sizes.append(self.size) or resize(self, *args, **kwargs)
     )
-    load_image(tmp_path / "a.jpg", (50, 10), 3, "stretch")  # 100 -> 50 and 800 -> 10: no room for less
+    load_as(tmp_path / "a.jpg", (50, 10), 3, "stretch")  # 100 -> 50 and 800 -> 10: no room for less
     assert sizes == [(100, 800)]
 
 
@@ -384,7 +384,7 @@ def test_reduced_jpegs_keep_their_place(tmp_path):
     """
     ramp = np.tile(np.linspace(0, 255, 321), (321, 1))  # 321 = 5 * 64 + 1
     Image.fromarray(np.rint(ramp).astype(np.uint8)).save(tmp_path / "a.jpg", quality=100)
-    found = load_image(tmp_path / "a.jpg", (10, 10), 1)[0, :, 0]
+    found = load_as(tmp_path / "a.jpg", (10, 10), 1)[0, :, 0]
     assert np.abs(found - 255 / 320 * (32.1 * (np.arange(10) + 0.5) - 0.5))[2:-2].max() <= 0.8
 
 
@@ -405,7 +405,7 @@ def test_reduced_jpegs_keep_their_place(tmp_path):
 def test_unknown_settings_are_refused(tmp_path, settings, word):
     smooth(8, 8).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=word):
-        load_image(tmp_path / "a.png", **{"input_shape": (8, 8), **settings})
+        load_as(tmp_path / "a.png", **{"input_shape": (8, 8), **settings})
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "tif", "webp", "bmp"])
@@ -414,7 +414,7 @@ def test_a_truncated_file_is_found_by_decoding_it(tmp_path, suffix):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:-2000])
-    for read in (check_image, lambda path: load_image(path, (8, 8))):
+    for read in (check_image, lambda path: load_as(path, (8, 8))):
         with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - Pillow's decoders raise all kinds
             read(path)
         assert describe_error(caught.value)
@@ -491,7 +491,7 @@ def test_a_decoder_that_lacks_memory_is_not_taken_for_damage(tmp_path, monkeypat
     for free, kind in ((True, OSError), (False, MemoryError)):
         monkeypatch.setattr(images, "_is_free", lambda size, free=free: free)
         with pytest.raises(kind) as caught:
-            load_image(tmp_path / "a.png", (8, 8))
+            load_as(tmp_path / "a.png", (8, 8))
         assert is_damage(caught.value) == free
 
 
@@ -512,17 +512,17 @@ def test_too_little_memory_is_not_kept_as_damage(tmp_path):
 
 def test_large_images_of_many_threads_wait_for_each_other(tmp_path, monkeypatch):
     """Together they never hold more than the budget."""
-    most, opaque = [0], images._opaque
+    most, flatten = [0], images._flatten
 
     def observed(*arguments):
         most[0] = max(most[0], images.DECODING.taken)
         time.sleep(0.002)
-        return opaque(*arguments)
+        return flatten(*arguments)
 
     smooth(100, 100).save(tmp_path / "a.png")
     monkeypatch.setattr(images, "DECODING", Budget(200_000))  # two of 80,000 bytes
-    monkeypatch.setattr(images, "_opaque", observed)
-    list(map_in_threads(lambda _: load_image(tmp_path / "a.png", (8, 8)), range(160), 8))
+    monkeypatch.setattr(images, "_flatten", observed)
+    list(map_in_threads(lambda _: load_as(tmp_path / "a.png", (8, 8)), range(160), 8))
     assert most[0] == 160_000
 
 

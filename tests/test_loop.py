@@ -9,7 +9,7 @@ from conftest import TINY, newest_run, read_history, run_main
 import train
 from nets import GaussianDiffusion
 from utils.checkpoint import load_checkpoint
-from utils.data.dataset import normalise
+from utils.data.dataset import normalize
 from utils.training import saving as run_module
 
 RUN = [*TINY, "--epochs", "2", "--seed", "1"]  # 6 steps
@@ -68,8 +68,10 @@ def test_dropout_draws_anew_each_step(workplace, monkeypatch):
 
 
 def test_validation_is_drawn_with_the_average_and_always_the_same(workplace, calls):
-    run_main("train.py", *RUN, "--val_split", "0.3")
+    run_main("train.py", *RUN, "--val_split", "0.3", "--num_timesteps", "1000")
     validation = [call for call in calls if call.get("use_ema")]
+    for t in (call["t"].double() for call in validation):  # evenly spread: as far from one end as from the other
+        assert t.mean() == pytest.approx(499.5, abs=1) and (t.diff() - 1000 / len(t)).abs().max() <= 1
     assert len(validation) >= 2 and len(validation) % 2 == 0
     half = len(validation) // 2
     for a, b in zip(validation[:half], validation[half:], strict=True):
@@ -101,6 +103,63 @@ def test_rate_and_clipping_reach_the_optimizer(workplace, monkeypatch):
     norms.clear()
     run_main("train.py", *RUN, "--grad_clip", "0")
     assert min(norms) > 0.1
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """The gradients of each step as one vector, as the optimizer gets them."""
+    recorded, step = [], train.step_unless_bad
+
+    def recording(optimizer, *arguments):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        recorded.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+        step(optimizer, *arguments)
+
+    monkeypatch.setattr(train, "step_unless_bad", recording)
+    return recorded
+
+
+PLAIN = [*RUN, "--epochs", "1", "--dropout", "0", "--precision", "fp32"]
+
+
+def test_micro_batches_add_up_to_the_gradient_of_the_batch(workplace, gradients):
+    """Adam hides a factor, so the gradients are compared."""
+    run_main("train.py", *PLAIN, "--grad_clip", "0")
+    whole = torch.stack(gradients)
+    for accumulate in ("2", "8"):
+        gradients.clear()
+        run_main("train.py", *PLAIN, "--grad_clip", "0", "--accumulate", accumulate)
+        assert (torch.stack(gradients) - whole)[0].norm() < 1e-4 * whole[0].norm()
+
+
+def test_gradients_are_clipped_by_their_own_norm_not_the_scaled_one(workplace, gradients, monkeypatch):
+    """With a GradScaler, as for fp16, the run is the same as without: gradients, norms, weights."""
+    run_main("train.py", *PLAIN, "--grad_clip", "0.5")
+    without, first = torch.stack(gradients), newest_run(workplace)
+    gradients.clear()
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=1024.0))
+    run_main("train.py", *PLAIN, "--grad_clip", "0.5")
+    second = newest_run(workplace)
+    assert second != first and load_checkpoint(second / "last.pth")["scaler"]["scale"] == 1024
+    torch.testing.assert_close(torch.stack(gradients)[0], without[0], rtol=1e-3, atol=1e-6)
+    one, other = (read_history(run)[-1] for run in (first, second))
+    assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2) and one["grad_norm"] > 0.5
+
+
+def test_each_process_drops_other_features_and_has_its_part_of_the_same_noise(workplace, monkeypatch):
+    size = {"input_shape": (8, 8), "channel": 32, "channel_mults": (1,), "attention_resolutions": ()}
+    config, device = train.resolve(train.Config(**size, batch_size=8, device="cpu"))
+    parts = train.prepare(config, device)
+    monkeypatch.setattr(train.distributed, "world_size", lambda: 2)
+    dropped, noise = [], []
+    for rank in (0, 1, 0):
+        monkeypatch.setattr(train.distributed, "rank", lambda rank=rank: rank)
+        *_, draws = train.make_batch(config, parts, *parts.dataset.batch(range(4)), 0, 0)
+        noise.append(draws.noise)
+        dropped.append(torch.nn.functional.dropout(torch.ones(100)))
+    assert torch.equal(dropped[0], dropped[2]) and not torch.equal(dropped[0], dropped[1])
+    assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
 
 
 def test_moments_come_back_in_the_weights_own_layout(workplace, monkeypatch):
@@ -173,9 +232,9 @@ def test_saves_within_an_epoch_come_by_the_clock(workplace, monkeypatch):
     ]
 
 
-def test_normalised_pictures_reach_the_network(workplace, calls):
+def test_normalized_pictures_reach_the_network(workplace, calls):
     run_main("train.py", *RUN)
     x = torch.cat([call["x"] for call in calls])
     assert x.min() == -1 and x.max() == 1
-    both_ends = normalise(torch.tensor([[[[0], [255]]]], dtype=torch.uint8), torch.device("cpu"))
+    both_ends = normalize(torch.tensor([[[[0], [255]]]], dtype=torch.uint8), torch.device("cpu"))
     torch.testing.assert_close(both_ends.flatten(), torch.tensor([-1.0, 1.0]))

@@ -22,7 +22,7 @@ SMALL = {
 
 @pytest.fixture
 def parts(workplace):
-    """(config, parts) of a small job on the 24 pictures of the workplace."""
+    """(config, parts) of a small job on the 24 images of the workplace."""
 
     def make(**settings):
         config = train.Config(**{**SMALL, "device": "cpu", "precision": "fp32", "compile": False, **settings})
@@ -77,8 +77,8 @@ def test_other_errors_pass_unchanged():
 
 def test_training_out_of_memory_is_a_line_with_the_settings_and_what_would_fit(parts, monkeypatch):
     config, built = parts()
-    fixed, per_picture = memory.memory_needs(config, built)
-    monkeypatch.setattr(memory, "device_memory", lambda device: (fixed + 2.5 * per_picture) / memory.USABLE)
+    _, fixed, per_image = memory.memory_needs(config, built)
+    monkeypatch.setattr(memory, "device_memory", lambda device: (fixed + 2.5 * per_image) / memory.USABLE)
 
     def fail(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -86,8 +86,8 @@ def test_training_out_of_memory_is_a_line_with_the_settings_and_what_would_fit(p
     with pytest.raises(ValueError) as raised, explain_out_of_memory(lambda: memory.advice_for_training(config, built)):
         fail()
     text = str(raised.value)
-    assert "\n" not in text and text.startswith("out of memory: 8 pictures at a time need about")
-    assert "--accumulate 4 would fit" in text  # 2 pictures at a time
+    assert "\n" not in text and text.startswith("out of memory: training on 8 images at a time needs about")
+    assert "--accumulate 4 would fit" in text  # 2 images at a time
     for setting in ("--activation_checkpointing True", "--batch_size", "--channel", "--input_shape"):
         assert setting in text
 
@@ -103,7 +103,7 @@ def test_where_the_estimate_runs_out_of_memory_too_the_settings_are_named_still(
 
 
 @pytest.mark.parametrize(
-    "pictures, batch, world, now, expected",
+    "images, batch, world, now, expected",
     [
         (16, 64, 1, 1, 4),
         (15, 64, 1, 1, 8),
@@ -114,8 +114,8 @@ def test_where_the_estimate_runs_out_of_memory_too_the_settings_are_named_still(
         (3, 6, 2, 1, 3),
     ],
 )
-def test_the_parts_of_a_batch_that_fit(pictures, batch, world, now, expected):
-    assert accumulate_that_fits(pictures, batch, world, now) == expected
+def test_the_parts_of_a_batch_that_fit(images, batch, world, now, expected):
+    assert accumulate_that_fits(images, batch, world, now) == expected
 
 
 def test_train_and_predict_end_in_the_line(workplace, monkeypatch, capsys):

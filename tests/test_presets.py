@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, assert_same_state, run_main
+from utils.config import check_values
 
 import train
 from nets import UNet
-from nets.sizes import count_flops
+from nets.architecture import count_flops
 from utils.checkpoint import load_checkpoint
-from utils.config import check_values
 from utils.training.summary import duration
 
 NAMES = [name for name in train.PRESETS if name]
@@ -74,14 +74,14 @@ def test_a_dry_run_says_the_time_and_changes_nothing(workplace, capsys):
     line = next(line for line in text.splitlines() if line.startswith("time "))
     seconds, rest = line.split(" s a step, 3,000 steps: ")
     assert float(seconds.split()[1]) > 0 and rest.split(",")[0].endswith((" s", " min"))
-    assert not Path("logs").exists() and line.endswith(" billion operations a picture, forward")
+    assert not Path("logs").exists() and line.endswith(" billion operations per image, forward")
 
 
 @pytest.mark.parametrize(("epochs", "warned"), [(500, False), (501, True)])
-def test_how_often_pictures_are_seen_is_said_and_too_often_warned_of(workplace, capsys, epochs, warned):
+def test_how_often_images_are_seen_is_said_and_too_often_warned_of(workplace, capsys, epochs, warned):
     run_main("train.py", *TINY, "--epochs", epochs, "--dry_run", "True")
     text = capsys.readouterr().out
-    assert f"each picture is seen about {epochs:,} times" in text
+    assert f"each image is seen about {epochs:,} times" in text
     assert ("--val_split 0.1" in text and "python -m utils.evaluate" in text) == warned
 
 
@@ -113,7 +113,6 @@ def test_operations_of_a_network_that_one_can_count():
             layer.register_forward_hook(count)
     attention = torch.nn.functional.scaled_dot_product_attention
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nets.unet.norm_act_conv", lambda norm, activation, x, conv, dropout=None: conv(x))
         patch.setattr(
             "torch.nn.functional.scaled_dot_product_attention",
             lambda q, k, v: (counted.append(2 * 2 * q.shape[-2] ** 2 * q.shape[-1]), attention(q, k, v))[1],

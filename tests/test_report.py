@@ -1,6 +1,7 @@
 """The page of a run: whole, offline, and made of what is there."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from conftest import TINY, newest_run, run_main
 
 from utils import report
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.images import save_png
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -24,7 +25,7 @@ def made(folder):
 
 
 @pytest.fixture
-def finished(workplace, capsys):
+def finished(workplace, capsys, curves):
     """A finished run with previews, samples, and an evaluation that says it is of this run."""
     run_main(
         "train.py",
@@ -49,7 +50,7 @@ def finished(workplace, capsys):
     save_png(Path("results/evaluate_out/evaluate_nearest_results.png"), pixels)
     measured = {
         "samples": f"100 drawn, {folder.resolve()}/last.pth",
-        "distances": {"frechet_distance": 12.5},
+        "distances": {"features": f"classifier {BAD}", "frechet_distance": 12.5234567, "k": 3},
         "nearest": {"share_closer_than_first_quantile": 0.25},
     }
     Path("results/evaluate_out/evaluate_results.json").write_text(json.dumps(measured))
@@ -64,7 +65,8 @@ def test_the_page_shows_all_that_the_run_wrote(finished):
     assert "<td>epochs</td><td>3 of 3</td>" in text and "<td>num_timesteps</td><td>20</td><td>1000</td>" in text
     assert "<td>loss_type</td>" not in text  # as in train.py
     assert text.count("data:image/png") >= 3 + 4 and 'type="range" min="0" max="2"' in text
-    assert "<td>frechet_distance</td><td>12.5</td>" in text and "25% of the samples are closer" in text
+    assert "<td>frechet_distance</td><td>12.52</td>" in text and "25% of the samples are closer" in text
+    assert "<td>features</td><td>classifier &lt;script&gt;" in text and "<td>k</td><td>3</td>" in text
     assert not re.search(r"""(src|href)=["'](?!data:)""", text) and "http" not in re.sub('data:[^"]*', "", text)
 
 
@@ -75,7 +77,7 @@ def test_warnings_say_what_the_tables_show(finished):
     rows[-1] |= {"skipped": "3", "val_loss": "9.0"}
     table.write_text("\n".join([names, *(",".join(row.values()) for row in rows)]))
     text = made(finished)
-    assert "3 steps were skipped" in text and "by heart" in text and "Lower --ema_start" not in text
+    assert "3 steps were skipped" in text and "memorizes" in text and "Lower --ema_start" not in text
     (finished / "config.json").write_text('{"ema_start": 2000}')
     assert "The EMA starts at step 2000, and the run has 6" in made(finished)
     (finished / "config.json").write_text('{"ema_start": "soon"}')
@@ -94,7 +96,45 @@ def test_what_is_missing_or_damaged_is_left_out(finished):
     assert made(finished) == text
 
 
-@pytest.mark.parametrize("words", [["nowhere"], ["logs", "more"], ["--help"]])
+def test_an_evaluation_of_another_run_is_not_shown(finished):
+    """Neither of a run whose name begins or ends alike, nor of one in another place."""
+    path, own = Path("results/evaluate_out/evaluate_results.json"), finished.resolve() / "last.pth"
+    measured = json.loads(path.read_text())
+    for folder in (f"{own.parent}2", own.parent.with_name(own.parent.name[:-1]), f"/elsewhere{own.parent}"):
+        path.write_text(json.dumps({**measured, "samples": f"100 drawn, {folder}/last.pth"}))
+        assert "frechet_distance" not in made(finished)
+    path.write_text(json.dumps({**measured, "samples": f"100 samples, ddim, seeds from 0, {own}"}))
+    assert "frechet_distance" in made(finished)
+
+
+ODD = [[], "words", 1e999, 10**400, None, True, {"a": ["b"]}, "\udcff"]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=repr)
+def test_odd_values_end_in_no_traceback(finished, odd):
+    path = Path("results/evaluate_out/evaluate_results.json")
+    measured, config = json.loads(path.read_text()), json.loads((finished / "config.json").read_text())
+    (finished / "config.json").write_text(json.dumps(dict.fromkeys(config, odd)))
+    inside = {
+        "distances": dict.fromkeys(measured["distances"], odd),
+        "nearest": dict.fromkeys(measured["nearest"], odd),
+    }
+    for results in (odd, {**measured, "distances": odd, "nearest": odd}, {**measured, **inside}, {"samples": odd}):
+        path.write_text(json.dumps(results))
+        assert "Run " in made(finished)
+    (finished / "config.json").write_text(json.dumps([odd]))
+    with pytest.raises(UserError, match="no run with a sound config.json"):
+        made(finished)
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help(capsys, word):
+    run_script(lambda: report.main([word]))
+    said = capsys.readouterr()
+    assert "usage: python -m utils.report [logs/<run>]" in said.out and said.err == ""
+
+
+@pytest.mark.parametrize("words", [["nowhere"], ["logs", "more"]])
 def test_what_is_no_run_is_one_line(workplace, capsys, words):
     with pytest.raises(SystemExit):
         run_script(lambda: report.main(words))
@@ -109,6 +149,16 @@ def test_many_previews_stay_small(tmp_path, monkeypatch):
         save_png(Path("results/train_out/run") / f"epoch_{epoch:04d}.png", noise)
     text = report.previews(tmp_path / "run")
     assert len(text) < 5_000_000 and '"epoch 0101"' in text and 20 < text.count('"epoch 0') <= 40
+
+
+def test_previews_are_sorted_by_number_and_other_names_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("results/train_out/run")
+    for name in ("epoch_9999", "epoch_10000", "epoch_0002", "epoch_1_copy", "epoch_<img src=x onerror=alert(1)>"):
+        save_png(folder / f"{name}.png", np.zeros((2, 2, 3), np.uint8))
+    os.mkfifo(folder / "epoch_0003.png")
+    text = report.previews(tmp_path / "run")
+    assert re.findall(r'\["([^"]+)"', text) == ["epoch 0002", "epoch 9999", "epoch 10000"] and "onerror" not in text
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")

@@ -65,7 +65,7 @@ def test_second_signal_ends_at_once(tmp_path):
     hangs.
     """
     script = (
-        "import time; from utils.training.stopping import StopSignal\nwith StopSignal():\n"
+        "import time; from utils.training.signals import StopSignal\nwith StopSignal():\n"
         "    print('ready', flush=True)\n    time.sleep(60)"
     )
     process = subprocess.Popen(
@@ -93,7 +93,7 @@ def test_torchrun_stops_all_processes_at_one_step(twin):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=100)[0].decode()
-    assert "goes on from here" in output, output
+    assert "resumes from here" in output, output
     stopped = load_checkpoint(newest_run(broken) / "last.pth")["position"]
     assert stopped["epoch"] < 199
     assert len(load_checkpoint(newest_run(broken) / "last.pth")["sums"]) == 2
@@ -114,12 +114,22 @@ def test_changed_batch_size_goes_on_at_the_next_epoch(twin, monkeypatch, capsys)
     assert [row["epoch"] for row in rows] == [1, 3, 4]
 
 
-def test_changed_pictures_are_said_and_not_fatal(workplace, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: lines[:-3], True),
+        (lambda lines: lines[::-1], True),
+        (lambda lines: [f"{1 - int(line[0])}{line[1:]}" for line in lines], True),  # the other class
+        (lambda lines: lines, False),
+    ],
+    ids=["some gone", "another order", "other classes", "the same"],
+)
+def test_changed_pictures_are_said_and_not_fatal(workplace, capsys, change, said):
     run_main("train.py", *RUN, "--epochs", "1")
     lines = (workplace / "train_lines.txt").read_text().splitlines()
-    (workplace / "train_lines.txt").write_text("\n".join(lines[:-3]) + "\n")
+    (workplace / "train_lines.txt").write_text("\n".join(change(lines)) + "\n")
     run_main("train.py", "--resume", "latest", "--epochs", "2")
-    assert "the pictures are not those of before" in capsys.readouterr().out
+    assert ("the pictures are not those of before" in capsys.readouterr().out) == said
     assert len(read_history(newest_run(workplace))) == 2
 
 

@@ -9,15 +9,17 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ENVIRONMENT, PROJECT, TINY, command, newest_run, read_history, run, run_main, write_pictures
 
 import train
 from utils.checkpoint import load_checkpoint
-from utils.files import locked
+from utils.files import TolerantWriter, locked
 from utils.training import saving
 from utils.training.loss_history import LossHistory, Table, read_table
+from utils.training.run_files import RunWriter
 
 RUN = [*TINY, "--epochs", "2", "--seed", "1"]
 
@@ -62,6 +64,96 @@ def test_a_row_that_finds_no_space_comes_with_the_next(tmp_path, monkeypatch):
     assert [row["epoch"] for row in read_table(table.path, 9)] == ["1", "2", "3"]
 
 
+DAMAGED = [
+    b"3,9,0,5\n",
+    b"3,9,zero\n",
+    b"3,x,0.5\n",
+    b",9,0.5\n",
+    b"3\n",
+    b"\x00,9,0.5\n",
+    b'"3,9,0.5\n',
+    b"\xff,9,0.5\n",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_table_keeps_its_rows_up_to_the_damage(tmp_path, damage):
+    path = tmp_path / "epoch_loss.csv"
+    path.write_bytes(b"epoch,step,loss\n1,3,0.7\n2,6,0.6\n" + damage + b"4,12,0.4\n")
+    history = LossHistory(tmp_path, read_table(path, 9))
+    assert history.lowest("loss") == (0.6, "2")
+    history.add({"epoch": 3, "step": 9, "loss": 0.5}, {"epoch": 3, "seconds": 1.0})
+    history.close()
+    assert path.read_text().split() == ["epoch,step,loss", "1,3,0.7", "2,6,0.6", "3,9,0.5"]
+
+
+def test_a_damaged_table_ends_no_resumed_run(workplace):
+    run_main("train.py", *RUN)
+    table = newest_run(workplace) / "epoch_loss.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([*lines[:2], lines[2].replace(".", ",", 1)]))
+    run_main("train.py", "--resume", "latest", "--epochs", "3")
+    assert [row["epoch"] for row in read_history(newest_run(workplace))] == [1, 3]
+
+
+def test_a_table_whose_first_row_finds_no_space_has_its_header_later(tmp_path, monkeypatch):
+    table = Table(tmp_path / "epoch_loss.csv", [])
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        table.append({"epoch": 1, "loss": 1.0})
+    table.append({"epoch": 2, "loss": 2.0})
+    assert table.path.read_text().split() == ["epoch,loss", "1,1.0", "2,2.0"]
+
+
+def test_a_table_that_was_removed_is_written_again(tmp_path):
+    table = Table(tmp_path / "epoch_loss.csv", [])
+    table.append({"epoch": 1, "loss": 1.0})
+    table.path.unlink()
+    table.append({"epoch": 2, "loss": 2.0})
+    assert table.path.read_text().split() == ["epoch,loss", "1,1.0", "2,2.0"]
+
+
+def test_a_full_disk_costs_neither_table_a_row(tmp_path, monkeypatch):
+    history = LossHistory(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        history.add({"epoch": 1, "step": 3, "loss": 0.5}, {"epoch": 1, "seconds": 1.0})
+    history.add({"epoch": 2, "step": 6, "loss": 0.4}, {"epoch": 2, "seconds": 1.0})
+    assert [len(read_table(tmp_path / name, 9)) for name in ("epoch_loss.csv", "speed.csv")] == [2, 2]
+
+
+def test_a_validation_loss_that_is_nan_hides_no_later_one(tmp_path):
+    losses = [{"epoch": str(epoch), "val_loss": loss} for epoch, loss in enumerate(("", "nan", "0.5", "0.6"), 1)]
+    assert LossHistory(tmp_path, losses).lowest("val_loss") == (0.5, "3")
+
+
+# The folder goes while the run writes to it
+
+
+def test_a_run_whose_folder_was_renamed_says_so_once_and_makes_no_other(workplace, monkeypatch, capsys):
+    end_epoch = RunWriter.end_epoch
+
+    def renaming(self, row, *arguments):
+        if row["epoch"] == 2:
+            self.folder.rename(workplace / "elsewhere")
+        end_epoch(self, row, *arguments)
+
+    monkeypatch.setattr(RunWriter, "end_epoch", renaming)
+    with pytest.raises(SystemExit) as end:
+        run_main("train.py", *RUN, "--epochs", "3")
+    said = capsys.readouterr()
+    assert end.value.code == 1 and "last.pth, the curves, the tables could not be written" in said.err
+    assert said.out.count("NOT SAVED") == 1 and "was removed or renamed" in said.out
+    assert not list((workplace / "logs").iterdir()) and len(read_history(workplace / "elsewhere")) == 1
+
+
+def test_writes_succeed_again_once_the_folder_is_back(tmp_path):
+    attempt = TolerantWriter(tmp_path / "run")
+    assert not attempt("table", lambda: None) and attempt.failed == {"table"}
+    (tmp_path / "run").mkdir()
+    assert attempt("table", lambda: None) and not attempt.failed
+
+
 # Packages that are there but broken
 
 
@@ -81,7 +173,7 @@ def test_a_broken_package_ends_no_training(tmp_path, package):
     assert len(read_history(newest_run(tmp_path))) == 2
 
 
-def test_a_broken_backend_of_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_broken_backend_of_matplotlib_is_one_line(tmp_path, monkeypatch, capsys, curves):
     history = LossHistory(tmp_path)
     history.add({"epoch": 1, "step": 1, "loss": 0.5, "loss_t1": 0.5}, {"epoch": 1, "seconds": 1.0})
     backends = pytest.importorskip("matplotlib.backends")
@@ -101,6 +193,34 @@ def test_the_backend_of_a_notebook_draws_the_curve_all_the_same(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (newest_run(tmp_path) / "epoch_loss.png").is_file()
+
+
+@pytest.mark.parametrize("method", ["add_scalar", "add_image", "close"])
+def test_whatever_tensorboard_raises_later_costs_only_its_curves(tmp_path, monkeypatch, capsys, method):
+    def fail(*arguments, **options):
+        raise TypeError("another protobuf")
+
+    monkeypatch.setattr(pytest.importorskip("torch.utils.tensorboard").SummaryWriter, method, fail)
+    history = LossHistory(tmp_path)
+    for epoch in (1, 2):
+        history.add({"epoch": epoch, "step": epoch, "loss": 0.5}, {"epoch": epoch, "seconds": 1.0})
+        history.add_image(np.zeros((2, 2, 3), np.uint8), epoch)
+    history.close()
+    assert [len(read_table(tmp_path / name, 9)) for name in ("epoch_loss.csv", "speed.csv")] == [2, 2]
+    assert capsys.readouterr().out.count("tensorboard is here, but fails (TypeError: another protobuf)") == 1
+
+
+def test_a_curve_that_cannot_be_plotted_costs_only_itself(tmp_path, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise OSError("no font cache")
+
+    monkeypatch.setattr(pytest.importorskip("matplotlib.figure").Figure, "savefig", fail)
+    history = LossHistory(tmp_path)
+    history.add({"epoch": 1, "step": 1, "loss": 0.5}, {"epoch": 1, "seconds": 1.0})
+    history.plot(final=True)
+    history.close()
+    assert capsys.readouterr().out.count("no loss curve is drawn") == 1
+    assert not (tmp_path / "epoch_loss.png").exists() and len(read_table(tmp_path / "epoch_loss.csv", 9)) == 1
 
 
 # Saves that fail
@@ -152,12 +272,13 @@ def kill_what_was_started():
 def start_training(folder, *settings, **options):
     """A training process of many epochs that has written its first last.pth."""
     arguments = command("train.py", *TINY, "--epochs", "100000", "--save_minutes", "0", *settings)
+    before = set(folder.glob("logs/*/last.pth"))
     process = subprocess.Popen(
         arguments, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
     )
     STARTED.append(process)
     deadline = time.monotonic() + 120
-    while not list(folder.glob("logs/*/last.pth")):
+    while not set(folder.glob("logs/*/last.pth")) - before:  # of this process: it handles signals now
         assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()
         time.sleep(0.05)
     return process
@@ -181,10 +302,9 @@ def test_a_lost_terminal_saves_and_under_nohup_it_is_ignored(listed):
 
     process = start_training(listed, "--seed", "2", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)
-    time.sleep(1.5)
-    assert process.poll() is None
-    process.kill()
-    process.communicate()
+    process.send_signal(signal.SIGTERM)  # the first signal that it heeds decides how it ends
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in output and "SIGHUP" not in output
 
 
 def test_a_second_training_in_the_same_folder_is_refused(listed):
@@ -203,23 +323,60 @@ def test_a_lock_refuses_another_process_only_while_it_is_held(tmp_path):
     script = f"import sys; sys.path.insert(0, {str(PROJECT)!r})\nfrom utils.files import locked\n"
     script += f"with locked({str(tmp_path)!r}, 'busy'): pass"
     with locked(tmp_path, "busy"):
-        assert b"ValueError: busy" in subprocess.run([sys.executable, "-c", script], capture_output=True).stderr
+        assert b"UserError: busy" in subprocess.run([sys.executable, "-c", script], capture_output=True).stderr
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
 
 
-def test_other_checkpoints_do_not_put_off_last_pth(tmp_path, monkeypatch):
-    """Short epochs with a best.pth each, or an epoch file, would keep it from being written."""
+class Clock:
+    """Stands in for the module `time`: a save takes 2 seconds, and nothing else any."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(saving, "time", clock)
+    monkeypatch.setattr(saving, "save_checkpoint", lambda path, state: setattr(clock, "now", clock.now + 2))
+    return clock
+
+
+@pytest.fixture
+def checkpoints(tmp_path, monkeypatch, clock):
+    """The writer of a run's checkpoints, with a save every 10 minutes."""
     monkeypatch.setattr(saving, "images_fingerprint", lambda dataset: "")
-    monkeypatch.setattr(saving, "save_checkpoint", lambda path, state: None)
     parts = SimpleNamespace(dataset=SimpleNamespace(classes=[]), diffusion=torch.nn.Linear(1, 1))
     parts.diffusion.ema_step = 0
-    config = train.Config(save_minutes=10)
-    checkpoints = saving.Checkpoints(tmp_path, config, parts, lambda name, write: write() is None)
-    checkpoints.saved, checkpoints.seconds = time.monotonic() - 3600, 100.0
+    return saving.Checkpoints(tmp_path, train.Config(save_minutes=10), parts, lambda name, write: write() is None)
+
+
+def test_other_checkpoints_do_not_put_off_last_pth(checkpoints, clock):
+    """Short epochs with a best.pth each, or an epoch file, would keep it from being written."""
+    assert checkpoints.write("last.pth")
+    clock.now += 596
     for name in ("best.pth", "epoch_0001.pth"):
         assert checkpoints.write(name) and checkpoints.is_cheap()
     assert checkpoints.is_due()
-    assert checkpoints.write("last.pth") and not checkpoints.is_due() and checkpoints.seconds < 100
+    assert checkpoints.write("last.pth") and not checkpoints.is_due() and not checkpoints.is_cheap()
+
+
+def test_a_save_at_the_end_of_an_epoch_takes_at_most_a_twentieth_of_the_time(checkpoints, clock):
+    assert checkpoints.is_cheap()  # how long a save takes is not known yet
+    assert checkpoints.write("last.pth")
+    for seconds, cheap in ((0, False), (38, False), (3, True)):  # it took 2
+        clock.now += seconds
+        assert checkpoints.is_cheap() == cheap
+
+
+def test_a_save_is_due_once_in_its_minutes(checkpoints, clock):
+    """Other processes hear of it two steps later: until then it is not due again."""
+    for seconds, due in ((599, False), (1, True), (0, False), (599, False), (1, True), (0, False)):
+        clock.now += seconds
+        assert checkpoints.is_due() == due
 
 
 @pytest.mark.parametrize(

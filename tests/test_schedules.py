@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from nets import SCHEDULES, generate_cosine_schedule, generate_linear_schedule, generate_sigmoid_schedule
-from nets.schedules import make_betas
-from nets.weights import find_schedule
+from nets.schedules import find_schedule, make_betas
 
 
 def alpha_bar(betas):

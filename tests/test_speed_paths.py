@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from conftest import randomize
 from torch import nn
-
-from nets import UNet, unet
-from nets import cpu_fused as fused
-from nets.cpu_fused import NormActDropoutConv
-from nets.unet import norm_act_conv
 from utils.checkpoint_contents import weights_digest
+
+from nets import GaussianDiffusion, UNet, unet
+from nets import cpu_fused as fused
+from nets.cpu_fused import NormActDropoutConv, install, norm_act_conv
 from utils.device import autocast, memory_format, round_weights
 
 
@@ -144,40 +143,38 @@ def test_without_gradients_the_result_is_the_plain_paths_and_its_input_stays(act
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_attention_has_the_plain_paths_gradients(layout, monkeypatch):
+def test_attention_has_the_plain_paths_gradients(layout):
     block = randomize(unet.AttentionBlock(32, num_groups=8)).to(memory_format=layout)
+    fast = install(copy.deepcopy(block))
     x, weights = torch.randn(2, 32, 4, 6).to(memory_format=layout).requires_grad_(), torch.randn(2, 32, 4, 6)
 
-    def gradients():
+    def gradients(block):
         return torch.autograd.grad((block(x) * weights).sum(), (x, *block.parameters()))
 
-    fast = gradients()
-    monkeypatch.setattr(unet, "norm_act_conv", plain)
-    for ours, expected in zip(fast, gradients(), strict=True):
+    for ours, expected in zip(gradients(fast), gradients(block), strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
 
 
-def test_the_whole_network_has_the_plain_paths_result_and_gradients(monkeypatch):
+def test_the_whole_network_has_the_plain_paths_result_and_gradients():
     network = randomize(UNet(3, base_channels=32, channel_mults=(1, 2), num_res_blocks=1, dropout=0.0)).train()
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
 
-    def outcome(layout):
+    def outcome(network, layout):
         copied = copy.deepcopy(network).to(memory_format=layout)
         out = copied(x.to(memory_format=layout), t)
         out.square().sum().backward()
         return [out.detach(), *(parameter.grad for parameter in copied.parameters())]
 
-    fast = outcome(torch.channels_last)
-    monkeypatch.setattr(unet, "norm_act_conv", plain)
-    for ours, expected in zip(fast, outcome(torch.contiguous_format), strict=True):
+    fast = outcome(install(copy.deepcopy(network)), torch.channels_last)
+    for ours, expected in zip(fast, outcome(network, torch.contiguous_format), strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4 * max(1, expected.abs().max().item()), rtol=1e-3)
 
 
-def test_the_fused_path_keeps_less_for_the_backward_pass(monkeypatch):
+def test_the_fused_path_keeps_less_for_the_backward_pass():
     network = UNet(3, base_channels=32, channel_mults=(1,), num_res_blocks=1, attention_resolutions=()).train()
     x, t = torch.randn(8, 3, 16, 16), torch.zeros(8)
 
-    def kept():
+    def kept(network):
         storages = {}
 
         def count(tensor):
@@ -188,9 +185,40 @@ def test_the_fused_path_keeps_less_for_the_backward_pass(monkeypatch):
             out = network(x, t)
         return sum(storages.values()), out
 
-    less, _ = kept()
-    monkeypatch.setattr(unet, "norm_act_conv", plain)
-    assert less < 0.55 * kept()[0]
+    assert kept(install(copy.deepcopy(network)))[0] < 0.55 * kept(network)[0]
+
+
+def fused_calls(function, monkeypatch):
+    """How many operations of the fused path `function` does."""
+    calls, original = [], NormActDropoutConv.apply
+    with monkeypatch.context() as patch:
+        patch.setattr(NormActDropoutConv, "apply", lambda *arguments: (calls.append(1), original(*arguments))[1])
+        function()
+    return len(calls)
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_every_network_of_a_diffusion_has_the_fused_path_and_its_own_keys(monkeypatch, activation_checkpointing):
+    settings = {"num_res_blocks": 1, "attention_resolutions": (), "activation_checkpointing": activation_checkpointing}
+    network = UNet(3, 32, (1,), **settings)
+    keys, kinds = list(network.state_dict()), len(list(network.modules()))
+    diffusion = GaussianDiffusion(network, (8, 8), 3).train()
+    assert list(diffusion.model.state_dict()) == list(diffusion.ema_model.state_dict()) == keys
+    x, t = torch.randn(1, 3, 8, 8), torch.zeros(1)
+    passes = 2 if activation_checkpointing else 1  # of the blocks
+    copied = copy.deepcopy(diffusion).to(memory_format=torch.channels_last)
+    for model in (diffusion.model, copied.model):
+        assert len(list(model.modules())) == kinds and isinstance(model, UNet)
+        # Two in each of five blocks, one in the attention of the middle, one at the end.
+        assert fused_calls(lambda model=model: model(x, t).sum().backward(), monkeypatch) == passes * 11 + 1
+    with torch.no_grad():
+        assert fused_calls(lambda: diffusion.ema_model(x, t), monkeypatch) == 0  # nothing to keep for a backward pass
+
+
+def test_a_compiler_sees_the_plain_network(monkeypatch):
+    network = install(UNet(3, 32, (1,), num_res_blocks=1, attention_resolutions=()).train())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert fused_calls(lambda: network(torch.randn(1, 3, 8, 8), torch.zeros(1)).sum().backward(), monkeypatch) == 0
 
 
 def test_under_autocast_the_gradients_are_those_of_the_plain_path_within_rounding():

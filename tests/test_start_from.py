@@ -8,7 +8,7 @@ from conftest import TINY, assert_same_state, run_main, write_pictures
 
 import train
 from nets import build
-from nets.weights import change_classes
+from nets.architecture import change_classes
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
 SETTINGS = {
@@ -41,9 +41,9 @@ def trained_network(config, classes):
 
 def carried(checkpoint, config, classes):
     """The network of `config` with the checkpoint's weights."""
-    checkpoint = build.with_classes(checkpoint, config, classes)
+    weights = change_classes(checkpoint["weights"], checkpoint["classes"], classes, config)
     diffusion = build.from_config(config, len(classes)).eval()
-    build.load_weights(diffusion, checkpoint["weights"], checkpoint["weights_kind"])
+    build.load_weights(diffusion, weights, "ema")
     return diffusion
 
 
@@ -70,7 +70,7 @@ def test_other_classes_keep_the_rows_of_names_that_both_have():
 def test_without_a_null_class_a_new_one_begins_as_the_mean():
     config = {**SETTINGS, "class_conditional": True, "label_dropout": 0.0}
     _, checkpoint = trained_network(config, KNOWN)
-    weights = change_classes(checkpoint["weights"], KNOWN, ["fish"], null_row=False)
+    weights = change_classes(checkpoint["weights"], KNOWN, ["fish"], config)
     name = "ema_model.downs.0.class_bias.weight"
     torch.testing.assert_close(weights[name][0], checkpoint["weights"][name].mean(0))
 

@@ -28,12 +28,16 @@ class Pipe(io.StringIO):
         return super().write(text)
 
 
-def test_a_stream_shows_what_it_cannot_encode_and_no_control_characters():
+@pytest.mark.parametrize(("encoding", "accent"), [("cp1252", "é"), ("ascii", r"\xe9"), ("utf-8", "é")])
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_stream_shows_what_it_cannot_encode_and_no_control_characters(encoding, accent, clean):
     raw = io.BytesIO()
-    stream = SafeStream(io.TextIOWrapper(raw, encoding="cp1252", newline=""), clean=True)
-    stream.write("é 猫 \udce9 \x1b[31mred\x9b0m\ttab\n")
+    stream = SafeStream(io.TextIOWrapper(raw, encoding=encoding, newline=""), clean)
+    stream.write("é 猫 \udce9 \x1b[31mred\x9b0m\ttab\n" if clean else "é 猫 \udce9 \x1b[31m\r\ttab\n")
     stream.flush()
-    assert raw.getvalue().decode("cp1252") == "é \\u732b \\udce9 \\x1b[31mred\\x9b0m\ttab\n"
+    cat = "猫" if encoding == "utf-8" else r"\u732b"
+    rest = "\\x1b[31mred\\x9b0m\ttab\n" if clean else "\x1b[31m\r\ttab\n"  # progress bars move the cursor
+    assert raw.getvalue().decode(encoding) == rf"{accent} {cat} \udce9 " + rest
 
 
 def test_a_reader_that_leaves_ends_the_output_only():
@@ -77,6 +81,16 @@ def test_a_missing_stderr_and_a_closed_pipe(tmp_path):
     )
     assert done.returncode == 0 and b"Traceback" not in done.stderr
     assert load_checkpoint(newest_run(tmp_path) / "last.pth")["position"]["epoch"] == 2
+
+
+def test_a_reader_that_left_before_the_first_line_ends_no_script_with_an_error(tmp_path):
+    """What is printed waits in a buffer: the last flush is Python's own, at exit."""
+    script = "from utils.errors import run_script\nrun_script(lambda: print('done'))"
+    end, pipe = os.pipe()
+    os.close(end)
+    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, stdout=pipe, stderr=subprocess.PIPE, timeout=60)
+    os.close(pipe)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to a process")

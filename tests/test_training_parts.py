@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, run_main
+from utils.training.resume import _own_sums
 
 import train
 from utils import distributed
 from utils.data.dataset import ImageDataset, split_validation
 from utils.training.meter import Meter, epoch_means
 from utils.training.optimizer import choose_learning_rate, learning_rate
-from utils.training.randomness import draw_step, mix
-from utils.training.resume import _own_sums
+from utils.training.step_rng import derive_seed, sample_step_noise
 from utils.training.summary import ema_span
 
 
@@ -57,32 +57,33 @@ def test_auto_rate_goes_as_one_over_the_width():
     assert choose_learning_rate(3e-4, 64) == 3e-4
 
 
-def test_unknown_decay_lists_the_known():
-    with pytest.raises(ValueError, match="cos, step"):
-        learning_rate(0, 1, 1, 1, decay="linear")
-
-
 def test_draws_are_those_of_the_whole_batch_whatever_the_share():
     generator, shape = torch.Generator(), (8, 3, 4, 4)
-    whole = draw_step(generator, mix(0, 1, 2), shape, 100, flip=0.5, drop=0.3)
+    whole = sample_step_noise(generator, derive_seed(0, 1, 2), shape, 100, flip=0.5, drop=0.3)
     torch.randn(5, generator=generator)
-    shares = [draw_step(generator, mix(0, 1, 2), shape, 100, flip=0.5, drop=0.3).of_rank(rank, 4) for rank in range(4)]
+    shares = [
+        sample_step_noise(generator, derive_seed(0, 1, 2), shape, 100, flip=0.5, drop=0.3).of_rank(rank, 4)
+        for rank in range(4)
+    ]
     for name in whole._fields:
         assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(whole, name))
-    other = draw_step(generator, mix(0, 1, 3), shape, 100, flip=0.5, drop=0.3)
+    other = sample_step_noise(generator, derive_seed(0, 1, 3), shape, 100, flip=0.5, drop=0.3)
     assert not torch.equal(whole.noise, other.noise) and not torch.equal(whole.t, other.t)
 
 
 def test_an_option_does_not_change_another_ones_draws():
     with_flips, without = (
-        draw_step(torch.Generator(), 7, (64, 1, 2, 2), 10, flip=flip, drop=0.5) for flip in (0.5, 0.0)
+        sample_step_noise(torch.Generator(), 7, (64, 1, 2, 2), 10, flip=flip, drop=0.5) for flip in (0.5, 0.0)
     )
     assert torch.equal(with_flips.noise, without.noise) and torch.equal(with_flips.drop, without.drop)
     assert with_flips.flip.any() and not without.flip.any()
 
 
 def test_seeds_of_neighbouring_steps_do_not_collide():
-    assert len({mix(seed, epoch, step) for seed in range(10) for epoch in range(20) for step in range(50)}) == 10_000
+    assert (
+        len({derive_seed(seed, epoch, step) for seed in range(10) for epoch in range(20) for step in range(50)})
+        == 10_000
+    )
 
 
 def test_meter_adds_losses_by_quarter_and_leaves_bad_steps_out():

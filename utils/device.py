@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,7 +43,7 @@ def choose_precision(name, device):
     """A name from DTYPES. "auto": bf16 where the processor multiplies in it, fp16 on old GPUs."""
     if name != "auto":
         if name not in DTYPES:
-            raise UserError(f"precision {name!r} is unknown: choose one of auto, {', '.join(DTYPES)}")
+            raise UserError(f"precision {name!r} is unknown: choose auto, {', '.join(DTYPES)}")
         if name == "fp16" and device.type == "cpu":
             raise UserError("precision 'fp16' is for GPUs: on the CPU choose 'fp32' or 'bf16'")
         if name == "bf16" and device.type == "cpu" and not cpu_has_bf16():
@@ -104,7 +104,8 @@ def describe_device(device):
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
-    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+    threads = torch.get_num_threads()
+    return f"{device} ({threads} thread{'s' * (threads > 1)})" if device.type == "cpu" else str(device)
 
 
 def is_available(name):
@@ -119,7 +120,9 @@ def is_here(name, processes):
     """Whether a run on this device ("auto", "cuda", "cuda:1", ...) can go on here."""
     kind, _, index = name.partition(":")
     counted = torch.cuda.device_count() if kind == "cuda" else 1
-    return name == "auto" or (is_available(kind) and (not index or (processes == 1 and index.isdigit() and int(index) < counted)))
+    return name == "auto" or (
+        is_available(kind) and (not index or (processes == 1 and index.isdigit() and int(index) < counted))
+    )
 
 
 def choose_compile(setting, device):
@@ -133,12 +136,12 @@ def choose_compile(setting, device):
         try:
             torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
         except Exception as error:  # whatever a compiler may throw
-            print(f"not compiled, as no compiler works here ({str(error).strip().splitlines()[0][:120]})")
+            print(f"not compiled, as no compiler works here ({one_line(error, 120)})")
             return False
     return bool(setting)
 
 
-class LateCopy:
+class AsyncHostCopy:
     """The newest value of a device tensor on the host. It never waits for the device."""
 
     def __init__(self, device):

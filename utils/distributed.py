@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 # The others wait while rank 0 samples previews and saves. torchrun notices a dead rank at once.
-PATIENCE = timedelta(hours=6)
+TIMEOUT = timedelta(hours=6)
 
 
 def start():
@@ -26,7 +26,7 @@ def start():
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of <sys/prctl.h>
         if int(os.environ["RANK"]):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (rank 0 speaks for all; errors go to stderr)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
 
 
 def stop():
@@ -106,15 +106,14 @@ def wrap(module):
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     known = inspect.signature(DistributedDataParallel).parameters  # newer versions renamed the option
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(module, process_group=dist.new_group(timeout=PATIENCE), **{option: False})
+    return DistributedDataParallel(module, process_group=dist.new_group(timeout=TIMEOUT), **{option: False})
 
 
-class Agreement:
-    """Whole numbers on which all processes agree at each step, without waiting.
+class LaggedMax:
+    """The maximum over all processes of whole numbers, `LAG` steps late: no process ever waits.
 
-    Every process hands in its numbers and gets the largest of `LAG` steps ago. That reduction runs
-    in the background over the CPU: no GPU waits, and all processes act at the same step. A single
-    process gets its own numbers at once.
+    The reduction runs in the background over the CPU, and all processes get the same numbers at
+    the same step. A single process gets its own at once.
     """
 
     LAG = 2

@@ -1,4 +1,7 @@
-"""report.html: a page of a run, from its files alone. python -m utils.report logs/<run>"""
+"""report.html: an HTML report of a run, from its files alone.
+
+usage: python -m utils.report [logs/<run>]    (without a run: the newest in logs/)
+"""
 
 import ast
 import base64
@@ -10,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from utils.errors import UserError, run_script
-from utils.files import atomic_write
+from utils.files import atomic_write, read_json
 from utils.run_folders import newest_weights
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
@@ -30,10 +33,13 @@ document.getElementById("when").textContent=name;document.getElementById("previe
 
 def main(arguments=None):
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"}.intersection(words):
+        print(__doc__)
+        return
     folder = Path(words[0]) if words else next((path.parent for path in newest_weights("logs")), Path("logs"))
     if len(words) > 1 or read_json(folder / "config.json") is None:
         raise UserError(f"{folder}: no run with a sound config.json: python -m utils.report logs/<run>")
-    with atomic_write(folder / "report.html", "w", encoding="utf-8") as file:
+    with atomic_write(folder / "report.html", "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(page(folder))
     print((folder / "report.html").resolve())
 
@@ -41,8 +47,7 @@ def main(arguments=None):
 def page(folder):
     """The whole page as text. What comes from a file is escaped."""
     config, rows = read_json(folder / "config.json"), read_rows(folder / "epoch_loss.csv")
-    found = read_json(EVALUATION / "evaluate_results.json") or {}
-    found = found if str(folder.resolve()) in str(found.get("samples")) else {}
+    found = read_evaluation(folder)
     sections = {
         "What happened": summary(config, rows, read_rows(folder / "speed.csv")),
         "Warnings": warnings(config, rows, found),
@@ -50,16 +55,10 @@ def page(folder):
         "Curves": image(folder / "epoch_loss.png", "curves") or table(row.items() for row in rows[-5:]),
         "Previews": previews(folder),
         "Samples": samples(folder, config),
-        "Nearest training images": nearest(found),
+        "Distances and nearest training images": evaluation(found),
     }
     body = "".join(f"<h2>{title}</h2>{text or '<p>None.</p>'}" for title, text in sections.items())
     return HEAD.format(name=html.escape(folder.resolve().name), style=STYLE, body=body)
-
-
-def read_json(path):
-    """A dict from a file; None where it is missing or damaged."""
-    with suppress(OSError, ValueError, AttributeError):
-        return dict(json.loads(path.read_text(encoding="utf-8")).items())
 
 
 def read_rows(path):
@@ -69,6 +68,16 @@ def read_rows(path):
         for row in csv.DictReader(file):
             rows.append({name: float(value) for name, value in row.items() if value})
     return rows
+
+
+def read_evaluation(folder):
+    """The numbers of the last evaluation, distances and nearest; {} unless it was of this run."""
+    results = read_json(EVALUATION / "evaluate_results.json") or {}
+    samples = str(results.get("samples"))  # their name ends with the whole path of the weights
+    if not any(samples.endswith(f", {path}") for path in folder.resolve().glob("*.pth")):
+        return {}
+    parts = [part for name in ("distances", "nearest") if isinstance(part := results.get(name), dict)]
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def table(rows):
@@ -88,31 +97,31 @@ def embedded(path):
 
 def summary(config, rows, speed):
     last, seconds = rows[-1] if rows else {}, sum(row.get("seconds", 0) for row in speed)
-    lowest = min(((row["val_loss"], row.get("epoch")) for row in rows if "val_loss" in row), default=None)
-    return table(
-        {
-            "epochs": f"{last.get('epoch', 0):.0f} of {config.get('epochs')}",
-            "steps": f"{last.get('step', 0):,.0f}",
-            "training time": f"{seconds / 60:.1f} min",
-            "loss": f"{last.get('loss', 0):.5g}",
-            "images a second": speed[-1].get("images_per_second", "") if speed else "",
-            "lowest validation loss": f"{lowest[0]:.5g} after epoch {lowest[1]:.0f}" if lowest else "no val_split",
-        }.items()
-    )
+    lowest = min(((row["val_loss"], row.get("epoch", 0)) for row in rows if "val_loss" in row), default=None)
+    shown = {
+        "epochs": f"{last.get('epoch', 0):.0f} of {config.get('epochs')}",
+        "steps": f"{last.get('step', 0):,.0f}",
+        "training time": f"{seconds / 60:.1f} min",
+        "loss": f"{last.get('loss', 0):.5g}",
+        "images per second": speed[-1].get("images_per_second", "") if speed else "",
+        "lowest validation loss": f"{lowest[0]:.5g} after epoch {lowest[1]:.0f}" if lowest else "no val_split",
+    }
+    return table(shown.items())
 
 
 def warnings(config, rows, found):
     """What the files show that a user should know, each with its meaning."""
     skipped, steps = sum(row.get("skipped", 0) for row in rows), rows[-1].get("step", 0) if rows else 0
     validated, start = [row["val_loss"] for row in rows if "val_loss" in row], config.get("ema_start")
-    close = (found.get("nearest") or {}).get("share_closer_than_first_quantile", 0)
+    close = found.get("share_closer_than_first_quantile")
+    close = close if isinstance(close, float) else 0
     texts = {
         f"{skipped:.0f} steps were skipped: their gradients were NaN or infinite. They changed nothing; many of them "
         "call for a lower --init_lr.": skipped,
         f"The EMA starts at step {start}, and the run has {steps:.0f}: the samples are those of the "
         "last weights, which are rougher. Lower --ema_start.": isinstance(start, int) and 0 < steps <= start,
-        "The validation loss has risen by more than 2 % above its lowest: the network learns the training images by "
-        "heart. best.pth has the weights of the lowest.": validated and validated[-1] > 1.02 * min(validated),
+        "The validation loss has risen by more than 2 % above its lowest: the network memorizes the training images. "
+        "best.pth has the weights of the lowest.": validated and validated[-1] > 1.02 * min(validated),
         f"{close:.0%} of the samples are closer to a training image than 99 % of the other images are: they may be "
         "copies. Train for fewer epochs, or on more images.": close > 0.05,
     }
@@ -134,10 +143,11 @@ def settings_table(config):
 
 def previews(folder):
     """The previews behind a slider, every second one left out until they are small enough."""
-    paths = sorted(Path("results/train_out", folder.resolve().name).glob("epoch_*.png"))
-    while len(paths) > 1 and (len(paths) > MOST_PREVIEWS or sum(p.stat().st_size for p in paths) > PREVIEW_BYTES):
-        paths = paths[::-1][::2][::-1]  # keeps the last
-    frames = [(path.stem.replace("_", " "), embedded(path)) for path in paths]
+    found = Path("results/train_out", folder.resolve().name).glob("epoch_*.png")
+    shown = sorted((int(path.stem[6:]), path) for path in found if path.stem[6:].isdecimal() and path.is_file())
+    while len(shown) > 1 and (len(shown) > MOST_PREVIEWS or sum(p.stat().st_size for _, p in shown) > PREVIEW_BYTES):
+        shown = shown[::-1][::2][::-1]  # keeps the last
+    frames = [(f"epoch {number:04d}", embedded(path)) for number, path in shown]
     return SLIDER.format(shown=frames[-1], last=len(frames) - 1, frames=json.dumps(frames)) if frames else ""
 
 
@@ -148,13 +158,13 @@ def samples(folder, config):
     return title + image(GRID) if len(times) == 2 and times[0] <= times[1] else "<p>None yet: python predict.py</p>"
 
 
-def nearest(found):
+def evaluation(found):
     """The distances and pairs of `python -m utils.evaluate`, where it measured this run."""
     if not found:
         return "<p>None yet: python -m utils.evaluate</p>"
-    measured = {**(found.get("distances") or {}), **(found.get("nearest") or {})}
-    numbers = table((name, value) for name, value in measured.items() if isinstance(value, (int, float)))
-    return numbers + image(EVALUATION / "evaluate_nearest_results.png")
+    shown = {name: value for name, value in found.items() if isinstance(value, (int, float)) or name == "features"}
+    rows = ((name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in shown.items())
+    return table(rows) + image(EVALUATION / "evaluate_nearest_results.png")
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def help_text(config_class: type, declared: dict[str, Setting], description: str
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # of a module that `python -m` runs
     indent = " " * 8
     command = f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {Path(sys.argv[0]).name}"
-    lines = [f"usage: {command} [--NAME VALUE ...]", "", (description or "").strip()]
+    lines = [f"usage: {command} [--NAME VALUE ...]", "", (description or "").strip(), ""]
     for field in fields(config_class):
         lines += ["", headings[field.name]] if field.name in headings else []
         about = f"{comments.get(field.name, '')} ({declared[field.name]}; default: {field.default!r})"

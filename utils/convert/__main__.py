@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from nets import build
+from nets.architecture import read_architecture
 from nets.schedules import make_betas
 from nets.unet import MAX_GROUPS
-from nets.architecture import read_architecture
 from utils.checkpoint.file import Checkpoint, save_checkpoint
 from utils.checkpoint.integrity import first_not_finite, save_tensors
 from utils.checkpoint.runs import open_weights
@@ -40,7 +40,7 @@ def export_weights(run, file):
 
     UserError where `file` exists, or where half precision cannot hold the weights.
     """
-    checkpoint, diffusion = open_run(run, file)
+    file, checkpoint, diffusion = open_run(run, file)
     weights = {
         name: value.half() if name.startswith("ema_model.") else value
         for name, value in diffusion.state_dict().items()
@@ -48,7 +48,7 @@ def export_weights(run, file):
     }
     if first_not_finite(weights) is not None:
         raise UserError(f"{checkpoint.path}: its weights hold numbers beyond half precision (65504)")
-    save_checkpoint(Checkpoint(Path(file), weights, "ema", checkpoint.config, checkpoint.classes))
+    save_checkpoint(Checkpoint(file, weights, "ema", checkpoint.config, checkpoint.classes))
     print_sizes(checkpoint.path, file)
 
 
@@ -58,7 +58,7 @@ def export_reference(run, file):
     Prints what its code must be told about the network. UserError where `file` exists, or where
     its code would sample wrong images without an error.
     """
-    checkpoint, diffusion = open_run(run, file)
+    file, checkpoint, diffusion = open_run(run, file)
     if diffusion.prediction != "eps":
         raise UserError(
             "the reference's code needs a network that predicts the noise: this one predicts "
@@ -70,7 +70,7 @@ def export_reference(run, file):
             f"the reference's code builds group norms of {MAX_GROUPS} groups; this network has {groups}: "
             f"train one with --num_groups {MAX_GROUPS}"
         )
-    save_tensors(Path(file), diffusion.state_dict())
+    save_tensors(file, diffusion.state_dict())
     print_sizes(checkpoint.path, file)
     print_reference_advice(diffusion)
 
@@ -101,10 +101,9 @@ def print_reference_advice(diffusion):
 
 
 def open_run(run, file):
-    """(Checkpoint, GaussianDiffusion) of a run or a file. UserError where `file` exists."""
-    begin_export(file)
-    checkpoint = open_weights(run)
-    return checkpoint, build.from_checkpoint(checkpoint)[0]
+    """(Path to write, Checkpoint, GaussianDiffusion) of a run. UserError where `file` exists."""
+    file, checkpoint = begin_export(file), open_weights(run)
+    return file, checkpoint, build.from_checkpoint(checkpoint)[0]
 
 
 def print_sizes(source, file):

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from nets import build
+from nets.architecture import clean_keys, read_architecture
+from nets.schedules import find_schedule
 from nets.unet import UNet
-from nets.architecture import clean_keys, find_schedule, read_architecture
 from utils.checkpoint.file import Checkpoint, load_checkpoint, save_checkpoint
 from utils.checkpoint.integrity import first_not_finite
 from utils.checkpoint.runs import open_weights
@@ -52,7 +53,7 @@ def export_model(run, folder, class_name=""):
     UserError where `folder` exists, or where a UNet2DModel cannot express the network.
     """
     UNet2DModel, DDPMScheduler, DDPMPipeline = import_diffusers()
-    begin_export(folder)
+    folder = begin_export(folder)
     checkpoint = open_weights(run)
     diffusion, classes = build.from_checkpoint(checkpoint)
     settings, weights = to_unet2d(diffusion.ema_model, diffusion.img_size, choose_label(diffusion, classes, class_name))
@@ -134,7 +135,7 @@ def import_model(folder, file):
     is downloaded. UserError that names what is missing, damaged or not ours.
     """
     UNet2DModel, DDPMScheduler, _ = import_diffusers()
-    begin_export(file)
+    file = begin_export(file)
     unet = read_json(Path(folder, "unet/config.json"))
     schedule = read_schedule(read_json(Path(folder, "scheduler/scheduler_config.json")), DDPMScheduler)
     weights = read_weights(Path(folder, "unet"))
@@ -145,7 +146,7 @@ def import_model(folder, file):
     for key, value in diffusion.ema_model.state_dict().items():
         parts = torch.cat([weights[name] for name in diffusers_keys(key, names)])
         own[f"ema_model.{key}"] = parts.reshape(value.shape).to(value.dtype)
-    save_checkpoint(Checkpoint(Path(file), own, "ema", config))
+    save_checkpoint(Checkpoint(file, own, "ema", config))
     print(f"python predict.py --model_path {file}  samples with it")
 
 

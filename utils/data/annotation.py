@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.files import atomic_write, is_stream
+from utils.files import atomic_write, resolve_output
 from utils.terminal import printable
 
 LINE = re.compile(r"(?:([0-9]+);)?(.+)", re.DOTALL)  # an absolute path never starts with a digit
@@ -34,17 +34,27 @@ def classes_path(annotation_path):
     return path.with_name(path.stem.removesuffix("_lines") + "_classes" + path.suffix)
 
 
+def check_annotation_path(annotation_path, images=()):
+    """Refuse a list at a folder or a device, or over one of the images: UserError."""
+    path = str(annotation_path)
+    if "\0" in path or not Path(path).name or path.endswith(("/", os.sep)) or os.path.isdir(path):
+        raise UserError(f"annotation_path {path!r} is no name of a file: give one such as train_lines.txt")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"annotation_path {path} is a device or a pipe: give the name of a file")
+    if os.path.realpath(path) in map(os.path.realpath, images):
+        raise UserError(f"annotation_path {path} is one of the pictures: the list would replace it; give another name")
+
+
 def write_annotation(annotation_path, paths, labels=None, classes=()):
     """Write the list and, with labels, its class names; delete the class names of an older list.
 
     A kill in between leaves a list without class names, which `read_annotation` refuses. Returns
-    the path of the class names; None where there are none, as beside a device or a FIFO.
+    the path of the class names; None where there are none.
     """
     names_path = classes_path(annotation_path)
     names = "".join(f"{name}\n" for name in classes) if labels is not None else None
-    alone = is_stream(annotation_path)
-    changed = not alone and _read_text(names_path) != names
-    with atomic_write(annotation_path, "w", **TEXT) as file:
+    changed = _read_text(names_path) != names
+    with atomic_write(resolve_output(annotation_path), "w", **TEXT) as file:
         file.writelines(f"{path}\n" if labels is None else f"{labels[i]};{path}\n" for i, path in enumerate(paths))
         file.flush()  # a full disk fails here, while the older pair is whole
         if changed:
@@ -52,15 +62,15 @@ def write_annotation(annotation_path, paths, labels=None, classes=()):
     if changed and names is not None:
         with atomic_write(names_path, "w", **TEXT) as file:
             file.write(names)
-    return None if alone or names is None else names_path
+    return None if names is None else names_path
 
 
 def read_annotation(annotation_path):
-    """Read a list and its class names. ValueError for a missing, empty or malformed one."""
-    lines = _lines(annotation_path)
+    """Read a list and its class names. UserError for a missing, empty or malformed one."""
+    lines, names_path = _lines(annotation_path), classes_path(annotation_path)
     if not lines:
         raise UserError(f"{annotation_path} {'is not there' if lines is None else 'lists no image'}: {RUN_AGAIN}")
-    labels, paths = zip(*(LINE.fullmatch(line).groups() for line in lines.values()))
+    labels, paths = map(list, zip(*(LINE.fullmatch(line).groups() for line in lines.values())))
     for number, label, path in zip(lines, labels, paths):
         if not os.path.isabs(path) or "\0" in path or (label is None) != (labels[0] is None):
             raise UserError(
@@ -68,18 +78,15 @@ def read_annotation(annotation_path):
                 f"'<class id>;<absolute path>' on all{_fault(path)}; {RUN_AGAIN}"
             )
     if labels[0] is None:
-        return Annotation(list(paths), None, [])
-    labels, names_path = list(map(int, labels)), classes_path(annotation_path)
-    classes = list((_lines(names_path) or {}).values())
+        return Annotation(paths, None, [])
+    labels, classes = list(map(int, labels)), list((_lines(names_path) or {}).values())
     if len(classes) <= max(labels):
-        raise UserError(
-            f"{annotation_path} uses class id {max(labels)}, but {names_path} "
-            f"{f'names {len(classes)} classes only' if classes else 'is missing or empty'}: {RUN_AGAIN}"
-        )
-    again = next((name for name, times in Counter(classes).items() if times > 1), None)
-    if again is not None:  # a checkpoint with such names could not be loaded
-        raise UserError(f"{names_path} names {printable(again)} twice: {RUN_AGAIN}")
-    return Annotation(list(paths), labels, classes)
+        known = f"names {len(classes)} classes only" if classes else "is missing or empty"
+        raise UserError(f"{annotation_path} uses class id {max(labels)}, but {names_path} {known}: {RUN_AGAIN}")
+    for name, times in Counter(classes).items():
+        if times > 1:  # a checkpoint with such names could not be loaded
+            raise UserError(f"{names_path} names {printable(name)} twice: {RUN_AGAIN}")
+    return Annotation(paths, labels, classes)
 
 
 def _fault(path):
@@ -94,7 +101,7 @@ def _fault(path):
 
 
 def _lines(path):
-    """{number: line} without empty lines; None where there is no file. ValueError for UTF-16."""
+    """{number: line} without empty lines; None where there is no file. UserError for UTF-16."""
     text = _read_text(path)
     if text is None:
         return None

@@ -14,37 +14,39 @@ import numpy as np
 from utils.data.annotation import RUN_AGAIN
 from utils.data.decode import describe_error, is_damage, load_image
 from utils.data.formats import FILE_BYTES, check_regular
-from utils.data.search import first_of, system_failure
+from utils.data.search import system_failure
 from utils.data.threads import Budget, map_in_threads
 from utils.errors import UserError
 from utils.files import PROJECT, atomic_write
+from utils.terminal import first_few
 
-CACHE_VERSION = 2  # part of the key: raise it when load_image gives other pixels or the files change their form
+CACHE_VERSION = 3  # part of the key: raise it when load_image gives other pixels or the files change their form
 CACHES_KEPT = 4  # the most recently used ones in a folder
 READING = Budget(FILE_BYTES)  # memory of all threads for the content of files
 
 
-def open_cache(annotation_path, paths, settings, cache_path=None, num_workers=0):
-    """(pixels, index) of these files, decoded with the settings of `load_image` or cached.
+def open_cache(annotation_path, paths, image_format, cache_path=None, num_workers=0):
+    """(pixels, index) of these files in this ImageFormat, decoded or cached.
 
     pixels: (N, H, W, C) uint8, memory-mapped. index: a dict of shape, hashes, bad ([row, reason]).
-    ValueError for missing files or none that can be decoded, OSError where nothing can be written.
+    UserError for missing files or none that can be decoded, OSError where nothing can be written.
     """
-    key = _cache_key(settings, paths)
+    key = _cache_key(image_format, paths)
     folders = [Path(cache_path)] if cache_path else cache_folders(annotation_path)
     cache = next(filter(None, (_read_cache(folder, key, len(paths)) for folder in folders)), None)
     if cache is None:
         folder = writable_folder(folders)
-        _build_cache(folder, key, paths, settings, num_workers)
+        _build_cache(folder / f"{key}.pixels", paths, image_format, num_workers)
         _prune(folder, key)
         cache = _read_cache(folder, key, len(paths))
     _report_bad(paths, cache[1]["bad"])
     return cache
 
 
-def _cache_key(settings, paths):
-    """A name for the pixels that these settings make of these files. ValueError if any is gone."""
-    digest, gone = hashlib.sha256(json.dumps([CACHE_VERSION, settings], sort_keys=True).encode()), []
+def _cache_key(image_format, paths):
+    """A name for these files in this format. UserError if any is gone."""
+    settings, gone = [CACHE_VERSION, image_format._asdict()], []
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in paths:
         try:
             stat = os.stat(path)  # with its mode: a new one may allow reading
@@ -52,7 +54,7 @@ def _cache_key(settings, paths):
         except OSError:
             gone.append(path)
     if gone:
-        raise UserError(f"{len(gone)} of {len(paths)} listed images are gone: {first_of(gone, 10)}; {RUN_AGAIN}")
+        raise UserError(f"{len(gone)} of {len(paths)} listed images are gone: {first_few(gone, 10)}; {RUN_AGAIN}")
     return digest.hexdigest()[:24]
 
 
@@ -95,16 +97,14 @@ def _read_cache(folder, key, num_listed):
     return np.asarray(pixels), index  # a plain view: the memmap class makes each gather slower
 
 
-def _build_cache(folder, key, paths, settings, num_workers):
+def _build_cache(pixels_path, paths, image_format, num_workers):
     """Decode all files into the cache. The index comes last: it makes the pixels valid."""
-    pixels_path = folder / f"{key}.pixels"
-    shape = (*settings["input_shape"], settings["img_channels"])
-    megabytes, place = math.prod(shape) * len(paths) / 1e6, pixels_path.absolute()
-    print(f"decoding {len(paths)} images to {shape[0]}x{shape[1]} (height x width), {megabytes:.1f} MB: {place}")
-    hashes, bad = [], []
+    shape = height, width, _ = (*image_format.input_shape, image_format.img_channels)
+    megabytes, place, hashes, bad = math.prod(shape) * len(paths) / 1e6, pixels_path.absolute(), [], []
+    print(f"decoding {len(paths)} images to {height}x{width} (height x width), {megabytes:.1f} MB: {place}")
     try:
         with atomic_write(pixels_path) as file:
-            decoded = map_in_threads(lambda path: _decode(path, settings), paths, num_workers, "decoding")
+            decoded = map_in_threads(lambda path: _decode(path, image_format), paths, num_workers, "decoding")
             for row, (pixels, note) in enumerate(decoded):
                 if pixels is None:
                     bad.append((row, note))
@@ -123,12 +123,12 @@ def _build_cache(folder, key, paths, settings, num_workers):
         ) from error
 
 
-def _decode(path, settings):
-    """(pixels, content hash), or (None, reason) for a bad file. ValueError if the system fails."""
+def _decode(path, image_format):
+    """(pixels, content hash), or (None, reason) for a bad file. UserError if the system fails."""
     try:
         with READING.take(check_regular(path)):
             content = Path(path).read_bytes()  # once, for both
-            return load_image(io.BytesIO(content), **settings), hashlib.blake2b(content, digest_size=16).hexdigest()
+            return load_image(io.BytesIO(content), image_format), hashlib.blake2b(content, digest_size=16).hexdigest()
     except Exception as error:  # Pillow's decoders raise all kinds
         if not is_damage(error) and not isinstance(error, PermissionError):  # the key holds the file's mode
             raise system_failure(path, error) from error
@@ -137,7 +137,7 @@ def _decode(path, settings):
 
 def _report_bad(paths, bad):
     if bad:
-        reasons = first_of([f"{paths[row]} ({reason})" for row, reason in bad], 10)
+        reasons = first_few([f"{paths[row]} ({reason})" for row, reason in bad], 10)
         print(f"left out {len(bad)} of {len(paths)} listed images, which cannot be decoded: {reasons}")
 
 

@@ -9,44 +9,27 @@ import torch
 
 from utils.data.annotation import read_annotation
 from utils.data.cache import open_cache
-from utils.data.decode import check_picture_settings
+from utils.data.image_format import check_image_format
 from utils.errors import UserError
 
 BLOCK_BYTES = 2**23  # pixels in memory at once, where a measure reads a whole data set
 
 
-def open_dataset(
-    annotation_path,
-    input_shape,
-    img_channels=3,
-    resize_mode="crop",
-    background=(255, 255, 255),
-    num_workers=0,
-    cache_path=None,
-    icc=True,
-):
+def open_dataset(annotation_path, image_format, num_workers=0, cache_path=None):
     """The images of a list, decoded once into a cache on disk -> ImageDataset.
 
     Files that cannot be decoded are printed and left out. num_workers: threads that decode; 0: all
-    cores. cache_path: folder of the cache; None: one of `cache_folders`. Others: see `load_image`.
-    ValueError for a malformed list, missing files, no file that can be decoded, or bad settings.
+    cores. cache_path: folder of the cache; None: one of `cache_folders`.
+    UserError for a malformed list, missing files, no file that can be decoded, or a bad format.
     OSError where the cache cannot be written.
     """
-    check_picture_settings(input_shape, img_channels, resize_mode, background)
+    check_image_format(image_format)
     annotation = read_annotation(annotation_path)
-    settings = {
-        "input_shape": tuple(map(int, input_shape)),
-        "img_channels": img_channels,
-        "resize_mode": resize_mode,
-        "background": tuple(map(int, background)),
-        "icc": bool(icc),
-    }
-    pixels, index = open_cache(annotation_path, annotation.paths, settings, cache_path, num_workers)
+    pixels, index = open_cache(annotation_path, annotation.paths, image_format, cache_path, num_workers)
     kept = np.delete(np.arange(len(annotation.paths)), [row for row, _ in index["bad"]])
     labels = torch.tensor([annotation.labels[row] if annotation.labels else 0 for row in kept], dtype=torch.int64)
-    paths, shaped_by = [annotation.paths[row] for row in kept], (resize_mode, settings["background"], settings["icc"])
-    name = str(Path(annotation_path).resolve())
-    return ImageDataset(name, pixels, index["hashes"], labels, list(annotation.classes), paths, shaped_by)
+    name, paths = str(Path(annotation_path).resolve()), [annotation.paths[row] for row in kept]
+    return ImageDataset(name, pixels, index["hashes"], labels, annotation.classes, paths, tuple(image_format[2:]))
 
 
 @dataclass(eq=False)
@@ -158,14 +141,15 @@ def fit_batch_size(num_images, batch_size, multiple=1):
     return shrunk
 
 
-def normalise(images, device, flip=None, memory_format=torch.contiguous_format):
+def normalize(images, device, flip=None, memory_format=torch.contiguous_format):
     """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [-1, 1] on the device.
 
     flip: (B,) bool, the images to mirror left to right; None: no image.
     """
-    pixels = images.to(device, non_blocking=True)  # bytes: a quarter of the memory of floats
+    on_cuda = torch.device(device).type == "cuda"  # elsewhere a copy that is not waited for may be read too early
+    pixels = images.to(device, non_blocking=on_cuda)  # bytes: a quarter of the memory of floats
     if flip is not None:
-        pixels = torch.where(flip.to(device, non_blocking=True)[:, None, None, None], pixels.flip(2), pixels)
+        pixels = torch.where(flip.to(device, non_blocking=on_cuda)[:, None, None, None], pixels.flip(2), pixels)
     batch, height, width, channels = pixels.shape
     # A new tensor: .to() and .contiguous() keep odd strides where a side or the channels are 1.
     x = torch.empty((batch, channels, height, width), device=device, memory_format=memory_format)

@@ -1,12 +1,14 @@
-"""Find image files, check that they can be decoded, and take their classes from folders."""
+"""Find image files, check them, take their classes from folders, and say what was found."""
 
 import os
 from collections import Counter
+from pathlib import Path
 
 from utils.data.decode import check_image, describe_error, is_about_the_file
-from utils.data.formats import EXTENSIONS
+from utils.data.formats import EXTENSIONS, UNREAD_EXTENSIONS
 from utils.data.threads import map_in_threads
 from utils.errors import UserError
+from utils.terminal import first_few
 
 SHIPPED = "noto_emoji"  # the folder of datasets/ that comes with the repository
 
@@ -99,11 +101,6 @@ def system_failure(path, error):
     )
 
 
-def first_of(words, limit, others="more"):
-    """The first `limit` words, and how many others there are."""
-    return ", ".join(words[:limit]) + (f" and {len(words) - limit} {others}" if len(words) > limit else "")
-
-
 def label_by_folder(paths):
     """(labels, class names): the folders below the common root; (None, []) if it holds an image."""
     parts = _parts_below_common_root(paths)
@@ -124,3 +121,35 @@ def beside_folders(paths):
 def _parts_below_common_root(paths):
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     return [os.path.relpath(path, root).split(os.sep) for path in paths]
+
+
+def describe_sizes(sizes):
+    """[(width, height), ...] in words: the most frequent ones."""
+    if len(set(sizes)) == 1:
+        return "all {}x{} (width x height)".format(*sizes[0])
+    shown = [f"{width}x{height} ({count})" for (width, height), count in Counter(sizes).most_common()]
+    return "width x height: " + first_few(shown, 5, "other sizes")
+
+
+def describe_endings(counts):
+    """{".heic": 40, "": 2} in words, the most frequent first, with what would read them."""
+    remarks = {ending: f" ({why})" for ending, why in UNREAD_EXTENSIONS.items()}
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{count} {ending or 'without'}{remarks.get(ending, '')}" for ending, count in ordered]
+    return first_few(shown, 10, "other endings")
+
+
+def describe_classes(paths, labels, classes):
+    if labels is not None:
+        counts = Counter(labels)
+        shown = [f"{name} ({counts[i]})" for i, name in enumerate(classes)]
+        return f"{len(classes)} classes: {first_few(shown, 20)}"
+    beside, folders = beside_folders(paths)
+    if not folders:
+        return "no class folders: the images are unlabelled"
+    names = first_few([Path(path).name for path in beside], 5)
+    return (
+        f"no classes, as {names} {'lies' if len(beside) == 1 else 'lie'} beside "
+        f"the folder{'s' * (len(folders) > 1)} {first_few(folders, 5)}: the images are unlabelled; "
+        "move every image into a folder for classes"
+    )

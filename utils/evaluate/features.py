@@ -1,71 +1,64 @@
 """Features of image sets for FID, KID, precision and recall, computed in one pass and cached."""
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from utils.checkpoint.integrity import load_tensors, weights_digest
 from utils.data.cache import cache_folders, writable_folder
-from utils.data.dataset import split_validation
+from utils.data.dataset import ImageDataset, split_validation
 from utils.errors import UserError
 from utils.evaluate.classifier import load_feature_net, save_feature_net, train_feature_net
 from utils.evaluate.distances import FeatureStatistics
 from utils.evaluate.inception import load_inception
 from utils.files import atomic_write
-from utils.torch_files import load_tensors
 
 CACHE_VERSION = 1  # part of the keys: raise it when features or their files change
 KEPT_FILES = 16  # statistics and classifiers in the cache
 
 
 class Extractor:
-    """Images (b, H, W, C) uint8 -> features (b, d) float32 on the CPU, batch_size images at a time.
+    """Images (b, H, W, C) uint8 -> features (b, d) float32 on the CPU. channels: 3 repeats gray."""
 
-    network: takes (b, C, H, W) uint8. name: for people. key: changes with the features.
-    """
-
-    def __init__(self, network, name, device, batch_size=100):
-        self.network, self.name, self.key = network, name, network.digest()
-        self.device, self.batch_size = device, batch_size
+    def __init__(self, network: nn.Module, name: str, device, batch_size: int = 100, channels: int = -1):
+        self.network, self.name, self.key = network, name, weights_digest(network.state_dict())
+        self.device, self.batch_size, self.channels = device, batch_size, channels
 
     @torch.no_grad()
-    def __call__(self, images):
-        parts = images.permute(0, 3, 1, 2).split(self.batch_size)
+    def __call__(self, images: Tensor) -> Tensor:
+        parts = images.permute(0, 3, 1, 2).expand(-1, self.channels, -1, -1).split(self.batch_size)
         return torch.cat([self.network(part.to(self.device)).float().cpu() for part in parts])
 
 
-class Collected(NamedTuple):
+class FeatureSet(NamedTuple):
     """What one pass over images keeps. Its size does not grow with the number of images."""
 
-    statistics: FeatureStatistics
-    features: torch.Tensor  # (at most max_features, d) float32; (0, 0) without an extractor
-    images: torch.Tensor | None  # (at most max_images, H, W, C) uint8; None for none
+    statistics: FeatureStatistics  # of all images
+    features: Tensor  # (at most max_features, d) float32; (0, 0) without an extractor
+    images: Tensor | None = None  # (at most max_images, H, W, C) uint8
 
 
-def collect(blocks, extractor=None, max_features=10_000, max_images=0):
-    """Collected of blocks of images (b, H, W, C): of all, and the first features and images."""
+def collect(blocks: Iterable[Tensor], extractor=None, max_features=10_000, max_images=0) -> FeatureSet:
+    """The FeatureSet of blocks of images (b, H, W, C). extractor: None keeps images alone."""
     statistics, features, images = FeatureStatistics(), [], []
-    num_features = num_images = 0
     for block in blocks:
+        images.append(block[: max_images - sum(map(len, images))])
         if extractor:
             found = extractor(block)
             statistics.add(found)
-            features.append(found[: max_features - num_features])
-            num_features += len(features[-1])
-        if num_images < max_images:
-            images.append(block[: max_images - num_images])
-            num_images += len(images[-1])
-        if not extractor and num_images == max_images:
+            features.append(found[: max_features - sum(map(len, features))])
+        elif sum(map(len, images)) == max_images:
             break
-    features = torch.cat(features) if features else torch.zeros(0, 0)
-    return Collected(statistics, features, torch.cat(images) if images else None)
+    return FeatureSet(statistics, torch.cat(features) if features else torch.zeros(0, 0), torch.cat(images))
 
 
-def with_progress(blocks, count, description):
-    """Yields the blocks of `count` images, under a progress bar."""
+def with_progress(blocks: Iterable[Tensor], count: int, description: str) -> Iterator[Tensor]:
     with tqdm(total=count, desc=description, unit="img", dynamic_ncols=True, leave=False) as bar:
         for block in blocks:
             yield block
@@ -73,26 +66,22 @@ def with_progress(blocks, count, description):
 
 
 class FeatureCache:
-    """Feature statistics and classifiers on disk, by a key of the images and the network.
+    """Feature statistics and classifiers on disk, by a key of the images and the network."""
 
-    cache_dir: the folder; "": that of `utils.data.cache` for the list `annotation_path`.
-    """
-
-    def __init__(self, cache_dir="", annotation_path="train_lines.txt"):
+    def __init__(self, cache_dir: str = "", annotation_path: str = "train_lines.txt"):
         self.folders = [Path(cache_dir)] if cache_dir else cache_folders(annotation_path)
 
-    def path(self, ending, *parts):
+    def path(self, ending: str, *parts) -> Path:
         """The file for a function of `parts`, there or not. OSError where none can be written."""
-        name = f"{hashlib.sha256(repr((CACHE_VERSION, *parts)).encode()).hexdigest()[:24]}.{ending}.pth"
-        found = next((folder / name for folder in self.folders if (folder / name).is_file()), None)
-        return found or writable_folder(self.folders) / name
+        digest = hashlib.sha256(repr((CACHE_VERSION, *parts)).encode()).hexdigest()
+        return writable_folder(self.folders) / f"{digest[:24]}.{ending}.pth"
 
-    def collected(self, dataset, extractor, max_features):
-        """Collected of a whole ImageDataset, read from its file, or computed and written to it."""
+    def collected(self, dataset: ImageDataset, extractor: Extractor, max_features: int) -> FeatureSet:
+        """The FeatureSet of a whole dataset, read from its file, or computed and written to it."""
         path = self.path("features", dataset.key(), extractor.key, max_features)
         try:
             kept = load_tensors(path)
-            return Collected(FeatureStatistics(kept["count"], kept["mean"], kept["scatter"]), kept["features"], None)
+            return FeatureSet(FeatureStatistics(kept["count"], kept["mean"], kept["scatter"]), kept["features"])
         except Exception:  # none yet, or damaged, for which torch.load raises all kinds
             blocks = dataset.blocks(dataset.shuffled(0, seed=0))
             found = collect(with_progress(blocks, len(dataset), "reference"), extractor, max_features)
@@ -101,44 +90,35 @@ class FeatureCache:
         self.prune(path.parent)
         return found
 
-    def classifier(self, dataset, device):
+    def classifier(self, dataset: ImageDataset, device: torch.device | str) -> Path:
         """The file of a FeatureNet of its classes, trained on 90 % of the images where missing."""
-        if len(dataset.classes) < 2:
-            raise UserError(
-                "--features classifier learns classes, and the reference has none: sort its "
-                "pictures into class folders, name a classifier's file, or use --features inception"
-            )
+        if len(dataset.classes) < 2 or len(set(dataset.hashes)) < 100:
+            found = f"{len(dataset.classes)} classes and {len(set(dataset.hashes))} different images"
+            advice = "sort more images into class folders, name a classifier's file, or use --features inception"
+            raise UserError(f"--features classifier needs 2 classes and 100 images, not {found}: {advice}")
         path = self.path("classifier", dataset.key())
-        if not path.is_file():
-            if len(set(dataset.hashes)) < 100:
-                raise UserError(
-                    f"{len(dataset):,} pictures are too few to train a classifier on: "
-                    "name the file of one with --features"
-                )
-            # Digits from the end: the first ones decided already what val_split kept aside.
-            parts = split_validation(replace(dataset, hashes=[digest[::-1] for digest in dataset.hashes]), 0.1)
-            labelled = [value for part in parts for value in part.batch(range(len(part)))]
-            save_feature_net(path, train_feature_net(*labelled, num_classes=len(dataset.classes), device=device))
-            self.prune(path.parent)
+        if path.is_file():
+            return path
+        # Digits from the end: the first ones decided already what val_split kept aside.
+        parts = split_validation(replace(dataset, hashes=[digest[::-1] for digest in dataset.hashes]), 0.1)
+        labeled = [value for part in parts for value in part.batch(range(len(part)))]
+        save_feature_net(path, train_feature_net(*labeled, num_classes=len(dataset.classes), device=device))
+        self.prune(path.parent)
         return path
 
-    def prune(self, folder):
-        """Keep the newest files only."""
+    def prune(self, folder: Path) -> None:
         found = [path for ending in ("features", "classifier") for path in folder.glob(f"*.{ending}.pth")]
         for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)[:-KEPT_FILES]:
             path.unlink(missing_ok=True)
 
 
-def load_extractor(features, dataset, cache, device, batch_size=100, inception_weights=""):
+def load_extractor(features, dataset, cache, device, batch_size=100, inception_weights="") -> Extractor:
     """The Extractor for "inception", "classifier" (of the dataset's classes) or a net's file."""
     if features == "inception":
-        return Extractor(load_inception(inception_weights, device), "Inception, 2048 numbers", device, batch_size)
+        return Extractor(load_inception(inception_weights, device), "Inception, 2048 numbers", device, batch_size, 3)
     path = cache.classifier(dataset, device) if features == "classifier" else Path(features)
-    network = load_feature_net(path, device)
-    if network.img_channels != dataset.shape[2]:
-        raise UserError(
-            f"{path}: a feature net for {network.img_channels} channels, but the pictures have {dataset.shape[2]}"
-        )
-    accuracy = "unknown" if network.accuracy is None else f"{network.accuracy:.1%}"
-    name = f"classifier of {network.num_classes} classes, test accuracy {accuracy}, {path.resolve()}"
+    network, channels = load_feature_net(path, device), dataset.shape[2]
+    if network.img_channels != channels:
+        raise UserError(f"{path}: a feature net for {network.img_channels} channels, and the images have {channels}")
+    name = f"classifier of {network.num_classes} classes, test accuracy {network.accuracy}, {path.resolve()}"
     return Extractor(network, name, device, batch_size)

@@ -1,73 +1,64 @@
 """Bits per dimension, from the variational bound (Ho et al. 2020, sections 2, 3.3 and 4.3)."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from utils.errors import UserError
 
-LEVELS = 256  # values of a pixel, from -1 to 1
-
 
 @torch.no_grad()
-def variational_bound(denoise, alpha_bars, x, generator=None):
+def variational_bound(denoise: Callable, alpha_bars: Sequence[float], x: Tensor, generator=None) -> Tensor:
     """The terms of the bound for images x (b, c, h, w) in [-1, 1]: (b, T + 1), bits per dim.
 
-    Column t is L_t of Ho et al. 2020: L_0 the discretised decoder (equation 13), L_1 ... L_{T-1}
-    the steps between (equation 8), L_T the prior (equation 5). The sum of a row is an upper bound
-    of -log2 p(x) / (c h w). The variance of steps and decoder is beta_t. T network calls.
-
-    denoise: (x_t, t) -> x_0, as for the solvers. alpha_bars: T numbers that fall. generator: of
-    the noise, on x's device; None: torch's global one. ValueError for images not on 256 levels.
+    Column t is L_t: L_0 the discretized decoder (equation 13), L_1 ... L_{T-1} the steps between
+    (equation 8), L_T the prior (equation 5). The sum of a row is an upper bound of
+    -log2 p(x) / (c h w). The variance of steps and decoder is beta_t. denoise: (x_t, t) -> x_0.
     """
     if ((x + 1) * 127.5 - ((x + 1) * 127.5).round()).abs().max() > 1e-2 or x.abs().max() > 1 + 1e-4:
         raise UserError("bits per dimension need 8-bit images: x must be on the 256 levels -1, -1 + 2/255, ... 1")
-    terms = []
+    nats = []
     for t, alpha_bar in enumerate(alpha_bars):
         noise = torch.randn(x.shape, generator=generator, device=x.device)
-        x_t = math.sqrt(alpha_bar) * x + math.sqrt(1 - alpha_bar) * noise
-        x_0 = denoise(x_t, t)
+        x_0 = denoise(math.sqrt(alpha_bar) * x + math.sqrt(1 - alpha_bar) * noise, t)
         if t == 0:
-            nats = -decoder_log_likelihood(x, x_0, math.sqrt(1 - alpha_bar))
+            term = -decoder_log_likelihood(x, x_0, math.sqrt(1 - alpha_bar))
         else:
-            nats = step_divergence(x, x_0, alpha_bars[t - 1], alpha_bar)
-        terms.append(nats.flatten(1).mean(1) / math.log(2))
-    terms.append(prior_divergence(x, alpha_bars[-1]).flatten(1).mean(1) / math.log(2))
-    return torch.stack(terms, 1).cpu().double()
+            term = step_divergence(x, x_0, alpha_bars[t - 1], alpha_bar)
+        nats.append(term.flatten(1).mean(1))
+    nats.append(prior_divergence(x, alpha_bars[-1]).flatten(1).mean(1))
+    return torch.stack(nats, 1).cpu().double() / math.log(2)
 
 
-def prior_divergence(x, alpha_bar):
+def prior_divergence(x: Tensor, alpha_bar: float) -> Tensor:
     """KL(q(x_T | x) || N(0, 1)) in nats, elementwise (the first term of equation 5)."""
     return 0.5 * (alpha_bar * x**2 - alpha_bar - math.log1p(-alpha_bar))
 
 
-def step_divergence(x, x_0, alpha_bar_s, alpha_bar_t):
-    """KL(q(x_s | x_t, x) || p(x_s | x_t)) in nats, elementwise, for neighbours s < t (equation 5).
+def step_divergence(x: Tensor, x_0: Tensor, alpha_bar_s: float, alpha_bar_t: float) -> Tensor:
+    """KL(q(x_s | x_t, x) || p(x_s | x_t)) in nats, elementwise, for neighbors s < t (equation 5).
 
-    Both are Gaussians: q has the mean and variance beta~ of equation 7, p that mean with the
-    predicted x_0 for x, and beta.
+    q has the mean and variance beta~ of equation 7, p that mean with x_0 for x, and beta.
     """
     beta = 1 - alpha_bar_t / alpha_bar_s
-    share = (1 - alpha_bar_s) / (1 - alpha_bar_t)  # beta~ / beta
+    ratio = (1 - alpha_bar_s) / (1 - alpha_bar_t)  # beta~ / beta
     x_0_factor = math.sqrt(alpha_bar_s) * beta / (1 - alpha_bar_t)
-    return 0.5 * (share - 1 - math.log(share) + (x_0_factor * (x - x_0)) ** 2 / beta)
+    return 0.5 * (ratio - 1 - math.log(ratio) + (x_0_factor * (x - x_0)) ** 2 / beta)
 
 
-def decoder_log_likelihood(x, mean, sigma):
-    """log P(N(mean, sigma^2) gives the level x), elementwise, in nats (equation 13).
-
-    A level owns the values half the way to its neighbours; the first and the last all beyond. At
-    timestep 0 the mean is the predicted x_0. float64 where the device has it.
-    """
-    precise = torch.float32 if x.device.type == "mps" else torch.float64
-    x, mean = x.to(precise), mean.to(precise)
-    half = 1 / (LEVELS - 1)
+def decoder_log_likelihood(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
+    """log P(N(mean, sigma^2) gives the level x), elementwise, in nats (equation 13)."""
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64  # Apple GPUs have no float64
+    x, mean, half = x.to(dtype), mean.to(dtype), 1 / 255  # half the way to the neighboring level
+    # A level owns the values half the way to its neighbors; the first and the last all beyond.
     lower = torch.where(x < -1 + half, -math.inf, (x - half - mean) / sigma)
     upper = torch.where(x > 1 - half, math.inf, (x + half - mean) / sigma)
     return log_normal_probability(lower, upper)
 
 
-def log_normal_probability(lower, upper):
+def log_normal_probability(lower: Tensor, upper: Tensor) -> Tensor:
     """log(Phi(upper) - Phi(lower)), also where both are far out and the difference rounds to 0."""
     flipped = lower + upper > 0  # Phi(u) - Phi(l) = Phi(-l) - Phi(-u): on the lower side logarithms keep their digits
     lower, upper = torch.where(flipped, -upper, lower), torch.where(flipped, -lower, upper)

@@ -3,20 +3,20 @@
 import torch
 
 
-def sample_batches(diffusion, firsts, batch_size, seed, labels=None, noise=None, **settings):
+def sample_batches(diffusion, firsts, batch_size, seed, labels=None, noise=None, options=None):
     """Yields (first, steps) for each of `firsts`: the batch of images first, first + 1, ...
 
     steps: `diffusion.sample_steps`, which yields (x, x_0), each (batch_size, c, h, w). All batches
     have one size, so the number of images changes no image. Image i has the noise of seed + i.
     labels: (n,) class ids that the images take in turn, or None. noise: None, or a function of the
-    numbers (batch_size,) that replaces the seeds. settings: further ones of sample_steps.
+    numbers (batch_size,) that replaces the seeds. options: SamplingOptions.
     """
     device = diffusion.betas.device
     for first in firsts:
         numbers = torch.arange(first, first + batch_size)
         y = None if labels is None else labels[numbers % len(labels)].to(device)
         start = {"noise": noise(numbers)} if noise else {"seeds": (seed + numbers).tolist()}
-        yield first, diffusion.sample_steps(batch_size, device, y, **start, **settings)
+        yield first, diffusion.sample_steps(batch_size, device, y, options=options, **start)
 
 
 def last_images(steps):
@@ -29,6 +29,6 @@ def last_images(steps):
 def advice_for_sampling(config):
     """The setting to lower where memory runs out: what a batch needs grows with batch_size."""
     if config.batch_size == 1:
-        return "one picture at a time is too much: lower --input_shape, or draw with a smaller network"
+        return "one image at a time is too much: lower --input_shape, or sample with a smaller network"
     half = config.batch_size // 2
-    return f"{config.batch_size} pictures at a time are too many; --batch_size {half} needs about half"
+    return f"{config.batch_size} images at a time are too many; --batch_size {half} needs about half"

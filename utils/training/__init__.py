@@ -1,4 +1,4 @@
-"""Training beside the loop: resuming, files of a run, optimizer, randomness, validation, memory.
+"""Training outside the loop: optimizer, randomness, validation, memory, and the files of a run.
 
-train.py imports from it; it imports no networks.
+`config` is train.py's Config, and `context` its TrainContext: network, data and optimizer.
 """

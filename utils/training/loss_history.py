@@ -1,141 +1,155 @@
-"""What a run has seen: a row an epoch, as CSV, as curves in TensorBoard, and as an image."""
+"""What a run has seen: a row per epoch as CSV, as curves in TensorBoard, and as an image."""
 
 import csv
+import io
 import math
 import os
 import time
 from contextlib import suppress
+from pathlib import Path
 
 from utils.errors import try_optional
 from utils.files import atomic_write
 
 SECONDS_BETWEEN_PLOTS = 30
+WHOLE = ("epoch", "step")  # columns of whole numbers
+DAMAGE = (OSError, ValueError, TypeError, KeyError, csv.Error)  # what reading a damaged table raises
 
 
 class Table:
-    """A CSV file that grows by a row an epoch. Cells are text: reading and writing changes none."""
+    """A CSV file that grows by a row {column: text} per epoch, with "epoch" first."""
 
-    def __init__(self, path, rows):
-        """rows: [{column: text}], with "epoch" first. The file is written anew with these rows."""
-        self.path, self.rows, self.pending = path, rows, []
+    def __init__(self, path: Path, rows: list[dict]) -> None:
+        self.path, self.rows = path, list(rows)
         self.rewrite()
 
-    def rewrite(self):
-        self.columns = list(dict.fromkeys(column for row in (*self.rows, *self.pending) for column in row))
+    def rewrite(self) -> None:
+        columns = list(dict.fromkeys(column for row in self.rows for column in row))
         with atomic_write(self.path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="")
+            writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(self.rows)
+        self.columns, self.written = columns, len(self.rows)
 
-    def append(self, row):
-        """Adds a row {column: number or None}, and earlier rows that an OSError kept out."""
-        self.pending.append(as_text(row))
-        if any(column not in self.columns for column in row):
+    def append(self, row: dict) -> None:
+        """Adds a row {column: number or None}. What an OSError keeps out comes with the next."""
+        self.rows.append(as_text(row))
+        missing = self.rows[self.written :]
+        if self.path.is_file() and all(column in self.columns for row in missing for column in row):
+            self.write_at_end(missing)
+        else:
             self.rewrite()
+
+    def write_at_end(self, rows: list[dict]) -> None:
         size = self.path.stat().st_size
         try:
             with open(self.path, "a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, self.columns, restval="").writerows(self.pending)
+                csv.DictWriter(file, self.columns, restval="").writerows(rows)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError:
             os.truncate(self.path, size)  # a disk that is full may have taken half a row
             raise
-        self.rows, self.pending = self.rows + self.pending, []
+        self.written = len(self.rows)
 
 
-def read_table(path, last_epoch):
-    """The rows of a table up to an epoch: [{column: text}]. Whatever is no whole row ends it."""
+def read_table(path: Path, last_epoch: int) -> list[dict]:
+    """The rows {column: text} of a table up to an epoch, or to the first damaged one."""
     rows = []
-    with suppress(OSError, ValueError, KeyError, csv.Error), open(path, encoding="utf-8", newline="") as file:
+    with suppress(*DAMAGE), open(path, encoding="utf-8", errors="replace", newline="") as file:
         for row in csv.DictReader(file, strict=True):
-            if None in row.values() or int(row["epoch"]) > last_epoch:
+            numbers = {name: (int if name in WHOLE else float)(cell) for name, cell in row.items() if cell}
+            if None in row.values() or numbers["epoch"] > last_epoch:
                 break
             rows.append(row)
     return rows
 
 
-def as_text(row):
-    """A row of numbers as the cells of a table."""
+def as_text(row: dict) -> dict:
     return {column: "" if value is None else str(value) for column, value in row.items()}
 
 
-def earlier_rows(checkpoint, folder):
-    """(rows of the losses, rows of the speed) up to the checkpoint, from the tables beside it."""
-    if "history" in checkpoint:  # older versions kept the rows in the checkpoint
-        return tuple([as_text(row) for row in checkpoint[key]] for key in ("history", "speed"))
-    return tuple(read_table(folder / name, checkpoint["position"]["epoch"]) for name in ("epoch_loss.csv", "speed.csv"))
+def read_tables(folder: Path, last_epoch: int) -> tuple[list[dict], list[dict]]:
+    """(rows of the losses, rows of the speed) of a run's folder, up to an epoch."""
+    return read_table(folder / "epoch_loss.csv", last_epoch), read_table(folder / "speed.csv", last_epoch)
 
 
 class LossHistory:
-    """The tables of a run, and their curves.
+    """The tables of a run: `epoch_loss.csv` has what every repetition gives, `speed.csv` the rest.
 
-    `epoch_loss.csv` has the columns that every repetition of the run gives, `speed.csv` the others.
+    Whatever TensorBoard or matplotlib raise costs the run their curves, and nothing else.
     """
 
-    def __init__(self, folder, earlier=(), earlier_speed=()):
+    def __init__(self, folder: Path, earlier: list[dict] = (), earlier_speed: list[dict] = ()) -> None:
         """earlier, earlier_speed: rows before the run's position. Later ones in the files go."""
-        self.losses = Table(folder / "epoch_loss.csv", list(earlier))
-        self.speed = Table(folder / "speed.csv", list(earlier_speed))
+        self.losses, self.speed = Table(folder / "epoch_loss.csv", earlier), Table(folder / "speed.csv", earlier_speed)
         self.folder, self.plotted, self.plotting = folder, 0.0, True
-        self.board = try_optional("tensorboard", "no TensorBoard curves are written", self._tensorboard)
+        self.board = try_optional("tensorboard", "no TensorBoard curves are written", self._open_board)
 
-    def _tensorboard(self):
+    def _open_board(self):
         from torch.utils.tensorboard import SummaryWriter
 
-        # Steps behind the position are hidden: the run takes them again.
-        purge_step = int(self.losses.rows[-1]["step"]) + 1 if self.losses.rows else 0
+        # Steps after the position are hidden: the run repeats them.
+        purge_step = int(self.losses.rows[-1].get("step") or 0) + 1 if self.losses.rows else 0
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step, flush_secs=30)
 
-    def add(self, row, speed_row):
+    def _log(self, method, *arguments, **options):
+        """Calls a method of the SummaryWriter, which is dropped where that raises."""
+
+        def call():
+            getattr(self.board, method)(*arguments, **options)
+            return self.board
+
+        self.board = self.board and try_optional("tensorboard", "no more TensorBoard curves are written", call)
+
+    def add(self, row: dict, speed_row: dict) -> None:
         """row, speed_row: {column: number or None}, with "epoch" first and "step" in the first."""
+        try:
+            self.losses.append(row)
+        finally:
+            self.speed.append(speed_row)
         for name, value in {**row, **speed_row}.items():
-            if self.board and name not in ("epoch", "step") and value is not None:
-                self.board.add_scalar(name, value, row["step"])
-        self.losses.append(row)
-        self.speed.append(speed_row)
+            if name not in WHOLE and value is not None:
+                self._log("add_scalar", name, value, row["step"])
 
-    def lowest(self, column):
-        """(value, epoch) of the lowest cell of a loss; infinity and None without any."""
-        cells = [(float(row[column]), row["epoch"]) for row in self.losses.rows if row.get(column)]
-        return min(cells, default=(math.inf, None))
-
-    def add_image(self, image, step):
+    def add_image(self, image, step: int) -> None:
         """image: (H, W, C) uint8 array, into TensorBoard."""
-        if self.board:
-            self.board.add_image("preview", image, step, dataformats="HWC")
+        self._log("add_image", "preview", image, step, dataformats="HWC")
 
-    def plot(self, final=False):
-        """Draws epoch_loss.png, at most every half minute: it takes longer than a small epoch."""
+    def lowest(self, column: str) -> tuple:
+        """(value, epoch) of the lowest cell of a loss; infinity and None without any."""
+        cells = [(float(row.get(column) or math.nan), row["epoch"]) for row in self.losses.rows]
+        return min((cell for cell in cells if math.isfinite(cell[0])), default=(math.inf, None))
+
+    def plot(self, final: bool = False) -> None:
+        """Plots epoch_loss.png, at most every half minute: it takes longer than a small epoch."""
         due = final or time.monotonic() - self.plotted >= SECONDS_BETWEEN_PLOTS
         if self.plotting and self.losses.rows and due:
-            figure = try_optional("matplotlib", "no loss curve is drawn (epoch_loss.csv has the numbers)", self._figure)
-            self.plotting, self.plotted = figure is not None, time.monotonic()
-            if figure:
+            png = try_optional("matplotlib", "no loss curve is drawn (epoch_loss.csv has the numbers)", self._png)
+            self.plotting, self.plotted = png is not None, time.monotonic()
+            if png:
                 with atomic_write(self.folder / "epoch_loss.png") as file:
-                    figure.savefig(file, format="png")
+                    file.write(png)
 
-    def _figure(self):
-        """The curves as a matplotlib figure."""
+    def _png(self):
         os.environ["MPLBACKEND"] = "agg"  # notebooks hand on one of theirs, which need not exist here
-        from matplotlib.backends import backend_agg  # noqa: F401 (savefig needs it: a broken one is met here)
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(9, 9), dpi=100, layout="constrained")
+        figure, file = Figure(figsize=(9, 9), layout="constrained"), io.BytesIO()
+        rows = self.losses.rows + self.speed.rows
         panels = [["loss", "val_loss"], [name for name in self.losses.columns if name.startswith("loss_t")]]
-        panels += [[name] for name in ("grad_norm", "learning_rate", "images_per_second", "memory_mib")]
-        for panel, names in zip(figure.subplots(3, 2).flatten(), panels):
-            for name in names:
-                rows = [row for row in (*self.losses.rows, *self.speed.rows) if row.get(name)]
-                if rows:
-                    panel.plot([int(row["epoch"]) for row in rows], [float(row[name]) for row in rows], label=name)
-            panel.set(xlabel="epoch", yscale="log" if names[0].startswith("loss") else "linear")
+        panels += [["grad_norm"], ["learning_rate"], ["images_per_second"], ["memory_mib"]]
+        for number, (panel, names) in enumerate(zip(figure.subplots(3, 2).flat, panels)):
+            panel.set(xlabel="epoch", yscale="log" if number < 2 else "linear")
             panel.grid(True, alpha=0.3)
-            if panel.lines:
-                panel.legend()
-        return figure
+            for name in names:
+                points = [(int(row["epoch"]), float(row[name])) for row in rows if row.get(name)]
+                if points:
+                    panel.plot(*zip(*points), label=name)
+                    panel.legend()
+        figure.savefig(file, format="png", dpi=100)
+        return file.getvalue()
 
-    def close(self):
+    def close(self) -> None:
         self.plot(final=True)
-        if self.board:
-            self.board.close()
+        self._log("close")

@@ -7,69 +7,62 @@ import torch
 from utils import distributed
 from utils.device import autocast
 from utils.errors import UserError
+from utils.terminal import plural
 
-USABLE = 0.9  # share of a device's memory that training can fill: the rest goes to libraries and gaps
-# Of the weights, whatever the batch. Muon keeps one moment of most, and computes in about as much.
-COPIES = {"weights and EMA": 2, "gradients": 1, "moments": 2}
+USABLE = 0.9  # fraction of a device's memory that training can fill: the rest goes to libraries and gaps
+COPIES = 5  # of the weights: themselves, EMA, gradients, two moments (Muon's one needs as much: it computes more)
+SETTINGS = (
+    "raise --accumulate (the same update in smaller parts), set --activation_checkpointing True (slower), "
+    "or lower --batch_size, --channel or --input_shape"
+)
 
 
-def print_memory(config, parts):
+def print_memory(config, context) -> None:
     """An estimate of what training holds in memory at once, from the forward pass of one image."""
-    size = micro_batch_size(config, parts)
-    fixed, per_image = memory_needs(config, parts)
-    mib = {name: copies * fixed / sum(COPIES.values()) / 2**20 for name, copies in COPIES.items()}
-    mib["activations"] = per_image * size / 2**20
-    print("memory     " + ", ".join(f"{value:,.0f} MiB {name}" for name, value in mib.items()))
+    size, fixed, per_image = memory_needs(config, context)
     print(
-        f"           {sum(mib.values()):,.0f} MiB in all for {size} pictures at a time; --accumulate N divides the "
-        "activations by N"
+        f"memory     {mebibytes(fixed)} for weights, EMA, gradients and moments, {mebibytes(per_image * size)} for "
+        f"activations of {plural(size, 'image')} at a time; --accumulate N divides the activations by N"
     )
 
 
-def advice_for_training(config, parts):
+def advice_for_training(config, context) -> str:
     """What to lower after memory ran out, and how far where that can be estimated."""
-    size = micro_batch_size(config, parts)
-    settings = (
-        "raise --accumulate (the same update in smaller parts), set --activation_checkpointing True (slower), "
-        "or lower --batch_size, --channel or --input_shape"
-    )
     try:
-        fixed, per_image = memory_needs(config, parts)
+        size, fixed, per_image = memory_needs(config, context)
     except (RuntimeError, MemoryError):  # no room is left to try it in
-        return f"{size} pictures at a time are too many; {settings}"
-    there = device_memory(parts.device)
+        return SETTINGS
+    there = device_memory(context.device)
     fitting = (there * USABLE - fixed) / per_image  # images of a micro-batch
-    accumulate = accumulate_that_fits(fitting, parts.batch_size, distributed.world_size(), config.accumulate)
-    need = f"{size} pictures at a time need about {mebibytes(fixed + size * per_image)}"
+    accumulate = accumulate_that_fits(fitting, context.batch_size, distributed.world_size(), config.accumulate)
     instead = f"--accumulate {accumulate} would fit. Else " if accumulate else ""
-    return f"{need}, {parts.device} has {mebibytes(there)} in all; {instead}{settings}"
+    need = f"training on {plural(size, 'image')} at a time needs about {mebibytes(fixed + size * per_image)}"
+    return f"{need}, {context.device} has {mebibytes(there)} in all; {instead}{SETTINGS}"
 
 
-def check_network_fits(num_parameters, device):
-    """ValueError where training needs more than the device's memory. No network is built."""
-    needed, there = sum(COPIES.values()) * 4 * num_parameters, device_memory(device)
+def mebibytes(count: float) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def check_network_fits(num_parameters: int, device: torch.device) -> None:
+    """UserError where training needs more than the device's memory. No network is built."""
+    needed, there = COPIES * 4 * num_parameters, device_memory(device)
     if there and needed > there:
         raise UserError(
-            f"a network of {num_parameters / 1e9:.2f} billion parameters needs {mebibytes(needed)} for "
-            f"weights, gradients and moments; {device} has {mebibytes(there)}: lower --channel, "
-            "--channel_mults or --num_res_blocks"
+            f"a network of {num_parameters / 1e9:.2f} billion parameters needs {mebibytes(needed)} to train; "
+            f"{device} has {mebibytes(there)}: lower --channel, --channel_mults or --num_res_blocks"
         )
 
 
-def micro_batch_size(config, parts):
-    """Images that one process works on at a time."""
-    return parts.batch_size // (config.accumulate * distributed.world_size())
-
-
-def accumulate_that_fits(images, batch_size, world_size, now):
+def accumulate_that_fits(images: float, batch_size: int, world_size: int, now: int) -> int | None:
     """The least `accumulate` above `now` with micro-batches of at most so many images, or None."""
-    parts = range(now + 1, batch_size // world_size + 1)
-    whole = (number for number in parts if batch_size % (world_size * number) == 0)
-    return next((number for number in whole if batch_size // (world_size * number) <= images), None)
+    share = batch_size // world_size
+    found = (n for n in range(now + 1, share + 1) if batch_size % (world_size * n) == 0 and share // n <= images)
+    return next(found, None)
 
 
-def device_memory(device):
-    """Bytes that the device has in all."""
+def device_memory(device: torch.device) -> int:
+    """Bytes that the device has in all; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     if device.type == "mps":
@@ -77,30 +70,25 @@ def device_memory(device):
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
-def mebibytes(count):
-    return f"{count / 2**20:,.0f} MiB"
+def memory_needs(config, context) -> tuple[int, int, int]:
+    """(images that a process works on at a time, bytes for any number of them, bytes for each)."""
+    size = context.batch_size // (config.accumulate * distributed.world_size())
+    weights = sum(p.numel() * p.element_size() for p in context.diffusion.model.parameters())
+    one, two = (bytes_kept(config, context, number) for number in (1, 2))
+    return size, COPIES * weights, two - one  # the weights are kept once for any number of images
 
 
-def memory_needs(config, parts):
-    """Bytes that training needs: (whatever the batch, for each image of a micro-batch).
-
-    The second is what the backward pass of an image keeps, counted by running its forward pass.
-    """
-    weights = sum(p.numel() * p.element_size() for p in parts.diffusion.model.parameters())
+def bytes_kept(config, context, number: int) -> int:
+    """What the forward pass of `number` images keeps for the backward pass."""
     kept = {}
 
     def count(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    device, totals = parts.device, []
-    for number in (1, 2):
-        kept.clear()
-        x = torch.zeros(number, config.img_channels, *config.input_shape, device=device)
-        t = torch.zeros(number, dtype=torch.long, device=device)
-        y = t if config.class_conditional else None
-        with autocast(device, config.precision), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            parts.diffusion(x, y, t=t, noise=torch.zeros_like(x))
-        totals.append(sum(kept.values()))
-    # The weights are kept once for any number of images: the difference leaves them out.
-    return sum(COPIES.values()) * weights, totals[1] - totals[0]
+    x = torch.zeros(number, config.img_channels, *config.input_shape, device=context.device)
+    t = torch.zeros(number, dtype=torch.long, device=context.device)
+    keeping = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with autocast(context.device, config.precision), keeping:
+        context.diffusion(x, t if config.class_conditional else None, t=t, noise=torch.zeros_like(x))
+    return sum(kept.values())

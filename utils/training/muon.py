@@ -1,8 +1,10 @@
 """Muon: orthogonal steps for the weights of convolutions, AdamW for everything else."""
 
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5  # a, b, c of Jordan et al. 2024
 ADAM_SIZE = 0.2  # the root mean square of Adam's steps (Liu et al. 2025)
@@ -18,16 +20,13 @@ class Muon(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: Callable | None = None) -> Tensor | None:
+        loss = torch.enable_grad()(closure)() if closure else None
         with full_precision():
             for group in self.param_groups:
                 for weights in by_shape(group["params"]):
                     self.step_matrices(weights, group["lr"], group["betas"][0], group["weight_decay"])
-        super().step()  # of the weights that have their gradients still
+        super().step()  # of the weights that still have their gradients
         return loss
 
     def step_matrices(self, weights, lr, momentum, weight_decay):
@@ -35,7 +34,9 @@ class Muon(torch.optim.AdamW):
         good = 1 - getattr(self, "found_inf", weights[0].new_zeros(()))  # multiplies all that is added
         matrices = []
         for weight in weights:
-            state, gradient = self.state_of(weight), weight.grad.masked_fill_(good == 0, 0)
+            state, gradient = self.state[weight], weight.grad.masked_fill_(good == 0, 0)
+            if not state:  # AdamW's names
+                state.update(step=weight.new_zeros(()), exp_avg=torch.zeros_like(weight))
             ema = state["exp_avg"].lerp_(gradient, good * (1 - momentum))
             state["step"] = state["step"].to(good.device) + good  # a file's is on the CPU
             matrices.append(as_matrix(gradient.lerp_(ema, momentum), weight))
@@ -46,14 +47,8 @@ class Muon(torch.optim.AdamW):
                 weight.mul_(1 - good * lr * weight_decay)
             weight.sub_(as_weight(step, weight))
 
-    def state_of(self, weight):
-        """The weight's number of steps and the EMA of its gradient, under AdamW's names."""
-        if not self.state[weight]:
-            self.state[weight] = {"step": weight.new_zeros(()), "exp_avg": torch.zeros_like(weight)}
-        return self.state[weight]
 
-
-def by_shape(parameters):
+def by_shape(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
     """The weights of convolutions that have a gradient, in a list for each shape."""
     shapes = {}
     for parameter in parameters:
@@ -62,23 +57,20 @@ def by_shape(parameters):
     return shapes.values()
 
 
-def as_matrix(tensor, weight):
-    """(out, in, h, w) -> (out, in*h*w), with the columns in the order of `weight` in memory.
-
-    That saves a copy, and any order will do: U V' has the same.
-    """
+def as_matrix(tensor: Tensor, weight: Tensor) -> Tensor:
+    """(out, in, h, w) -> (out, in*h*w), columns as in memory: it is no copy, and U V' has them so."""
     return (tensor if weight.is_contiguous() else tensor.permute(0, 2, 3, 1)).reshape(len(tensor), -1)
 
 
-def as_weight(matrix, weight):
-    """The way back from `as_matrix`."""
-    channels, height, width = weight.shape[1:]
-    contiguous = weight.is_contiguous()
-    return matrix.view_as(weight) if contiguous else matrix.view(-1, height, width, channels).permute(0, 3, 1, 2)
+def as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
+    """The inverse of `as_matrix`."""
+    if weight.is_contiguous():
+        return matrix.view_as(weight)
+    return matrix.view(weight.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
 
 @contextmanager
-def full_precision():
+def full_precision() -> Iterator[None]:
     """Products of float32 in float32: `orthogonal` amplifies what bf16 would round off."""
     chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -88,7 +80,7 @@ def full_precision():
         torch.set_float32_matmul_precision(chosen)
 
 
-def orthogonal(matrices, size=1.0):
+def orthogonal(matrices: Tensor, size: float | Tensor = 1.0) -> Tensor:
     """About `size` U V' of the matrices U S V', (n, rows, columns): singular values 0.7 to 1.2.
 
     Newton and Schulz's iteration X <- (a + b X X' + c (X X')^2) X begins with X / |X|. All factors

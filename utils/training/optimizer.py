@@ -1,27 +1,27 @@
 """The optimizers, the learning rate, and a step that a bad gradient cannot reach."""
 
 import math
+from collections.abc import Iterable
+from typing import Literal
 
 import torch
+from torch.optim import Optimizer
 
-from utils.errors import UserError
 from utils.training.muon import Muon
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
 MAX_WARMUP_STEPS = 1000
-# "auto": LEARNING_RATE at CHANNELS channels, as 1/width, up to HIGHEST.
-LEARNING_RATE, CHANNELS, HIGHEST = 2e-4, 128, 1e-3
 
 
-def make_optimizer(name, parameters, device, momentum=0.9, weight_decay=0.0):
-    """A fused Adam, AdamW or Muon. momentum is beta 1. `train_step` sets the learning rate."""
-    if name not in OPTIMIZERS:
-        raise UserError(f"optimizer_type {name!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
+def make_optimizer(
+    name: str, parameters: Iterable, device: torch.device, momentum: float = 0.9, weight_decay: float = 0.0
+) -> Optimizer:
+    """A fused one. momentum is beta 1. `train_step` sets the learning rate."""
     fused = device.type in ("cpu", "cuda")
     return OPTIMIZERS[name](parameters, lr=0.0, betas=(momentum, 0.999), weight_decay=weight_decay, fused=fused)
 
 
-def restore_optimizer(optimizer, saved):
+def restore_optimizer(optimizer: Optimizer, saved: dict) -> None:
     """Loads the moments of a saved state; this run's settings hold, such as a new weight decay."""
     optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, state in optimizer.state.items():
@@ -31,36 +31,33 @@ def restore_optimizer(optimizer, saved):
                 state[name] = torch.empty_like(parameter).copy_(value)
 
 
-def step_unless_bad(optimizer, scaler, bad):
+def step_unless_bad(optimizer: Optimizer, scaler: torch.amp.GradScaler, bad: torch.Tensor) -> None:
     """One update; none of weights, moments and step counts where `bad` (0-dim, 0. or 1.) is 1.
 
     The fused optimizers read `bad` on the device: the host does not wait. On MPS it must look.
     """
     if optimizer.defaults["fused"]:
         optimizer.found_inf = bad  # an enabled GradScaler puts its own, equal one there
-        scaler.step(optimizer)
-    elif not bad:
+    if optimizer.defaults["fused"] or not bad:
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
 
-def choose_learning_rate(init_lr, channel):
-    """`init_lr`, or for "auto" 2e-4 * 128 / channel, at most 1e-3.
+def choose_learning_rate(init_lr: float | Literal["auto"], channel: int) -> float:
+    """For "auto" 2e-4 * 128 / channel, at most 1e-3.
 
     Adam moves each weight by about the learning rate, so the output of a layer moves by that times
-    its width. A narrow network needs several times the steps with the learning rate of 128
-    channels: it goes as 1/width (Yang et al. 2021, "Tensor Programs V").
+    its width: the rate goes as 1/width (Yang et al. 2021, "Tensor Programs V").
     """
-    return min(LEARNING_RATE * CHANNELS / channel, HIGHEST) if init_lr == "auto" else init_lr
+    return min(2e-4 * 128 / channel, 1e-3) if init_lr == "auto" else init_lr
 
 
-def cosine_decay(progress, low, high):
-    """Half a cosine from `high` at progress 0 to `low` at 1."""
+def cosine_decay(progress: float, low: float, high: float) -> float:
     return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def step_decay(progress, low, high):
+def step_decay(progress: float, low: float, high: float) -> float:
     """Ten equal stages, each lower by the same factor, as the reference's "step" has."""
     stage = math.floor(progress * 10 + 1e-9) if progress < 1 else 9
     return high * (low / high) ** (stage / 9)
@@ -69,13 +66,13 @@ def step_decay(progress, low, high):
 DECAYS = {"cos": cosine_decay, "step": step_decay}
 
 
-def learning_rate(step, total_steps, init_lr, min_lr, warmup=0.05, decay="cos"):
-    """The learning rate of step 0 ... total_steps - 1: linear warm-up to init_lr, decay to min_lr.
+def learning_rate(
+    step: int, total_steps: int, init_lr: float, min_lr: float, warmup: float = 0.05, decay: str = "cos"
+) -> float:
+    """Of step 0 ... total_steps - 1: linear warm-up to init_lr, for at most 1,000 steps, and decay.
 
-    warmup: its share of all steps, at most 1,000. decay: a name from DECAYS, else ValueError.
+    warmup: its fraction of all steps. decay: a name from DECAYS.
     """
-    if decay not in DECAYS:
-        raise UserError(f"lr_decay_type {decay!r} is unknown: choose one of {', '.join(DECAYS)}")
     warmup_steps = min(round(warmup * total_steps), MAX_WARMUP_STEPS)
     if step < warmup_steps:
         return init_lr * (step + 1) / warmup_steps

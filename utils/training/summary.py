@@ -1,104 +1,100 @@
 """What a run is about to do, in a few lines: sizes, steps, and what every "auto" became."""
 
 import time
+from collections.abc import Callable
 
 from utils import distributed
 from utils.data.dataset import epoch_batches
 from utils.device import describe_device
+from utils.terminal import plural
 from utils.training.memory import print_memory
 
-# How often an image may be seen. The time until a network repeats its images grows in proportion
-# to their number (Bonnaire et al. 2025, arXiv 2505.17638). A network of 5.1 million parameters had
-# seen 1,296 emoji 375, 543 and 899 times: the samples' median distance to the nearest is 0.84, 0.69
-# and 0.42 of that between emoji (logs/emoji.md). Large sets may take longer: Ho et al. 2020 found
-# no copies after 2,048 times CIFAR-10.
-SEEN_OFTEN = 500
+# How often an image may be seen before a warning. The onset of memorization grows in proportion to
+# the number of images (Bonnaire et al. 2025, arXiv 2505.17638). With 1,296 emoji, seen 375, 543 and
+# 899 times by 5.1 million parameters, the samples' median distance to the nearest was 0.84, 0.69
+# and 0.42 of that between emoji (logs/emoji.md). Ho et al. 2020: no copies after 2,048 x CIFAR-10.
+MEMORIZATION_VIEWS = 500
 
 
-def print_summary(config, parts, preset):
-    """Device, pictures, network and steps; rank 0 prints. preset: {name: value}, what it sets."""
-    if not distributed.is_main():
-        return
-    dataset, steps = parts.dataset, len(parts.dataset) // parts.batch_size
-    total = config.epochs * steps
-    aside = f", {len(parts.validation):,} kept aside for validation" if len(parts.validation) else ""
-    classes = f", {len(dataset.classes)} classes" if dataset.classes else ""
-    processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-    used = "" if config.class_conditional or not classes else " (not used: --class_conditional True learns them)"
-    count = sum(parameter.numel() for parameter in parts.diffusion.model.parameters())
-    shifted = f" shifted by {config.schedule_shift:g}" if config.schedule_shift else ""
-    height, width = config.input_shape
+def print_summary(config, context, preset: dict) -> None:
+    """Device, images, network and steps. preset: {name: value}, what it sets."""
     if preset:
-        values = ", ".join(f"{name} {as_option(getattr(config, name))}" for name in preset)
-        print(f"preset     {config.preset}: {values}")
-    device = describe_device(parts.device)
-    print(f"device     {device}, precision {config.precision}, compile {config.compile}{processes}")
-    print(f"pictures   {len(dataset):,} of {height}x{width}, {config.img_channels} channels{aside}{classes}{used}")
+        values = [f"{name} {str(getattr(config, name)).strip('()').replace(' ', '')}" for name in preset]
+        print(f"preset     {config.preset}: {', '.join(values)}")
+    device, processes = describe_device(context.device), plural(distributed.world_size(), "process", "es")
+    print(f"device     {device}, precision {config.precision}, compile {config.compile}, {processes}")
+    print(f"images     {describe_images(config, context)}")
+    count = sum(parameter.numel() for parameter in context.diffusion.model.parameters())
+    shifted = f" shifted by {config.schedule_shift:g}" if config.schedule_shift else ""
     print(
-        f"network    {count / 1e6:.2f} million parameters, {config.num_groups} groups; {config.prediction}, "
+        f"network    {count / 1e6:.2f} million parameters, {plural(config.num_groups, 'group')}; {config.prediction}, "
         f"{config.schedule} schedule{shifted}, T = {config.num_timesteps}"
     )
+    print_steps(config, context)
+
+
+def describe_images(config, context) -> str:
+    classes, (height, width) = context.dataset.classes, config.input_shape
+    words = f"{len(context.dataset):,} of {height}x{width}, {plural(config.img_channels, 'channel')}"
+    if len(context.validation):
+        words += f", {len(context.validation):,} held out for validation"
+    unused = "" if config.class_conditional else " (not used: --class_conditional True learns them)"
+    return words + (f", {plural(len(classes), 'class', 'es')}{unused}" if classes else "")
+
+
+def print_steps(config, context) -> None:
+    steps, total = len(context.dataset) // context.batch_size, total_steps(config, context)
+    views = total * context.batch_size / len(context.dataset)
     print(
-        f"training   {config.epochs} epochs of {steps} steps of {parts.batch_size}, {total:,} steps in all, "
-        f"{config.optimizer_type}, learning rate up to {config.init_lr:g}"
+        f"training   {plural(config.epochs, 'epoch')} of {plural(steps, 'step')} of {context.batch_size}, {total:,} "
+        f"steps in all, {config.optimizer_type}, learning rate up to {config.init_lr:g}\n"
+        f"           each image is seen about {views:,.0f} times"
     )
-    seen = total * parts.batch_size / len(dataset)
-    print(f"           each picture is seen about {seen:,.0f} times")
-    if seen > SEEN_OFTEN:
+    if views > MEMORIZATION_VIEWS:
         print(
-            "warning: few pictures, seen so often, may be learned by heart (with n pictures that takes n times as "
-            "long): keep some aside with --val_split 0.1, and look for copies with `python -m utils.evaluate`"
+            "warning: a network may memorize so small a training set (the onset scales with its size): hold some out "
+            "with --val_split 0.1, and look for copies with `python -m utils.evaluate`"
         )
     print(f"EMA        over about the last {ema_span(config, total):,} of {total:,} steps at the end")
 
 
-def print_dry_run(config, parts, flops, step):
-    """The memory and the time that the run needs. flops: of the forward pass of an image.
-
-    step(images, labels): takes one training step.
-    """
-    print_memory(config, parts)
-    seconds = seconds_per_step(config, parts, step)
-    if distributed.is_main():
-        steps = config.epochs * (len(parts.dataset) // parts.batch_size)
-        slower = " (not compiled: the run is faster)" if config.compile else ""
-        print(
-            f"time       {seconds:.3g} s a step{slower}, {steps:,} steps: {duration(seconds * steps)}, "
-            f"without saves and previews; {flops / 1e9:.3g} billion operations a picture, forward"
-        )
+def total_steps(config, context) -> int:
+    return config.epochs * (len(context.dataset) // context.batch_size)
 
 
-def seconds_per_step(config, parts, step):
-    """Of the first step, or of the two after it where it is short. Not compiled."""
-    batches = epoch_batches(
-        len(parts.dataset), parts.batch_size, config.seed, 0, 0, distributed.rank(), distributed.world_size()
+def print_dry_run(config, context, flops: int, step: Callable) -> None:
+    """The run's memory and time. flops: of an image's forward pass. step(images, labels) trains."""
+    print_memory(config, context)
+    seconds, steps = seconds_per_step(config, context, step), total_steps(config, context)
+    slower = " (not compiled: the run is faster)" if config.compile else ""
+    print(
+        f"time       {seconds:.3g} s a step{slower}, {plural(steps, 'step')}: {duration(seconds * steps)}, "
+        f"without saves and previews; {flops / 1e9:.3g} billion operations per image, forward"
     )
-    images, labels = next(iter(parts.dataset.batches(batches)))
-    ends = [time.perf_counter()]
-    while len(ends) < 4 and distributed.from_main(ends[-1] - ends[0] < 5):  # all processes take as many steps
+
+
+def seconds_per_step(config, context, step: Callable) -> float:
+    """Of the second step, as the first allocates memory. Not compiled."""
+    size, batch_size = len(context.dataset), context.batch_size
+    batches = epoch_batches(size, batch_size, config.seed, 0, 0, distributed.rank(), distributed.world_size())
+    images, labels = next(iter(context.dataset.batches(batches)))
+    for _ in range(2):
+        began = time.perf_counter()
         step(images, labels)
-        parts.meter.sums.cpu()  # waits for the device
-        ends.append(time.perf_counter())
-    return (ends[-1] - ends[1]) / (len(ends) - 2) if len(ends) > 2 else ends[1] - ends[0]
+        context.meter.sums.cpu()  # waits for the device
+    return time.perf_counter() - began
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
     """Seconds as text, such as 45 s, 12 min or 3 h 20 min."""
     minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes >= 100:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if seconds >= 100 else f"{seconds:.0f} s"
 
 
-def as_option(value):
-    """A value as it is typed on the command line."""
-    return ",".join(map(str, value)) + "," * (len(value) == 1) if isinstance(value, tuple) else str(value)
-
-
-def ema_span(config, steps):
+def ema_span(config, steps: int) -> int:
     """Steps that the EMA spans after `steps`: 1 / (1 - decay), with a warm-up at most a ninth."""
     counted = max(0, steps - config.ema_start)
-    most = 1 / max(1 - config.ema_decay, 1e-9)
-    if config.ema_warmup:
-        most = min(most, (10 + counted) / 9)  # the decay is (1 + n) / (10 + n)
-    return max(1, round(min(most, counted)))
+    warmup = (10 + counted) / 9 if config.ema_warmup else counted  # the decay is (1 + n) / (10 + n)
+    return max(1, round(min(1 / max(1 - config.ema_decay, 1e-9), warmup, counted)))

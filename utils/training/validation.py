@@ -4,32 +4,33 @@ import numpy as np
 import torch
 
 from utils import distributed
-from utils.data.dataset import normalise
+from utils.data.dataset import normalize
 from utils.device import autocast
-from utils.training.randomness import draw_step, mix
+from utils.training.step_rng import derive_seed, sample_step_noise
 
 
 @torch.no_grad()
-def validation_loss(config, parts):
-    """The mean loss of the EMA over `parts.validation`, always at the same timesteps and noise.
+def validation_loss(config, context) -> float:
+    """The mean loss of the EMA over `context.validation`, always at the same timesteps and noise.
 
     The timesteps of a batch spread evenly over 0 ... T - 1. Each process takes every n-th image,
-    and all get the same answer.
+    and all get the same result.
     """
-    device, images = parts.device, parts.validation
-    total = torch.zeros(2, dtype=parts.meter.dtype, device=device)
+    device, images = context.device, context.validation
+    total = torch.zeros(2, dtype=context.meter.dtype, device=device)
     mine = slice(distributed.rank(), None, distributed.world_size())
-    for number, first in enumerate(range(0, len(images), parts.batch_size)):
-        size = min(parts.batch_size, len(images) - first)
+    for number, first in enumerate(range(0, len(images), context.batch_size)):
+        size = min(context.batch_size, len(images) - first)
         shape = (size, config.img_channels, *config.input_shape)
-        noise = draw_step(parts.generator, mix(config.seed, "validation", number), shape, 1).noise
+        noise = sample_step_noise(context.generator, derive_seed(config.seed, "validation", number), shape, 1).noise
         t = ((torch.arange(size) + 0.5) / size * config.num_timesteps).long()
         pixels, labels = images.batch(np.arange(first, first + size)[mine])
         if len(pixels):
-            x = normalise(pixels, device, memory_format=parts.layout)
+            x = normalize(pixels, device, memory_format=context.layout)
             y = labels.to(device) if config.class_conditional else None
             with autocast(device, config.precision):
-                losses = parts.diffusion(x, y, t=t[mine].to(device), noise=noise[mine], use_ema=True, reduction="none")
+                inputs = {"t": t[mine].to(device), "noise": noise[mine]}
+                losses = context.diffusion(x, y, **inputs, use_ema=True, reduction="none")
             total += torch.stack([losses.sum(), losses.new_tensor(len(x))])
     loss, count = distributed.sum_over_ranks(total).tolist()
     return loss / count

@@ -1,0 +1,223 @@
+"""The UNet's arguments, from settings or bare weights; which sizes fit; what a network costs."""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import SettingError
+from .schedules import check_betas, make_betas, schedule_tables
+from .unet import MAX_GROUPS, UNet
+
+Weights = dict[str, Tensor]  # a state dict
+TABLES = tuple(schedule_tables(np.full(1, 0.5)))  # the buffers' names
+# The weights that an architecture is read off.
+READ = re.compile(r"^init_conv\.weight|^time_mlp\.1\.weight|\.class_bias\.weight|^downs\.\d+\.conv_1\.weight")
+
+
+# Settings -> arguments
+
+
+def arguments_of(function: Callable, settings: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+    """The arguments of a function or class: those given, settings of their names, its defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name: settings.get(parameter.name, parameter.default) for parameter in parameters} | given
+
+
+def unet_arguments(config: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    """The UNet's arguments from train.py's settings. ValueError: they do not fit together."""
+    rows, _ = class_rows(config, num_classes)
+    renamed = {"base_channels": config["channel"]} if "channel" in config else {}
+    arguments = arguments_of(UNet, {"img_channels": 3, **config}, num_classes=rows, **renamed)
+    arguments["num_groups"] = choose_groups(arguments["num_groups"], arguments["base_channels"])
+    check_levels(arguments["channel_mults"], arguments["attention_resolutions"])
+    return arguments
+
+
+def class_rows(config: Mapping[str, Any], num_classes: int) -> tuple[int | None, int | None]:
+    """(rows of the class embeddings, the null class): None where there is none."""
+    if not config.get("class_conditional"):
+        return None, None
+    if num_classes < 1:
+        raise SettingError(
+            "class_conditional is on, but the images have no classes: sort them into class folders and list them again"
+        )
+    return (num_classes + 1, num_classes) if config.get("label_dropout") else (num_classes, None)
+
+
+def choose_groups(num_groups: int | str, channel: int) -> int:
+    """`num_groups`; for "auto" the most groups, up to 32, that have at least four channels each.
+
+    In a group of one channel, group norm removes the shift by time and class.
+    """
+    if num_groups != "auto":
+        return num_groups
+    return max(n for n in range(1, MAX_GROUPS + 1) if channel % n == 0 and n <= max(1, channel // 4))
+
+
+def check_levels(channel_mults: Sequence[int], attention_resolutions: Sequence[int]) -> None:
+    """ValueError unless there is a level and attention_resolutions are existing levels."""
+    if not channel_mults:
+        raise SettingError("channel_mults is empty: the network needs at least one level, such as 1,")
+    last = len(channel_mults) - 1
+    unknown = [level for level in attention_resolutions if level not in range(last + 1)]
+    if unknown:
+        raise SettingError(f"attention_resolutions must be levels from 0 to {last} (see channel_mults), not {unknown}")
+
+
+def check_input_shape(input_shape: Sequence[int], levels: int) -> None:
+    """ValueError unless every level but the last can halve `input_shape` (height, width)."""
+    factor = 2 ** (levels - 1)
+    if any(size < 1 or size % factor for size in input_shape):
+        near = [tuple(max(rounded(n / factor), 1) * factor for n in input_shape) for rounded in (math.floor, math.ceil)]
+        raise SettingError(
+            f"input_shape {tuple(input_shape)} does not fit {levels} levels: height and width must be "
+            f"multiples of {factor}, such as {' or '.join(str(shape) for shape in dict.fromkeys(near))}"
+        )
+
+
+def count_parameters(arguments: Mapping[str, Any]) -> int:
+    """The number of parameters of UNet(**arguments), without memory for them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in UNet(**arguments).parameters())
+
+
+def count_flops(arguments: Mapping[str, Any], input_shape: Sequence[int]) -> int:
+    """Floating-point operations of UNet(**arguments) for one image (height, width), forward."""
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton, a fifth of a second at each start
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = UNet(**arguments)
+        y = None if network.num_classes is None else torch.zeros(1, dtype=torch.long)
+        network(torch.empty(1, arguments["img_channels"], *input_shape), torch.zeros(1), y)
+    return counter.get_total_flops()
+
+
+# Weights -> arguments
+
+
+def clean_keys(state_dict: Any) -> Weights:
+    """The state dict without `module` and `_orig_mod` in its keys; ValueError for other objects."""
+    if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise SettingError("this is not a state dict: it should map names to tensors")
+    wrappers = ("module", "_orig_mod")  # of DistributedDataParallel and torch.compile
+    return {".".join(part for part in key.split(".") if part not in wrappers): state_dict[key] for key in state_dict}
+
+
+def prefixes(weights: Weights) -> tuple[str, ...]:
+    """What the keys of the file's networks begin with, the network before its EMA."""
+    return ("model.", "ema_model.") if "model.init_conv.weight" in weights else ("ema_model.",)
+
+
+def read_architecture(weights: Weights, prefix: str) -> dict[str, Any]:
+    """The UNet's arguments, from the shapes of the weights with this prefix."""
+    layers = ("init_conv", "downs.0.conv_1", "mid.0.conv_1", "out_conv")
+    missing = [name for name in ("betas", *(f"{prefix}{layer}.weight" for layer in layers)) if name not in weights]
+    shapes = {key.removeprefix(prefix): tuple(value.shape) for key, value in weights.items() if key.startswith(prefix)}
+    flat = [key for key, shape in shapes.items() if READ.search(key) and (len(shape) < 2 or 0 in shape)]
+    if missing or flat:
+        fault = f"it has no {first_few(missing)}" if missing else f"{flat[0]} has the shape {shapes[flat[0]]}"
+        raise SettingError(f"this is not a state dict of a GaussianDiffusion: {fault}")
+    base_channels, img_channels = shapes["init_conv.weight"][:2]
+    widths, blocks, attention = read_levels(shapes)
+    return {
+        "img_channels": img_channels,
+        "base_channels": base_channels,
+        "channel_mults": tuple(width // base_channels for width in widths),
+        "num_res_blocks": blocks,
+        "time_emb_dim": shapes.get("time_mlp.1.weight", [None])[0],
+        "num_classes": shapes.get("downs.0.class_bias.weight", [None])[0],
+        "attention_resolutions": attention,
+        "norm": None if "out_norm.weight" not in shapes else "bn" if "out_norm.running_mean" in shapes else "gn",
+    }
+
+
+def read_levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[int], int, tuple[int, ...]]:
+    """(channels of each level, residual blocks per level, levels with attention), from `downs`."""
+    levels = [[]]
+    for i in sorted({int(match[1]) for key in shapes if (match := re.match(r"downs\.(\d+)\.", key))}):
+        if f"downs.{i}.downsample.weight" in shapes:
+            levels.append([])
+        elif f"downs.{i}.conv_1.weight" in shapes:
+            levels[-1].append(i)
+    if len({len(level) for level in levels}) != 1 or not levels[0]:
+        raise SettingError("not a network of this project: its levels have different numbers of residual blocks")
+    widths = [shapes[f"downs.{level[0]}.conv_1.weight"][0] for level in levels]
+    attention = tuple(i for i, level in enumerate(levels) if f"downs.{level[0]}.attention.to_qkv.weight" in shapes)
+    return widths, len(levels[0]), attention
+
+
+# Do weights fit a network?
+
+
+def check_sizes(weights: Weights, config: Mapping[str, Any], num_classes: int) -> None:
+    """ValueError unless the settings describe the network of the weights, which have clean keys.
+
+    It comes before the network is built, on the meta device: a small file may claim any size.
+    """
+    arguments, T = unet_arguments(config, num_classes), arguments_of(make_betas, config)["num_timesteps"]
+    held, blocks = (
+        sum(map(Tensor.numel, weights.values())),
+        arguments["num_res_blocks"] * len(arguments["channel_mults"]),
+    )
+    width = max(arguments["base_channels"] * max(arguments["channel_mults"]), arguments["img_channels"], num_classes)
+    if width > held or blocks > len(weights):
+        raise SettingError(
+            f"the weights do not fit this network: its settings are for {blocks:,} residual blocks of up to {width:,} "
+            f"channels or classes, and the file holds {held:,} numbers in {len(weights):,} tensors"
+        )
+    with torch.device("meta"):
+        network, tables = UNet(**arguments).state_dict(), {name: torch.zeros(T) for name in TABLES}
+    own = {f"{prefix}{name}": value for prefix in prefixes(weights) for name, value in network.items()}
+    check_fit(own | tables, weights)
+    check_betas(weights["betas"].double().cpu().numpy())
+
+
+def check_fit(own: Weights, weights: Weights) -> None:
+    """ValueError: unknown, missing or mis-shaped keys. own, weights: of network and file."""
+    wrong = [key for key in weights if key in own and weights[key].shape != own[key].shape]
+    problems = {
+        "unknown": [key for key in weights if key not in own],
+        "missing": [key for key in own if key not in weights],
+        "of another shape": [f"{key} {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}" for key in wrong],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{len(keys)} {what}: {first_few(keys)}" for what, keys in problems.items() if keys)
+        raise SettingError(f"the weights do not fit this network: {found}")
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first three names and the number of the others."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def change_classes(
+    weights: Weights, known: Sequence[str], classes: Sequence[str], config: Mapping[str, Any]
+) -> Weights:
+    """The EMA of a state dict, as the weights of a network for other classes (kind "ema").
+
+    known: the names of its classes, [] for numbers. classes, config: the names and the settings of
+    the new network. A class of both keeps its rows. A new one gets the null class's, or the mean.
+    Without classes these are added to the bias of the time, and weights without classes get zeros:
+    each leaves the output as it was.
+    """
+    weights = {key: value.float() for key, value in clean_keys(weights).items() if not key.startswith("model.")}
+    rows, null_class = class_rows(config, len(classes))
+    for key in [key for key in weights if key.endswith(".time_bias.bias")]:
+        embedding = key.replace(".time_bias.bias", ".class_bias.weight")
+        old, named, null = weights.pop(embedding, None), {}, torch.zeros_like(weights[key])
+        if old is not None:
+            named = dict(zip(known or map(str, range(len(old))), old))
+            null = old[-1] if len(old) > len(named) else old.mean(0)
+        if rows is None:
+            weights[key] = weights[key] + null
+        else:
+            weights[embedding] = torch.stack(
+                [named.get(name, null) for name in classes] + [null] * (null_class is not None)
+            )
+    return weights

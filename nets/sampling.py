@@ -1,0 +1,277 @@
+"""Sampling: from the network to `denoise(x_t, t) -> x_0`, guided or not, and from there to images.
+
+Guidance leads a prediction away from that of a weaker model: the network without a class (Ho &
+Salimans 2022, "classifier-free guidance"), or an earlier state of its training (Karras et al. 2024,
+"autoguidance"). Functions take a GaussianDiffusion (diffusion.py) and read its networks and tables.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import samplers
+from .errors import SettingError, check_choice
+from .samplers import Device, Step, half_log_snr
+
+if TYPE_CHECKING:
+    from .diffusion import GaussianDiffusion
+
+Denoise = Callable[[Tensor, int], Tensor]  # (x_t (b, c, h, w), the timestep of all images) -> x_0 in float32
+
+
+class Prediction(NamedTuple):
+    """The meaning of the network's output, with x_t = a x_0 + s eps."""
+
+    target: Callable  # (x_0, eps, a, s) -> the output that the loss asks for
+    to_x_0: Callable  # (output, x_t, a, s) -> x_0; linear in the output
+
+
+PREDICTIONS = {
+    "eps": Prediction(lambda x_0, eps, a, s: eps, lambda output, x_t, a, s: (x_t - s * output) / a),
+    "x0": Prediction(lambda x_0, eps, a, s: x_0, lambda output, x_t, a, s: output),
+    # Salimans & Ho 2022, section 4.
+    "v": Prediction(lambda x_0, eps, a, s: a * eps - s * x_0, lambda output, x_t, a, s: a * x_t - s * output),
+}
+
+
+class SamplingOptions(NamedTuple):
+    """How to sample. Images (b, c, h, w) are in [-1, 1]."""
+
+    sampler: str = "ddpm"  # a name from samplers.SAMPLERS
+    steps: int | None = None  # None: all timesteps for ddpm, samplers.DEFAULT_STEPS for the others
+    spacing: str | None = None  # a name from samplers.SPACINGS; None: what suits the sampler
+    use_ema: bool = True
+    # x_0 to [-1, 1]. Without it the first of 1000 cosine steps amplifies an error of eps 32 times.
+    clip: bool = True
+    guidance_scale: float = 1.0  # of apply_guidance; 1: no guidance
+    # The lambdas between which it acts (Kynkäänniemi et al. 2024; -log sigma); None: at each step.
+    guidance_interval: tuple[float, float] | None = None
+    guiding_model: "GaussianDiffusion | None" = None  # in the place of the null class; it needs no classes
+    init: Tensor | None = None  # images to start from (Meng et al. 2022, "SDEdit")
+    strength: float = 1.0  # they are noised to timestep strength * T
+    known: Tensor | None = None  # images to keep where mask is 0 (ddpm only)
+    mask: Tensor | None = None  # 1 where pixels are sampled; it broadcasts to `known`
+    solver_options: dict[str, Any] = {}  # the solver's own, such as eta
+
+    def override(self, **settings: Any) -> "SamplingOptions":
+        """Other settings by name. Those that are no field go to the solver."""
+        own = {name: settings.pop(name) for name in self._fields if name in settings}
+        return self._replace(**{"solver_options": self.solver_options | settings, **own})
+
+
+DEFAULTS = SamplingOptions()
+
+# Denoisers
+
+
+class Denoiser:
+    """denoise(x_t, t) -> the network's own x_0. The network should be in eval mode.
+
+    y: class ids (b,). None is the null class, where the network has classes; ValueError where it
+    has no null class.
+    """
+
+    def __init__(self, diffusion: "GaussianDiffusion", y: Tensor | None = None, use_ema: bool = True):
+        device = diffusion.betas.device
+        self.network, self.null_class = diffusion.network(use_ema), diffusion.null_class
+        self.alpha_bars = diffusion.alpha_bars
+        self.output_to_x_0 = PREDICTIONS[diffusion.prediction].to_x_0
+        self.timesteps = torch.arange(len(self.alpha_bars), device=device)  # a slice is a view, not a copy to a GPU
+        self.y = None
+        if diffusion.num_classes is not None:
+            if y is None and self.null_class is None:
+                raise SettingError("a network without a null class needs a class for each image: pass y")
+            self.y = torch.as_tensor([self.null_class] if y is None else y, device=device)
+
+    def __call__(self, x_t: Tensor, t: int) -> Tensor:
+        return self.to_x_0(self.predict(x_t, t, self.y), x_t, t)
+
+    @torch.no_grad()
+    def predict(self, x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
+        """The network's output in float32. y: (b,), or (1,) for all images."""
+        b = len(x_t)
+        return self.network(x_t, self.timesteps[t : t + 1].expand(b), None if y is None else y.expand(b)).float()
+
+    def to_x_0(self, output: Tensor, x_t: Tensor, t: int) -> Tensor:
+        return self.output_to_x_0(output, x_t, self.alpha_bars[t] ** 0.5, (1 - self.alpha_bars[t]) ** 0.5)
+
+
+def apply_guidance(prediction: Tensor, weaker: Tensor, scale: float) -> Tensor:
+    """The weaker model's prediction for scale 0, the model's own for 1, and beyond it above 1.
+
+    The scale is 1 + w of Ho & Salimans 2022, equation 6. Shapes: any, the same for both.
+    """
+    return weaker + scale * (prediction - weaker)
+
+
+def classifier_free_guidance(denoiser: Denoiser, scale: float) -> Denoise:
+    """Guidance away from the null class, which the same call predicts, on twice the batch."""
+    labels = torch.cat((denoiser.y, torch.full_like(denoiser.y, denoiser.null_class)))
+
+    def denoise(x_t, t):
+        conditional, null = denoiser.predict(torch.cat((x_t, x_t)), t, labels).chunk(2)
+        return denoiser.to_x_0(apply_guidance(conditional, null, scale), x_t, t)
+
+    return denoise
+
+
+def autoguidance(denoiser: Denoise, guide: Denoise, scale: float) -> Denoise:
+    """Guidance away from another model, whose prediction may be of another kind: both give x_0."""
+    return lambda x_t, t: apply_guidance(denoiser(x_t, t), guide(x_t, t), scale)
+
+
+def make_denoiser(diffusion: "GaussianDiffusion", y: Tensor | None, options: SamplingOptions) -> Denoise:
+    """The function denoise(x_t, t) -> x_0 that the solvers call, with guidance and clipping.
+
+    ValueError: guidance without a null class or without y, a missing y, an interval from high to
+    low, or another kind of guiding model.
+    """
+    scale, guide = options.guidance_scale, options.guiding_model
+    check_guiding_model(diffusion, scale, guide)
+    acts = interval_predicate(options.guidance_interval)
+    plain = guided = Denoiser(diffusion, y, options.use_ema)
+    if scale != 1 and guide is not None:
+        guided = autoguidance(plain, Denoiser(guide, y, options.use_ema), scale)
+    elif scale != 1:
+        if y is None:
+            raise SettingError("guidance needs a class for each image: pass y")
+        guided = classifier_free_guidance(plain, scale)
+
+    def denoise(x_t, t):
+        chosen = guided if acts(half_log_snr(diffusion.alpha_bars[t])) else plain
+        x_0 = chosen(x_t, t)
+        return x_0.clamp(-1, 1) if options.clip else x_0
+
+    return denoise
+
+
+def interval_predicate(interval: tuple[float, float] | None) -> Callable[[float], bool]:
+    """lambda -> whether it lies in the interval; None: always. ValueError for a reversed one."""
+    lowest, highest = interval or (-math.inf, math.inf)
+    if not lowest < highest:
+        raise SettingError(f"guidance_interval goes from the lower lambda to the higher, not {interval}")
+    return lambda value: lowest <= value <= highest
+
+
+def check_interval(interval: tuple[float, float] | None, schedule: list[Step]) -> None:
+    """ValueError for a guidance interval in which no step of the schedule lies."""
+    lambdas = [half_log_snr(step.alpha_bar_t) for step in schedule]
+    if not any(map(interval_predicate(interval), lambdas)):
+        raise SettingError(
+            f"no step is in the guidance_interval {interval}: their lambdas go from "
+            f"{lambdas[0]:.3g} to {lambdas[-1]:.3g}"
+        )
+
+
+def check_guiding_model(
+    diffusion: "GaussianDiffusion", scale: float, guiding_model: "GaussianDiffusion | None" = None
+) -> None:
+    """ValueError for a guiding model of another kind than the guided one.
+
+    Without one: for a scale other than 1 where the network has no null class.
+    """
+    if guiding_model is None:
+        if scale != 1 and diffusion.null_class is None:
+            raise SettingError(
+                f"guidance_scale {scale:g} needs a model with a null class: train with --class_conditional True and "
+                "label_dropout above 0, or name an earlier file of the same run as --guiding_path"
+            )
+        return
+    words = {"img_size": "size", "img_channels": "number of channels", "num_classes": "number of classes"}
+    for name, word in {**words, "null_class": "null class", "alpha_bars": "schedule"}.items():
+        if getattr(guiding_model, name) != getattr(diffusion, name):
+            raise SettingError(f"the guiding model has another {word}: take an earlier file of the same run")
+
+
+# Images
+
+
+def sampling_schedule(
+    alpha_bars: Sequence[float],
+    sampler: str,
+    steps: int | None = None,
+    spacing: str | None = None,
+    strength: float = 1.0,
+) -> list[Step]:
+    """The steps of a solver. None: the sampler's default. strength: of SamplingOptions."""
+    if not 0 < strength <= 1:
+        raise SettingError(f"strength must be above 0 and at most 1, not {strength}")
+    start = max(int(strength * len(alpha_bars)), 1) - 1
+    if steps is None:
+        steps = start + 1 if sampler == "ddpm" else min(samplers.DEFAULT_STEPS, start + 1)
+    chosen = samplers.timesteps(alpha_bars, steps, spacing or samplers.DEFAULT_SPACING[sampler], start)
+    return samplers.solver_steps(alpha_bars, chosen)
+
+
+@torch.no_grad()
+def sample_steps(
+    diffusion: "GaussianDiffusion",
+    batch_size: int,
+    device: Device,
+    y: Tensor | None = None,
+    options: SamplingOptions = DEFAULTS,
+    seeds: Sequence[int] | None = None,
+    noise: Iterator[Tensor] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (x, x_0) after each step of the solver, each (batch_size, c, h, w).
+
+    y: class ids (batch_size,). seeds: one integer per image, which determines its noise; None is
+    torch's global generator. noise: an endless iterator of (batch_size, c, h, w) that replaces
+    seeds; its first item is x_T. ValueError: an unknown name, option, shape or range.
+    """
+    for name, given in (("y", y), ("seeds", seeds)):
+        if given is not None and len(given) != batch_size:
+            raise SettingError(f"{name} has {len(given)} entries for a batch of {batch_size}")
+    solver, solver_options = choose_solver(options, device)
+    strength = options.strength if options.init is not None else 1.0
+    schedule = sampling_schedule(diffusion.alpha_bars, options.sampler, options.steps, options.spacing, strength)
+    check_interval(options.guidance_interval, schedule)
+    denoise = make_denoiser(diffusion, y, options)
+
+    shape = (diffusion.img_channels, *diffusion.img_size)
+    if noise is None and seeds is None:
+        noise = samplers.global_noise(batch_size, shape, device)
+    elif noise is None:
+        noise = samplers.seeded_noise(seeds, shape, device)
+    x = check_images(next(noise), (batch_size, *shape), device, "noise")
+    if options.init is not None:
+        init = check_images(options.init, (batch_size, *shape), device, "init")
+        x = samplers.diffuse(init, schedule[0].alpha_bar_t, iter([x]))
+    with eval_mode(part.network(options.use_ema) for part in (diffusion, options.guiding_model) if part is not None):
+        yield from solver(denoise, x, schedule, noise, **solver_options)
+
+
+def choose_solver(options: SamplingOptions, device: Device) -> tuple[Callable, dict[str, Any]]:
+    """(the solver, its options); repaint where there is a mask."""
+    check_choice("sampler", options.sampler, samplers.SAMPLERS)
+    solver, known, mask = samplers.SAMPLERS[options.sampler], options.known, options.mask
+    settings = options.solver_options
+    if known is not None or mask is not None:
+        if options.sampler != "ddpm" or known is None or mask is None:
+            raise SettingError("inpainting needs the sampler ddpm, known (the images) and mask (1 where they change)")
+        solver = samplers.repaint
+        settings = {**settings, "known": known.to(device, torch.float32), "mask": mask.to(device, torch.float32)}
+    samplers.check_options(options.sampler, solver, settings)
+    return solver, settings
+
+
+def check_images(x: Tensor, shape: tuple[int, ...], device: Device, name: str) -> Tensor:
+    """x as float32 on the device. ValueError unless it has the shape (batch_size, c, h, w)."""
+    if tuple(x.shape) != shape:
+        raise SettingError(f"{name} must have the shape {shape}, not {tuple(x.shape)}")
+    return x.to(device, torch.float32)
+
+
+@contextmanager
+def eval_mode(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """The networks without dropout. Their mode comes back afterwards."""
+    training = [network.eval() for network in networks if network.training]
+    try:
+        yield
+    finally:
+        for network in training:
+            network.train()

@@ -1,0 +1,50 @@
+"""The form in which a network takes images, and how files of other forms are brought to it."""
+
+from typing import NamedTuple
+
+from utils.errors import UserError
+
+
+# Each takes the (width, height) of the image and the wanted one. It returns the size of the box in
+# the center that is resized, and the size that it is resized to.
+def _crop(extent, size):
+    scale = min(extent[0] / size[0], extent[1] / size[1])
+    return (scale * size[0], scale * size[1]), size
+
+
+def _pad(extent, size):
+    scale = min(size[0] / extent[0], size[1] / extent[1])
+    return extent, (max(1, round(scale * extent[0])), max(1, round(scale * extent[1])))
+
+
+RESIZE_MODES = {"crop": _crop, "stretch": lambda extent, size: (extent, size), "pad": _pad}
+
+
+class ImageFormat(NamedTuple):
+    """What `load_image` makes of a file: uint8 (height, width, channels)."""
+
+    input_shape: tuple[int, int]  # (height, width) in pixels
+    img_channels: int = 3  # 3 (RGB) or 1 (gray)
+    resize_mode: str = "crop"  # shorter side to size, then the center; or stretch, or pad to size
+    background: tuple[int, int, int] = (255, 255, 255)  # what transparent pixels and bars show
+    icc: bool = True  # whether an embedded color profile converts to sRGB
+
+    @classmethod
+    def from_config(cls, config, **changes):
+        """The format in a training's settings, with these changes except None."""
+        values = config | {name: value for name, value in changes.items() if value is not None}
+        found = {name: values[name] for name in cls._fields if name in values}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+
+
+def check_image_format(image_format):
+    """UserError, with what is known, for a format that `load_image` cannot make."""
+    input_shape, img_channels, resize_mode, background, _ = image_format
+    if len(input_shape) != 2 or any(int(side) != side or side < 1 for side in input_shape):
+        raise UserError(f"input_shape {tuple(input_shape)}: give height and width in pixels, such as 32,32")
+    if img_channels not in (1, 3):
+        raise UserError(f"img_channels {img_channels}: use 3 (RGB) or 1 (gray)")
+    if resize_mode not in RESIZE_MODES:
+        raise UserError(f"resize_mode {resize_mode!r} is not known: use one of {', '.join(RESIZE_MODES)}")
+    if len(background) != 3 or any(int(level) != level or not 0 <= level <= 255 for level in background):
+        raise UserError(f"background {tuple(background)}: give red, green and blue from 0 to 255, such as 255,255,255")

@@ -1,0 +1,39 @@
+"""The randomness of training, a function of seed and position: nothing to save or restore."""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+
+def derive_seed(*parts: object) -> int:
+    """A seed of 63 bits from numbers and words, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+class StepNoise(NamedTuple):
+    """The random numbers of one step, a row for each image of a batch or of a process's part."""
+
+    t: Tensor  # (B,) int64 timesteps
+    noise: Tensor  # (B, C, H, W)
+    flip: Tensor  # (B,) bool: mirrored left to right
+    drop: Tensor  # (B,) bool: the null class replaces the label
+
+    def of_rank(self, rank: int, world_size: int) -> "StepNoise":
+        size = len(self.t) // world_size
+        return StepNoise(*(rows[rank * size : (rank + 1) * size] for rows in self))
+
+
+def sample_step_noise(
+    generator: Generator, seed: int, shape: tuple, num_timesteps: int, flip: float = 0.0, drop: float = 0.0
+) -> StepNoise:
+    """For the whole batch of shape (B, C, H, W). flip, drop: probabilities.
+
+    The order of the calls is fixed: no option changes the numbers of another.
+    """
+    generator.manual_seed(seed)
+    arguments = {"generator": generator, "device": generator.device}
+    t = torch.randint(num_timesteps, shape[:1], **arguments)
+    noise = torch.randn(shape, **arguments)
+    return StepNoise(t, noise, *(torch.rand(shape[:1], **arguments) < chance for chance in (flip, drop)))
