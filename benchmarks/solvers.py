@@ -235,7 +235,7 @@ class Bench:
         self.config, self.device, self.precision = config, device, choose_precision(config.precision, device)
         wanted = evaluate.Config(samples=config.model_path, features=config.features)
         self.model = evaluate.load_model(wanted, device, self.precision)
-        wanted.reference = config.reference or self.model.config.get("annotation_path", "")
+        wanted.reference = config.reference or self.model.checkpoint.config.get("annotation_path", "")
         if not wanted.reference:
             raise UserError(
                 f"{config.model_path} does not say what it was trained on: name its images with --reference"
@@ -259,7 +259,7 @@ class Bench:
         """What the cells of one table have in common."""
         real = frechet_distance(self.held_out, self.known) if self.held_out else None
         trained_with = {
-            name: self.model.config.get(name)
+            name: self.model.checkpoint.config.get(name)
             for name in (
                 "input_shape",
                 "img_channels",

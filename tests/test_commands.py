@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import PROJECT
 
+# A module may be imported already when it runs as the main one: it runs again.
+pytestmark = pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
 IGNORED = {"tests", "datasets", "logs", "results", "build", "venv"}  # tests/ has tools of its own
 
 
