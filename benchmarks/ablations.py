@@ -1,4 +1,4 @@
-"""The candidates of NOTES.md, each beside the path that it would replace.
+"""The candidates of NOTES.md, each compared with the path that it would replace.
 
 python -m benchmarks.ablations --sections step
 """
@@ -6,41 +6,54 @@ python -m benchmarks.ablations --sections step
 import copy
 import functools
 from dataclasses import replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from utils.config import parse_config, settings
 
-from benchmarks.timing import interleave, markdown, spread, usable_cores
-from nets import GaussianDiffusion, UNet, unet
-from nets import cpu_fused as fused
-from utils.device import autocast, choose_device, choose_precision, round_weights
+from benchmarks.timing import CLOCKS, interleave, markdown, read_names, spread, usable_cores
+from nets import GaussianDiffusion, UNet, cpu_fused, unet
+from utils.device import DTYPES, autocast, choose_device, choose_precision, round_weights
 from utils.errors import run_script
+from utils.settings import choice, flag, parse, settings, text, whole
 from utils.training.optimizer import make_optimizer
 
 CHANNELS_LAST = torch.channels_last
+ALL = "step,parts,norm,dropout,attention,upsample,sampling,checkpointing"
 
 
+# fmt: off
 @settings
 class Config:
-    # what is compared, with commas between
-    sections: str = "step,parts,norm,dropout,attention,upsample,drawing,checkpointing"
-    channel: int = 64  # width of the network
-    batch_size: int = 16  # pictures a step, 32x32
-    rounds: int = 7  # interleaved rounds
-    threads: int = 1  # of PyTorch; 0: one a core
-    # cpu: this process's own time, with one thread undisturbed by other programs
-    clock: Literal["wall", "cpu"] = "cpu"
-    device: str = "auto"  # auto, cuda or cpu
-    precision: str = "auto"  # auto, fp32 or bf16, of whole networks
-    profile: bool = False  # print where the network's time goes instead
+    sections: str = ALL      # what is compared, with commas between
+    channel: int = 64        # width of the network
+    batch_size: int = 16     # images per step, 32x32
+    rounds: int = 7          # interleaved rounds
+    threads: int = 1         # of PyTorch; 0: one per core
+    clock: str = "cpu"       # cpu: the time of this process alone, for a busy machine; with one thread
+    device: str = "auto"     # auto, cuda or cpu
+    precision: str = "auto"  # mixed-precision dtype of whole networks
+    profile: bool = False    # print where the network's time goes instead
+# fmt: on
 
 
-def main():
-    config = parse_config(Config, __doc__)
+SETTINGS = {
+    "sections": text(),
+    "channel": whole(1, 2**16),
+    "batch_size": whole(1),
+    "rounds": whole(1),
+    "threads": whole(0, 1024),
+    "clock": choice(CLOCKS),
+    "device": text(),
+    "precision": choice(("auto", *DTYPES)),
+    "profile": flag(),
+}
+
+
+def main(arguments=None):
+    config = parse(Config, SETTINGS, __doc__, arguments)
+    chosen = read_names("sections", config.sections, SECTIONS)
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or usable_cores())
     config = replace(config, precision=choose_precision(config.precision, device))
@@ -48,7 +61,7 @@ def main():
         print_profile(config, device)
         return
     rows = []
-    for name in config.sections.split(","):
+    for name in chosen:
         functions = SECTIONS[name](config, device)
         for what, seconds in interleave(functions, config.rounds, device, clock=config.clock).items():
             time = {key: f"{value * 1e3:,.1f}" for key, value in spread(seconds).items()}
@@ -56,9 +69,12 @@ def main():
     print(markdown(("section", "what", "median", "quartiles"), rows))
 
 
-def network_of(config, device, layout=torch.contiguous_format):
+def network_of(config, device, layout=torch.contiguous_format, fused=True):
+    """A network, with the fused path of nets/cpu_fused.py or of plain operations."""
     torch.manual_seed(0)
-    return fused.install(UNet(3, base_channels=config.channel)).to(device, memory_format=layout).train()
+    network = UNet(3, base_channels=config.channel)
+    network = cpu_fused.install(network) if fused else network
+    return network.to(device, memory_format=layout).train()
 
 
 def batch_of(config, device, layout=torch.contiguous_format):
@@ -66,23 +82,13 @@ def batch_of(config, device, layout=torch.contiguous_format):
     return x, torch.randint(0, 1000, (config.batch_size,), device=device)
 
 
-DISPATCH = fused.norm_act_conv  # the plain operations, or the fused one where it applies
-
-
-def plain(norm, activation, x, conv, dropout=None):
-    x = norm(x) if activation is None else activation(norm(x))
-    return conv(x if dropout is None else dropout(x))
-
-
-def backward(config, network, batch, norm_act_conv=DISPATCH):
-    """The forward and backward pass of norm, activation, dropout and convolution by one path."""
+def backward(config, network, batch):
+    """A function: forward and backward pass of a network."""
 
     def step():
-        fused.norm_act_conv = norm_act_conv
         with autocast(batch[0].device, config.precision):
             loss = network(*batch).float().square().mean()
         loss.backward()
-        fused.norm_act_conv = DISPATCH
 
     return step
 
@@ -90,9 +96,9 @@ def backward(config, network, batch, norm_act_conv=DISPATCH):
 def step_section(config, device):
     functions = {}
     for name, layout in (("PyTorch's own layout", torch.contiguous_format), ("channels_last", CHANNELS_LAST)):
-        network, batch = network_of(config, device, layout), batch_of(config, device, layout)
-        functions[f"{name}, plain"] = backward(config, network, batch, plain)
-        functions[f"{name}, fused norm"] = backward(config, network, batch)
+        batch = batch_of(config, device, layout)
+        functions[f"{name}, plain"] = backward(config, network_of(config, device, layout, fused=False), batch)
+        functions[f"{name}, fused norm"] = backward(config, network_of(config, device, layout), batch)
     return functions
 
 
@@ -108,7 +114,7 @@ def parts_section(config, device):
         "network, forward and backward": step,
         "clipping": lambda: clip_grad_norm_(trained, 1.0),
         "fused Adam": optimizer.step,
-        "moving average": diffusion.update_ema,
+        "EMA": diffusion.update_ema,
     }
 
 
@@ -124,7 +130,7 @@ def print_profile(config, device):
     total = sum(event.self_cpu_time_total for event in events)
     print(
         markdown(
-            ("operation", "share of the time"),
+            ("operation", "fraction of the time"),
             [(event.key, f"{event.self_cpu_time_total / total:.1%}") for event in events[:16]],
         )
     )
@@ -147,13 +153,17 @@ def images(config, device, channels, size, dtype=torch.float32):
     return x.to(memory_format=CHANNELS_LAST).requires_grad_()
 
 
+def plain(norm, activation, x, conv):
+    return conv(activation(norm(x)))
+
+
 def norm_section(config, device):
     functions, channels = {}, config.channel
     for dtype, size in ((torch.float32, 32), (torch.bfloat16, 32), (torch.bfloat16, 16)):
         x = images(config, device, channels, size, dtype)
         norm = nn.GroupNorm(32, channels).to(device)
         conv = nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype).to(memory_format=CHANNELS_LAST)
-        paths = {"plain": plain, "compiled": torch.compile(plain, dynamic=True), "fused": DISPATCH}
+        paths = {"plain": plain, "compiled": torch.compile(plain, dynamic=True), "fused": cpu_fused.norm_act_conv}
         for name, path in paths.items():
             whole = functools.partial(lambda path, norm, conv, x: path(norm, F.silu, x, conv), path, norm, conv)
             functions[f"{name}, {size}x{size}, {dtype}"] = gradients(whole, x)
@@ -162,16 +172,16 @@ def norm_section(config, device):
 
 def dropout_section(config, device):
     x = images(config, device, config.channel, 32)
-    values, mask = x.detach().clone(), fused.draw_mask(x, 0.1)[0]
+    values, mask = x.detach().clone(), cpu_fused.draw_mask(x, 0.1)[0]
     half = values.bfloat16()
     return {
         "F.dropout, forward and backward": gradients(lambda x: F.dropout(x, 0.1), x),
         "bernoulli_ alone": lambda: torch.empty_like(values).bernoulli_(0.9),
-        "16 random bits alone": lambda: fused.draw_mask(values, 0.1),
+        "16 random bits alone": lambda: cpu_fused.draw_mask(values, 0.1),
         "masked_fill_ with such a mask, float32": lambda: values.masked_fill_(mask, 0),
-        "bits of such a mask, float32": lambda: fused.drop(values, fused.keep_bits(mask, values.dtype)),
+        "bits of such a mask, float32": lambda: cpu_fused.drop(values, cpu_fused.keep_bits(mask, values.dtype)),
         "masked_fill_ with such a mask, bf16": lambda: half.masked_fill_(mask, 0),
-        "bits of such a mask, bf16": lambda: fused.drop(half, fused.keep_bits(mask, half.dtype)),
+        "bits of such a mask, bf16": lambda: cpu_fused.drop(half, cpu_fused.keep_bits(mask, half.dtype)),
     }
 
 
@@ -212,21 +222,19 @@ def upsample_section(config, device):
     return functions
 
 
-def drawing_section(config, device):
+def sampling_section(config, device):
     network = network_of(config, device, CHANNELS_LAST).eval().requires_grad_(False)
     own, rounded = network_of(config, device).eval().requires_grad_(False), copy.deepcopy(network)
-    round_weights(rounded, "bf16")
-    batch, one = (
-        batch_of(config, device, CHANNELS_LAST),
-        [tensor[:1] for tensor in batch_of(config, device, CHANNELS_LAST)],
-    )
+    unfused = network_of(config, device, CHANNELS_LAST, fused=False).eval().requires_grad_(False)
+    for half_precision in (rounded, unfused):
+        round_weights(half_precision, "bf16")
+    batch = batch_of(config, device, CHANNELS_LAST)
+    one = [tensor[:1] for tensor in batch]
 
-    def half(network, batch, norm_act_conv=DISPATCH):
+    def half(network, batch):
         def call():
-            fused.norm_act_conv = norm_act_conv
             with torch.no_grad(), autocast(device, "bf16"):
                 network(*batch)
-            fused.norm_act_conv = DISPATCH
 
         return call
 
@@ -234,10 +242,10 @@ def drawing_section(config, device):
         "fp32, PyTorch's own layout": torch.no_grad()(lambda: own(*batch)),
         "fp32, channels_last": torch.no_grad()(lambda: network(*batch)),
         "fp32, channels_last, inference_mode": torch.inference_mode()(lambda: network(*batch)),
-        "bf16, plain": half(rounded, batch, plain),
+        "bf16, plain": half(unfused, batch),
         "bf16, fused norm": half(rounded, batch),
-        "bf16, one picture": half(network, one),
-        "bf16, one picture, rounded weights": half(rounded, one),
+        "bf16, one image": half(network, one),
+        "bf16, one image, rounded weights": half(rounded, one),
     }
 
 
@@ -258,7 +266,7 @@ SECTIONS = {
     "dropout": dropout_section,
     "attention": attention_section,
     "upsample": upsample_section,
-    "drawing": drawing_section,
+    "sampling": sampling_section,
     "checkpointing": checkpointing_section,
 }
 

@@ -1,4 +1,4 @@
-"""What draws better from the same weights, without training? Changes of the predicted x_0, tabled.
+"""What gives better samples of the same weights, without training? Changes of the predicted x_0.
 
     python -m benchmarks.denoisers --model_path logs/emoji.pth
 
@@ -7,8 +7,6 @@ The solver is predict.py's default. Every number is a Frechet distance as in ben
 
 import sys
 
-from utils.config import check_values, parse_config, settings
-
 from benchmarks import solvers
 from benchmarks.timing import markdown
 from nets.samplers import DEFAULT_STEPS
@@ -16,28 +14,47 @@ from nets.sampling import SamplingOptions, make_denoiser
 from utils.device import choose_device
 from utils.errors import run_script
 from utils.evaluate import __main__ as evaluate
+from utils.settings import PAIR, number, parse, settings, text, whole
+
+ANY = range(33)  # the count of a tuple's values, which may be none
 
 
+# fmt: off
 @settings
 class Config:
-    model_path: str = "logs/emoji.pth"  # a checkpoint, or a run's folder
-    reference: str = ""  # its pictures; "": the list that it was trained on
-    guiding_path: str = ""  # an earlier epoch_XXXX.pth of the same run, for autoguidance; "": without
-    calls: int = DEFAULT_STEPS  # steps of the solver
-    samples: int = 2000  # pictures a cell
-    seeds: int = 2  # cells of each kind, each from other noise
-    scales: tuple[float, ...] = (1.005, 1.01, 1.02)  # of the predicted noise, which is divided by them
-    guidances: tuple[float, ...] = (1.25, 1.5, 2.0)  # weights of guidance and autoguidance
-    # lambda between which guidance acts: half the logarithm of the signal-to-noise ratio
-    interval: tuple[float, float] = (-1.0, 2.0)
-    features: str = "classifier"  # classifier, inception, or the file of a feature net
-    batch_size: int = 100  # pictures drawn at once
-    device: str = "auto"  # auto, cuda, mps or cpu
+    model_path: str = "logs/emoji.pth"               # a checkpoint, or a run's folder
+    reference: str = ""                              # its images; "": those that it was trained on
+    guiding_path: str = ""                           # autoguidance: an earlier epoch_XXXX.pth of the same run; "": none
+    calls: int = DEFAULT_STEPS                       # steps of the solver
+    samples: int = 2000                              # per cell
+    seeds: int = 2                                   # cells of each kind, each from other noise
+    scales: tuple[float, ...] = (1.005, 1.01, 1.02)  # the predicted noise is divided by each
+    guidances: tuple[float, ...] = (1.25, 1.5, 2.0)  # scales of guidance and of autoguidance
+    interval: tuple[float, float] = (-1.0, 2.0)      # the lambdas between which guidance acts: half the log-SNR
+    features: str = "classifier"                     # classifier, inception, or the file of a feature network
+    batch_size: int = 100                            # images sampled at once
+    device: str = "auto"                             # auto, cuda, mps or cpu
+# fmt: on
+
+
+SETTINGS = {
+    "model_path": text(),
+    "reference": text(),
+    "guiding_path": text(),
+    "calls": whole(1, 10**6),
+    "samples": whole(2, solvers.SEED_STRIDE),
+    "seeds": whole(1, 100),
+    "scales": number(0.1, 10, count=ANY),
+    "guidances": number(0, 1000, count=ANY),
+    "interval": number(-1000, 1000, count=PAIR),
+    "features": text(),
+    "batch_size": whole(1),
+    "device": text(),
+}
 
 
 def main(arguments=None):
-    config = parse_config(Config, __doc__, arguments)
-    check_values(config, calls=(1, None), samples=(2, None), seeds=(1, None), batch_size=(1, None), scales=(0.1, None))
+    config = parse(Config, SETTINGS, __doc__, arguments)
     device = choose_device(config.device)
     bench = solvers.Bench(
         solvers.Config(
@@ -67,13 +84,13 @@ def main(arguments=None):
 def denoisers(config, diffusion, guide):
     """{name: function of the labels that takes the place of make_denoiser}."""
 
-    def plain(y, **settings):
-        return make_denoiser(diffusion, y, SamplingOptions().override(**settings))
+    def plain(y, **options):
+        return make_denoiser(diffusion, y, SamplingOptions(**options))
 
     def scaled(scale):
         """The predicted noise divided by `scale` (Ning et al. 2024, "ADM-ES")."""
 
-        def denoiser(y, *_):
+        def denoiser(y):
             denoise = plain(y, clip=False)
 
             def change(x, t):
@@ -85,7 +102,7 @@ def denoisers(config, diffusion, guide):
         return denoiser
 
     def guided(**guidance):
-        return lambda y, *_: plain(y, **guidance)
+        return lambda y: plain(y, **guidance)
 
     found = {"as predicted": guided()} | {f"noise / {scale:g}": scaled(scale) for scale in config.scales}
     where = "{:g} < lambda < {:g}".format(*config.interval)

@@ -4,7 +4,7 @@
 
 Through train.py, predict.py and utils.evaluate, as a user would. Loss curves, Frechet distances
 (features of a classifier that is trained on the same data), bits per dimension, sample grids, times
-and hardware go to benchmarks/results/. The same command goes on where it was stopped; other data or
+and hardware go to benchmarks/results/. The same command resumes where it was stopped; other data or
 variants with otherwise equal settings are added to the table.
 """
 
@@ -20,19 +20,19 @@ from benchmarks.runs import (
     RESULTS,
     VAL_SPLIT,
     WORK,
-    list_pictures,
+    list_images,
     network_options,
     run_project,
     stop_with_children,
     trained,
     write_json,
 )
-from benchmarks.timing import machine, markdown
+from benchmarks.timing import machine, markdown, read_names
 from nets.samplers import DEFAULT_STEPS
-from utils.config import check_values, parse_config, settings
 from utils.device import choose_device, choose_precision
 from utils.errors import run_script
 from utils.files import atomic_write
+from utils.settings import flag, number, parse, settings, text, whole
 
 VARIANTS = {  # train.py's options of each
     "eps": {},
@@ -42,36 +42,55 @@ VARIANTS = {  # train.py's options of each
 }
 SAMPLER = predict.Config.sampler
 EMA_START = train.Config.ema_start
-AVERAGES = {"ema": True, "last": False}  # name in the table -> use_ema
-WAYS = ("data", "variants", "averages", "data_root", "name", "device")  # settings that change no row of the table
+WEIGHTS = {"ema": True, "last": False}  # name in the table -> use_ema
+WAYS = ("data", "variants", "weights", "data_root", "name", "device")  # settings that change no row of the table
 
 
+# fmt: off
 @settings
 class Config:
     # What is trained
-    data: str = ",".join(DATA)  # fashion_mnist and emoji, with commas between
-    # of eps, v, eps+min_snr and v+min_snr, with commas between: a training of each
-    variants: str = "eps"
-    averages: str = ",".join(AVERAGES)  # ema: the averaged weights are measured; last: those that were trained too
-    minutes: float = 20.0  # time of each training
-    epochs: int = 0  # epochs instead; 0: as many as fit into the minutes
-    size: int = 0  # height and width of the pictures; 0: 32 on a GPU, 16 elsewhere
-    channel: int = 0  # width of the first level; 0: 128 on a GPU, 32 elsewhere
-    class_conditional: bool = False  # learn the classes; pictures are then drawn in the classes' shares
-    data_root: str = ""  # a torchvision root with FashionMNIST/raw; "": fetched
+    data: str = ",".join(DATA)        # datasets, with commas between
+    variants: str = "eps"             # a training of each: eps, v, eps+min_snr and v+min_snr, with commas between
+    weights: str = ",".join(WEIGHTS)  # which are measured: ema, last, with commas between
+    minutes: float = 20.0             # time of each training
+    epochs: int = 0                   # epochs instead; 0: as many as fit into the minutes
+    size: int = 0                     # height and width of the images; 0: 32 on a GPU, 16 elsewhere
+    channel: int = 0                  # width of the first level; 0: 128 on a GPU, 32 elsewhere
+    class_conditional: bool = False   # learn the classes; samples then have the classes' frequencies
+    data_root: str = ""               # a torchvision root with FashionMNIST/raw; "": fetched
 
     # What is measured
-    samples: int = 0  # pictures drawn for the distances; 0: 10,000 on a GPU, 2,000 elsewhere
-    # held-out pictures for the bits per dimension; 0: 1,000 on a GPU, 100 elsewhere
-    bits_images: int = 0
+    samples: int = 0                  # for the distances; 0: 10,000 on a GPU, 2,000 elsewhere
+    bits_images: int = 0              # held-out images for the bits per dimension; 0: 1,000 on a GPU, 100 elsewhere
 
     # Machine and output
-    device: str = "auto"  # auto, cuda, mps or cpu
-    name: str = ""  # of the files in benchmarks/results; "": the device's
+    device: str = "auto"              # auto, cuda, mps or cpu
+    name: str = ""                    # of the files in benchmarks/results; "": the device's
+# fmt: on
 
 
-def main():
-    config = parse_config(Config, __doc__)
+SETTINGS = {
+    "data": text(),
+    "variants": text(),
+    "weights": text(),
+    "minutes": number(0),
+    "epochs": whole(0),
+    "size": whole(0, 2**14),
+    "channel": whole(0, 2**16),
+    "class_conditional": flag(),
+    "data_root": text(),
+    "samples": whole(2, 10**7, 0),
+    "bits_images": whole(0),
+    "device": text(),
+    "name": text(),
+}
+
+
+def main(arguments=None):
+    config = parse(Config, SETTINGS, __doc__, arguments)
+    for name, known in (("data", DATA), ("variants", VARIANTS), ("weights", WEIGHTS)):
+        read_names(name, getattr(config, name), known)
     device = choose_device(config.device)
     gpu = device.type == "cuda"
     config = replace(
@@ -80,36 +99,18 @@ def main():
         bits_images=config.bits_images or (1000 if gpu else 100),
         name=config.name or device.type,
     )
-    check(config)
     stop_with_children()
     path = RESULTS / f"quality_{config.name}.json"
     report = opened(path, config)
     report["machine"] = machine(device, choose_precision("auto", device), "wall")
     for data in config.data.split(","):
-        annotation = list_pictures(data, WORK, config.data_root)
+        annotation = list_images(data, WORK, config.data_root)
         for variant in config.variants.split(","):
             key = f"{data}/{variant}"
             report["runs"][key] = measured(config, device, data, variant, annotation, path)
             store(report, path)
     print("\n" + as_text(report))
     print(f"\nwritten: {path}, .md and .png")
-
-
-def check(config):
-    """ValueError for a setting out of range or unknown."""
-    check_values(
-        config,
-        minutes=(0, None),
-        epochs=(0, None),
-        size=(0, None),
-        channel=(0, None),
-        samples=(2, None),
-        bits_images=(1, None),
-    )
-    for name, known in (("data", DATA), ("variants", VARIANTS), ("averages", AVERAGES)):
-        unknown = [word for word in getattr(config, name).split(",") if word not in known]
-        if unknown:
-            raise ValueError(f"--{name}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
 
 
 def opened(path, config):
@@ -129,7 +130,7 @@ def opened(path, config):
 
 
 def measured(config, device, data, variant, annotation, path):
-    """One training and all that is measured of it: {training, grid, averages: {name: {...}}}."""
+    """One training and all that is measured of it: {training, grid, weights: {name: {...}}}."""
     options = {
         **network_options(device, config.size, config.channel),
         **VARIANTS[variant],
@@ -138,46 +139,46 @@ def measured(config, device, data, variant, annotation, path):
         "device": device.type,
         **({"class_conditional": True} if config.class_conditional else {}),
     }
-    weights, training = trained(WORK / data / variant, annotation, options, config.minutes, config.epochs)
+    checkpoint, training = trained(WORK / data / variant, annotation, options, config.minutes, config.epochs)
     grid = path.with_name(f"{path.stem}_{data}_{variant}.png")
-    draw_grid(weights, device, grid)
-    averages = {name: evaluated(config, device, weights, annotation, name) for name in config.averages.split(",")}
-    return {"training": training, "grid": grid.name, "averages": averages}
+    sample_grid(checkpoint, device, grid)
+    found = {name: evaluated(config, device, checkpoint, annotation, name) for name in config.weights.split(",")}
+    return {"training": training, "grid": grid.name, "weights": found}
 
 
-def draw_grid(weights, device, path):
+def sample_grid(checkpoint, device, path):
     """predict.py's grid from seed 0, as a file of the results."""
-    folder = weights.parent / "predict_out"
+    folder = checkpoint.parent / "predict_out"
     run_project(
         "predict.py",
-        {"model_path": str(weights), "seed": 0, "save_dir": str(folder), "device": device.type},
-        weights.parent,
+        {"model_path": str(checkpoint), "seed": 0, "save_dir": str(folder), "device": device.type},
+        checkpoint.parent,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "predict_5x5_results.png", path)
 
 
-def evaluated(config, device, weights, annotation, average):
+def evaluated(config, device, checkpoint, annotation, name):
     """utils.evaluate's distances, and bits per dimension for the EMA weights."""
-    folder = weights.parent / f"evaluate_{average}_{SAMPLER}_{config.samples}_{config.bits_images}"
+    folder = checkpoint.parent / f"evaluate_{name}_{SAMPLER}_{config.samples}_{config.bits_images}"
     found = folder / "evaluate_results.json"
     if not found.is_file():
         options = {
-            "samples": str(weights),
+            "samples": str(checkpoint),
             "reference": str(annotation),
             "num_images": config.samples,
             "features": "classifier",
-            "nearest": average == "ema",
+            "nearest": name == "ema",
             "nearest_images": min(config.samples, 1000),
-            "bits": average == "ema",
+            "bits": name == "ema",
             "bits_images": config.bits_images,
-            "use_ema": AVERAGES[average],
+            "use_ema": WEIGHTS[name],
             "save_dir": str(folder),
             "device": device.type,
             "batch_size": 500 if device.type == "cuda" else 100,
             "sampler": SAMPLER,
         }
-        run_project("utils.evaluate", options, weights.parent)
+        run_project("utils.evaluate", options, checkpoint.parent)
     results = json.loads(found.read_text("utf-8"))
     results["distances"]["features"] = re.sub(r", [^,]*\.pth$", "", results["distances"]["features"])
     nearest = {name: value for name, value in results.get("nearest", {}).items() if name != "pairs"}
@@ -235,19 +236,19 @@ def table(report):
     for key, run in report["runs"].items():
         training, (data, variant) = run["training"], key.split("/")
         validation = training["history"][-1]["val_loss"]
-        for average, found in run["averages"].items():
+        for name, found in run["weights"].items():
             distances, bits = found["distances"], found.get("bits")
             lines.append(
                 (
                     data,
                     variant,
-                    average,
+                    name,
                     f"{distances['frechet_distance']:.3f}",
                     f"{1000 * distances['kernel_distance']:.2f} ± {1000 * distances['kernel_distance_std']:.2f}",
                     f"{distances['precision']:.3f}",
                     f"{distances['recall']:.3f}",
                     bits_of(bits) if bits else "",
-                    f"{validation:.4f}" if average == "ema" else "",
+                    f"{validation:.4f}" if name == "ema" else "",
                     f"{training['steps']:,}",
                     f"{training['minutes']:.1f}",
                 )
@@ -265,33 +266,33 @@ def bits_of(bits):
 def notes(report):
     """What was learned and how, a line for each training.
 
-    How close the samples are to the training pictures.
+    How close the samples are to the training images.
     """
     for key, run in report["runs"].items():
-        training, found = run["training"], next(iter(run["averages"].values()))
+        training, found = run["training"], next(iter(run["weights"].values()))
         yield (
             f"- {key}: {training['epochs']} epochs, {training['images_per_second']:,.0f} images/s; "
             f"{found['num_reference']:,} reference "
-            f"pictures, {found['distances']['features']}. `{training['command']}` ![{key}]({run['grid']})"
+            f"images, {found['distances']['features']}. `{training['command']}` ![{key}]({run['grid']})"
         )
         if found["nearest"]:
             share, first = found["nearest"]["share_closer_than_first_quantile"], found["nearest"]["quantiles"][0]
             yield (
-                f"  {share:.1%} of the samples are closer to a training picture than the closest {first:.0%} of "
+                f"  {share:.1%} of the samples are closer to a training image than the closest {first:.0%} of "
                 "held-out ones are; "
                 f"chance gives {first:.0%}."
             )
         if training["steps"] <= EMA_START:
-            yield f"  The average begins at step {EMA_START:,}: here it is the last weights."
+            yield f"  The EMA starts at step {EMA_START:,}: here it equals the last weights."
 
 
 def plot(report, path):
-    """Training and validation loss over steps, a panel for each data set and variant."""
+    """Training and validation loss over steps, a panel for each dataset and variant."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        print("no plot is drawn: `pip install matplotlib` brings it")
+        print("no plot: pip install matplotlib")
         return
     columns = min(len(report["runs"]), 4)
     rows = -(-len(report["runs"]) // columns)
@@ -299,7 +300,7 @@ def plot(report, path):
     FigureCanvasAgg(figure)
     for place, (key, run) in zip(figure.subplots(rows, columns, squeeze=False).flat, report["runs"].items()):
         history = run["training"]["history"]
-        for name, label in (("loss", "training, dropout on"), ("val_loss", "held out, averaged weights")):
+        for name, label in (("loss", "training, dropout on"), ("val_loss", "held out, EMA")):
             steps, values = [row["step"] for row in history], [row[name] for row in history]
             place.plot(steps, values, label=label, marker="." if len(history) < 20 else "")
         place.set(title=key, xlabel="step", ylabel="loss", yscale="log")

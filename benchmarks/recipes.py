@@ -9,20 +9,18 @@ ideas that are no setting (NOTES.md).
 """
 
 import sys
-import typing
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from utils.config import check_values, parse_config, parse_value, settings
 
 import nets.diffusion
 import train
-from benchmarks.contestants import Job
+from benchmarks.baselines import Job
 from benchmarks.runs import DATA
-from benchmarks.time_to_quality import Judge, OurRun, sampled
+from benchmarks.time_to_quality import Evaluator, OurRun, read_settings, sampled
 from benchmarks.timing import CLOCKS, markdown
 from nets.diffusion import PREDICTIONS, GaussianDiffusion
 from nets.errors import check_choice
@@ -30,35 +28,52 @@ from nets.samplers import half_log_snr
 from utils.data.dataset import normalize
 from utils.device import choose_device
 from utils.errors import run_script
+from utils.settings import choice, parse, settings, text, whole
+from utils.training.run_settings import RUN_SETTINGS
 from utils.training.step_rng import derive_seed
 
 EIGHTHS, REPEATS, HELD_OUT, CANDIDATES = 8, 16, 256, 4
+IMAGES = whole(1, 10**9)  # that a recipe sees
 BASE = {**train.PRESETS["quick"], "val_split": 0.1, "compile": False}
 
 
+# fmt: off
 @settings
 class Config:
     recipes: str = "base="  # name=setting:value;setting:value|name=...
-    data: str = "emoji"  # fashion_mnist or emoji
-    data_root: str = ""  # a torchvision root with FashionMNIST/raw; "": fetched
-    images: int = 8000  # that each recipe sees; a recipe may have its own number
-    size: int = 16  # height and width
-    samples: int = 1000  # for the distance
-    seed: int = 0  # of a recipe's first training, each next has the next
-    seeds: int = 1  # trainings of each recipe
-    threads: int = 1  # of PyTorch
+    data: str = "emoji"     # dataset
+    data_root: str = ""     # a torchvision root with FashionMNIST/raw; "": fetched
+    images: int = 8000      # that each recipe sees; a recipe may have its own number
+    size: int = 16          # height and width
+    samples: int = 1000     # for the distance
+    seed: int = 0           # of each recipe's first training; each further one adds 1
+    seeds: int = 1          # trainings of each recipe
+    threads: int = 1        # of PyTorch
+# fmt: on
+
+
+SETTINGS = {
+    "recipes": text(),
+    "data": choice(DATA),
+    "data_root": text(),
+    "images": IMAGES,
+    "size": whole(1, 2**14),
+    "samples": whole(2, 10**7),
+    "seed": whole(0, 10**9),
+    "seeds": whole(1, 1000),
+    "threads": whole(1, 1024),
+}
 
 
 def main(arguments=None):
-    config = parse_config(Config, __doc__, arguments)
-    check_values(config, images=(1, None), size=(1, None), samples=(2, None), seeds=(1, None), threads=(1, None))
+    config = parse(Config, SETTINGS, __doc__, arguments)
     torch.set_num_threads(config.threads)
     recipes, rows = read_recipes(config), []
     try:
         for seed in range(config.seed, config.seed + config.seeds):
-            judge = Judge(replace(config, seed=seed), choose_device("cpu"))
+            evaluator = Evaluator(replace(config, seed=seed), choose_device("cpu"))
             for name, recipe in recipes.items():
-                rows.append((name, seed, *measure(judge, **recipe)))
+                rows.append((name, seed, *measure(evaluator, **recipe)))
                 print(*rows[-1], file=sys.stderr, flush=True)
     finally:  # what was measured before Ctrl-C
         print(
@@ -78,48 +93,47 @@ def main(arguments=None):
 
 
 def read_recipes(config):
-    """{name: arguments of `measure`}. ValueError for an unknown setting, value or variant."""
-    hints, found = typing.get_type_hints(train.Config) | {"variant": str, "images": int}, {}
+    """{name: arguments of `measure`}. UserError for an unknown setting, value or variant."""
+    declared, found = RUN_SETTINGS | {"variant": text(), "images": IMAGES}, {}
     for entry in config.recipes.split("|"):
-        name, _, text = entry.partition("=")
-        values = {"variant": "", "images": config.images}
-        for setting, _, value in (pair.partition(":") for pair in text.split(";") if pair):
-            check_choice("setting", setting, hints)
-            values[setting] = parse_value(setting, value, hints[setting])
+        name, _, pairs = entry.partition("=")
+        values = {"variant": "", "images": config.images, **read_settings(pairs, declared)}
         check_choice("variant", values["variant"], VARIANTS)
         found[name] = {"variant": values.pop("variant"), "images": values.pop("images"), "settings": values}
     return found
 
 
-def measure(judge, variant, images, settings):
+def measure(evaluator, variant, images, settings):
     """(steps, CPU seconds, distance, loss, losses by eighth of t) of a recipe."""
-    config, values = judge.config, BASE | settings
-    job = Job(judge.device, values["channel"], config.size, values["batch_size"], 0.0, None, None, DATA[config.data])
+    config, values = evaluator.config, BASE | settings
+    job = Job(
+        evaluator.device, values["channel"], config.size, values["batch_size"], 0.0, None, None, DATA[config.data]
+    )
     with ExitStack() as changes:
         for change in VARIANTS[variant]:
             changes.enter_context(change())
-        run = OurRun(job, judge.annotation, judge.channels, config.seed, values)
-        run.told(images // run.parts.batch_size)
+        run = OurRun(job, evaluator.annotation, evaluator.channels, config.seed, values)
+        run.told(images // run.context.batch_size)
         began = CLOCKS["cpu"]()
         for _ in range(run.total_steps):
             run.train_step()
         seconds = CLOCKS["cpu"]() - began
-    losses = held_out_losses(run.parts)
+    losses = held_out_losses(run.context)
     return (
         run.total_steps,
         f"{seconds:.0f}",
-        f"{sampled(judge, run):.2f}",
+        f"{sampled(evaluator, run):.2f}",
         f"{losses.mean():.4f}",
         *(f"{loss:.4f}" for loss in losses.tolist()),
     )
 
 
 @torch.no_grad()
-def held_out_losses(parts):
+def held_out_losses(context):
     """The EMA's squared error of v, (EIGHTHS,) by timestep, always at the same ones and noise."""
-    diffusion, images = parts.diffusion, parts.validation
+    diffusion, images = context.diffusion, context.validation
     numbers = range(min(len(images), HELD_OUT))
-    x = normalize(images.images(numbers), parts.device)
+    x = normalize(images.images(numbers), context.device)
     labels = images.labels[: len(x)] if diffusion.num_classes else None
     generator, losses = torch.Generator().manual_seed(0), torch.zeros(EIGHTHS, REPEATS)
     for number in range(REPEATS):
@@ -145,31 +159,32 @@ def patched(owner, name, function):
 
 def stratified(sample_step_noise, generator, seed, shape, num_timesteps, *chances):
     """One timestep in each of B equal parts (Kingma et al. 2021, "VDM")."""
-    draws, own = sample_step_noise(generator, seed, shape, num_timesteps, *chances), torch.Generator().manual_seed(seed)
+    step_noise = sample_step_noise(generator, seed, shape, num_timesteps, *chances)
+    own = torch.Generator().manual_seed(seed)
     u = (torch.arange(shape[0]) + torch.rand(shape[0], generator=own)) / shape[0]
     order = torch.randperm(shape[0], generator=own)
-    return draws._replace(t=(u * num_timesteps).long().clamp(max=num_timesteps - 1)[order])
+    return step_noise._replace(t=(u * num_timesteps).long().clamp(max=num_timesteps - 1)[order])
 
 
-def immiscible(make_batch, config, parts, images, labels, epoch, consumed):
+def immiscible(make_batch, config, context, images, labels, epoch, consumed):
     """The nearest of CANDIDATES noises for each image (arXiv 2406.12303, "immiscible")."""
-    x, y, draws = make_batch(config, parts, images, labels, epoch, consumed)
+    x, y, step_noise = make_batch(config, context, images, labels, epoch, consumed)
     own = torch.Generator().manual_seed(derive_seed(config.seed, epoch, consumed, "candidates"))
     noises = torch.randn(len(x), CANDIDATES, *x.shape[1:], generator=own)
     chosen = (noises - x[:, None]).flatten(2).square().sum(2).argmin(1)
-    return x, y, draws._replace(noise=noises[torch.arange(len(x)), chosen])
+    return x, y, step_noise._replace(noise=noises[torch.arange(len(x)), chosen])
 
 
 def lambdas_from(distribution):
     """Timesteps whose lambda has a distribution: `distribution`, a function of u in (0, 1)."""
 
-    def make_batch_by_lambda(make_batch, config, parts, *where):
-        x, y, draws = make_batch(config, parts, *where)
-        lambdas = torch.tensor([half_log_snr(alpha_bar) for alpha_bar in parts.diffusion.alpha_bars])
+    def make_batch_by_lambda(make_batch, config, context, *where):
+        x, y, step_noise = make_batch(config, context, *where)
+        lambdas = torch.tensor([half_log_snr(alpha_bar) for alpha_bar in context.diffusion.alpha_bars])
         own = torch.Generator().manual_seed(derive_seed(config.seed, *where[2:], "lambda"))
         wanted = distribution(torch.rand(len(x), generator=own, dtype=torch.float64))
         t = torch.searchsorted(-lambdas.double(), -wanted).clamp(max=len(lambdas) - 1)
-        return x, y, draws._replace(t=t)
+        return x, y, step_noise._replace(t=t)
 
     return [patched(train, "make_batch", make_batch_by_lambda)]
 
@@ -194,11 +209,11 @@ def mirroring(resolve, config):
     return resolve(replace(config, class_conditional=True, horizontal_flip=True))
 
 
-def mirrored(make_batch, config, parts, images, labels, epoch, consumed):
+def mirrored(make_batch, config, context, images, labels, epoch, consumed):
     """Half of the images mirrored, in classes of their own: an augmentation that does not leak."""
-    x, y, draws = make_batch(config, parts, images, labels, epoch, consumed)
-    null = parts.diffusion.num_classes - 1
-    return x, torch.where(draws.flip & (y != null), y + null // 2, y), draws
+    x, y, step_noise = make_batch(config, context, images, labels, epoch, consumed)
+    null = context.diffusion.num_classes - 1
+    return x, torch.where(step_noise.flip & (y != null), y + null // 2, y), step_noise
 
 
 def half_size_first(train_step, run):
@@ -207,18 +222,18 @@ def half_size_first(train_step, run):
         train_step(run)
 
 
-def at_half_size(train_step, config, parts, images, *where):
+def at_half_size(train_step, config, context, images, *where):
     images = F.avg_pool2d(images.movedim(3, 1).float(), 2).round().to(torch.uint8).movedim(1, 3)
     config = replace(config, input_shape=tuple(side // 2 for side in config.input_shape))
-    with patch.object(parts.diffusion, "img_size", config.input_shape):
-        train_step(config, parts, images, *where)
+    with patch.object(context.diffusion, "img_size", config.input_shape):
+        train_step(config, context, images, *where)
 
 
-def ema_of(share):
-    """The EMA spans a share of the steps so far (Karras et al. 2024); train.py's a ninth."""
+def ema_of(fraction):
+    """The EMA spans a fraction of the steps so far (Karras et al. 2024); train.py's a ninth."""
 
     def weight(ema_weight, n, decay, warmup):
-        return torch.where(n < 0, 1.0, 1 / (1 + share * (1 + n)))
+        return torch.where(n < 0, 1.0, 1 / (1 + fraction * (1 + n)))
 
     return [patched(nets.diffusion, "ema_weight", weight)]
 

@@ -1,7 +1,7 @@
-"""Pictures to learn, and runs of train.py for a stated time, in a folder of their own: the user's
+"""Images to train on, and runs of train.py for a stated time, in a folder of their own: the user's
 datasets/ and logs/ stay as they are.
 
-All of it goes on where it was stopped: what is unpacked, listed, measured or trained is not done
+All of it resumes where it was stopped: what is unpacked, listed, measured or trained is not done
 again.
 """
 
@@ -17,24 +17,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils.run_folders import newest_last
-
+from utils.checkpoint.runs import newest_last
 from utils.data.annotation import read_annotation, write_annotation
 from utils.data.downloads import ARCHIVES, download
 from utils.data.search import find_images, label_by_folder
+from utils.errors import UserError
 from utils.files import atomic_write
 from utils.training.step_rng import derive_seed
 
 PROJECT = Path(__file__).resolve().parent.parent
 WORK = PROJECT / "results" / "benchmarks"  # ignored by git
 RESULTS = PROJECT / "benchmarks" / "results"
-DATA = {"fashion_mnist": 1, "emoji": 3}  # colours of each
+DATA = {"fashion_mnist": 1, "emoji": 3}  # name -> number of channels
 NETWORKS = {  # train.py's own on a GPU; elsewhere one that two cores train in half an hour
     "cuda": {"input_shape": (32, 32), "channel": 128, "channel_mults": (1, 2, 2, 2), "num_res_blocks": 2},
     "cpu": {"input_shape": (16, 16), "channel": 32, "channel_mults": (1, 2, 2), "num_res_blocks": 1},
 }
 SPEED_STEPS = {"cuda": 200, "cpu": 20}  # steps a part of the measurement of speed, which has three
-VAL_SPLIT = 0.05  # share of the pictures for the validation loss and the bits per dimension
+VAL_SPLIT = 0.05  # fraction of the images for the validation loss and the bits per dimension
 OVERHEAD = 1.05  # an epoch's validation, previews and saves, on top of its steps
 
 
@@ -44,26 +44,24 @@ def network_options(device, size=0, channel=0):
     return options | ({"input_shape": (size, size)} if size else {}) | ({"channel": channel} if channel else {})
 
 
-def list_pictures(data, work=WORK, data_root=""):
+def list_images(data, work=WORK, data_root=""):
     """The train_lines.txt of "fashion_mnist" or "emoji", made below `work` unless it is there.
 
-    data_root: a torchvision root that has FashionMNIST/raw; "": fetched. ValueError for another
-    name, or a root without it.
+    data_root: a torchvision root that has FashionMNIST/raw; "": fetched. UserError for a root
+    without it.
     """
-    if data not in DATA:
-        raise ValueError(f"unknown data {data!r}; known: {', '.join(DATA)}")
     folder = Path(work).resolve() / data
-    pictures, annotation = folder / "datasets", folder / "train_lines.txt"
-    pictures.mkdir(parents=True, exist_ok=True)  # the cache of decoded pictures comes to lie in it
+    images, annotation = folder / "datasets", folder / "train_lines.txt"
+    images.mkdir(parents=True, exist_ok=True)  # the cache of decoded images comes to lie in it
     if annotation.is_file():
         return annotation
     if data == "emoji":
-        pictures = PROJECT / "datasets" / "noto_emoji"
+        images = PROJECT / "datasets" / "noto_emoji"
     else:
         if data_root:
-            copy_unpacked(data_root, pictures / ARCHIVES / data)
-        download(data, pictures)
-    paths = find_images(pictures)
+            copy_unpacked(data_root, images / ARCHIVES / data)
+        download(data, images)
+    paths = find_images(images)
     write_annotation(annotation, paths, *label_by_folder(paths))
     return annotation
 
@@ -71,13 +69,13 @@ def list_pictures(data, work=WORK, data_root=""):
 def copy_unpacked(data_root, target):
     """Brings Fashion-MNIST's files from one torchvision root to another.
 
-    Archives are unpacked here: torchvision refuses those that were compressed anew, as Debian's
+    Archives are unpacked here: torchvision refuses those that were recompressed, as Debian's
     package of the same data has them.
     """
     raw, to = Path(data_root) / "FashionMNIST" / "raw", target / "FashionMNIST" / "raw"
     found = [path for path in raw.glob("*-ubyte*") if path.is_file()]
     if not found:
-        raise ValueError(f"--data_root {data_root}: it has no files in FashionMNIST/raw, where torchvision keeps them")
+        raise UserError(f"--data_root {data_root}: it has no files in FashionMNIST/raw, where torchvision keeps them")
     for path in found:
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rb") as source, atomic_write(to / path.name.removesuffix(".gz")) as file:
@@ -105,10 +103,10 @@ def trained(folder, annotation, options, minutes, epochs=0):
         write_json(plan, {"epochs": epochs})
     epochs = json.loads(plan.read_text("utf-8"))["epochs"]
     settings |= {"epochs": epochs, "preview_period": max(1, epochs // 4), "save_period": epochs}
-    path, checkpoint = newest_last(folder / "logs")
-    if not path or checkpoint["position"]["epoch"] < epochs:
+    checkpoint = newest_last(folder / "logs")
+    if checkpoint is None or checkpoint.training.epoch < epochs:
         run_project("train.py", {**settings, "resume": "latest"}, folder)
-    path, _ = newest_last(folder / "logs")
+    path = newest_last(folder / "logs").path
     shown = {name: value for name, value in settings.items() if name != "annotation_path"}
     return path, {
         "command": " ".join(["python train.py", *as_options(shown)]),
@@ -130,12 +128,12 @@ def record_of(folder):
 
 def epochs_within(minutes, rate, annotation, options):
     """How many epochs fit into `minutes` at `rate` images a second: at least one."""
-    pictures = len(read_annotation(annotation).paths) * (1 - options.get("val_split", 0))
-    return max(1, math.floor(minutes * 60 * rate / pictures / OVERHEAD))
+    images = len(read_annotation(annotation).paths) * (1 - options.get("val_split", 0))
+    return max(1, math.floor(minutes * 60 * rate / images / OVERHEAD))
 
 
 def images_a_second(folder, annotation, options):
-    """The speed of training, from a few hundred steps at most on the first pictures.
+    """The speed of training, from a few hundred steps at most on the first images.
 
     What is compiled counts for nothing.
     """
@@ -154,7 +152,7 @@ def images_a_second(folder, annotation, options):
         "save_period": epochs,
     }
     run_project("train.py", kept, folder)
-    rates = [row["images_per_second"] for row in read_table(newest_last(folder / "logs")[0].parent / "speed.csv")]
+    rates = [row["images_per_second"] for row in read_table(newest_last(folder / "logs").path.parent / "speed.csv")]
     shutil.rmtree(folder)
     return statistics.median(rates[len(rates) // 3 :])
 

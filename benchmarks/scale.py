@@ -1,7 +1,7 @@
-"""How cost grows: with the pictures in the data set, their size, the network's width, the
+"""How cost grows: with the images in the dataset, their size, the network's width, the
 processes. python -m benchmarks.scale
 
-Writes a table, JSON and a plot (with matplotlib) into benchmarks/results/. The data set is
+Writes a table, JSON and a plot (with matplotlib) into benchmarks/results/. The dataset is
 synthetic: its cache is written directly.
 """
 
@@ -12,18 +12,17 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import numpy as np
 import torch
-from utils.config import parse_config, settings
 
 from benchmarks.timing import (
-    check_sections,
+    CLOCKS,
     interleave,
     machine,
     markdown,
     quiet,
+    read_names,
     spread,
     usable_cores,
     with_rows,
@@ -38,32 +37,52 @@ from utils.data.image_format import ImageFormat
 from utils.device import autocast, choose_device, choose_precision, memory_format
 from utils.errors import run_script
 from utils.files import atomic_write
+from utils.settings import SEVERAL, choice, flag, parse, settings, text, whole
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PROJECT = RESULTS.parent.parent
+ALL = "images,resolution,channels,processes"
 
 
+# fmt: off
 @settings
 class Config:
-    sections: str = "pictures,resolution,channels,processes"  # what is measured, with commas between
-    pictures: tuple[int, ...] = (1_000, 10_000, 100_000)  # pictures of 64x64 in the data set
-    resolutions: tuple[int, ...] = (32, 64, 128, 256)  # heights and widths
-    channels: tuple[int, ...] = (32, 64, 96, 128)  # widths of the first level
-    processes: tuple[int, ...] = (1, 2)  # on one machine; on GPUs one a GPU
-    channel: int = 32  # width where something else changes; 128 for a GPU
-    batch_size: int = 4  # pictures a step; 64 or more for a GPU
-    rounds: int = 3  # measurements of each point
-    threads: int = 0  # of PyTorch; 0: one a core
-    # cpu: this process's own time, with threads 1; not for processes
-    clock: Literal["wall", "cpu"] = "wall"
-    device: str = "auto"  # auto, cuda or cpu
-    name: str = ""  # of the files in benchmarks/results; "": the device's
-    # used by the script itself: measure one process of several
-    worker: bool = False
+    sections: str = ALL                                 # what is measured, with commas between
+    images: tuple[int, ...] = (1_000, 10_000, 100_000)  # images of 64x64 in the dataset
+    resolutions: tuple[int, ...] = (32, 64, 128, 256)   # heights and widths
+    channels: tuple[int, ...] = (32, 64, 96, 128)       # widths of the first level
+    processes: tuple[int, ...] = (1, 2)                 # on one machine; on GPUs one per GPU
+    channel: int = 32                                   # width where something else changes; 128 for a GPU
+    batch_size: int = 4                                 # images per step; 64 or more for a GPU
+    rounds: int = 3                                     # measurements of each point
+    threads: int = 0                                    # of PyTorch; 0: one per core
+    clock: str = "wall"                                 # cpu: this process's own time, threads 1; not for processes
+    device: str = "auto"                                # auto, cuda or cpu
+    name: str = ""                                      # of the files in benchmarks/results; "": the device's
+    worker: bool = False                                # used by the script itself: measure one of several processes
+# fmt: on
 
 
-def main():
-    config = parse_config(Config, __doc__)
+SETTINGS = {
+    "sections": text(),
+    "images": whole(1, 10**7, count=SEVERAL),
+    "resolutions": whole(8, 2**14, count=SEVERAL),
+    "channels": whole(1, 2**16, count=SEVERAL),
+    "processes": whole(1, 1024, count=SEVERAL),
+    "channel": whole(1, 2**16),
+    "batch_size": whole(1),
+    "rounds": whole(1),
+    "threads": whole(0, 1024),
+    "clock": choice(CLOCKS),
+    "device": text(),
+    "name": text(),
+    "worker": flag(),
+}
+
+
+def main(arguments=None):
+    config = parse(Config, SETTINGS, __doc__, arguments)
+    chosen = read_names("sections", config.sections, SECTIONS)
     distributed.start()
     device = choose_device(config.device, distributed.local_rank())
     torch.set_num_threads(config.threads or max(1, usable_cores() // distributed.world_size()))
@@ -71,10 +90,9 @@ def main():
         measure_worker(config, device)
         distributed.stop()
         return
-    check_sections(config.sections.split(","), SECTIONS)
     path = RESULTS / f"scale_{config.name or device.type}"
     report = {"machine": machine(device, choose_precision("auto", device), config.clock), "settings": asdict(config)}
-    for name in config.sections.split(","):
+    for name in chosen:
         rows = [{"section": name, **point} for point in SECTIONS[name](config, device)]
         report = with_rows(report, rows, SECTIONS, path.with_suffix(".json"))
         write_text(path.with_suffix(".md"), as_text(report))
@@ -83,12 +101,12 @@ def main():
     print("\n" + as_text(report))
 
 
-def pictures_section(config, device):
+def images_section(config, device):
     """Start-up (list, file times, cache) and the batches of an epoch, for each image."""
     rows = []
     with TemporaryDirectory() as folder:
         folder = Path(folder)
-        for count in config.pictures:
+        for count in config.images:
             annotation = synthetic_dataset(folder, count)
 
             def start(annotation=annotation):
@@ -106,7 +124,7 @@ def pictures_section(config, device):
                 {"start-up": start, "epoch of batches": epoch}, config.rounds, warm_up=1, clock=config.clock
             )
             rows += [
-                row("pictures in the data set", count, what, "us a picture", values, count / 1e6)
+                row("images in the dataset", count, what, "us per image", values, count / 1e6)
                 for what, values in seconds.items()
             ]
     return rows
@@ -114,7 +132,7 @@ def pictures_section(config, device):
 
 def synthetic_dataset(folder, count):
     """A list of `count` files (hard links to empty ones) and a cache of random pixels for them."""
-    images = folder / f"pictures_{count}"
+    images = folder / f"images_{count}"
     images.mkdir()
     paths = [str(images / f"{number}.png") for number in range(count)]
     for number, path in enumerate(paths):
@@ -145,7 +163,7 @@ def channels_section(config, device):
 
 
 def training_step(channel, size, config, device):
-    """A function that trains one step: network, loss, gradients, fused Adam, average."""
+    """A function that trains one step: network, loss, gradients, fused Adam, EMA."""
     layout, precision = memory_format(device, choose_precision("auto", device)), choose_precision("auto", device)
     diffusion = (
         GaussianDiffusion(UNet(3, base_channels=channel), (size, size), 3).to(device, memory_format=layout).train()
@@ -166,13 +184,13 @@ def training_step(channel, size, config, device):
 def step_rows(axis, steps, config, device):
     seconds = interleave(steps, config.rounds, device, warm_up=1, clock=config.clock)
     return [
-        row(axis, value, "training step", "ms a picture", values, config.batch_size / 1e3)
+        row(axis, value, "training step", "ms per image", values, config.batch_size / 1e3)
         for value, values in seconds.items()
     ]
 
 
 def processes_section(config, device):
-    """Processes that train on their shares of a batch and average gradients, by torchrun."""
+    """Processes that train on their parts of a batch and average gradients, by torchrun."""
     rows = []
     for count in config.processes:
         command = [
@@ -201,19 +219,18 @@ def processes_section(config, device):
             print(f"processes: {count} left out ({done.stderr.strip().splitlines()[-1]})")
             continue
         values = json.loads([line for line in done.stdout.splitlines() if line.startswith("[")][-1])
-        rows.append(row("processes", count, "training step", "ms a picture", values, config.batch_size / 1e3))
+        rows.append(row("processes", count, "training step", "ms per image", values, config.batch_size / 1e3))
     return rows
 
 
 def measure_worker(config, device):
     """One of several processes; the first prints the seconds of each step."""
-    share = Config(**{**asdict(config), "batch_size": config.batch_size // distributed.world_size()})
     layout = memory_format(device, "fp32")
     diffusion = GaussianDiffusion(UNet(3, base_channels=config.channel), (32, 32), 3).train()
     diffusion = diffusion.to(device, memory_format=layout)
     model = distributed.wrap(diffusion)
     optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=1e-4)
-    x = torch.randn(share.batch_size, 3, 32, 32, device=device)
+    x = torch.randn(config.batch_size // distributed.world_size(), 3, 32, 32, device=device)
 
     def step():
         model(x).backward()
@@ -238,7 +255,7 @@ def row(axis, value, what, unit, seconds, divisor):
 
 
 SECTIONS = {
-    "pictures": pictures_section,
+    "images": images_section,
     "resolution": resolution_section,
     "channels": channels_section,
     "processes": processes_section,
@@ -272,7 +289,7 @@ def as_text(report):
 def plot(rows, path):
     """A panel for each axis, both scales logarithmic.
 
-    Without matplotlib it says so and draws none.
+    Without matplotlib it says so and plots nothing.
     """
     try:
         import matplotlib

@@ -2,92 +2,112 @@
 
     python -m benchmarks.solvers
 
-Every number is a Frechet distance in float64 between features of drawn and of real pictures, from a
+Every number is a Frechet distance in float64 between features of samples and of real images, from a
 classifier that is trained on the same data first. Table, JSON and plot go to benchmarks/results/. A
-cell is stored as soon as it is measured; the same command goes on. The first seed of all cells
+cell is stored as soon as it is measured; the same command resumes. The first seed of all cells
 comes first, the cheap ones before the costly: a table that was broken off is of use.
 """
 
 import json
 import statistics
 import sys
-import time
 from dataclasses import asdict, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
-from utils.config import check_values, parse_config, settings
 
 from benchmarks.runs import (
     DATA,
     RESULTS,
     VAL_SPLIT,
     WORK,
-    list_pictures,
+    list_images,
     network_options,
     stop_with_children,
     trained,
     write_json,
 )
-from benchmarks.timing import machine, markdown
+from benchmarks.timing import CLOCKS, machine, markdown, read_names
 from nets import sampling
 from nets.samplers import SPACINGS
-from nets.sampling import make_denoiser
 from utils.device import DTYPES, autocast, choose_compile, choose_device, choose_precision
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.evaluate import __main__ as evaluate
 from utils.evaluate.distances import FeatureStatistics, frechet_distance
 from utils.evaluate.features import FeatureCache, load_extractor
 from utils.files import atomic_write
 from utils.images import to_uint8
 from utils.sampling.batches import last_images, sample_batches
+from utils.settings import SEVERAL, choice, flag, number, parse, settings, text, whole
 
-SOLVERS = {  # name in the tables -> sampler and its options
-    "ddpm": {"sampler": "ddpm"},
-    "ddpm-posterior": {"sampler": "ddpm", "variance": "posterior"},
-    "ddim": {"sampler": "ddim"},
-    "dpm++": {"sampler": "dpm++"},
-    "sde-dpm++": {"sampler": "sde-dpm++"},
-    "heun": {"sampler": "heun"},
+SOLVERS = {  # name in the tables -> (sampler, its options)
+    "ddpm": ("ddpm", {}),
+    "ddpm-posterior": ("ddpm", {"variance": "posterior"}),
+    "ddim": ("ddim", {}),
+    "dpm++": ("dpm++", {}),
+    "sde-dpm++": ("sde-dpm++", {}),
+    "heun": ("heun", {}),
 }
+CALLS = (5, 10, 15, 20, 25, 50, 100, 250, 1000)
 EVERY = "every"  # the spacing of as many steps as there are timesteps: all spacings are the same then
 # a default takes at most so many calls, and may be so much worse than ddpm with all of its steps
 CHEAP, TOLERANCE = 25, 1.05
 PLACES = ("model_path", "reference", "data_root")  # settings that mean nothing on another machine
-SEED_STRIDE = 10_000_000  # between the seeds of the first pictures of two rounds
+SEED_STRIDE = 10_000_000  # between the seeds of the first images of two rounds
 
 
+# fmt: off
 @settings
 class Config:
     # What is measured
-    # a checkpoint, or a run's folder; "": a network trained on Fashion-MNIST first
-    model_path: str = ""
-    # its pictures, a list or folder of class folders; "": the list that it was trained on
-    reference: str = ""
-    solvers: str = ",".join(SOLVERS)  # rows, with commas between
+    model_path: str = ""                # a checkpoint, or a run's folder; "": trained on Fashion-MNIST first
+    reference: str = ""                 # its images: an annotation file or a folder; "": those that it was trained on
+    solvers: str = ",".join(SOLVERS)    # rows, with commas between
     spacings: str = ",".join(SPACINGS)  # rows, with commas between
-    # columns: network calls a picture; ddpm's full walk is always there
-    calls: tuple[int, ...] = (5, 10, 15, 20, 25, 50, 100, 250, 1000)
-    samples: int = 10_000  # pictures a cell
-    seeds: int = 3  # cells of each kind, each from other noise
-    features: str = "classifier"  # classifier, inception, or the file of a feature net
+    calls: tuple[int, ...] = CALLS      # columns: network calls per image; all of ddpm's are always there
+    samples: int = 10_000               # per cell
+    seeds: int = 3                      # cells of each kind, each from other noise
+    features: str = "classifier"        # classifier, inception, or the file of a feature network
 
     # The network that is trained where none is named
-    minutes: float = 20.0  # time of its training
-    epochs: int = 0  # epochs instead; 0: as many as fit into the minutes
-    size: int = 0  # height and width of its pictures; 0: 32 on a GPU, 16 elsewhere
-    channel: int = 0  # width of its first level; 0: 128 on a GPU, 32 elsewhere
-    data_root: str = ""  # a torchvision root with FashionMNIST/raw; "": fetched
+    minutes: float = 20.0               # time of its training
+    epochs: int = 0                     # epochs instead; 0: as many as fit into the minutes
+    size: int = 0                       # height and width of its images; 0: 32 on a GPU, 16 elsewhere
+    channel: int = 0                    # width of its first level; 0: 128 on a GPU, 32 elsewhere
+    data_root: str = ""                 # a torchvision root with FashionMNIST/raw; "": fetched
 
     # Machine and output
-    batch_size: int = 0  # pictures drawn at once; 0: 500 on a GPU, 100 elsewhere
-    # cpu: this process's own time, for a machine that others use too; with one thread
-    clock: Literal["wall", "cpu"] = "wall"
-    device: str = "auto"  # auto, cuda, mps or cpu
-    precision: Literal[("auto", *DTYPES)] = "auto"  # of the diffusion network
-    compile: Literal["auto"] | bool = "auto"  # compile the diffusion network
-    name: str = ""  # of the files in benchmarks/results; "": the device's
+    batch_size: int = 0                 # images sampled at once; 0: 500 on a GPU, 100 elsewhere
+    clock: str = "wall"                 # cpu: this process's own time, for a busy machine; with one thread
+    device: str = "auto"                # auto, cuda, mps or cpu
+    precision: str = "auto"             # mixed-precision dtype of the diffusion network
+    compile: bool | str = "auto"        # compile the diffusion network
+    name: str = ""                      # of the files in benchmarks/results; "": the device's
+# fmt: on
+
+
+SETTINGS = {
+    "model_path": text(),
+    "reference": text(),
+    "solvers": text(),
+    "spacings": text(),
+    "calls": whole(1, count=SEVERAL),
+    "samples": whole(2, SEED_STRIDE),
+    "seeds": whole(1, 100),
+    "features": text(),
+    "minutes": number(0),
+    "epochs": whole(0),
+    "size": whole(0, 2**14),
+    "channel": whole(0, 2**16),
+    "data_root": text(),
+    "batch_size": whole(0),
+    "clock": choice(CLOCKS),
+    "device": text(),
+    "precision": choice(("auto", *DTYPES)),
+    "compile": flag("auto"),
+    "name": text(),
+}
 
 
 class Cell(NamedTuple):
@@ -101,13 +121,14 @@ class Cell(NamedTuple):
 
     @property
     def made(self):
-        """Network calls a picture."""
+        """Network calls per image."""
         return calls_of(self.solver, self.steps)
 
 
-def main():
-    config = parse_config(Config, __doc__)
-    check(config)
+def main(arguments=None):
+    config = parse(Config, SETTINGS, __doc__, arguments)
+    for name, known in (("solvers", SOLVERS), ("spacings", SPACINGS)):
+        read_names(name, getattr(config, name), known)
     stop_with_children()
     device = choose_device(config.device)
     config = replace(
@@ -128,28 +149,9 @@ def main():
     print(f"\nwritten: {path}, .md and .png")
 
 
-def check(config):
-    """ValueError for a setting out of range or unknown."""
-    check_values(
-        config,
-        calls=(1, None),
-        samples=(2, SEED_STRIDE),
-        seeds=(1, None),
-        minutes=(0, None),
-        epochs=(0, None),
-        size=(0, None),
-        channel=(0, None),
-        batch_size=(0, None),
-    )
-    for given, known in ((config.solvers, SOLVERS), (config.spacings, SPACINGS)):
-        unknown = [name for name in given.split(",") if name not in known]
-        if unknown:
-            raise ValueError(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
-
-
 def train_one(config, device):
     """The checkpoint of a network trained on Fashion-MNIST for the stated time."""
-    annotation = list_pictures("fashion_mnist", WORK, config.data_root)
+    annotation = list_images("fashion_mnist", WORK, config.data_root)
     options = {
         **network_options(device, config.size, config.channel),
         "img_channels": DATA["fashion_mnist"],
@@ -233,10 +235,10 @@ class Bench:
         self.config, self.device, self.precision = config, device, choose_precision(config.precision, device)
         wanted = evaluate.Config(samples=config.model_path, features=config.features)
         self.model = evaluate.load_model(wanted, device, self.precision)
-        wanted.reference = config.reference or self.model.config.get("annotation_path", "")
+        wanted.reference = config.reference or self.model.checkpoint.config.get("annotation_path", "")
         if not wanted.reference:
-            raise ValueError(
-                f"{config.model_path} does not say what it was trained on: name its pictures with --reference"
+            raise UserError(
+                f"{config.model_path} does not say what it was trained on: name its images with --reference"
             )
         reference, held_out = evaluate.open_references(wanted, self.model, evaluate.make_opener(wanted, self.model)[0])
         cache = FeatureCache(annotation_path=wanted.reference)
@@ -248,7 +250,7 @@ class Bench:
         diffusion = self.model.diffusion
         if choose_compile(config.compile, device):
             diffusion.ema_model.compile()
-        self.read = time.process_time if config.clock == "cpu" else time.perf_counter
+        self.read = CLOCKS[config.clock]
         self.clock = diffusion.ema_model = NetworkClock(diffusion.ema_model, device, self.read)
         # compiles, and finds the fastest convolutions
         self.last_images(next(self.batches(Cell("dpm++", "trailing", 2, 2, 0)))[1])
@@ -257,7 +259,7 @@ class Bench:
         """What the cells of one table have in common."""
         real = frechet_distance(self.held_out, self.known) if self.held_out else None
         trained_with = {
-            name: self.model.config.get(name)
+            name: self.model.checkpoint.config.get(name)
             for name in (
                 "input_shape",
                 "img_channels",
@@ -286,18 +288,15 @@ class Bench:
 
     def batches(self, cell):
         """Yields (first, steps) for the cell's batches, as `sample_batches` does."""
-        firsts = range(0, self.config.samples, self.config.batch_size)
-        spacing = None if cell.spacing == EVERY else cell.spacing
-        return sample_batches(
-            self.model.diffusion,
-            firsts,
-            self.config.batch_size,
-            cell.seed * SEED_STRIDE,
-            self.labels,
-            steps=cell.steps,
-            spacing=spacing,
-            **SOLVERS[cell.solver],
+        firsts, size = range(0, self.config.samples, self.config.batch_size), self.config.batch_size
+        options = sampling.SamplingOptions(
+            SOLVERS[cell.solver][0],
+            cell.steps,
+            None if cell.spacing == EVERY else cell.spacing,
+            solver_options=SOLVERS[cell.solver][1],
         )
+        first_seed = cell.seed * SEED_STRIDE
+        return sample_batches(self.model.diffusion, firsts, size, first_seed, self.labels, options=options)
 
     def last_images(self, steps):
         """A batch in [-1, 1], in the benchmark's precision."""
@@ -305,11 +304,13 @@ class Bench:
             return last_images(steps)
 
     def measure(self, cell, denoiser=None):
-        """The distance of a cell, the time a picture takes, and the network's share of it.
+        """The distance of a cell, the time per image, and the network's share of it.
 
-        denoiser: takes the place of the diffusion's, and may call the network more often.
+        denoiser: a function of the labels that takes the place of sampling.make_denoiser. It may
+        call the network more often.
         """
         found, seconds, batches = FeatureStatistics(), 0.0, 0
+        own = sampling.make_denoiser
         if denoiser:
             sampling.make_denoiser = lambda diffusion, y, options: denoiser(y)
         self.clock.take()
@@ -322,13 +323,12 @@ class Bench:
             seconds += self.read() - began
             found.add(self.extractor(torch.from_numpy(to_uint8(x)[: self.config.samples - first])))
         calls, network = self.clock.take()
-        if denoiser:
-            sampling.make_denoiser = make_denoiser
+        sampling.make_denoiser = own
         assert denoiser or calls == cell.made * batches, (calls, cell)
-        a_picture = seconds / (batches * self.config.batch_size)
+        per_image = seconds / (batches * self.config.batch_size)
         return {
             "distance": frechet_distance(found, self.known),
-            "seconds_a_picture": a_picture,
+            "seconds_per_image": per_image,
             "network_share": network / seconds,
         }
 
@@ -339,7 +339,7 @@ class Bench:
 def opened(path, about):
     """The report at `path` to go on with, or a new one.
 
-    ValueError where it is about something else.
+    UserError where it is about something else.
     """
     try:
         report = json.loads(path.read_text("utf-8"))
@@ -348,7 +348,7 @@ def opened(path, about):
     keys = ("weights", "features_digest", "reference_digest", "samples", "precision")
     differing = [key for key in keys if report["about"][key] != about[key]]
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{path} is there already and differs in {', '.join(differing)}: choose another --name, or delete it"
         )
     return report
@@ -390,7 +390,7 @@ def summaries(report):
         )
         row["columns"].add(cell["calls"])
         row["distances"][cell["seed"]] = cell["distance"]
-        row["seconds"].append(cell["seconds_a_picture"])
+        row["seconds"].append(cell["seconds_per_image"])
         row["shares"].append(cell["network_share"])
     return list(found.values())
 
@@ -450,13 +450,13 @@ def heading(report):
     network = ", ".join(f"{name} {value}" for name, value in about["trained_with"].items() if value is not None)
     clock = "wall time" if on["clock"] == "wall" else "this process's CPU time"
     real = about["num_held_out"]
-    real = f" {real:,} real pictures that were held out have {about['held_out_distance']:.3f}." if real else ""
-    return ("" if done == wanted else f"UNFINISHED: {done} of {wanted} cells; the same command goes on.\n\n") + (
-        f"Frechet distance of {about['samples']:,} pictures to {about['num_reference']:,} real ones, mean and "
+    real = f" {real:,} real images that were held out have {about['held_out_distance']:.3f}." if real else ""
+    return ("" if done == wanted else f"UNFINISHED: {done} of {wanted} cells; the same command resumes.\n\n") + (
+        f"Frechet distance of {about['samples']:,} images to {about['num_reference']:,} real ones, mean and "
         "standard deviation of up to "
         f"{seeds} seeds. Lower is better.{real}\nFeatures: {about['features']}. Network: {about['parameters']:,} "
         f"parameters; {network}; "
-        f"T = {about['T']}, averaged weights, x_0 clipped.\n"
+        f"T = {about['T']}, EMA weights, x_0 clipped.\n"
         f"{on['gpu'] or on['cpu']}, {on['threads']} of {on['cores']} cores, load {on['load']:.1f}, {on['precision']}, "
         f"{clock}; "
         f"torch {on['versions'].get('torch')}."
@@ -502,7 +502,7 @@ def distance_table(rows, columns):
 
 
 def time_table(rows, columns):
-    """Milliseconds a picture, and how much of them is the network's."""
+    """Milliseconds per image, and how much of them is the network's."""
     lines = []
     for solver in SOLVERS:
         mine = [row for row in rows if row["solver"] == solver]
@@ -513,7 +513,7 @@ def time_table(rows, columns):
             shares = [share for row in mine for share in row["shares"]]
             cells = [f"{1000 * statistics.median(values):.3g}" if values else "" for values in times]
             lines.append((solver, *cells, f"{statistics.median(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})"))
-    return "Milliseconds a picture, and the network's share of the time:\n\n" + markdown(
+    return "Milliseconds per image, and the network's share of the time:\n\n" + markdown(
         ("solver", *map(str, columns), "network's share"), lines
     )
 
@@ -524,17 +524,17 @@ def plot(report, path):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        print("no plot is drawn: `pip install matplotlib` brings it")
+        print("no plot: pip install matplotlib")
         return
     rows, T = summaries(report), report["about"]["T"]
     figure = Figure(figsize=(13, 5.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
     for place, label, x_of in (
-        (axes[0], "network calls a picture", lambda row: row["made"]),
-        (axes[1], "milliseconds a picture", lambda row: 1000 * statistics.median(row["seconds"])),
+        (axes[0], "network calls per image", lambda row: row["made"]),
+        (axes[1], "milliseconds per image", lambda row: 1000 * statistics.median(row["seconds"])),
     ):
-        draw_lines(place, rows, x_of)
+        plot_lines(place, rows, x_of)
         for row in rows:
             if is_yardstick(row, T):
                 place.axhspan(
@@ -549,18 +549,18 @@ def plot(report, path):
     columns = sorted({cell["calls"] for cell in report["cells"]})
     axes[0].set_xticks(columns, [str(column) for column in columns])
     axes[0].set_xticks([], minor=True)
-    axes[0].set_ylabel(f"Frechet distance ({report['about']['samples']:,} pictures)")
+    axes[0].set_ylabel(f"Frechet distance ({report['about']['samples']:,} images)")
     axes[1].legend(fontsize=7, ncols=2)
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
 
-def draw_lines(place, rows, x_of):
-    """One colour a solver, one dash a spacing.
+def plot_lines(place, rows, x_of):
+    """One color per solver, one dash per spacing.
 
     Each line ends in the solver's walk through every timestep, where there is one.
     """
-    for number, solver in enumerate(SOLVERS):
+    for index, solver in enumerate(SOLVERS):
         mine = [row for row in rows if row["solver"] == solver]
         last = [row for row in mine if row["spacing"] == EVERY]
         for dash, spacing in zip(("-", "--", ":", "-."), SPACINGS):
@@ -570,7 +570,7 @@ def draw_lines(place, rows, x_of):
                     [x_of(row) for row in line],
                     [mean(row) for row in line],
                     yerr=[spread_of(row) for row in line],
-                    color=f"C{number}",
+                    color=f"C{index}",
                     linestyle=dash,
                     marker=".",
                     linewidth=1,

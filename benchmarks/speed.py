@@ -1,4 +1,4 @@
-"""Speed and memory beside other implementations, interleaved in one process.
+"""Speed and memory compared with other implementations, interleaved in one process.
 
     python -m benchmarks.speed
 
@@ -13,21 +13,20 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from utils.config import parse_config, settings
 
-from benchmarks.contestants import CONTESTANTS, Job, Ours, installed
+from benchmarks.baselines import IMPLEMENTATIONS, Job, Ours, installed
 from benchmarks.timing import (
-    check_sections,
+    CLOCKS,
     interleave,
     machine,
     markdown,
     quiet,
+    read_names,
     spread,
     usable_cores,
     with_rows,
@@ -40,54 +39,74 @@ from utils.data.search import find_images
 from utils.device import DTYPES, choose_device, choose_precision, peak_memory
 from utils.errors import run_script
 from utils.files import atomic_write
+from utils.settings import choice, number, parse, settings, text, whole
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PROJECT = RESULTS.parent.parent
+ALL = "train,denoise,sample,data,cache,start,memory"
 
 
+# fmt: off
 @settings
 class Config:
-    sections: str = "train,denoise,sample,data,cache,start,memory"  # what is measured, with commas between
-    rounds: int = 7  # rounds of each section, after the warm-up
-    channel: int = 0  # width of the first level; 0: 128 on a GPU, 64 on a CPU
-    size: int = 32  # height and width of the pictures
-    batch_size: int = 0  # pictures a step; 0: 128 on a GPU, 16 on a CPU
-    memory_batch: int = 64  # pictures a step where memory is measured
-    dropout: float = 0.1  # of all networks
-    num_images: int = 512  # pictures that are trained on
-    num_jpegs: int = 200  # 640x480 photographs that the cache is built from
-    threads: int = 0  # of PyTorch; 0: one a core
-    # cpu: this process's own time, for a machine that others use too; with threads 1
-    clock: Literal["wall", "cpu"] = "wall"
-    device: str = "auto"  # auto, cuda or cpu
-    name: str = ""  # of the files in benchmarks/results; "": the device's
-    memory_of: str = ""  # used by the script itself: print the peak memory of this contestant
+    sections: str = ALL     # what is measured, with commas between
+    rounds: int = 7         # rounds of each section, after the warm-up
+    channel: int = 0        # width of the first level; 0: 128 on a GPU, 64 on a CPU
+    size: int = 32          # height and width of the images
+    batch_size: int = 0     # images per step; 0: 128 on a GPU, 16 on a CPU
+    memory_batch: int = 64  # images per step where memory is measured
+    dropout: float = 0.1    # of all networks
+    num_images: int = 512   # images in the training set
+    num_jpegs: int = 200    # 640x480 photographs that the cache is built from
+    threads: int = 0        # of PyTorch; 0: one per core
+    clock: str = "wall"     # cpu: this process's own time, for a busy machine; threads 1
+    device: str = "auto"    # auto, cuda or cpu
+    name: str = ""          # of the files in benchmarks/results; "": the device's
+    memory_of: str = ""     # used by the script itself: print this one's peak memory
+# fmt: on
 
 
-def main():
-    config = parse_config(Config, __doc__)
+SETTINGS = {
+    "sections": text(),
+    "rounds": whole(1),
+    "channel": whole(0, 2**16),
+    "size": whole(1, 2**14),
+    "batch_size": whole(0),
+    "memory_batch": whole(1),
+    "dropout": number(0, 0.99),
+    "num_images": whole(1),
+    "num_jpegs": whole(1),
+    "threads": whole(0, 1024),
+    "clock": choice(CLOCKS),
+    "device": text(),
+    "name": text(),
+    "memory_of": choice(("", *IMPLEMENTATIONS)),
+}
+
+
+def main(arguments=None):
+    config = parse(Config, SETTINGS, __doc__, arguments)
+    chosen = read_names("sections", config.sections, SECTIONS)
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or usable_cores())
     gpu = device.type == "cuda"
     config = replace(
         config, channel=config.channel or (128 if gpu else 64), batch_size=config.batch_size or (128 if gpu else 16)
     )
-    chosen = config.sections.split(",")
-    check_sections(chosen, SECTIONS)
     if config.memory_of:
         print(json.dumps(measure_memory(config, device)))
         return
     path = RESULTS / f"speed_{config.name or device.type}"
     with TemporaryDirectory() as scratch:
         job = make_job(config, device, Path(scratch))
-        contestants = installed(job)
+        implementations = installed(job)
         report = {
             "machine": machine(device, choose_precision("auto", device), config.clock),
             "settings": asdict(config),
         }
         for name in chosen:
             started = time.perf_counter()
-            rows = [{"section": name, **row} for row in SECTIONS[name](config, job, contestants)]
+            rows = [{"section": name, **row} for row in SECTIONS[name](config, job, implementations)]
             report = with_rows(report, rows, SECTIONS, path.with_suffix(".json"))
             write_text(path.with_suffix(".md"), as_text(report))
             plot(report, path.with_suffix(".png"))
@@ -96,13 +115,13 @@ def main():
 
 
 def make_job(config, device, scratch):
-    """The pictures on disk, made once for all contestants."""
+    """The images on disk, made once for all implementations."""
     images = scratch / "datasets"  # by this name the cache comes to lie in it, not among the user's
     images.mkdir()
     generator = np.random.default_rng(0)
-    for number in range(config.num_images):
+    for index in range(config.num_images):
         coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        coarse.resize((config.size, config.size), Image.Resampling.BICUBIC).save(images / f"{number:05d}.png")
+        coarse.resize((config.size, config.size), Image.Resampling.BICUBIC).save(images / f"{index:05d}.png")
     return Job(device, config.channel, config.size, config.batch_size, config.dropout, images, scratch)
 
 
@@ -111,7 +130,7 @@ def timed(config, job, functions, **options):
 
 
 def rows_of(what, unit, seconds, per_call, flops=None):
-    """A row for each contestant: items a second, beside this project's. per_call: items a call."""
+    """A row for each implementation: items per second, and the ratio. per_call: items per call."""
     rows = []
     ours = spread(seconds[Ours.name])["median"] / per_call[Ours.name] if Ours.name in seconds else None
     for name, values in seconds.items():
@@ -130,15 +149,15 @@ def rows_of(what, unit, seconds, per_call, flops=None):
     return rows
 
 
-def train_section(config, job, contestants):
-    """Images a second of a whole training step: data, network, optimizer, average.
+def train_section(config, job, implementations):
+    """Images per second of a whole training step: data, network, optimizer, EMA.
 
-    And FLOP/s beside the machine's peaks.
+    And FLOP/s compared with the machine's peaks.
     """
-    seconds = timed(config, job, {name: one.train_step for name, one in contestants.items()})
-    flops = {name: count_flops(one.train_step) for name, one in contestants.items()}
+    seconds = timed(config, job, {name: one.train_step for name, one in implementations.items()})
+    flops = {name: count_flops(one.train_step) for name, one in implementations.items()}
     rows = rows_of("training step", "images/s", seconds, dict.fromkeys(seconds, config.batch_size), flops)
-    used = {name: one.precision for name, one in contestants.items()}
+    used = {name: one.precision for name, one in implementations.items()}
     peaks = [peak for precision in dict.fromkeys(used.values()) for peak in measure_peaks(config, job, precision)]
     for row in rows:
         same = [peak for peak in peaks if peak["precision"] == used[row["who"]]]
@@ -179,32 +198,32 @@ def measure_peaks(config, job, precision):
     ]
 
 
-def denoise_section(config, job, contestants):
-    """One reverse step of ddpm for a batch, with the averaged weights where there are any."""
-    seconds = timed(config, job, {name: one.denoise_step for name, one in contestants.items()})
+def denoise_section(config, job, implementations):
+    """One reverse step of ddpm for a batch, with the EMA where there is one."""
+    seconds = timed(config, job, {name: one.denoise_step for name, one in implementations.items()})
     return rows_of("denoising step", "images/s", seconds, dict.fromkeys(seconds, config.batch_size))
 
 
-def sample_section(config, job, contestants):
-    """25 images: ours in 25 network calls, the others a stated share of 1000, scaled up."""
-    shares = {}
+def sample_section(config, job, implementations):
+    """25 images: ours in 25 network calls, the others a stated fraction of 1000, scaled up."""
+    fractions = {}
 
-    def drawing(name):
-        def draw():
-            shares[name] = contestants[name].draw(25)
+    def sampling(name):
+        def sample():
+            fractions[name] = implementations[name].sample(25)
 
-        return draw
+        return sample
 
     rounds = replace(config, rounds=max(2, config.rounds // 2))
-    seconds = timed(rounds, job, {name: drawing(name) for name in contestants}, warm_up=1)
-    rows = rows_of("25 pictures", "pictures/s", seconds, {name: 25 * share for name, share in shares.items()})
+    seconds = timed(rounds, job, {name: sampling(name) for name in implementations}, warm_up=1)
+    rows = rows_of("25 images", "images/s", seconds, {name: 25 * done for name, done in fractions.items()})
     for row in rows:
-        share = shares[row["who"]]
-        row["note"] = "whole" if share == 1 else f"measured {share:.1%} of its 1000 steps, scaled up"
+        done = fractions[row["who"]]
+        row["note"] = "whole" if done == 1 else f"measured {done:.1%} of its 1000 steps, scaled up"
     return rows
 
 
-def data_section(config, job, contestants):
+def data_section(config, job, implementations):
     """Batches on the device: ours from its cache, the others' from files as in their loops."""
     count = 20
 
@@ -215,9 +234,9 @@ def data_section(config, job, contestants):
 
         return load
 
-    seconds = timed(config, job, {name: loading(one) for name, one in contestants.items()})
+    seconds = timed(config, job, {name: loading(one) for name, one in implementations.items()})
     rows = rows_of("batches on the device", "images/s", seconds, dict.fromkeys(seconds, count * config.batch_size))
-    ours = contestants[Ours.name].parts.dataset
+    ours = implementations[Ours.name].context.dataset
 
     def gather():
         for _ in ours.batches(epoch_batches(len(ours), 64, seed=0, epoch=0)):
@@ -228,14 +247,14 @@ def data_section(config, job, contestants):
     return rows + rows_of("batches of 64 from the cache, host only", "images/s", alone, {Ours.name: whole})
 
 
-def cache_section(config, job, contestants):
+def cache_section(config, job, implementations):
     """The uint8 cache of 640x480 JPEGs on all cores, and a plain Pillow loop on one core."""
     folder = job.scratch / "jpegs"
     folder.mkdir()
     coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
     photo = coarse.resize((640, 480), Image.Resampling.BICUBIC)
-    for number in range(config.num_jpegs):
-        photo.rotate(number % 7).save(folder / f"{number:05d}.jpg", quality=90)
+    for index in range(config.num_jpegs):
+        photo.rotate(index % 7).save(folder / f"{index:05d}.jpg", quality=90)
     paths = find_images(folder)
     annotation = job.scratch / "jpegs.txt"
     write_annotation(annotation, paths)
@@ -246,8 +265,8 @@ def cache_section(config, job, contestants):
 
     def pillow():
         for path in paths:
-            picture = Image.open(path).convert("RGB").crop((80, 0, 560, 480))
-            np.asarray(picture.resize((config.size, config.size), Image.Resampling.BICUBIC))
+            image = Image.open(path).convert("RGB").crop((80, 0, 560, 480))
+            np.asarray(image.resize((config.size, config.size), Image.Resampling.BICUBIC))
 
     seconds = interleave(
         {Ours.name: ours, "a plain Pillow loop": pillow}, max(3, config.rounds // 2), warm_up=1, clock=config.clock
@@ -268,10 +287,10 @@ runpy.run_path("predict.py", run_name="__main__")
 """
 
 
-def start_section(config, job, contestants):
+def start_section(config, job, implementations):
     """Wall time from `python predict.py` to its first network call, and of importing PyTorch."""
-    weights, out = job.scratch / "weights.pth", str(job.scratch / "pictures")
-    torch.save(contestants[Ours.name].diffusion.state_dict(), weights)
+    weights, out = job.scratch / "weights.pth", str(job.scratch / "images")
+    torch.save(implementations[Ours.name].diffusion.state_dict(), weights)
     options = [
         "--model_path",
         str(weights),
@@ -311,10 +330,10 @@ def run_alone(command):
     return done.stdout
 
 
-def memory_section(config, job, contestants):
-    """Peak memory of training, each contestant in its own process: the GPU's, or the process's."""
+def memory_section(config, job, implementations):
+    """Peak memory of training, each in its own process: the GPU's, or the process's."""
     rows = []
-    for name in contestants:
+    for name in implementations:
         command = [
             sys.executable,
             "-m",
@@ -351,7 +370,7 @@ def memory_section(config, job, contestants):
 def measure_memory(config, device):
     """Peak memory of three training steps."""
     with TemporaryDirectory() as scratch, quiet():
-        one = CONTESTANTS[config.memory_of](make_job(config, device, Path(scratch)))
+        one = IMPLEMENTATIONS[config.memory_of](make_job(config, device, Path(scratch)))
         for _ in range(3):
             one.train_step()
     return {"rate": peak_memory(device)}
@@ -368,7 +387,7 @@ SECTIONS = {
 }
 
 
-SHOWN = ("training step", "denoising step", "25 pictures")  # the rows of the plot, as multiples of diffusers
+SHOWN = ("training step", "denoising step", "25 images")  # the rows of the plot, as multiples of diffusers
 
 
 def plot(report, path):

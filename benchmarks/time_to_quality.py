@@ -2,29 +2,28 @@
 
     python -m benchmarks.time_to_quality
 
-Every contestant trains in its own loop on the same images, and is told how many steps fit into the
+Every method trains in its own loop on the same images, and is told how many steps fit into the
 minutes. At each mark the same solver samples with its EMA, and the Frechet distance to the real
 images is written down, in the features of a classifier of the same data. The clock counts training
-alone. A mark is stored as soon as it is measured; the same command goes on from there. Table, JSON
+alone. A mark is stored as soon as it is measured; the same command resumes there. Table, JSON
 and curves go to benchmarks/results/.
 """
 
 import json
-import typing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from utils.config import check_values, parse_config, parse_value, settings
 
 import train
-from benchmarks.contestants import Diffusers, Job, Lucidrains, forever
-from benchmarks.runs import DATA, RESULTS, WORK, list_pictures, write_json
-from benchmarks.timing import CLOCKS, machine, markdown, quiet
+from benchmarks.baselines import Diffusers, Job, Lucidrains, forever, prepare_training
+from benchmarks.runs import DATA, RESULTS, WORK, list_images, write_json
+from benchmarks.timing import CLOCKS, machine, markdown, read_names
 from nets import samplers
+from nets.errors import check_choice
+from nets.sampling import SamplingOptions, make_denoiser, sampling_schedule
 from utils.data.dataset import epoch_batches, open_dataset
 from utils.data.image_format import ImageFormat
 from utils.device import autocast, choose_device, choose_precision
@@ -34,31 +33,51 @@ from utils.evaluate.features import FeatureCache, load_extractor
 from utils.files import atomic_write
 from utils.images import save_png, to_uint8
 from utils.sampling.batches import last_images
+from utils.settings import SEVERAL, choice, fitted, number, parse, read_literal, settings, text, whole
 from utils.training.optimizer import learning_rate
+from utils.training.run_settings import RUN_SETTINGS
 
 SAMPLER, STEPS = "sde-dpm++", 25
+MARKS = (0.5, 1.0, 2.0, 3.0, 5.0, 10.0)
 MEASURED_STEPS = 12  # after two of warm-up, for the number of steps that fit into the minutes
 
 
+# fmt: off
 @settings
 class Config:
-    data: str = "fashion_mnist"  # fashion_mnist or emoji
-    # names with commas between; "": all, and ours with the article's settings and each preset
-    contestants: str = ""
-    extra: str = ""  # further settings of ours: name=setting:value;setting:value|name=...
-    minutes: float = 10.0  # of training, each
-    marks: tuple[float, ...] = (0.5, 1, 2, 3, 5, 10)  # minutes at which the distance is measured
-    size: int = 0  # height and width; 0: 16 for fashion_mnist, 32 for emoji, 32 on a GPU
-    # width of the first level, of those that no preset decides; 0: 128 on a GPU, 32 elsewhere
-    channel: int = 0
-    batch_size: int = 64  # likewise
-    samples: int = 0  # for each distance; 0: 10,000 on a GPU, 1,000 elsewhere
-    seed: int = 0  # of our trainings, and of the samples
-    # cpu: this process's own time, with one thread undisturbed by other programs
-    clock: Literal["wall", "cpu"] = "wall"
-    data_root: str = ""  # a torchvision root with FashionMNIST/raw; "": fetched
-    device: str = "auto"  # auto, cuda or cpu
-    name: str = ""  # of the files in benchmarks/results; "": the device's
+    data: str = "fashion_mnist"       # dataset
+    methods: str = ""                 # what is trained, with commas between; "": baselines, article, each preset
+    extra: str = ""                   # further settings of ours: name=setting:value;setting:value|name=...
+    minutes: float = 10.0             # of training, each
+    marks: tuple[float, ...] = MARKS  # minutes at which the distance is measured
+    size: int = 0                     # height and width; 0: 16 for fashion_mnist, 32 for emoji, 32 on a GPU
+    channel: int = 0                  # width unless a preset decides it; 0: 128 on a GPU, 32 elsewhere
+    batch_size: int = 64              # unless a preset decides it
+    samples: int = 0                  # for each distance; 0: 10,000 on a GPU, 1,000 elsewhere
+    seed: int = 0                     # of our trainings, and of the samples
+    clock: str = "wall"               # cpu: this process's own time, for a busy machine; with one thread
+    data_root: str = ""               # a torchvision root with FashionMNIST/raw; "": fetched
+    device: str = "auto"              # auto, cuda or cpu
+    name: str = ""                    # of the files in benchmarks/results; "": the device's
+# fmt: on
+
+
+SETTINGS = {
+    "data": choice(DATA),
+    "methods": text(),
+    "extra": text(),
+    "minutes": number(0.01),
+    "marks": number(0.01, count=SEVERAL),
+    "size": whole(0, 2**14),
+    "channel": whole(0, 2**16),
+    "batch_size": whole(1),
+    "samples": whole(2, 10**7, 0),
+    "seed": whole(0, 10**9),
+    "clock": choice(CLOCKS),
+    "data_root": text(),
+    "device": text(),
+    "name": text(),
+}
 
 
 class OurRun:
@@ -74,22 +93,19 @@ class OurRun:
         config = train.Config(
             annotation_path=str(annotation), device=job.device.type, seed=seed, **{**shared, **overrides}
         )
-        with quiet():
-            self.config, device = train.resolve(config)
-            self.parts = train.prepare(self.config, device)
-        train.compile_network(self.config, self.parts.diffusion)
-        self.diffusion, self.step = self.parts.diffusion, 0
+        self.config, self.context = prepare_training(config)
+        self.diffusion, self.step = self.context.diffusion, 0
         self.batches = forever(self.epoch)
 
     def epoch(self):
         """An epoch from where the step is."""
-        per_epoch = len(self.parts.dataset) // self.parts.batch_size
+        per_epoch = len(self.context.dataset) // self.context.batch_size
         epoch, done = divmod(self.step, per_epoch)
         batches = epoch_batches(
-            len(self.parts.dataset), self.parts.batch_size, self.config.seed, epoch, done * self.parts.batch_size
+            len(self.context.dataset), self.context.batch_size, self.config.seed, epoch, done * self.context.batch_size
         )
-        for position, (images, labels) in enumerate(self.parts.dataset.batches(batches), done):
-            yield epoch, position * self.parts.batch_size, images, labels
+        for position, (images, labels) in enumerate(self.context.dataset.batches(batches), done):
+            yield epoch, position * self.context.batch_size, images, labels
 
     def told(self, total_steps):
         self.total_steps = total_steps
@@ -99,37 +115,37 @@ class OurRun:
         epoch, consumed, images, labels = next(self.batches)
         total = getattr(self, "total_steps", 10_000)
         lr = learning_rate(self.step, total, config.init_lr, config.min_lr, config.warmup, config.lr_decay_type)
-        train.train_step(config, self.parts, images, labels, epoch, consumed, lr)
+        train.train_step(config, self.context, images, labels, epoch, consumed, lr)
         self.step += 1
 
     def denoiser(self, numbers):
         """(denoise, alpha_bars): the EMA, with the classes in turn where it has them."""
-        labels = self.parts.dataset.labels
-        y = labels[numbers % len(labels)].to(self.parts.device) if self.diffusion.num_classes is not None else None
-        return self.diffusion.denoiser(y), self.diffusion.alpha_bars
+        labels = self.context.dataset.labels
+        y = labels[numbers % len(labels)].to(self.context.device) if self.diffusion.num_classes is not None else None
+        return make_denoiser(self.diffusion, y, SamplingOptions()), self.diffusion.alpha_bars
 
     def state(self):
         diffusion = self.diffusion
         return {
             "weights": diffusion.state_dict(),
             "ema_step": diffusion.ema_step,
-            "optimizer": self.parts.optimizer.state_dict(),
+            "optimizer": self.context.optimizer.state_dict(),
         }
 
     def restore(self, state, step):
         self.diffusion.load_state_dict(state["weights"])
         self.diffusion.ema_step, self.step = state["ema_step"], step
-        self.parts.optimizer.load_state_dict(state["optimizer"])
+        self.context.optimizer.load_state_dict(state["optimizer"])
         self.batches = forever(self.epoch)
 
 
 class InOurPrecision:
-    """A contestant that trains in bf16 where ours does."""
+    """A baseline that trains in bf16 where ours does."""
 
     def __init__(self, job):
         from accelerate.state import AcceleratorState
 
-        AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first contestant's precision
+        AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first baseline's precision
         self.cpu_precision = choose_precision("auto", job.device)
         super().__init__(job)
 
@@ -166,8 +182,7 @@ class DiffusersRun(InOurPrecision, Diffusers):
         self.network.train(not on)
 
     def state(self):
-        parts = (self.network, self.ema, self.optimizer, self.rate)
-        return [part.state_dict() for part in parts]
+        return [part.state_dict() for part in (self.network, self.ema, self.optimizer, self.rate)]
 
     def restore(self, state, step):
         for part, saved in zip((self.network, self.ema, self.optimizer, self.rate), state):
@@ -207,11 +222,10 @@ class LucidrainsRun(InOurPrecision, Lucidrains):
 PEERS = {"diffusers": DiffusersRun, "denoising-diffusion-pytorch": LucidrainsRun}
 
 
-def main():
-    config = parse_config(Config, __doc__)
-    check_values(
-        config, minutes=(0.01, None), size=(0, None), channel=(0, None), batch_size=(1, None), samples=(0, None)
-    )
+def main(arguments=None):
+    config = parse(Config, SETTINGS, __doc__, arguments)
+    known = [*PEERS, *ours(config)]
+    names = read_names("methods", config.methods, known) if config.methods else known
     device = choose_device(config.device)
     gpu = device.type == "cuda"
     config = replace(
@@ -225,21 +239,30 @@ def main():
     path = RESULTS / f"time_to_quality_{config.name}_{config.data}"
     report = opened(path.with_suffix(".json"), config)
     report["machine"] = machine(device, choose_precision("auto", device), config.clock)
-    judge = Judge(config, device)
-    for name in config.contestants.split(",") if config.contestants else [*PEERS, *ours(config)]:
-        measure(config, device, judge, name, report, path)
+    evaluator = Evaluator(config, device)
+    for name in names:
+        measure(config, device, evaluator, name, report, path)
     print("\n" + as_text(report))
 
 
 def ours(config):
     """{name: settings of ours}: the article's, each preset's, and the extra ones."""
     found = {"article": {}, **{name: values for name, values in train.PRESETS.items() if name}}
-    hints = typing.get_type_hints(train.Config)
     for entry in filter(None, config.extra.split("|")):
         name, _, pairs = entry.partition("=")
-        words = [pair.partition(":") for pair in pairs.split(";") if pair]
-        found[name] = {setting: parse_value(setting, text, hints[setting]) for setting, _, text in words}
+        found[name] = read_settings(pairs)
     return found
+
+
+def read_settings(pairs, declared=RUN_SETTINGS):
+    """{name: value} of `setting:value;setting:value`. UserError for an unknown setting or value."""
+    words = [pair.partition(":") for pair in pairs.split(";") if pair]
+    for setting, _, _ in words:
+        check_choice("setting", setting, declared)
+    return {
+        setting: fitted(f"--{setting} {value}", read_literal(value), declared[setting], value)
+        for setting, _, value in words
+    }
 
 
 def opened(path, config):
@@ -247,7 +270,7 @@ def opened(path, config):
     about = {
         name: value
         for name, value in asdict(config).items()
-        if name not in ("contestants", "extra", "data_root", "name", "device")
+        if name not in ("methods", "extra", "data_root", "name", "device")
     }
     about["marks"] = list(config.marks)
     if path.is_file():
@@ -255,15 +278,15 @@ def opened(path, config):
         if report["settings"] == about:
             return report
         print(f"{path} is of other settings: it is replaced")
-    return {"settings": about, "contestants": {}}
+    return {"settings": about, "methods": {}}
 
 
-class Judge:
+class Evaluator:
     """The real images, and the features that samples are compared in."""
 
     def __init__(self, config, device):
         self.config, self.device, self.channels = config, device, DATA[config.data]
-        self.annotation = list_pictures(config.data, WORK, config.data_root)
+        self.annotation = list_images(config.data, WORK, config.data_root)
         self.dataset = open_dataset(self.annotation, ImageFormat((config.size, config.size), self.channels))
         cache = FeatureCache("", self.annotation)
         self.extractor = load_extractor("classifier", self.dataset, cache, device)
@@ -281,30 +304,35 @@ class Judge:
         for first in range(0, self.config.samples, size):
             numbers = torch.arange(first, first + size)
             denoise, alpha_bars = run.denoiser(numbers)
-            chosen = samplers.timesteps(alpha_bars, STEPS, samplers.DEFAULT_SPACING[SAMPLER])
             noise = samplers.seeded_noise((self.config.seed + numbers).tolist(), shape, self.device)
             with torch.no_grad():
-                plan = samplers.solver_steps(alpha_bars, chosen)
-                x = last_images(samplers.SAMPLERS[SAMPLER](denoise, next(noise), plan, noise))
+                schedule = sampling_schedule(alpha_bars, SAMPLER, STEPS)
+                x = last_images(samplers.SAMPLERS[SAMPLER](denoise, next(noise), schedule, noise))
             statistics.add(self.extractor(torch.from_numpy(to_uint8(x))))
         return frechet_distance(statistics, self.real)
 
 
-def measure(config, device, judge, name, report, path):
-    """Trains a contestant from mark to mark, and stores each."""
+def measure(config, device, evaluator, name, report, path):
+    """Trains a method from mark to mark, and stores each."""
     identity = (config.data, config.size, config.channel, config.batch_size, config.minutes, config.seed)
     folder = WORK / "time_to_quality" / "_".join(map(str, identity))
     folder.mkdir(parents=True, exist_ok=True)
-    job = Job(device, config.channel, config.size, config.batch_size, 0.1, judge.folder, folder, judge.channels)
-    known = ours(config)
-    run = PEERS[name](job) if name in PEERS else OurRun(job, judge.annotation, judge.channels, config.seed, known[name])
+    job = Job(device, config.channel, config.size, config.batch_size, 0.1, evaluator.folder, folder, evaluator.channels)
+    settings = None if name in PEERS else ours(config)[name]
+
+    def start():
+        if name in PEERS:
+            return PEERS[name](job)
+        return OurRun(job, evaluator.annotation, evaluator.channels, config.seed, settings)
+
+    run = start()
     about = {
-        "settings": None if name in PEERS else json.loads(json.dumps(known[name])),  # as the file has them
+        "settings": json.loads(json.dumps(settings)),  # as the file has them
         "precision": choose_precision("auto", device),
     }
-    entry = report["contestants"].get(name, {})
+    entry = report["methods"].get(name, {})
     if {key: entry.get(key) for key in about} != about:  # a preset that changed, or another machine
-        entry = report["contestants"][name] = {**about, "marks": []}
+        entry = report["methods"][name] = {**about, "marks": []}
     state = folder / f"{name}.pth"
     if entry["marks"]:
         run.told(entry["total_steps"])
@@ -312,11 +340,7 @@ def measure(config, device, judge, name, report, path):
     else:
         entry["total_steps"], entry["steps_a_minute"] = plan(config, run)
         del run
-        run = (
-            PEERS[name](job)
-            if name in PEERS
-            else OurRun(job, judge.annotation, judge.channels, config.seed, known[name])
-        )
+        run = start()
         run.told(entry["total_steps"])
     clock = CLOCKS[config.clock]
     for mark in config.marks[len(entry["marks"]) :]:
@@ -326,20 +350,20 @@ def measure(config, device, judge, name, report, path):
         for _ in tqdm(range(before["steps"], steps), f"{name} to {mark:g} min", leave=False, mininterval=10):
             run.train_step()
         minutes = before["minutes"] + (clock() - began) / 60
-        distance = sampled(judge, run)
+        distance = sampled(evaluator, run)
         entry["marks"].append({"mark": mark, "steps": steps, "minutes": minutes, "distance": distance})
         torch.save(run.state(), state)
         store(report, path)
         print(f"{name}: {mark:g} minutes, {steps} steps, distance {distance:.2f}", flush=True)
 
 
-def sampled(judge, run):
+def sampled(evaluator, run):
     """The distance, with the peers' EMA in the place of the weights meanwhile."""
-    precision = choose_precision("auto", judge.device)
+    precision = choose_precision("auto", evaluator.device)
     switch = getattr(run, "sampling", lambda on: None)
     switch(True)
-    with autocast(judge.device, precision if isinstance(run, OurRun) else "fp32"):
-        distance = judge.distance(run)
+    with autocast(evaluator.device, precision if isinstance(run, OurRun) else "fp32"):
+        distance = evaluator.distance(run)
     switch(False)
     return distance
 
@@ -365,10 +389,10 @@ def store(report, path):
 
 
 def as_text(report):
-    """The table: a row a contestant, a column a mark."""
+    """The table: a row per method, a column per mark."""
     marks, about = report["settings"]["marks"], report["machine"]
     rows = []
-    for name, entry in report["contestants"].items():
+    for name, entry in report["methods"].items():
         found = {mark["mark"]: mark["distance"] for mark in entry["marks"]}
         rows.append(
             (name, f"{entry['total_steps']:,}", *(f"{found[mark]:.2f}" if mark in found else "" for mark in marks))
@@ -394,7 +418,7 @@ def plot(report, path):
     figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, entry in report["contestants"].items():
+    for name, entry in report["methods"].items():
         axes.plot(
             [mark["minutes"] for mark in entry["marks"]],
             [mark["distance"] for mark in entry["marks"]],

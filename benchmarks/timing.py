@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from utils.errors import UserError
 from utils.files import atomic_write
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -103,10 +104,13 @@ def markdown(columns, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def check_sections(chosen, known):
-    unknown = [name for name in chosen if name not in known]
+def read_names(option, text, known):
+    """The names in a text with commas. UserError for one that is not known."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"unknown sections {', '.join(unknown)}; known: {', '.join(known)}")
+        raise UserError(f"--{option}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+    return names
 
 
 def with_rows(report, rows, sections, path):

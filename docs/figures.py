@@ -1,10 +1,9 @@
-"""Draws the figures of docs/how_it_works.md again, most from the weights in the box.
+"""Makes the figures of docs/how_it_works.md, most with the bundled checkpoint.
 
-python -m docs.figures [NAME ...]     all of them, or those named
+python -m docs.figures --names loss,ema
 """
 
 import io
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,15 +17,16 @@ from nets import SCHEDULES, build
 from nets.samplers import SAMPLERS, seeded_noise
 from nets.sampling import sampling_schedule
 from nets.schedules import make_betas
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint.file import load_checkpoint
 from utils.data.dataset import normalize
 from utils.data.image_format import ImageFormat
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.evaluate.distances import nearest as nearest_features
 from utils.evaluate.image_sets import open_images
 from utils.files import atomic_write
 from utils.images import to_uint8
 from utils.sampling.batches import last_images
+from utils.settings import parse, settings, text
 
 PROJECT = Path(__file__).resolve().parent.parent
 FOLDER, WEIGHTS, IMAGES = PROJECT / "docs" / "figures", PROJECT / "logs" / "emoji.pth", PROJECT / "datasets/noto_emoji"
@@ -34,7 +34,7 @@ CPU, SIZE = torch.device("cpu"), (32, 32)
 
 
 def load():
-    """(GaussianDiffusion, class names) of the weights in the box."""
+    """(GaussianDiffusion, class names) of the bundled checkpoint."""
     return build.from_checkpoint(load_checkpoint(WEIGHTS))
 
 
@@ -49,7 +49,7 @@ def noise_like(x, seed=0):
 
 
 def save(name, figure):
-    """The figure as a PNG of 64 colours, which is small."""
+    """The figure as a PNG of 64 colors, which is small."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     with atomic_write(FOLDER / f"{name}.png") as file:
@@ -105,7 +105,7 @@ def schedules():
 
 
 def answers():
-    """What the network sees and answers: x_t, its eps, its x_0."""
+    """What the network gets and predicts: x_t, eps, x_0."""
     diffusion, classes = load()
     x, t = normalize(real_images(1), CPU), (100, 500, 900)
     rows = [[], [], []]
@@ -119,13 +119,13 @@ def answers():
 
 
 def film():
-    """The way back: x_t and the x_0 predicted from it, at every third of 25 steps."""
+    """The reverse process: x_t and the x_0 predicted from it, at every third of 25 steps."""
     diffusion, classes = load()
-    y, plan = torch.tensor([classes.index("faces")]), sampling_schedule(diffusion.alpha_bars, "sde-dpm++", 25)
+    y, schedule = torch.tensor([classes.index("faces")]), sampling_schedule(diffusion.alpha_bars, "sde-dpm++", 25)
     after, x_0 = zip(*diffusion.sample_steps(1, CPU, y, sampler="sde-dpm++", seeds=[3], guidance_scale=2))
     before = (next(seeded_noise([3], (3, *SIZE), CPU)), *after)
     rows = [torch.cat(images[:25:3]) for images in (before, x_0)]
-    panels("film", rows, ["x_t", "x_0"], [f"t = {step.t}" for step in plan[::3]])
+    panels("film", rows, ["x_t", "x_0"], [f"t = {step.t}" for step in schedule[::3]])
 
 
 def posterior():
@@ -199,20 +199,17 @@ def ema(steps=240):
 def clipping():
     """The same seeds with an eps in bf16, as mixed precision gives it: x_0 clipped, and not."""
     diffusion, classes = load()
-    rows, answer = [], diffusion.denoiser(torch.arange(7), clip=False)
+    rows, predict_x_0 = [], diffusion.denoiser(torch.arange(7), clip=False)
+    schedule = sampling_schedule(diffusion.alpha_bars, "ddim", 50)
     for most in (1.0, float("inf")):
 
         def denoise(x, t, most=most):
             a, s = diffusion.alpha_bars[t] ** 0.5, (1 - diffusion.alpha_bars[t]) ** 0.5
-            eps = ((x - a * answer(x, t)) / s).bfloat16().float()
+            eps = ((x - a * predict_x_0(x, t)) / s).bfloat16().float()
             return ((x - s * eps) / a).clamp(-most, most)
 
         noise = seeded_noise(range(7), (3, *SIZE), CPU)
-        rows.append(
-            last_images(
-                SAMPLERS["ddim"](denoise, next(noise), sampling_schedule(diffusion.alpha_bars, "ddim", 50), noise)
-            )
-        )
+        rows.append(last_images(SAMPLERS["ddim"](denoise, next(noise), schedule, noise)))
     panels("clipping", rows, ["clipped", "unclipped"], classes)
 
 
@@ -253,11 +250,20 @@ FIGURES = {
 }
 
 
-def main():
-    unknown = [name for name in sys.argv[1:] if name not in FIGURES]
+@settings
+class Config:
+    names: str = ",".join(FIGURES)  # the figures to make, with commas between
+
+
+SETTINGS = {"names": text()}
+
+
+def main(arguments=None):
+    names = parse(Config, SETTINGS, __doc__, arguments).names.split(",")
+    unknown = [name for name in names if name not in FIGURES]
     if unknown:
-        raise ValueError(f"unknown figure {', '.join(unknown)}; known: {', '.join(FIGURES)}")
-    for name in sys.argv[1:] or FIGURES:
+        raise UserError(f"--names: unknown {', '.join(unknown)}; known: {', '.join(FIGURES)}")
+    for name in names:
         FIGURES[name]()
 
 

@@ -1,10 +1,11 @@
-"""The example of docs/training.md: forty pictures, a few minutes from the weights in the box.
+"""The example of docs/training.md: fine-tunes the bundled checkpoint on forty images, in minutes.
 
-python -m docs.fine_tuning FOLDER     draws the pictures there (CC0), trains, and draws the figure
+    python -m docs.fine_tuning --folder results/fine_tuning
+
+It draws the images there (CC0), trains, samples, and makes the figure.
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -17,15 +18,16 @@ import train
 import txt_annotation
 from docs.figures import WEIGHTS, panels
 from utils.errors import run_script
+from utils.settings import parse, settings, text
 
 COUNT, SIZE, SCALE = 40, 32, 8
 
 
 def house(draw, random):
-    """A house: a wall, a roof, a door and a window, in random colours and sizes."""
-    colour = lambda: tuple(int(value) for value in random.integers(40, 230, 3))  # noqa: E731
+    """A house: a wall, a roof, a door and a window, in random colors and sizes."""
+    color = lambda: tuple(int(value) for value in random.integers(40, 230, 3))  # noqa: E731
     left, right, top = (int(random.integers(low, low + 5)) for low in (3, 24, 12))
-    wall, roof, door = colour(), colour(), colour()
+    wall, roof, door = color(), color(), color()
     draw.rectangle([left * SCALE, top * SCALE, right * SCALE, 29 * SCALE], fill=wall)
     middle = (left + right) / 2 + random.uniform(-2, 2)
     corners = ((left - 2, top), (right + 2, top), (middle, 3))
@@ -36,8 +38,8 @@ def house(draw, random):
     draw.rectangle([window * SCALE, (top + 2) * SCALE, (window + 4) * SCALE, (top + 6) * SCALE], fill=(190, 225, 250))
 
 
-def draw_pictures(folder):
-    """COUNT pictures of houses on white."""
+def draw_images(folder):
+    """COUNT images of houses on white."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for number in range(COUNT):
@@ -52,33 +54,27 @@ def pixels(paths):
     return torch.from_numpy(stacked).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def main():
-    if len(sys.argv) != 2:
-        raise ValueError("usage: python -m docs.fine_tuning FOLDER")
-    folder = Path(sys.argv[1])
-    draw_pictures(folder / "datasets")
+@settings
+class Config:
+    folder: str = "results/fine_tuning"  # where the images and the run are written
+
+
+SETTINGS = {"folder": text()}
+
+
+def main(arguments=None):
+    folder = Path(parse(Config, SETTINGS, __doc__, arguments).folder)
+    draw_images(folder / "datasets")
     os.chdir(folder)
     txt_annotation.main([])
     began = time.monotonic()
-    train.main(
-        [
-            "--start_from",
-            str(WEIGHTS),
-            "--preset",
-            "quick",
-            "--batch_size",
-            "8",
-            "--epochs",
-            "100",
-            "--preview_period",
-            "0",
-        ]
-    )
+    options = {"start_from": WEIGHTS, "preset": "quick", "batch_size": 8, "epochs": 100, "preview_period": 0}
+    train.main([f"--{name}={value}" for name, value in options.items()])
     print(f"{time.monotonic() - began:.0f} seconds of training")
     predict.main(["--seed", "1", "--num_images", "8", "--individual_files", "True"])
-    drawn = sorted(Path("results/predict_out").glob("seed_*.png"))
-    rows = [pixels(sorted(Path("datasets").glob("*.png"))[:8]), pixels(drawn)]
-    panels("fine_tuning", rows, ["given", "drawn"], [""] * 8)
+    samples = sorted(Path("results/predict_out").glob("seed_*.png"))
+    rows = [pixels(sorted(Path("datasets").glob("*.png"))[:8]), pixels(samples)]
+    panels("fine_tuning", rows, ["given", "sampled"], [""] * 8)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from benchmarks import denoisers, quality, recipes, runs, solvers
 from benchmarks.solvers import Cell
 from nets import build
 from nets.samplers import half_log_snr
-from utils.checkpoint.integrity import save_tensors
+from utils.checkpoint.file import Checkpoint, save_checkpoint
 from utils.data.annotation import read_annotation
 from utils.evaluate.classifier import FeatureNet, save_feature_net
 
@@ -37,7 +38,7 @@ def a_report(distances, T=T):
             "seed": seed,
             "distance": distance,
             "made": solvers.calls_of(solver, steps),
-            "seconds_a_picture": 0.1,
+            "seconds_per_image": 0.1,
             "network_share": 0.97,
         }
         for (solver, spacing, steps), values in distances.items()
@@ -147,7 +148,7 @@ def test_an_interrupted_table_goes_on_and_measures_no_cell_twice(tmp_path):
             measured.append(None)
             raise KeyboardInterrupt
         measured.append(cell)
-        return {"distance": 1.0 + cell.steps, "seconds_a_picture": 0.1, "network_share": 0.97}
+        return {"distance": 1.0 + cell.steps, "seconds_per_image": 0.1, "network_share": 0.97}
 
     with pytest.raises(KeyboardInterrupt):
         solvers.fill(empty, path, wanted, measure)
@@ -220,11 +221,11 @@ def test_quality_replaces_a_report_of_other_settings_and_adds_to_one_of_the_same
 def test_archives_that_were_compressed_anew_are_taken_from_a_root_and_the_root_stays_as_it_is(tmp_path):
     raw = tmp_path / "root" / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-    (raw / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"pictures", mtime=7))
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"images", mtime=7))
     (raw / "train-labels-idx1-ubyte").write_bytes(b"labels")
     runs.copy_unpacked(tmp_path / "root", tmp_path / "own")
     found = {path.name: path.read_bytes() for path in (tmp_path / "own" / "FashionMNIST" / "raw").iterdir()}
-    assert found == {"train-images-idx3-ubyte": b"pictures", "train-labels-idx1-ubyte": b"labels"}
+    assert found == {"train-images-idx3-ubyte": b"images", "train-labels-idx1-ubyte": b"labels"}
     assert sorted(path.name for path in raw.iterdir()) == ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte"]
     with pytest.raises(ValueError, match="no files in FashionMNIST/raw"):
         runs.copy_unpacked(tmp_path, tmp_path / "own")
@@ -241,15 +242,12 @@ def test_a_cell_is_measured_on_a_checkpoint(workplace):
         "num_groups": 4,
         "num_timesteps": 10,
     }
-    weights = build.from_config(settings).state_dict()
-    save_tensors(
-        "small.pth", {"format": 1, "config": settings, "classes": [], "weights": weights, "weights_kind": "full"}
-    )
+    save_checkpoint(Checkpoint(Path("small.pth"), build.from_config(settings).state_dict(), config=settings))
     save_feature_net("net.pth", FeatureNet(3, 2))
     config = solvers.Config(model_path="small.pth", features="net.pth", samples=6, batch_size=4, compile=False)
     bench = solvers.Bench(config, torch.device("cpu"))
     found = bench.measure(Cell("ddim", "trailing", 5, 5, 0))
-    assert found["distance"] > 0 and found["seconds_a_picture"] > 0 and bench.about()["num_reference"] == 24
+    assert found["distance"] > 0 and found["seconds_per_image"] > 0 and bench.about()["num_reference"] == 24
 
 
 CONDITIONAL = {
@@ -283,7 +281,7 @@ def test_changes_of_the_predicted_image():
 
     def images(t):
         changes = denoisers.denoisers(config, diffusion, guide)
-        return {name: denoiser(y, True, 1.0, True)(x, t) for name, denoiser in changes.items()}
+        return {name: denoiser(y)(x, t) for name, denoiser in changes.items()}
 
     plain, null, away = (
         model.denoiser(labels)(x, t) for model, labels in ((diffusion, y), (diffusion, None), (guide, y))
@@ -314,9 +312,7 @@ def test_changes_of_the_predicted_image_are_measured_on_a_checkpoint(workplace, 
     save_feature_net("net.pth", FeatureNet(3, 2))
     for name in ("model.pth", "weaker.pth"):
         weights = conditional_diffusion(len(name), len(classes)).state_dict()
-        save_tensors(
-            name, {"format": 1, "config": CONDITIONAL, "classes": classes, "weights": weights, "weights_kind": "full"}
-        )
+        save_checkpoint(Checkpoint(Path(name), weights, config=CONDITIONAL, classes=classes))
     options = [
         "--model_path",
         "model.pth",
@@ -348,16 +344,8 @@ def test_changes_of_the_predicted_image_are_measured_on_a_checkpoint(workplace, 
     assert [row[0] for row in rows] == [f"| {name}" for name in names]
     assert all(float(row[1].removesuffix(" |")) >= 0 for row in rows)
     other = {**CONDITIONAL, "num_timesteps": 12}
-    save_tensors(
-        "weaker.pth",
-        {
-            "format": 1,
-            "config": other,
-            "classes": classes,
-            "weights_kind": "full",
-            "weights": build.from_config(other, len(classes)).state_dict(),
-        },
-    )
+    weights = build.from_config(other, len(classes)).state_dict()
+    save_checkpoint(Checkpoint(Path("weaker.pth"), weights, config=other, classes=classes))
     with pytest.raises(ValueError, match="the guiding model has another schedule"):
         denoisers.main(options)
 
@@ -374,8 +362,8 @@ def test_what_a_benchmark_takes_from_a_module_is_there(path):
 
 
 def test_each_variant_of_a_recipe_changes_the_training_and_leaves_nothing_behind(workplace, monkeypatch):
-    monkeypatch.setattr(recipes, "sampled", lambda judge, run: 0.0)
-    judge = types.SimpleNamespace(
+    monkeypatch.setattr(recipes, "sampled", lambda evaluator, run: 0.0)
+    evaluator = types.SimpleNamespace(
         config=recipes.Config(size=16, images=24), annotation="train_lines.txt", channels=3, device=torch.device("cpu")
     )
 
@@ -388,7 +376,7 @@ def test_each_variant_of_a_recipe_changes_the_training_and_leaves_nothing_behind
             "batch_size": 8,
             **settings,
         }
-        steps, _, _, loss, *_ = recipes.measure(judge, variant, images, values)
+        steps, _, _, loss, *_ = recipes.measure(evaluator, variant, images, values)
         return steps, loss
 
     plain, classes = losses(""), losses("", class_conditional=True, horizontal_flip=True)

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch

@@ -5,6 +5,8 @@ import re
 import pytest
 from conftest import PROJECT
 
+from utils.errors import UserError
+
 PATHS = [PROJECT / "docs" / name for name in ("how_it_works.md", "how_it_works.zh-CN.md")]
 # Of the article: what its equations and listings are about. Each has its place in both languages.
 ARTICLE = (
@@ -97,9 +99,7 @@ def test_figures_are_drawn(tmp_path, monkeypatch):
     from docs import figures
 
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
-    monkeypatch.setattr("sys.argv", ["figures", "schedules", "posterior"])
-    figures.main()
+    figures.main(["--names", "schedules,posterior"])
     assert {path.name for path in tmp_path.iterdir()} == {"schedules.png", "posterior.png"}
-    monkeypatch.setattr("sys.argv", ["figures", "nothing"])
-    with pytest.raises(ValueError, match="unknown figure nothing; known: noising, "):
-        figures.main()
+    with pytest.raises(UserError, match="--names: unknown nothing; known: noising, "):
+        figures.main(["--names", "nothing"])

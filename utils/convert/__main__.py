@@ -127,7 +127,9 @@ COMMANDS = {  # name: (the function, what it writes, its arguments)
 
 def main(arguments=None):
     as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.convert", description=__doc__, formatter_class=as_written, allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, text, positional) in COMMANDS.items():
         command = commands.add_parser(name, help=text)

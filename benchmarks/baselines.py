@@ -1,10 +1,10 @@
-"""The implementations that are compared: each trains one step, takes one denoising step and draws
-pictures, on the same images.
+"""This project and the baselines: each trains one step, takes one denoising step and samples, on
+the same images.
 
 All have the same widths, blocks, dropout and batch. Ours takes what train.py would choose for the
 device. diffusers runs the loop of its unconditional training example (AdamW, its EMA, files decoded
 and augmented every epoch, the loss read every step; bf16 as its option on a GPU, float32 on a CPU,
-and bf16 there too as a contestant of its own); denoising-diffusion-pytorch runs its own Trainer, in
+and bf16 there too as a baseline of its own); denoising-diffusion-pytorch runs its own Trainer, in
 float32 on a CPU unless `cpu_precision` says otherwise. A package that is missing is a
 ModuleNotFoundError here.
 """
@@ -37,7 +37,7 @@ class Job:
     size: int
     batch_size: int
     dropout: float
-    images: Path  # folder of pictures of size x size
+    images: Path  # folder of images, size x size each
     scratch: Path
     img_channels: int = 3
 
@@ -45,6 +45,15 @@ class Job:
 def forever(make_iterator):
     while True:
         yield from make_iterator()
+
+
+def prepare_training(asked):
+    """(Config, TrainContext) of train.py's settings, as its `main` makes them."""
+    with quiet():
+        config, device = train.resolve(asked)
+        context = train.prepare(config, device, None, train.saved_settings(asked, config, []))
+    train.compile_network(config, context.diffusion)
+    return config, context
 
 
 class Ours:
@@ -66,17 +75,14 @@ class Ours:
             img_channels=job.img_channels,
             num_groups=32,  # as diffusers has
         )
-        with quiet():
-            self.config, _ = train.resolve(self.config)
-            self.parts = train.prepare(self.config, job.device)
-        self.precision, self.diffusion = self.config.precision, self.parts.diffusion
+        self.config, self.context = prepare_training(self.config)
+        self.precision, self.diffusion = self.config.precision, self.context.diffusion
         self.network = self.diffusion.model
-        train.compile_network(self.config, self.diffusion)
         self.batches, self.step = forever(self.epoch), 0
 
     def epoch(self):
-        batches = epoch_batches(len(self.parts.dataset), self.parts.batch_size, seed=0, epoch=self.step)
-        return self.parts.dataset.batches(batches, pin_memory=self.job.device.type == "cuda")
+        batches = epoch_batches(len(self.context.dataset), self.context.batch_size, seed=0, epoch=self.step)
+        return self.context.dataset.batches(batches, pin_memory=self.job.device.type == "cuda")
 
     def train_step(self):
         """A batch and the step of train.py's loop."""
@@ -84,44 +90,41 @@ class Ours:
         lr = learning_rate(
             self.step, 10_000, self.config.init_lr, self.config.min_lr, self.config.warmup, self.config.lr_decay_type
         )
-        train.train_step(self.config, self.parts, images, labels, 0, self.step * self.parts.batch_size, lr)
-        self.parts.meter.latest()
+        train.train_step(self.config, self.context, images, labels, 0, self.step * self.context.batch_size, lr)
+        self.context.meter.latest()
         self.step += 1
 
     @functools.cached_property
-    def drawing(self):
-        """The diffusion as predict.py draws with it."""
-        drawing = copy.deepcopy(self.diffusion).to(memory_format=memory_format(self.job.device, self.precision))
-        round_weights(drawing.ema_model, self.precision)
+    def sampling(self):
+        """The diffusion as predict.py samples from it."""
+        sampling = copy.deepcopy(self.diffusion).to(memory_format=memory_format(self.job.device, self.precision))
+        round_weights(sampling.ema_model, self.precision)
         if self.config.compile:
-            drawing.ema_model.compile()
-        return drawing
+            sampling.ema_model.compile()
+        return sampling
 
     def denoise_step(self):
         """One step of ddpm, as `sample` takes it."""
         if not hasattr(self, "steps"):
             self.steps = forever(
-                lambda: self.drawing.sample_steps(self.job.batch_size, self.job.device, sampler="ddpm")
+                lambda: self.sampling.sample_steps(self.job.batch_size, self.job.device, sampler="ddpm")
             )
         with autocast(self.job.device, self.precision):
             next(self.steps)
 
-    def draw(self, count):
-        """`count` pictures as predict.py draws them: the whole job.
-
-        Returns the share of it that was done.
-        """
+    def sample(self, count):
+        """`count` images as predict.py samples them. Returns the fraction of the job: all of it."""
         with autocast(self.job.device, self.precision):
-            self.drawing.sample(count, self.job.device, sampler="sde-dpm++", steps=25, seeds=range(count))
+            self.sampling.sample(count, self.job.device, sampler="sde-dpm++", steps=25, seeds=range(count))
         return 1.0
 
     def batch(self):
         images, _ = next(self.batches)
-        return normalize(images, self.job.device, None, self.parts.layout)
+        return normalize(images, self.job.device, None, self.context.layout)
 
 
 class Files(torch.utils.data.Dataset):
-    """The data set of diffusers' example: it opens, augments and normalizes an image per access."""
+    """The dataset of diffusers' example: it opens, augments and normalizes an image per access."""
 
     def __init__(self, folder, size, img_channels):
         from torchvision import transforms
@@ -226,10 +229,10 @@ class Diffusers:
             predicted = self.network(self.x, 500).sample
         self.scheduler.step(predicted, 500, self.x, generator=self.generator)
 
-    def draw(self, count, steps=5):
-        """`count` pictures by DDPMPipeline with `steps` of its 1000 steps, which are all alike.
+    def sample(self, count, steps=5):
+        """`count` images by DDPMPipeline with `steps` of its 1000 steps, which are all alike.
 
-        Returns the share of the job.
+        Returns the fraction of the job.
         """
         from diffusers import DDPMPipeline, DDPMScheduler
 
@@ -293,8 +296,8 @@ class Lucidrains:
             self.diffusion.p_sample(self.x, 500)
 
     @torch.inference_mode()
-    def draw(self, count, steps=5):
-        """`steps` of its 1000 steps for `count` pictures."""
+    def sample(self, count, steps=5):
+        """`steps` of its 1000 steps for `count` images."""
         self.diffusion.eval()
         x = torch.randn(count, 3, self.job.size, self.job.size, device=self.job.device)
         with self.trainer.accelerator.autocast():
@@ -306,13 +309,13 @@ class Lucidrains:
         return next(self.trainer.dl)
 
 
-CONTESTANTS = {kind.name: kind for kind in (Ours, Diffusers, DiffusersHalf, Lucidrains)}
+IMPLEMENTATIONS = {kind.name: kind for kind in (Ours, Diffusers, DiffusersHalf, Lucidrains)}
 
 
 def installed(job):
-    """The contestants that can run here, built; a line for each that cannot."""
+    """The implementations that can run here, built; a line for each that cannot."""
     built = {}
-    for name, kind in CONTESTANTS.items():
+    for name, kind in IMPLEMENTATIONS.items():
         if kind is DiffusersHalf and (job.device.type == "cuda" or choose_precision("auto", job.device) == "fp32"):
             continue  # it would be Diffusers again, or slower
         try:
