@@ -292,6 +292,7 @@ def test_values_that_fit_keep_or_get_their_type():
         (3, choice((3, 1)), 3),
     ):
         assert setting.fit(value) == found and type(setting.fit(value)) is type(found)
+    assert whole(1, 9, None).fit(3) == 3 and whole(1, 9, None).fit("x") is MISFIT
     assert number(0, 1).fit(True) is MISFIT and whole(0, 1).fit(1.0) is MISFIT
 
 

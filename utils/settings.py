@@ -40,9 +40,10 @@ class Setting(NamedTuple):
 
         typed: the text of a command line that `value` was read from.
         """
-        for choice in self.choices:
-            if any(type(choice) is type(found) and choice == found for found in (value, typed)):
-                return choice
+        for found in (value,) if typed is None else (value, typed):
+            for choice in self.choices:
+                if type(choice) is type(found) and choice == found:
+                    return choice
         if self.count is None:
             return self.fit_one(value, typed)
         values = value if isinstance(value, (tuple, list)) else (value,)
