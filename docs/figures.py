@@ -16,7 +16,7 @@ from PIL import Image
 import train
 from nets import SCHEDULES, build
 from nets.samplers import SAMPLERS, seeded_noise
-from nets.sampling import sampling_schedule
+from nets.sampling import SamplingOptions, sampling_schedule
 from nets.schedules import make_betas
 from utils.checkpoint import load_checkpoint
 from utils.data.dataset import normalise
@@ -120,7 +120,10 @@ def answers():
 def film():
     """The way back: x_t and the x_0 predicted from it, at every third of 25 steps."""
     diffusion, classes = load()
-    y, plan = torch.tensor([classes.index("faces")]), sampling_schedule(diffusion.alpha_bars, "sde-dpm++", 25)
+    y, plan = (
+        torch.tensor([classes.index("faces")]),
+        sampling_schedule(diffusion.alpha_bars, SamplingOptions("sde-dpm++", 25)),
+    )
     after, x_0 = zip(*diffusion.sample_steps(1, CPU, y, sampler="sde-dpm++", seeds=[3], guidance_scale=2))
     before = (next(seeded_noise([3], (3, *SIZE), CPU)), *after)
     rows = [torch.cat(images[:25:3]) for images in (before, x_0)]
@@ -209,7 +212,9 @@ def clipping():
         noise = seeded_noise(range(7), (3, *SIZE), CPU)
         rows.append(
             last_images(
-                SAMPLERS["ddim"](denoise, next(noise), sampling_schedule(diffusion.alpha_bars, "ddim", 50), noise)
+                SAMPLERS["ddim"](
+                    denoise, next(noise), sampling_schedule(diffusion.alpha_bars, SamplingOptions("ddim", 50)), noise
+                )
             )
         )
     panels("clipping", rows, ["clipped", "unclipped"], classes)

@@ -17,7 +17,7 @@ import torch
 
 from nets import GaussianDiffusion, build
 from nets.samplers import SAMPLERS, SEEDS, SPACINGS
-from nets.sampling import check_guiding_model, check_interval, interval_predicate, sampling_schedule
+from nets.sampling import SamplingOptions, check_guiding_model, check_interval, interval_predicate, sampling_schedule
 from utils.checkpoint import load_checkpoint
 from utils.checkpoint_contents import weights_digest
 from utils.config import check_values, parse_config, settings
@@ -314,8 +314,8 @@ def labels_like(reference, model, seed):
 def samples_of(config, model, labels, device, precision):
     """The Samples of a model, equal to those of predict.py: sample i has the seed `seed` + i."""
     count = config.num_images or (ENOUGH if config.distances else config.nearest_images if config.nearest else 0)
-    alpha_bars = model.diffusion.alpha_bars
-    schedule = sampling_schedule(alpha_bars, config.sampler, config.steps or None, config.spacing or None)
+    options = SamplingOptions(config.sampler, config.steps or None, config.spacing or None)
+    schedule = sampling_schedule(model.diffusion.alpha_bars, options)
     check_interval(config.guidance_interval, schedule)
     settings = {
         "sampler": config.sampler,
