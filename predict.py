@@ -184,10 +184,11 @@ def resolve(config, given, diffusion, classes):
     sampler = "ddpm" if config.mask else config.sampler
     spacing = config.spacing or DEFAULT_SPACING[sampler]
     strength = config.strength or (0.6 if config.init_image and not config.mask else 1.0)
-    steps = len(sampling_schedule(diffusion.alpha_bars, sampler, config.steps or None, spacing, strength))
+    options = SamplingOptions(sampler, config.steps or None, spacing, strength=strength)
+    steps = len(sampling_schedule(diffusion.alpha_bars, options))
     if config.mask and not config.steps:
         steps = min(steps, MASKED_STEPS)
-    schedule = sampling_schedule(diffusion.alpha_bars, sampler, steps, spacing, strength)
+    schedule = sampling_schedule(diffusion.alpha_bars, options.override(steps=steps))
     check_interval(config.guidance_interval, schedule)
     num_images = config.interpolate or config.num_images
     if grid_rows(config, classes) and "num_images" not in given and num_images == SHOWN:

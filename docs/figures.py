@@ -15,7 +15,7 @@ from PIL import Image
 import train
 from nets import SCHEDULES, build
 from nets.samplers import SAMPLERS, seeded_noise
-from nets.sampling import sampling_schedule
+from nets.sampling import SamplingOptions, sampling_schedule
 from nets.schedules import make_betas
 from utils.checkpoint.file import load_checkpoint
 from utils.data.dataset import normalize
@@ -121,7 +121,8 @@ def answers():
 def film():
     """The reverse process: x_t and the x_0 predicted from it, at every third of 25 steps."""
     diffusion, classes = load()
-    y, schedule = torch.tensor([classes.index("faces")]), sampling_schedule(diffusion.alpha_bars, "sde-dpm++", 25)
+    schedule = sampling_schedule(diffusion.alpha_bars, SamplingOptions("sde-dpm++", 25))
+    y = torch.tensor([classes.index("faces")])
     after, x_0 = zip(*diffusion.sample_steps(1, CPU, y, sampler="sde-dpm++", seeds=[3], guidance_scale=2))
     before = (next(seeded_noise([3], (3, *SIZE), CPU)), *after)
     rows = [torch.cat(images[:25:3]) for images in (before, x_0)]

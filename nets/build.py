@@ -7,18 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-from .architecture import (
-    Weights,
-    arguments_of,
-    check_fit,
-    check_input_shape,
-    check_sizes,
-    class_rows,
-    clean_keys,
-    prefixes,
-    read_architecture,
-    unet_arguments,
-)
+from . import architecture
+from .architecture import Weights, arguments_of, check_sizes, clean_keys, prefixes
 from .diffusion import GaussianDiffusion
 from .errors import SettingError, check_choice
 from .sampling import check_guiding_model
@@ -43,10 +33,10 @@ def from_config(config: Mapping[str, Any], num_classes: int = 0) -> GaussianDiff
     the network has an embedding per class, and label_dropout > 0 adds the null class. ValueError:
     settings that do not fit together.
     """
-    rows, null_class = class_rows(config, num_classes)
-    network = unet_arguments(config, num_classes)
+    rows, null_class = architecture.class_rows(config, num_classes)
+    network = architecture.unet_arguments(config, num_classes)
     input_shape = tuple(config.get("input_shape", (32, 32)))
-    check_input_shape(input_shape, len(network["channel_mults"]))
+    architecture.check_input_shape(input_shape, len(network["channel_mults"]))
     own = {
         "img_size": input_shape,
         "img_channels": network["img_channels"],
@@ -124,7 +114,7 @@ def read_settings(state_dict: Weights) -> tuple[dict[str, Any], int]:
     The settings are train.py's, and time_emb_dim and norm. `schedule` is missing for unknown betas.
     """
     weights = clean_keys(state_dict)
-    settings = read_architecture(weights, prefixes(weights)[0])
+    settings = architecture.read_architecture(weights, prefixes(weights)[0])
     classes, betas = settings.pop("num_classes"), weights["betas"].double().cpu().numpy()
     settings |= {
         "channel": settings.pop("base_channels"),
@@ -171,5 +161,5 @@ def load_weights(diffusion: GaussianDiffusion, state_dict: Weights, kind: str = 
     weights = clean_keys(state_dict)
     if kind == "ema":
         weights |= {key.removeprefix("ema_"): value for key, value in weights.items() if key.startswith("ema_model.")}
-    check_fit(diffusion.state_dict(), weights)
+    architecture.check_fit(diffusion.state_dict(), weights)
     diffusion.load_state_dict(weights)

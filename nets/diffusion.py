@@ -1,7 +1,7 @@
 """GaussianDiffusion: forward process, loss, EMA and sampling for a network (x_t, t, y)."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import cpu_fused, sampling
 from .ema import ema_weight, update_
 from .errors import SettingError, check_choice
-from .samplers import Device
+from .samplers import Denoise, Device, Trajectory
 from .sampling import PREDICTIONS, SamplingOptions
 from .schedules import check_betas, make_betas, schedule_tables
 
@@ -61,10 +61,10 @@ class GaussianDiffusion(nn.Module):
         check_choice("loss_weighting", loss_weighting, LOSS_WEIGHTINGS)
         self.img_size, self.img_channels = tuple(img_size), img_channels
         self.num_classes, self.null_class = num_classes, null_class
-        self.loss_type, self.loss_weighting, self.min_snr_gamma = loss_type, loss_weighting, min_snr_gamma
-        self.prediction = prediction
-        self.ema_decay, self.ema_start, self.ema_update_rate = ema_decay, ema_start, ema_update_rate
-        self.ema_warmup = ema_warmup
+        self.prediction, self.loss_type = prediction, loss_type
+        self.loss_weighting, self.min_snr_gamma = loss_weighting, min_snr_gamma
+        self.ema_decay, self.ema_warmup = ema_decay, ema_warmup
+        self.ema_start, self.ema_update_rate = ema_start, ema_update_rate
         # Here, where every script's network comes by; the EMA is a copy and has the fast path too.
         self.model = cpu_fused.install(model)
         self.ema_model = copy.deepcopy(model).requires_grad_(False).eval()
@@ -178,7 +178,7 @@ class GaussianDiffusion(nn.Module):
         weight = ema_weight(self.ema_counter - self.ema_start, self.ema_decay, self.ema_warmup)
         update_(self.ema_model, self.model, weight * (taken * (self.ema_counter % self.ema_update_rate == 0)))
 
-    # Sampling (nets/sampling.py)
+    # Sampling
 
     @torch.no_grad()
     def remove_noise(self, x: Tensor, t: Tensor, y: Tensor | None, use_ema: bool = True) -> Tensor:
@@ -188,7 +188,7 @@ class GaussianDiffusion(nn.Module):
         eps = (x - a * PREDICTIONS[self.prediction].to_x_0(output, x, a, s)) / s
         return (x - extract(self.remove_noise_coeff, t, x) * eps) * extract(self.reciprocal_sqrt_alphas, t, x)
 
-    def denoiser(self, y: Tensor | None = None, use_ema: bool = True, **settings: Any) -> sampling.Denoise:
+    def denoiser(self, y: Tensor | None = None, use_ema: bool = True, **settings: Any) -> Denoise:
         """denoise(x_t, t: int) -> x_0, with the network as it is. settings: of SamplingOptions."""
         return sampling.make_denoiser(self, y, SamplingOptions().override(use_ema=use_ema, **settings))
 
@@ -202,7 +202,7 @@ class GaussianDiffusion(nn.Module):
 
     def sample_steps(
         self, batch_size: int, device: Device, y: Tensor | None = None, *, seeds=None, noise=None, **settings: Any
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Trajectory:
         """Yields (x, x_0) after each step, see sampling.sample_steps.
 
         settings: `options`, a SamplingOptions; fields of it and the solver's own options by name.

@@ -1,9 +1,10 @@
 """The exponential moving average (EMA) of the weights. No operation waits for a GPU."""
 
 import torch
+from torch import Tensor, nn
 
 
-def ema_weight(n, decay, warmup):
+def ema_weight(n: Tensor, decay: float, warmup: bool) -> Tensor:
     """The weight of the network in the n-th EMA update, a 0-dim float32 tensor on n's device.
 
     n: 0-dim int64; below 0 the EMA is a copy of the network. decay: the largest share that the EMA
@@ -15,7 +16,7 @@ def ema_weight(n, decay, warmup):
     return torch.where(n < 0, 1.0, 1 - decay)
 
 
-def update_(ema_model, model, weight):
+def update_(ema_model: nn.Module, model: nn.Module, weight: Tensor) -> None:
     """ema_model += weight (model - ema_model), in place. weight: 0-dim, exact for 0 and 1."""
     averages, values = list(ema_model.parameters()), [parameter.detach() for parameter in model.parameters()]
     if weight.device.type != "cpu":  # reading the weight would wait for the GPU: two passes instead

@@ -3,15 +3,17 @@
 A solver is a generator over `steps`. After each step from timestep t to an earlier timestep s it
 yields (x_s, predicted x_0); the last x_s is the image. It calls the network as `denoise(x_t, t)`,
 which returns x_0. Everywhere x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps. alpha_bars
-are Python floats (float64). A new solver needs an entry in SAMPLERS and one in DEFAULT_SPACING.
+are Python floats (float64). A new solver needs an entry in SAMPLERS.
 """
 
 import inspect
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .errors import SettingError, check_choice
 
@@ -21,8 +23,10 @@ VARIANCES = ("beta", "posterior")  # of ddpm's noise: beta_t, or the smaller one
 DEFAULT_RESAMPLINGS = 10  # of RePaint's paper
 LOWEST_LAMBDA = -5.1  # just below the linear schedule's last one; there x_t holds no image yet
 
-
 Device = torch.device | str
+Denoise = Callable[[Tensor, int], Tensor]  # (x_t (b, c, h, w), the timestep of all) -> x_0 in float32
+Noise = Iterator[Tensor]  # endless, each like x_t
+Trajectory = Iterator[tuple[Tensor, Tensor]]  # (x_s, x_0) after each step
 
 
 class Step(NamedTuple):
@@ -33,7 +37,7 @@ class Step(NamedTuple):
     t: int
 
 
-def ddpm(denoise, x, steps, noise, *, variance="beta"):
+def ddpm(denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise, *, variance: str = "beta") -> Trajectory:
     """DDPM (Ho et al. 2020, algorithm 2): the mean of q(x_s | x_t, x_0), equation 7, plus noise.
 
     variance of the noise: "beta", or the smaller "posterior" (equation 7). The last step adds none.
@@ -52,7 +56,7 @@ def ddpm(denoise, x, steps, noise, *, variance="beta"):
         yield x, x_0
 
 
-def ddim(denoise, x, steps, noise, *, eta=0.0):
+def ddim(denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise, *, eta: float = 0.0) -> Trajectory:
     """DDIM (Song et al. 2021, equations 12, 16). eta 0: no noise. eta 1: ddpm, "posterior"."""
     if not 0 <= eta <= 1:
         raise SettingError(f"eta must lie between 0 and 1, not {eta}")
@@ -66,7 +70,9 @@ def ddim(denoise, x, steps, noise, *, eta=0.0):
         yield x, x_0
 
 
-def dpm_solver_pp(denoise, x, steps, noise, *, order=2, eta=0.0):
+def dpm_solver_pp(
+    denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise, *, order: int = 2, eta: float = 0.0
+) -> Trajectory:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2). eta 0: ODE. eta 1: reverse SDE.
 
     order 2 takes x_0 as linear in lambda, order 1 as constant. The first step has no earlier x_0,
@@ -91,7 +97,7 @@ def dpm_solver_pp(denoise, x, steps, noise, *, order=2, eta=0.0):
         yield x, x_0
 
 
-def sde_dpm_solver_pp(denoise, x, steps, noise):
+def sde_dpm_solver_pp(denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise) -> Trajectory:
     """SDE-DPM-Solver++(2M) (Lu et al., arXiv 2211.01095): dpm_solver_pp with eta 1.
 
     Each step scales the old noise by e^-h and adds new noise of variance 1 - e^-2h, relative to
@@ -100,7 +106,7 @@ def sde_dpm_solver_pp(denoise, x, steps, noise):
     return dpm_solver_pp(denoise, x, steps, noise, eta=1.0)
 
 
-def heun(denoise, x, steps, noise):
+def heun(denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise) -> Trajectory:
     """Heun's method (Karras et al. 2022, "EDM", algorithm 1), on our timesteps.
 
     It solves dz/dsigma = (z - x_0) / sigma, where z = x / sqrt(alpha_bar) has noise of standard
@@ -118,7 +124,17 @@ def heun(denoise, x, steps, noise):
         yield x, x_0
 
 
-def repaint(denoise, x, steps, noise, *, known, mask, variance="beta", resamplings=DEFAULT_RESAMPLINGS):
+def repaint(
+    denoise: Denoise,
+    x: Tensor,
+    steps: Sequence[Step],
+    noise: Noise,
+    *,
+    known: Tensor,
+    mask: Tensor,
+    variance: str = "beta",
+    resamplings: int = DEFAULT_RESAMPLINGS,
+) -> Trajectory:
     """RePaint (Lugmayr et al. 2022, algorithm 1, jumps of one step): ddpm that keeps known pixels.
 
     known: images (b, c, h, w). mask: broadcastable to known, 1 where pixels are sampled. Each step
@@ -137,36 +153,30 @@ def repaint(denoise, x, steps, noise, *, known, mask, variance="beta", resamplin
         yield x, x_0
 
 
-def diffuse(x_0, alpha_bar, noise):
+def diffuse(x_0: Tensor, alpha_bar: float, noise: Noise) -> Tensor:
     """A sample of q(x_t | x_0) (Ho et al. 2020, equation 4); x_0 for alpha_bar 1."""
     return math.sqrt(alpha_bar) * x_0 + math.sqrt(1 - alpha_bar) * next(noise) if alpha_bar < 1 else x_0
 
 
-def noise_level(alpha_bar):
+def noise_level(alpha_bar: float) -> float:
     """EDM's sigma: the standard deviation of the noise in x_t / sqrt(alpha_bar)."""
     return math.sqrt((1 - alpha_bar) / alpha_bar)
 
 
-def half_log_snr(alpha_bar):
+def half_log_snr(alpha_bar: float) -> float:
     """lambda = log sqrt(alpha_bar / (1 - alpha_bar)) (Lu et al. 2022), infinite for alpha_bar 1."""
     return 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar)) if alpha_bar < 1 else math.inf
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp, "sde-dpm++": sde_dpm_solver_pp, "heun": heun}
 # The best with 25 network calls, or close to it (benchmarks/results/solvers_cpu.md).
-DEFAULT_SPACING = {
-    "ddpm": "trailing",
-    "ddim": "trailing",
-    "dpm++": "clipped_logsnr",
-    "sde-dpm++": "clipped_logsnr",
-    "heun": "clipped_logsnr",
-}
+DEFAULT_SPACING = {name: "trailing" if name in ("ddpm", "ddim") else "clipped_logsnr" for name in SAMPLERS}
 # For all solvers but ddpm, which takes every timestep. The Frechet distance of sde-dpm++ with 25
 # steps is within 5 % of ddpm's. No solver without new noise was so close with up to 100 calls.
 DEFAULT_STEPS = 25
 
 
-def check_options(name, solver, options):
+def check_options(name: str, solver: Callable, options: Mapping[str, Any]) -> None:
     """ValueError for an unknown option. A solver's options are its keyword-only arguments."""
     known = [p.name for p in inspect.signature(solver).parameters.values() if p.kind is p.KEYWORD_ONLY]
     unknown = [key for key in options if key not in known]
@@ -174,17 +184,17 @@ def check_options(name, solver, options):
         raise SettingError(f"{name} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}")
 
 
-def uniform(alpha_bars, steps, start):
+def uniform(alpha_bars: Sequence[float], steps: int, start: int) -> np.ndarray:
     """Equal distances in t from `start` to 0."""
     return np.linspace(start, 0, steps)
 
 
-def trailing(alpha_bars, steps, start):
+def trailing(alpha_bars: Sequence[float], steps: int, start: int) -> np.ndarray:
     """The last timestep of each of `steps` equal parts of 0..start (Lin et al. 2024, table 2)."""
     return (start + 1) * np.arange(steps, 0, -1) / steps - 1
 
 
-def logsnr(alpha_bars, steps, start, lowest=-math.inf):
+def logsnr(alpha_bars: Sequence[float], steps: int, start: int, lowest: float = -math.inf) -> np.ndarray:
     """Equal distances in lambda (Lu et al. 2022, "DPM-Solver", section 3.4), from `lowest` on."""
     lambdas = [half_log_snr(alpha_bar) for alpha_bar in alpha_bars[: start + 1]]  # lambda falls with t
     wanted = np.linspace(max(lambdas[start], lowest), lambdas[0], steps)
@@ -192,7 +202,7 @@ def logsnr(alpha_bars, steps, start, lowest=-math.inf):
     return np.concatenate(([start], found[1:]))
 
 
-def clipped_logsnr(alpha_bars, steps, start):
+def clipped_logsnr(alpha_bars: Sequence[float], steps: int, start: int) -> np.ndarray:
     """`logsnr` with the steps after the first above LOWEST_LAMBDA.
 
     The cosine schedule ends at -10: logsnr spends eight of 25 steps where nothing can be seen.
@@ -203,7 +213,7 @@ def clipped_logsnr(alpha_bars, steps, start):
 SPACINGS = {"uniform": uniform, "trailing": trailing, "logsnr": logsnr, "clipped_logsnr": clipped_logsnr}
 
 
-def timesteps(alpha_bars, steps, spacing, start=None):
+def timesteps(alpha_bars: Sequence[float], steps: int, spacing: str, start: int | None = None) -> list[int]:
     """`steps` different timesteps that fall from `start` (None: T - 1), for T alpha_bars.
 
     Duplicates move to a neighbour. ValueError: an unknown spacing, or more steps than timesteps.
@@ -219,13 +229,13 @@ def timesteps(alpha_bars, steps, spacing, start=None):
     return chosen
 
 
-def solver_steps(alpha_bars, chosen):
+def solver_steps(alpha_bars: Sequence[float], chosen: Sequence[int]) -> list[Step]:
     """Falling timesteps -> a list of Step. The last step ends at alpha_bar 1."""
     ends = [alpha_bars[t] for t in chosen[1:]] + [1.0]
     return [Step(alpha_bars[t], end, t) for t, end in zip(chosen, ends)]
 
 
-def seeded_noise(seeds, shape, device):
+def seeded_noise(seeds: Iterable[int], shape: tuple[int, ...], device: Device) -> Noise:
     """Yields normal noise (len(seeds), *shape) without end. Image i depends on seeds[i] alone.
 
     The first is x_T. The noise of the steps is sampled in blocks of NOISE_BLOCK steps: fewer
@@ -242,13 +252,13 @@ def seeded_noise(seeds, shape, device):
         yield from sample(NOISE_BLOCK).unbind(0)
 
 
-def global_noise(batch_size, shape, device):
+def global_noise(batch_size: int, shape: tuple[int, ...], device: Device) -> Noise:
     """Yields normal noise (batch_size, *shape) without end, from torch's global generator."""
     while True:
         yield torch.randn(batch_size, *shape, device=device)
 
 
-def slerp(a, b, weight):
+def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
     """Spherical interpolation of two noises, per image (Shoemake 1985). weight 0 is a, 1 is b.
 
     a, b (..., c, h, w). The result keeps their length, which the network expects of x_T.

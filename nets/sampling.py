@@ -2,25 +2,20 @@
 
 Guidance leads a prediction away from that of a weaker model: the network without a class (Ho &
 Salimans 2022, "classifier-free guidance"), or an earlier state of its training (Karras et al. 2024,
-"autoguidance"). Functions take a GaussianDiffusion (diffusion.py) and read its networks and tables.
+"autoguidance"). `diffusion` and the guiding model are GaussianDiffusions (diffusion.py).
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import samplers
 from .errors import SettingError, check_choice
-from .samplers import Device, Step, half_log_snr
-
-if TYPE_CHECKING:
-    from .diffusion import GaussianDiffusion
-
-Denoise = Callable[[Tensor, int], Tensor]  # (x_t (b, c, h, w), the timestep of all images) -> x_0 in float32
+from .samplers import Denoise, Device, Noise, Step, Trajectory, half_log_snr
 
 
 class Prediction(NamedTuple):
@@ -50,7 +45,7 @@ class SamplingOptions(NamedTuple):
     guidance_scale: float = 1.0  # of apply_guidance; 1: no guidance
     # The lambdas between which it acts (Kynkäänniemi et al. 2024; -log sigma); None: at each step.
     guidance_interval: tuple[float, float] | None = None
-    guiding_model: "GaussianDiffusion | None" = None  # in the place of the null class; it needs no classes
+    guiding_model: nn.Module | None = None  # in the place of the null class; it needs no classes
     init: Tensor | None = None  # images to start from (Meng et al. 2022, "SDEdit")
     strength: float = 1.0  # they are noised to timestep strength * T
     known: Tensor | None = None  # images to keep where mask is 0 (ddpm only)
@@ -75,7 +70,7 @@ class Denoiser:
     has no null class.
     """
 
-    def __init__(self, diffusion: "GaussianDiffusion", y: Tensor | None = None, use_ema: bool = True):
+    def __init__(self, diffusion: nn.Module, y: Tensor | None = None, use_ema: bool = True):
         device = diffusion.betas.device
         self.network, self.null_class = diffusion.network(use_ema), diffusion.null_class
         self.alpha_bars = diffusion.alpha_bars
@@ -124,7 +119,7 @@ def autoguidance(denoiser: Denoise, guide: Denoise, scale: float) -> Denoise:
     return lambda x_t, t: apply_guidance(denoiser(x_t, t), guide(x_t, t), scale)
 
 
-def make_denoiser(diffusion: "GaussianDiffusion", y: Tensor | None, options: SamplingOptions) -> Denoise:
+def make_denoiser(diffusion: nn.Module, y: Tensor | None, options: SamplingOptions) -> Denoise:
     """The function denoise(x_t, t) -> x_0 that the solvers call, with guidance and clipping.
 
     ValueError: guidance without a null class or without y, a missing y, an interval from high to
@@ -167,14 +162,12 @@ def check_interval(interval: tuple[float, float] | None, schedule: list[Step]) -
         )
 
 
-def check_guiding_model(
-    diffusion: "GaussianDiffusion", scale: float, guiding_model: "GaussianDiffusion | None" = None
-) -> None:
+def check_guiding_model(diffusion: nn.Module, scale: float, guide: nn.Module | None = None) -> None:
     """ValueError for a guiding model of another kind than the guided one.
 
     Without one: for a scale other than 1 where the network has no null class.
     """
-    if guiding_model is None:
+    if guide is None:
         if scale != 1 and diffusion.null_class is None:
             raise SettingError(
                 f"guidance_scale {scale:g} needs a model with a null class: train with --class_conditional True and "
@@ -183,40 +176,34 @@ def check_guiding_model(
         return
     words = {"img_size": "size", "img_channels": "number of channels", "num_classes": "number of classes"}
     for name, word in {**words, "null_class": "null class", "alpha_bars": "schedule"}.items():
-        if getattr(guiding_model, name) != getattr(diffusion, name):
+        if getattr(guide, name) != getattr(diffusion, name):
             raise SettingError(f"the guiding model has another {word}: take an earlier file of the same run")
 
 
 # Images
 
 
-def sampling_schedule(
-    alpha_bars: Sequence[float],
-    sampler: str,
-    steps: int | None = None,
-    spacing: str | None = None,
-    strength: float = 1.0,
-) -> list[Step]:
-    """The steps of a solver. None: the sampler's default. strength: of SamplingOptions."""
-    if not 0 < strength <= 1:
-        raise SettingError(f"strength must be above 0 and at most 1, not {strength}")
-    start = max(int(strength * len(alpha_bars)), 1) - 1
+def sampling_schedule(alpha_bars: Sequence[float], options: SamplingOptions) -> list[Step]:
+    """The steps of the solver, from timestep strength * T on."""
+    if not 0 < options.strength <= 1:
+        raise SettingError(f"strength must be above 0 and at most 1, not {options.strength}")
+    start, steps = max(int(options.strength * len(alpha_bars)), 1) - 1, options.steps
     if steps is None:
-        steps = start + 1 if sampler == "ddpm" else min(samplers.DEFAULT_STEPS, start + 1)
-    chosen = samplers.timesteps(alpha_bars, steps, spacing or samplers.DEFAULT_SPACING[sampler], start)
-    return samplers.solver_steps(alpha_bars, chosen)
+        steps = start + 1 if options.sampler == "ddpm" else min(samplers.DEFAULT_STEPS, start + 1)
+    spacing = options.spacing or samplers.DEFAULT_SPACING[options.sampler]
+    return samplers.solver_steps(alpha_bars, samplers.timesteps(alpha_bars, steps, spacing, start))
 
 
 @torch.no_grad()
 def sample_steps(
-    diffusion: "GaussianDiffusion",
+    diffusion: nn.Module,
     batch_size: int,
     device: Device,
     y: Tensor | None = None,
     options: SamplingOptions = DEFAULTS,
     seeds: Sequence[int] | None = None,
-    noise: Iterator[Tensor] | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
+    noise: Noise | None = None,
+) -> Trajectory:
     """Yields (x, x_0) after each step of the solver, each (batch_size, c, h, w).
 
     y: class ids (batch_size,). seeds: one integer per image, which determines its noise; None is
@@ -227,8 +214,8 @@ def sample_steps(
         if given is not None and len(given) != batch_size:
             raise SettingError(f"{name} has {len(given)} entries for a batch of {batch_size}")
     solver, solver_options = choose_solver(options, device)
-    strength = options.strength if options.init is not None else 1.0
-    schedule = sampling_schedule(diffusion.alpha_bars, options.sampler, options.steps, options.spacing, strength)
+    options = options if options.init is not None else options._replace(strength=1.0)
+    schedule = sampling_schedule(diffusion.alpha_bars, options)
     check_interval(options.guidance_interval, schedule)
     denoise = make_denoiser(diffusion, y, options)
 
@@ -239,7 +226,7 @@ def sample_steps(
         noise = samplers.seeded_noise(seeds, shape, device)
     x = check_images(next(noise), (batch_size, *shape), device, "noise")
     if options.init is not None:
-        init = check_images(options.init, (batch_size, *shape), device, "init")
+        init = check_images(options.init, x.shape, device, "init")
         x = samplers.diffuse(init, schedule[0].alpha_bar_t, iter([x]))
     with eval_mode(part.network(options.use_ema) for part in (diffusion, options.guiding_model) if part is not None):
         yield from solver(denoise, x, schedule, noise, **solver_options)
@@ -261,8 +248,8 @@ def choose_solver(options: SamplingOptions, device: Device) -> tuple[Callable, d
 
 def check_images(x: Tensor, shape: tuple[int, ...], device: Device, name: str) -> Tensor:
     """x as float32 on the device. ValueError unless it has the shape (batch_size, c, h, w)."""
-    if tuple(x.shape) != shape:
-        raise SettingError(f"{name} must have the shape {shape}, not {tuple(x.shape)}")
+    if x.shape != shape:
+        raise SettingError(f"{name} must have the shape {tuple(shape)}, not {tuple(x.shape)}")
     return x.to(device, torch.float32)
 
 

@@ -7,7 +7,7 @@ import torch
 from test_diffusion import BETAS, Scale, guided, small
 
 from nets import GaussianDiffusion
-from nets.sampling import apply_guidance, check_guiding_model, check_interval, sampling_schedule
+from nets.sampling import SamplingOptions, apply_guidance, check_guiding_model, check_interval, sampling_schedule
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_the_guiding_model_uses_its_ema_where_the_model_does(x_t):
 def test_what_has_no_guidance_passes_and_a_guiding_model_of_another_kind_never_does():
     plain = small()
     check_guiding_model(plain, 1.0)
-    check_interval(None, schedule := sampling_schedule(plain.alpha_bars, "ddim", 4))
+    check_interval(None, schedule := sampling_schedule(plain.alpha_bars, SamplingOptions("ddim", 4)))
     check_interval((-99.0, 99.0), schedule)
     with pytest.raises(ValueError, match="another number of classes"):
         check_guiding_model(plain, 1.0, guided())

@@ -14,7 +14,7 @@ from PIL import Image
 import predict
 from nets import GaussianDiffusion, build, seeded_noise, slerp
 from nets.samplers import half_log_snr
-from nets.sampling import sampling_schedule
+from nets.sampling import SamplingOptions, sampling_schedule
 from utils.checkpoint.file import load_checkpoint
 from utils.checkpoint.integrity import save_tensors
 from utils.convert.__main__ import export_weights
@@ -201,7 +201,7 @@ def test_one_class_and_guidance(classy):
 def test_guidance_within_an_interval_and_by_a_weaker_model(runs, classy, plain, capsys):
     """Against `sample`, with classes and without; a guiding model of other classes is refused."""
     diffusion = build.from_checkpoint(load_checkpoint(plain / "last.pth"))[0]
-    middle = half_log_snr(sampling_schedule(diffusion.alpha_bars, "sde-dpm++", 3)[1].alpha_bar_t)
+    middle = half_log_snr(sampling_schedule(diffusion.alpha_bars, SamplingOptions("sde-dpm++", 3))[1].alpha_bar_t)
     interval = (round(middle - 0.1, 3), round(middle + 0.1, 3))
     for model, y, labels in ((classy, torch.ones(3, dtype=torch.long), ["--class_name", "odd"]), (plain, None, [])):
         for file, factor in (("weaker.pth", 0.8), ("weak.pth", 0.9)):

@@ -284,18 +284,15 @@ def labels_like(reference: ImageDataset, model: Model, seed: int) -> torch.Tenso
 def generate(config, model: Model, reference: ImageDataset, device, precision) -> Samples:
     """Samples equal to those of predict.py, made on demand: sample i has the seed `seed` + i."""
     count = config.num_images or (ENOUGH if config.distances else config.nearest_images if config.nearest else 0)
-    alpha_bars, spacing = model.diffusion.alpha_bars, config.spacing or None
-    schedule = sampling_schedule(alpha_bars, config.sampler, config.steps or None, spacing)
+    options = SamplingOptions(config.sampler, config.steps or None, config.spacing or None, config.use_ema)
+    schedule = sampling_schedule(model.diffusion.alpha_bars, options)
     check_interval(config.guidance_interval, schedule)
-    options = SamplingOptions(
-        config.sampler,
-        len(schedule),
-        spacing,
-        config.use_ema,
+    options = options.override(
+        steps=len(schedule),
         guidance_scale=config.guidance_scale,
         guidance_interval=config.guidance_interval,
         guiding_model=model.guide,
-        solver_options={"eta": config.eta} if config.sampler == "ddim" else {},
+        **({"eta": config.eta} if config.sampler == "ddim" else {}),
     )
     labels = labels_like(reference, model, config.seed)
 
