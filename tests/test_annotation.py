@@ -21,7 +21,7 @@ from utils.data.annotation import (
     write_annotation,
 )
 from utils.data.formats import EXTENSIONS
-from utils.data.search import beside_folders, check_images, find_images, label_by_folder, search, without_shipped
+from utils.data.search import check_images, describe_classes, find_images, label_by_folder, search, without_shipped
 from utils.data.threads import Budget, map_in_threads
 from utils.terminal import printable
 
@@ -227,9 +227,10 @@ def test_the_class_is_the_folder_below_the_common_root(paths, labels, classes):
 
 
 def test_images_beside_class_folders_are_named():
-    assert beside_folders(["/d/cats/1.png", "/d/stray.png", "/d/dogs/2.png"]) == (["/d/stray.png"], ["cats", "dogs"])
-    assert beside_folders(["/d/1.png", "/d/2.png"]) == (["/d/1.png", "/d/2.png"], [])
-    assert beside_folders(["/d/cats/1.png", "/d/dogs/2.png"]) == ([], ["cats", "dogs"])
+    said = describe_classes(["/d/cats/1.png", "/d/stray.png", "/d/dogs/2.png"], None, [])
+    assert said.startswith("no classes, as stray.png lies beside the folders cats, dogs:")
+    assert describe_classes(["/d/1.png", "/d/2.png"], None, []) == "no class folders: the images are unlabelled"
+    assert describe_classes(["/d/cats/1.png", "/d/dogs/2.png"], [0, 1], ["cats", "dogs"]).startswith("2 classes")
 
 
 def test_the_shipped_emoji_alone_have_seven_classes():

@@ -20,8 +20,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from utils.data import decode as images
-from utils.data.decode import check_image, describe_error, is_about_the_file, is_damage
-from utils.data.image_format import RESIZE_MODES
+from utils.data.decode import check_image
+from utils.data.image_format import RESIZE_MODES, ImageFormat
+from utils.data.read_errors import describe_error, is_about_the_file, is_damage
 from utils.data.threads import Budget, map_in_threads
 from utils.images import make_grid, save_animation, save_png, to_uint8
 
@@ -105,6 +106,18 @@ def test_a_turned_jpeg_read_at_a_reduced_scale_lies_right(tmp_path, orientation,
     ImageOps.exif_transpose(stored).save(tmp_path / "upright.png")
     turned, upright = (load_as(tmp_path / name, (24, 17), 3, mode).astype(int) for name in ("a.jpg", "upright.png"))
     assert np.abs(turned - upright).max() <= 6
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+def test_an_orientation_that_is_none_turns_nothing(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    smooth(48, 32).save(tmp_path / f"a.{suffix}", exif=exif)
+    smooth(48, 32).save(tmp_path / f"upright.{suffix}")
+    assert check_image(tmp_path / f"a.{suffix}") == check_image(tmp_path / f"a.{suffix}", full=False) == (48, 32)
+    found, upright = (load_as(tmp_path / f"{name}.{suffix}", (24, 40)) for name in ("a", "upright"))
+    np.testing.assert_array_equal(found, upright)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -388,6 +401,17 @@ def test_reduced_jpegs_keep_their_place(tmp_path):
     assert np.abs(found - 255 / 320 * (32.1 * (np.arange(10) + 0.5) - 0.5))[2:-2].max() <= 0.8
 
 
+# The format
+
+
+def test_a_format_takes_what_the_settings_say_and_the_defaults_for_the_rest():
+    trained = {"input_shape": (24, 32), "background": [1, 2, 3], "icc": False, "batch_size": 64}
+    assert ImageFormat.from_config(trained) == ((24, 32), 3, "crop", (1, 2, 3), False)
+    changed = ImageFormat.from_config(trained, input_shape=(8, 9), img_channels=1, resize_mode=None, icc=True)
+    assert changed == ((8, 9), 1, "crop", (1, 2, 3), True)
+    assert ImageFormat((8, 8)) == ((8, 8), 3, "crop", (255, 255, 255), True)
+
+
 # What is refused
 
 
@@ -488,11 +512,16 @@ def test_a_decoder_that_lacks_memory_is_not_taken_for_damage(tmp_path, monkeypat
         raise OSError("broken data stream when reading image file")
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
-    for free, kind in ((True, OSError), (False, MemoryError)):
-        monkeypatch.setattr(images, "_is_free", lambda size, free=free: free)
-        with pytest.raises(kind) as caught:
-            load_as(tmp_path / "a.png", (8, 8))
-        assert is_damage(caught.value) == free
+    with pytest.raises(OSError, match="broken data stream"):
+        load_as(tmp_path / "a.png", (8, 8))
+
+    def full(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(images.np, "empty", full)
+    with pytest.raises(MemoryError) as caught:
+        load_as(tmp_path / "a.png", (8, 8))
+    assert not is_damage(caught.value)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space")
@@ -507,7 +536,7 @@ def test_too_little_memory_is_not_kept_as_damage(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "a.png")], cwd=PROJECT, capture_output=True, text=True
     )
-    assert done.returncode == 1 and "ValueError: out of memory while decoding" in done.stderr
+    assert done.returncode == 1 and "UserError: out of memory while decoding" in done.stderr
 
 
 def test_large_images_of_many_threads_wait_for_each_other(tmp_path, monkeypatch):
@@ -524,21 +553,6 @@ def test_large_images_of_many_threads_wait_for_each_other(tmp_path, monkeypatch)
     monkeypatch.setattr(images, "_flatten", observed)
     list(map_in_threads(lambda _: load_as(tmp_path / "a.png", (8, 8)), range(160), 8))
     assert most[0] == 160_000
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "I;16", "F", "L"])
-def test_strips_give_the_same_pixels(tmp_path, monkeypatch, mode):
-    generator = np.random.default_rng(0)
-    shape = {"RGBA": (40, 30, 4), "LA": (40, 30, 2), "CMYK": (40, 30, 4)}.get(mode, (40, 30))
-    values = generator.integers(0, 256, shape)
-    values = values.astype({"I;16": np.uint16, "F": np.float32}.get(mode, np.uint8))
-    image = Image.fromarray(values, mode if mode in ("LA", "CMYK", "P") else None)
-    path = tmp_path / ("a.tif" if mode in ("CMYK", "F") else "a.png")
-    image.save(path, **({"transparency": 7} if mode in ("P", "L") else {}))
-    whole = load_same_size(path, background=BACKGROUND)
-    for pixels in (1000, 70, 7):  # rows, one or two rows, parts of a row
-        monkeypatch.setattr(images, "STRIP_PIXELS", pixels)
-        np.testing.assert_array_equal(load_same_size(path, background=BACKGROUND), whole)
 
 
 # Pictures out

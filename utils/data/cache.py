@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.annotation import RUN_AGAIN
-from utils.data.decode import describe_error, is_damage, load_image
+from utils.data.decode import load_image
 from utils.data.formats import FILE_BYTES, check_regular
-from utils.data.search import system_failure
+from utils.data.read_errors import describe_error, is_damage, system_failure
 from utils.data.threads import Budget, map_in_threads
 from utils.errors import UserError
 from utils.files import PROJECT, atomic_write
@@ -85,8 +85,7 @@ def _read_cache(folder, key, num_listed):
     pixels_path, index_path = folder / f"{key}.pixels", folder / f"{key}.json"
     try:
         index = json.loads(index_path.read_text("utf-8"))
-        shape = tuple(index["shape"])
-        size = pixels_path.stat().st_size
+        shape, size = tuple(index["shape"]), pixels_path.stat().st_size
         if len(index["hashes"]) != shape[0] or shape[0] + len(index["bad"]) != num_listed or size != math.prod(shape):
             return None
         pixels = np.memmap(pixels_path, dtype=np.uint8, mode="r", shape=shape)
@@ -117,10 +116,9 @@ def _build_cache(pixels_path, paths, image_format, num_workers):
         with atomic_write(pixels_path.with_suffix(".json"), "w", encoding="utf-8") as file:
             json.dump({"shape": [len(hashes), *shape], "hashes": hashes, "bad": bad}, file)
     except OSError as error:
-        raise OSError(
-            f"the cache of decoded images could not be written ({error.strerror or error}): {place} needs "
-            f"{megabytes:.0f} MB; free some space, or lower input_shape"
-        ) from error
+        advice = f"{place} needs {megabytes:.0f} MB; free some space, or lower input_shape"
+        fault = f"the cache of decoded images could not be written ({error.strerror or error})"
+        raise OSError(f"{fault}: {advice}") from error
 
 
 def _decode(path, image_format):

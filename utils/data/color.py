@@ -11,10 +11,9 @@ NO_OPTIMIZATION = 0x0100  # a flag of LittleCMS: it would interpolate grays betw
 
 
 def to_srgb(image, profile):
-    """An image of mode L, RGB or CMYK as sRGB: mode L stays, the others become RGB.
+    """An image of mode L, RGB or CMYK as sRGB (L or RGB), by the content of its ICC profile.
 
-    `profile` is the content of an ICC profile. The image stays as it is where the profile is
-    damaged, belongs to another color space than the pixels, or is sRGB.
+    It stays as it is where the profile is damaged, of another color space than it, or sRGB.
     """
     transform = _transform(profile, image.mode)
     if transform is None:
@@ -26,10 +25,9 @@ def to_srgb(image, profile):
 @lru_cache(maxsize=32)  # most files of a folder share one profile; building a transform takes milliseconds
 def _transform(profile, mode):
     """Pillow's transform to sRGB; None where nothing is to be converted."""
-    flags = NO_OPTIMIZATION if mode == "L" else 0
     try:
         source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-        transform = ImageCms.buildTransform(source, target, mode, "RGB", flags=flags)
+        transform = ImageCms.buildTransform(source, target, mode, "RGB", flags=NO_OPTIMIZATION * (mode == "L"))
     except MemoryError:
         raise
     except Exception:  # a damaged profile, one of another color space, or a Pillow without its library

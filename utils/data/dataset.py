@@ -19,9 +19,8 @@ def open_dataset(annotation_path, image_format, num_workers=0, cache_path=None):
     """The images of a list, decoded once into a cache on disk -> ImageDataset.
 
     Files that cannot be decoded are printed and left out. num_workers: threads that decode; 0: all
-    cores. cache_path: folder of the cache; None: one of `cache_folders`.
-    UserError for a malformed list, missing files, no file that can be decoded, or a bad format.
-    OSError where the cache cannot be written.
+    cores. cache_path: folder of the cache; None: one of `cache_folders`. UserError for a bad list
+    or format, OSError where the cache cannot be written.
     """
     check_image_format(image_format)
     annotation = read_annotation(annotation_path)
@@ -99,7 +98,7 @@ def split_validation(dataset, share):
     """(training, validation) ImageDatasets: about this share of the images goes to validation.
 
     The content alone decides. So no image changes sides when the list grows or files are renamed,
-    and copies of an image stay together. ValueError where a share above 0 leaves one side empty.
+    and copies of an image stay together.
     """
     aside = np.array([int(digest[:8], 16) < share * 2**32 for digest in dataset.hashes], dtype=bool)
     if share and (aside.all() or not aside.any()):
@@ -111,9 +110,8 @@ def split_validation(dataset, share):
 def epoch_batches(num_images, batch_size, seed, epoch, start=0, rank=0, world_size=1):
     """The image numbers of one epoch's batches, an array (batches, batch_size / world_size).
 
-    The order is a function of (seed, epoch). Each rank gets a slice of every whole batch; a last
-    batch that is not full is left out. batch_size: over all ranks. start: images of this epoch that
-    earlier steps used, a multiple of batch_size.
+    The order is a function of (seed, epoch). Each rank gets a slice of every whole batch. start:
+    images of this epoch that earlier steps used, a multiple of batch_size (over all ranks).
     """
     assert batch_size % world_size == 0 and start % batch_size == 0, (batch_size, world_size, start)
     order = np.random.default_rng([seed % 2**64, epoch]).permutation(num_images)
@@ -123,18 +121,14 @@ def epoch_batches(num_images, batch_size, seed, epoch, start=0, rank=0, world_si
 
 
 def fit_batch_size(num_images, batch_size, multiple=1):
-    """`batch_size`, or less for fewer images. ValueError where no multiple of `multiple` fits."""
+    """`batch_size`, or less for fewer images: a multiple of `multiple`, processes x accumulate."""
     if batch_size < multiple or batch_size % multiple:
         lower = max(batch_size, 0) // multiple * multiple
-        fit = f"{lower} or {lower + multiple}" if lower else multiple
-        raise UserError(
-            f"batch_size {batch_size} is no positive multiple of {multiple} (processes x accumulate): use {fit}"
-        )
+        fit = f"use {lower} or {lower + multiple}" if lower else f"use {multiple}"
+        raise UserError(f"batch_size {batch_size} is no multiple of {multiple} (processes x accumulate): {fit}")
     if num_images < multiple:
-        raise UserError(
-            f"{num_images} images are too few for batches of at least {multiple} "
-            f"(processes x accumulate): lower accumulate or the number of processes, or add images"
-        )
+        needed = f"batches of at least {multiple} (processes x accumulate)"
+        raise UserError(f"{num_images} images are too few for {needed}: lower one of these, or add images")
     shrunk = min(batch_size, num_images // multiple * multiple)
     if shrunk < batch_size:
         print(f"batch_size is {shrunk}, not {batch_size}: there are {num_images} images")

@@ -1,19 +1,17 @@
 """One image file -> uint8 pixels."""
 
 import contextlib
-import errno
 import struct
-import zlib
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from PIL.ExifTags import Base
 
 from utils.data.color import to_srgb
 from utils.data.formats import open_image
 from utils.data.image_format import RESIZE_MODES, check_image_format
 from utils.data.threads import Budget
-from utils.errors import UserError, one_line
+from utils.errors import UserError
 
 DECODE_BYTES = 1_430_000_000  # memory of all threads for decoding; one image that needs more is left out
 BYTES_PER_PIXEL = 8  # Pillow's image and the converted one
@@ -22,8 +20,6 @@ VALUE_BYTES, COMPOSITE_BYTES, PROFILE_BYTES = 16, 5, 4  # floats, a background, 
 PROGRESSIVE_BYTES = 6  # and the coefficients of a progressive JPEG at full size
 DECODING = Budget(DECODE_BYTES)
 LARGEST_PASS = 2**26  # pixels between the two passes of a resize, where the image itself has fewer
-# Errors of the system that are about one file: it is gone, or may not be read.
-ABOUT_THE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 # (scale of a JPEG, how much the image must at least shrink for it). 4 and 2 change a few levels of
 # 255. 8 is the mean of 8x8 pixels and shows on thin lines: it leaves four times the pixels needed.
 DRAFT_SCALES = ((8, 32), (4, 8), (2, 4))
@@ -33,9 +29,8 @@ JPEG_FORMATS = ("JPEG", "MPO")
 def load_image(path, image_format):
     """One image file -> uint8 array (height, width, channels) of this ImageFormat.
 
-    path: a path, or a binary file that can seek. A JPEG that shrinks much is decoded at a reduced
-    scale: nearly the same pixels, two to five times faster.
-    UserError for an unknown setting or an image above DECODE_BYTES; any Exception for damage.
+    path: a path, or a binary file, which is closed. Any Exception for damage. A JPEG that shrinks
+    much is decoded at a reduced scale: nearly the same pixels, two to five times faster.
     """
     check_image_format(image_format)
     (height, width), channels, resize_mode, background, _ = image_format
@@ -67,31 +62,6 @@ def check_image(path, full=True):
         return size[::-1] if orientation >= 5 else size
 
 
-def is_damage(error):
-    """Whether the file's content is the cause. Too little memory, EIO, EMFILE, ... may pass."""
-    if isinstance(error, OSError):  # Pillow's own have no number
-        return error.errno in (None, errno.EINVAL)  # EINVAL: the content names a place before the file's start
-    return not isinstance(error, MemoryError)
-
-
-def is_about_the_file(error):
-    """Whether a failure concerns this file alone: it is damaged, gone, or may not be read."""
-    return is_damage(error) or (isinstance(error, OSError) and error.errno in ABOUT_THE_FILE)
-
-
-def describe_error(error):
-    """Why an image file could not be decoded, in one line for the user."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not a picture, or of an unknown format"  # Pillow's own text repeats the path
-    if isinstance(error, MemoryError):
-        return "out of memory"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    cause = error.__cause__ or error  # Pillow raises some again as SyntaxError
-    bare = isinstance(error, LookupError) or isinstance(cause, (struct.error, EOFError, zlib.error))
-    return f"damaged ({one_line(error)})" if bare else one_line(error)
-
-
 @contextlib.contextmanager
 def _memory_for(image, stored_size):
     """Hold the memory for decoding within the block, once other threads have freed enough."""
@@ -110,10 +80,8 @@ def _bytes_to_decode(image, stored_size):
     per_pixel = BYTES_PER_PIXEL + DECODER_BYTES.get(image.format, 0) + VALUE_BYTES * (image.mode[0] in "IF")
     per_pixel += COMPOSITE_BYTES * image.has_transparency_data + PROFILE_BYTES * ("icc_profile" in image.info)
     needed = image.width * image.height * per_pixel
-    if image.info.get("progressive"):
-        needed += pixels * PROGRESSIVE_BYTES
-    if image.format == "TIFF":
-        needed += image.buffer_bytes()
+    needed += pixels * PROGRESSIVE_BYTES * bool(image.info.get("progressive"))
+    needed += image.buffer_bytes() if image.format == "TIFF" else 0
     if needed > DECODE_BYTES:
         raise UserError(
             f"its {pixels / 1e6:.0f} million pixels take {needed / 1e9:.1f} GB to decode, "
@@ -146,7 +114,7 @@ def _flatten(image, background, icc):
     """The image as a viewer shows it: mode L or RGB, sRGB, without transparency."""
     _scale_transparency(image)
     image.load()
-    profile, negative = image.info.get("icc_profile") if icc else None, getattr(image, "negative", False)
+    profile, negative = icc and image.info.get("icc_profile"), getattr(image, "negative", False)
     if image.mode[0] in "IF":
         image, negative = _scale_values(image, negative), False
     elif image.has_transparency_data and image.mode not in ("LA", "RGBA"):

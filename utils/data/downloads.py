@@ -24,7 +24,7 @@ from torchvision.datasets import CIFAR10, MNIST, STL10, CelebA, FashionMNIST, Fl
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.files import atomic_folder
 
 ARCHIVES = ".downloads"  # hidden: what is below it is never listed
@@ -81,10 +81,7 @@ DATASETS = {
 
 
 def download(name, datasets_path="datasets"):
-    """The folder `datasets_path`/`name` of a data set, downloaded, whole, where it is missing.
-
-    ValueError for an unknown name, a missing package, or a download that failed.
-    """
+    """The folder `datasets_path`/`name` of a data set, downloaded, whole, where it is missing."""
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
     folder, root = Path(datasets_path) / name, Path(datasets_path) / ARCHIVES / name
@@ -100,8 +97,8 @@ def download(name, datasets_path="datasets"):
     try:
         fetch_and_unpack(name, folder, root)
     except Exception as error:  # of torchvision, of Pillow, of the network, of the disk
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name} could not be fetched and unpacked, and nothing half is left: {reason}") from error
+        fault = f"{name} could not be fetched and unpacked, and nothing half is left"
+        raise UserError(f"{fault}: {one_line(error, 500)}") from error
     print(f"{name}: unpacked into {folder.absolute()}; its archives are in {root.absolute()}: you can delete them")
     return str(folder)
 

@@ -67,32 +67,29 @@ FORMATS, EXTENSIONS, UNREAD_EXTENSIONS = _readable()
 def open_image(source, whole=True):
     """Pillow's image of a file, not decoded yet.
 
-    source: a path, or a binary file that can seek. whole: False where only the header will be read.
+    source: a path, or a binary file, which is closed. whole: False to read only the header.
     UserError as `check_regular`, UnidentifiedImageError for none of FORMATS, others for damage.
     """
-    with contextlib.ExitStack() as opened:
-        if not hasattr(source, "read"):
-            check_regular(source)
-            source = opened.enter_context(open(source, "rb"))
-        yield opened.enter_context(_identify(source, whole))
+    if not hasattr(source, "read"):
+        check_regular(source)
+        source = open(source, "rb")  # noqa: SIM115 (the next line closes it)
+    with source, _identify(source, whole) as image:
+        yield image
 
 
 def check_regular(path):
     """The size of a file in bytes. UserError where it is too large or no regular file."""
-    status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise UserError("is a folder")
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe blocks, and a device never ends
-        raise UserError("is no regular file (a pipe, a socket or a device)")
-    if status.st_size > FILE_BYTES:
-        raise UserError(f"a file of {status.st_size / 1e9:.1f} GB; at most {FILE_BYTES / 1e9:.1f} GB are read")
-    return status.st_size
+    mode, size = os.stat(path).st_mode, os.path.getsize(path)
+    if not stat.S_ISREG(mode):  # opening a pipe blocks, and a device never ends
+        raise UserError("is a folder" if stat.S_ISDIR(mode) else "is no regular file (a pipe, a socket or a device)")
+    if size > FILE_BYTES:
+        raise UserError(f"a file of {size / 1e9:.1f} GB; at most {FILE_BYTES / 1e9:.1f} GB are read")
+    return size
 
 
 def _identify(file, whole):
     """The image by the first of FORMATS that accepts its first bytes."""
     # Not Image.open: it refuses images above a limit that all users of Pillow share.
-    file.seek(0)
     prefix = file.read(16).ljust(16, b"\0")
     file.seek(0)
     for name in FORMATS:
@@ -135,9 +132,9 @@ class _Tiff(tiff.TiffImageFile):
             tags[tiff.PLANAR_CONFIGURATION] = 1  # one plane either way; Pillow would cut its raw mode short
         planes = tags.get(tiff.PLANAR_CONFIGURATION) == 2 and (self.bits[0] > 8 or tags.get(tiff.FILLORDER, 1) > 1)
         if (self.bits[0], sample_format) not in TIFF_VALUES or swapped or planes:
+            kind = f"{self.bits[0]}-bit {SAMPLE_FORMATS.get(sample_format, 'other')} values"
             layout = ", compressed in big-endian order" * swapped + ", in separate planes" * planes
-            kind = SAMPLE_FORMATS.get(sample_format, "other")
-            raise UserError(f"a TIFF of {self.bits[0]}-bit {kind} values{layout}, which is not read")
+            raise UserError(f"a TIFF of {kind}{layout}, which is not read")
         self.negative = tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 0 and self.bits not in ((1,), (2,), (4,), (8,))
         if self.negative:
             tags[tiff.PHOTOMETRIC_INTERPRETATION] = 1

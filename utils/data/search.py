@@ -2,10 +2,10 @@
 
 import os
 from collections import Counter
-from pathlib import Path
 
-from utils.data.decode import check_image, describe_error, is_about_the_file
+from utils.data.decode import check_image
 from utils.data.formats import EXTENSIONS, UNREAD_EXTENSIONS
+from utils.data.read_errors import describe_error, is_about_the_file, system_failure
 from utils.data.threads import map_in_threads
 from utils.errors import UserError
 from utils.terminal import first_few
@@ -19,13 +19,10 @@ def find_images(root):
 
 
 def search(root):
-    """Find the files below `root` -> (paths, others).
+    """(sorted absolute paths of the images, Counter of the extensions of other files) below `root`.
 
-    paths: the sorted absolute paths of the images. Their extension, in any case, tells them.
-    others: a Counter of the extensions of all other files.
     Names that start with a dot are left out. Links are followed; each folder is visited once.
     Folders that cannot be read and images that are no regular files are printed and left out.
-    ValueError where `root` is no folder.
     """
     root = os.path.abspath(root)
     if not os.path.isdir(root):
@@ -71,7 +68,7 @@ def check_images(paths, full=True, num_workers=0):
     """Decode all images -> (good, bad), lists of (path, (width, height)) and of (path, reason).
 
     full: False reads the headers only. This is much faster and misses damage behind them.
-    ValueError where the system fails, not the file: too little memory, or a broken disk.
+    UserError where the system fails, not the file: too little memory, or a broken disk.
     """
 
     def check(path):
@@ -84,21 +81,9 @@ def check_images(paths, full=True, num_workers=0):
                 raise system_failure(path, error) from error
             return None, describe_error(error)
 
-    results = list(zip(map_in_threads(check, paths, num_workers, "checking images"), paths))
-    good = [(path, size) for (size, _), path in results if size]
-    return good, [(path, reason) for (size, reason), path in results if not size]
-
-
-def system_failure(path, error):
-    """The ValueError that ends a pass over many files. The file itself may be whole."""
-    if isinstance(error, MemoryError):
-        return UserError(
-            f"out of memory while decoding {path}: lower num_workers, or end other programs; nothing was kept"
-        )
-    return UserError(
-        f"{path} cannot be read now ({describe_error(error)}): "
-        "see to the disk or the system and run this again; nothing was kept"
-    )
+    results = list(zip(paths, map_in_threads(check, paths, num_workers, "checking images")))
+    good = [(path, size) for path, (size, _) in results if size]
+    return good, [(path, reason) for path, (size, reason) in results if not size]
 
 
 def label_by_folder(paths):
@@ -109,13 +94,6 @@ def label_by_folder(paths):
     classes = sorted({part[0] for part in parts})
     ids = {name: i for i, name in enumerate(classes)}
     return [ids[part[0]] for part in parts], classes
-
-
-def beside_folders(paths):
-    """(paths, folder names) in the common root itself: with both there, there are no classes."""
-    parts = _parts_below_common_root(paths)
-    beside = sorted(path for path, part in zip(paths, parts) if len(part) == 1)
-    return beside, sorted({part[0] for part in parts if len(part) > 1})
 
 
 def _parts_below_common_root(paths):
@@ -140,16 +118,18 @@ def describe_endings(counts):
 
 
 def describe_classes(paths, labels, classes):
+    """The classes in words, or why there are none."""
     if labels is not None:
         counts = Counter(labels)
         shown = [f"{name} ({counts[i]})" for i, name in enumerate(classes)]
         return f"{len(classes)} classes: {first_few(shown, 20)}"
-    beside, folders = beside_folders(paths)
+    parts = _parts_below_common_root(paths)
+    beside = sorted(part[0] for part in parts if len(part) == 1)
+    folders = sorted({part[0] for part in parts if len(part) > 1})
     if not folders:
         return "no class folders: the images are unlabelled"
-    names = first_few([Path(path).name for path in beside], 5)
     return (
-        f"no classes, as {names} {'lies' if len(beside) == 1 else 'lie'} beside "
+        f"no classes, as {first_few(beside, 5)} {'lies' if len(beside) == 1 else 'lie'} beside "
         f"the folder{'s' * (len(folders) > 1)} {first_few(folders, 5)}: the images are unlabelled; "
         "move every image into a folder for classes"
     )

@@ -40,21 +40,18 @@ def map_in_threads(function, items, num_workers=0, description=None):
     """Yield `function(item)` for each item of the list, in order, with a progress bar.
 
     num_workers: threads; 0: one for each core that this process may use. They help where the work
-    releases the interpreter (Pillow's decoders, hashing, reading). At most 4 tasks a thread wait.
-    What `function` raises is raised here.
+    releases the interpreter (Pillow's decoders, hashing, reading). What it raises is raised here.
     """
     if num_workers < 0:
         raise UserError(f"num_workers {num_workers}: use 0 for all cores, or a positive number")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = num_workers or cores
-    executor = ThreadPoolExecutor(workers)
-    tasks = (
-        executor.submit(list, map(function, items[start : start + CHUNK])) for start in range(0, len(items), CHUNK)
-    )
+    executor, starts = ThreadPoolExecutor(workers), range(0, len(items), CHUNK)
+    tasks = (executor.submit(list, map(function, items[start : start + CHUNK])) for start in starts)
     try:
         with warnings.catch_warnings(), tqdm(total=len(items), desc=description, unit="img") as progress:
             warnings.filterwarnings("ignore", module="PIL")  # users need no warning of odd metadata
-            waiting = deque(islice(tasks, 4 * workers))
+            waiting = deque(islice(tasks, 4 * workers))  # not all items at once
             while waiting:
                 results = waiting.popleft().result()
                 waiting.extend(islice(tasks, 1))

@@ -15,9 +15,10 @@ from PIL import Image
 
 from utils.data.annotation import read_annotation, write_annotation
 from utils.data.dataset import ImageDataset, open_dataset
-from utils.data.decode import check_image, is_about_the_file
+from utils.data.decode import check_image
 from utils.data.formats import open_image
 from utils.data.image_format import ImageFormat
+from utils.data.read_errors import is_about_the_file
 from utils.data.search import find_images, label_by_folder
 from utils.data.threads import map_in_threads
 from utils.errors import UserError, one_line

@@ -12,7 +12,7 @@ from PIL import Image
 
 from utils import distributed
 from utils.checkpoint_contents import weights_digest
-from utils.data.decode import describe_error
+from utils.data.read_errors import describe_error
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.images import make_grid, save_animation, save_png, to_uint8

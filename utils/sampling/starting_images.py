@@ -2,8 +2,9 @@
 
 import torch
 
-from utils.data.decode import check_image, describe_error, load_image
+from utils.data.decode import check_image, load_image
 from utils.data.image_format import ImageFormat
+from utils.data.read_errors import describe_error
 from utils.errors import UserError
 
 
