@@ -201,7 +201,7 @@ def clipping():
     """The same seeds with an eps in bf16, as mixed precision gives it: x_0 clipped, and not."""
     diffusion, classes = load()
     rows, predict_x_0 = [], diffusion.denoiser(torch.arange(7), clip=False)
-    schedule = sampling_schedule(diffusion.alpha_bars, "ddim", 50)
+    schedule = sampling_schedule(diffusion.alpha_bars, SamplingOptions("ddim", 50))
     for most in (1.0, float("inf")):
 
         def denoise(x, t, most=most):
