@@ -306,7 +306,7 @@ class Evaluator:
             denoise, alpha_bars = run.denoiser(numbers)
             noise = samplers.seeded_noise((self.config.seed + numbers).tolist(), shape, self.device)
             with torch.no_grad():
-                schedule = sampling_schedule(alpha_bars, SAMPLER, STEPS)
+                schedule = sampling_schedule(alpha_bars, SamplingOptions(SAMPLER, STEPS))
                 x = last_images(samplers.SAMPLERS[SAMPLER](denoise, next(noise), schedule, noise))
             statistics.add(self.extractor(torch.from_numpy(to_uint8(x))))
         return frechet_distance(statistics, self.real)
