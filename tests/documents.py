@@ -20,8 +20,9 @@ from conftest import PROJECT
 from torch.distributed.run import get_args_parser
 
 from nets.samplers import DEFAULT_STEPS
-from utils import config as settings
+from utils import settings
 from utils.data.downloads import DATASETS
+from utils.training.run_settings import RUN_SETTINGS
 
 ALL = [
     PROJECT / "README.md",
@@ -176,15 +177,18 @@ def read_options(target, words):
     if hasattr(module, "Config"):
         words = without_placeholders(words, options_of(module))
         with suppress(SystemExit), redirect_stdout(StringIO()):  # --help ends the program
-            typed = settings.typed_options(module.Config, "", words)
+            declared = getattr(module, "SETTINGS", RUN_SETTINGS)
+            if target == "train":
+                declared |= {"preset": settings.choice(module.PRESETS)}
+            typed = settings.typed_options(module.Config, declared, "", words)
+            if set(typed.get("names", "loss").split(",")) - set(getattr(module, "FIGURES", ("loss",))):
+                raise ValueError(f"no figure {typed['names']}")
             if typed.get("download", "mnist") not in DATASETS:
                 raise ValueError(f"no data set {typed['download']}")
     elif target == "utils.convert":
         nothing = {name: (lambda **_: None, *rest) for name, (_, *rest) in module.COMMANDS.items()}
         with unittest.mock.patch.object(module, "COMMANDS", nothing):
             module.main(words or ["import", "FOLDER", "FILE"])
-    elif target == "docs.figures" and set(words) - set(module.FIGURES):
-        raise ValueError("unknown figure")
     elif len(words) > 1 or any(word.startswith("--") for word in words):
         raise ValueError("it takes a folder")
 

@@ -148,15 +148,15 @@ def test_a_gradient_scaler_finding_its_factor_does_not_count_as_bad():
 
 
 def test_a_save_that_fails_is_said_and_the_training_goes_on(workplace, monkeypatch, capsys):
-    from utils.training import saving as run
+    from utils.checkpoint import saving as run
 
     saves, original = [], run.save_checkpoint
 
-    def full(path, state):
-        saves.append(path.name)
+    def full(checkpoint):
+        saves.append(checkpoint.path.name)
         if len(saves) == 2:
-            raise OSError(28, "No space left on device", str(path))
-        original(path, state)
+            raise OSError(28, "No space left on device", str(checkpoint.path))
+        original(checkpoint)
 
     monkeypatch.setattr(run, "save_checkpoint", full)
     run_main("train.py", *RUN)

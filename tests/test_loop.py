@@ -8,8 +8,8 @@ from conftest import TINY, newest_run, read_file, read_history, run_main
 
 import train
 from nets import GaussianDiffusion
+from utils.checkpoint import saving
 from utils.data.dataset import normalize
-from utils.training import saving as run_module
 
 RUN = [*TINY, "--epochs", "2", "--seed", "1"]  # 6 steps
 
@@ -147,18 +147,22 @@ def test_gradients_are_clipped_by_their_own_norm_not_the_scaled_one(workplace, g
 
 
 def test_each_process_drops_other_features_and_has_its_part_of_the_same_noise(workplace, monkeypatch):
-    size = {"input_shape": (8, 8), "channel": 32, "channel_mults": (1,), "attention_resolutions": ()}
-    config, device = train.resolve(train.Config(**size, batch_size=8, device="cpu"))
-    parts = train.prepare(config, device)
-    monkeypatch.setattr(train.distributed, "world_size", lambda: 2)
-    dropped, noise = [], []
-    for rank in (0, 1, 0):
-        monkeypatch.setattr(train.distributed, "rank", lambda rank=rank: rank)
-        *_, draws = train.make_batch(config, parts, *parts.dataset.batch(range(4)), 0, 0)
-        noise.append(draws.noise)
-        dropped.append(torch.nn.functional.dropout(torch.ones(100)))
-    assert torch.equal(dropped[0], dropped[2]) and not torch.equal(dropped[0], dropped[1])
-    assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
+    make_batch, seen = train.make_batch, []
+
+    def as_one_of_two(config, context, images, labels, *position):
+        with monkeypatch.context() as patch:
+            patch.setattr(train.distributed, "world_size", lambda: 2)
+            for rank in (0, 1, 0):
+                patch.setattr(train.distributed, "rank", lambda rank=rank: rank)
+                *_, step = make_batch(config, context, images[:4], labels[:4], *position)
+                seen.append((step.noise, torch.nn.functional.dropout(torch.ones(100))))
+        return make_batch(config, context, images, labels, *position)
+
+    monkeypatch.setattr(train, "make_batch", as_one_of_two)
+    run_main("train.py", *PLAIN)
+    (noise, dropped), (other_noise, other_dropped), (same_noise, same_dropped) = seen[:3]
+    assert torch.equal(dropped, same_dropped) and not torch.equal(dropped, other_dropped)
+    assert torch.equal(noise, same_noise) and not torch.equal(noise, other_noise)
 
 
 def test_moments_come_back_in_the_weights_own_layout(workplace, monkeypatch):
@@ -213,13 +217,13 @@ def test_previews_are_drawn_with_the_average_in_eval_mode_from_the_same_noise(wo
 
 
 def test_saves_within_an_epoch_come_by_the_clock(workplace, monkeypatch):
-    positions, save = [], run_module.save_checkpoint
+    positions, save = [], saving.save_checkpoint
     monkeypatch.setattr(
-        run_module, "save_checkpoint", lambda path, state: (positions.append(state.get("position")), save(path, state))
+        saving, "save_checkpoint", lambda checkpoint: (positions.append(checkpoint.training), save(checkpoint))
     )
-    monkeypatch.setattr(run_module.Checkpoints, "is_cheap", lambda self: True)
+    monkeypatch.setattr(saving.CheckpointWriter, "is_cheap", lambda self: True)
     run_main("train.py", *RUN, "--save_minutes", "0")
-    assert [(p["epoch"], p["images"]) for p in positions if p] == [
+    assert [(p.epoch, p.images) for p in positions if p] == [
         (0, 8),
         (0, 16),
         (0, 24),

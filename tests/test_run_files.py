@@ -26,8 +26,9 @@ from conftest import (
 )
 
 import train
+from utils.checkpoint import saving
+from utils.checkpoint.file import Checkpoint
 from utils.files import TolerantWriter, locked
-from utils.training import saving
 from utils.training.loss_history import LossHistory, Table, read_table
 from utils.training.run_files import RunWriter
 
@@ -211,7 +212,7 @@ def test_whatever_tensorboard_raises_later_costs_only_its_curves(tmp_path, monke
     assert capsys.readouterr().out.count("tensorboard is here, but fails (TypeError: another protobuf)") == 1
 
 
-def test_a_curve_that_cannot_be_plotted_costs_only_itself(tmp_path, monkeypatch, capsys):
+def test_a_curve_that_cannot_be_plotted_costs_only_itself(tmp_path, monkeypatch, capsys, curves):
     def fail(*arguments, **options):
         raise OSError("no font cache")
 
@@ -228,8 +229,8 @@ def test_a_curve_that_cannot_be_plotted_costs_only_itself(tmp_path, monkeypatch,
 
 
 def test_a_run_that_saved_nothing_ends_with_exit_code_1(workplace, monkeypatch, capsys):
-    def full(path, state):
-        raise OSError(28, "No space left on device", str(path))
+    def full(checkpoint):
+        raise OSError(28, "No space left on device", str(checkpoint.path))
 
     monkeypatch.setattr(saving, "save_checkpoint", full)
     with pytest.raises(SystemExit) as end:
@@ -243,14 +244,15 @@ def test_a_run_that_saved_nothing_ends_with_exit_code_1(workplace, monkeypatch, 
 def test_a_save_that_comes_good_is_no_failure(workplace, monkeypatch):
     saves, save = [], saving.save_checkpoint
 
-    def full_once(path, state):
+    def full_once(checkpoint):
+        path = checkpoint.path
         saves.append(path.name)
         if path.name == "last.pth" and saves.count("last.pth") == 1:
             raise OSError(28, "No space left on device", str(path))
-        save(path, state)
+        save(checkpoint)
 
     monkeypatch.setattr(saving, "save_checkpoint", full_once)
-    monkeypatch.setattr(saving.Checkpoints, "is_cheap", lambda self: True)
+    monkeypatch.setattr(saving.CheckpointWriter, "is_cheap", lambda self: True)
     run_main("train.py", *RUN)
     assert read_file(newest_run(workplace) / "last.pth")["position"]["epoch"] == 2
 
@@ -342,7 +344,7 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(saving, "time", clock)
-    monkeypatch.setattr(saving, "save_checkpoint", lambda path, state: setattr(clock, "now", clock.now + 2))
+    monkeypatch.setattr(saving, "save_checkpoint", lambda checkpoint: setattr(clock, "now", clock.now + 2))
     return clock
 
 
@@ -350,9 +352,12 @@ def clock(monkeypatch):
 def checkpoints(tmp_path, monkeypatch, clock):
     """The writer of a run's checkpoints, with a save every 10 minutes."""
     monkeypatch.setattr(saving, "images_fingerprint", lambda dataset: "")
-    parts = SimpleNamespace(dataset=SimpleNamespace(classes=[]), diffusion=torch.nn.Linear(1, 1))
-    parts.diffusion.ema_step = 0
-    return saving.Checkpoints(tmp_path, train.Config(save_minutes=10), parts, lambda name, write: write() is None)
+    about = Checkpoint(tmp_path, {}, "full", {}, [])
+    context = SimpleNamespace(dataset=None, about=about, diffusion=torch.nn.Linear(1, 1))
+    context.diffusion.ema_step = 0
+    return saving.CheckpointWriter(
+        tmp_path, train.Config(save_minutes=10), context, lambda name, write: write() is None
+    )
 
 
 def test_other_checkpoints_do_not_put_off_last_pth(checkpoints, clock):
