@@ -1,6 +1,5 @@
 """Files of torch.save: written whole, read without running code, compared with their checksums."""
 
-import codecs
 import hashlib
 import pickle
 import warnings
@@ -17,9 +16,8 @@ from utils.settings import shown
 ZIP = b"PK\x03\x04"  # the first bytes of a file of PyTorch, since 1.6
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 TEXTS = {  # how a text file in place of weights begins -> what it is, and what to do
-    ("version https://git-lfs",): "the pointer that git-lfs leaves in place of the weights: run `git lfs pull`",
-    ("<!doctype", "<html", "<?xml"): "a web page instead of the weights: download the file itself, not the page that "
-    "shows it",
+    b"version https://git-lfs": "the pointer that git-lfs leaves in place of the weights: run `git lfs pull`",
+    b"<": "a web page instead of the weights: download the file itself, not the page that shows it",
 }
 
 
@@ -44,10 +42,10 @@ def load_tensors(path: Path, lazily: bool = False, what: str = "PyTorch checkpoi
     if not path.is_file():
         raise UserError(f"{path}: there is no such {what}")
     with open(path, "rb") as file:
-        start = file.read(512)
-    if (text := text_of(start)) is not None:
-        kinds = (kind for beginnings, kind in TEXTS.items() if text.startswith(beginnings))
-        raise UserError(f"{path}: a text file, {next(kinds, f'no {what}')}")
+        start = file.read(512).lstrip()
+    for beginning, kind in TEXTS.items():
+        if start.startswith(beginning):
+            raise UserError(f"{path}: a text file, {kind}")
     try:
         zipped = start.startswith(ZIP) or zipfile.is_zipfile(path)
         if zipped:
@@ -71,23 +69,13 @@ def load_tensors(path: Path, lazily: bool = False, what: str = "PyTorch checkpoi
 def compare_checksums(path: Path) -> None:
     """Reads every part of a zip file. UserError where one is not what was written."""
     with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        if len(set(names)) < len(names):
-            raise UserError("two of its parts have one name")
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+        parts = archive.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
             raise UserError("its parts are compressed")  # PyTorch compresses none, and maps the bytes
+        if len({part.filename for part in parts}) < len(parts):
+            raise UserError("two of its parts have one name")
         if (damaged := archive.testzip()) is not None:
             raise UserError(f"{damaged} is not what was written")
-
-
-def text_of(start: bytes) -> str | None:
-    """The first bytes of a file as lower-case text; None where they are no text."""
-    try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(start)  # the last character may be cut
-    except UnicodeDecodeError:
-        return None
-    printable = text.strip() and all(ord(character) >= 32 or character.isspace() for character in text)
-    return text.lstrip().lower() if printable else None
 
 
 def check_plain(value: Any, name: str) -> None:

@@ -34,10 +34,15 @@ def advice_for_training(config, context) -> str:
         return SETTINGS
     there = device_memory(context.device)
     fitting = (there * USABLE - fixed) / per_image  # images of a micro-batch
-    accumulate = accumulate_that_fits(fitting, context.batch_size, distributed.world_size(), config.accumulate)
+    accumulate = accumulate_that_fits(fitting, size * config.accumulate, config.accumulate)
     instead = f"--accumulate {accumulate} would fit. Else " if accumulate else ""
     need = f"training on {plural(size, 'image')} at a time needs about {mebibytes(fixed + size * per_image)}"
     return f"{need}, {context.device} has {mebibytes(there)} in all; {instead}{SETTINGS}"
+
+
+def accumulate_that_fits(images: float, share: int, now: int) -> int | None:
+    """The least `accumulate` above `now` that cuts a process's share into at most so many images."""
+    return next((n for n in range(now + 1, share + 1) if share % n == 0 and share // n <= images), None)
 
 
 def mebibytes(count: float) -> str:
@@ -52,13 +57,6 @@ def check_network_fits(num_parameters: int, device: torch.device) -> None:
             f"a network of {num_parameters / 1e9:.2f} billion parameters needs {mebibytes(needed)} to train; "
             f"{device} has {mebibytes(there)}: lower --channel, --channel_mults or --num_res_blocks"
         )
-
-
-def accumulate_that_fits(images: float, batch_size: int, world_size: int, now: int) -> int | None:
-    """The least `accumulate` above `now` with micro-batches of at most so many images, or None."""
-    share = batch_size // world_size
-    found = (n for n in range(now + 1, share + 1) if batch_size % (world_size * n) == 0 and share // n <= images)
-    return next(found, None)
 
 
 def device_memory(device: torch.device) -> int:
@@ -78,7 +76,7 @@ def memory_needs(config, context) -> tuple[int, int, int]:
     return size, COPIES * weights, two - one  # the weights are kept once for any number of images
 
 
-def bytes_kept(config, context, number: int) -> int:
+def bytes_kept(config, context, number):
     """What the forward pass of `number` images keeps for the backward pass."""
     kept = {}
 
