@@ -6,7 +6,6 @@ import torch
 
 from utils import distributed
 from utils.device import autocast
-from utils.errors import UserError
 from utils.terminal import plural
 
 USABLE = 0.9  # fraction of a device's memory that training can fill: the rest goes to libraries and gaps
@@ -41,22 +40,12 @@ def advice_for_training(config, context) -> str:
 
 
 def accumulate_that_fits(images: float, share: int, now: int) -> int | None:
-    """The least `accumulate` above `now` that cuts a process's share into at most so many images."""
+    """The least `accumulate` above `now` that cuts `share` images into parts of at most `images`."""
     return next((n for n in range(now + 1, share + 1) if share % n == 0 and share // n <= images), None)
 
 
 def mebibytes(count: float) -> str:
     return f"{count / 2**20:,.0f} MiB"
-
-
-def check_network_fits(num_parameters: int, device: torch.device) -> None:
-    """UserError where training needs more than the device's memory. No network is built."""
-    needed, there = COPIES * 4 * num_parameters, device_memory(device)
-    if there and needed > there:
-        raise UserError(
-            f"a network of {num_parameters / 1e9:.2f} billion parameters needs {mebibytes(needed)} to train; "
-            f"{device} has {mebibytes(there)}: lower --channel, --channel_mults or --num_res_blocks"
-        )
 
 
 def device_memory(device: torch.device) -> int:

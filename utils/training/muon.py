@@ -1,7 +1,5 @@
 """Muon: orthogonal steps for the weights of convolutions, AdamW for everything else."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,9 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            for weights in by_shape(group["params"]):
+            convolutions = [weight for weight in group["params"] if weight.ndim == 4 and weight.grad is not None]
+            for shape in {weight.shape: None for weight in convolutions}:
+                weights = [weight for weight in convolutions if weight.shape == shape]
                 self.step_matrices(weights, group["lr"], group["betas"][0], group["weight_decay"])
         super().step()  # of the weights that still have their gradients
 
@@ -40,15 +40,6 @@ class Muon(torch.optim.AdamW):
         size = ADAM_SIZE * max(matrices[0].shape) ** 0.5
         for weight, step in zip(weights, orthogonal(torch.stack(matrices), good * lr * size)):
             weight.mul_(1 - good * lr * weight_decay).sub_(step.view_as(weight))
-
-
-def by_shape(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    """The weights of convolutions that have a gradient, in a list for each shape."""
-    shapes = {}
-    for parameter in parameters:
-        if parameter.ndim == 4 and parameter.grad is not None:
-            shapes.setdefault(parameter.shape, []).append(parameter)
-    return shapes.values()
 
 
 def orthogonal(matrices: Tensor, size: float | Tensor = 1.0) -> Tensor:

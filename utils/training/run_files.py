@@ -14,7 +14,7 @@ from tqdm import tqdm
 from utils import distributed
 from utils.checkpoint.runs import BEST, LAST, LOGS
 from utils.checkpoint.saving import CheckpointWriter
-from utils.errors import UserError, is_out_of_memory
+from utils.errors import UserError, explain_out_of_memory
 from utils.files import TolerantWriter, atomic_write, locked, remove_leftovers
 from utils.images import save_png
 from utils.training.loss_history import LossHistory
@@ -34,8 +34,7 @@ class RunWriter:
     def __enter__(self) -> "RunWriter":
         if self.main:
             self.open_folder()
-        images, pause = len(self.context.dataset), 0.2 if sys.stderr.isatty() else 10  # seconds
-        images -= images % self.context.batch_size  # per epoch
+        images, pause = self.context.steps_per_epoch * self.context.batch_size, 0.2 if sys.stderr.isatty() else 10
         done, total = self.start.epoch * images + self.start.images, self.config.epochs * images
         self.bar = tqdm(total=total, initial=done, disable=not self.main, mininterval=pause, **BAR)
         self.epoch_began, self.epoch_images = time.monotonic(), 0
@@ -43,9 +42,8 @@ class RunWriter:
 
     def open_folder(self):
         folder = self.folder.resolve()
-        busy = f"another training writes to {folder}: wait for its end, or stop it"
-        self.lock.enter_context(locked(self.folder, busy))
-        remove_leftovers(self.folder)
+        self.lock.enter_context(locked(folder, f"another training writes to {folder}: wait for its end, or stop it"))
+        remove_leftovers(folder)
         with atomic_write(self.folder / "config.json", "w", encoding="utf-8") as file:
             json.dump(self.context.about.config, file, indent=2)
         print(f"this run writes to {folder}")
@@ -92,9 +90,8 @@ class RunWriter:
     def end_epoch(self, row: dict, seconds: float, memory: float) -> None:
         """Tables, checkpoints, preview, curves of an epoch. row: see LossHistory. memory: MiB."""
         epoch, final, period = row["epoch"], row["epoch"] == self.config.epochs, self.config.preview_period
-        speed = {"epoch": epoch, "seconds": round(seconds, 3)}
-        speed["images_per_second"] = round(self.epoch_images / max(seconds, 1e-6), 2)
-        speed["memory_mib"] = round(memory)
+        rate = round(self.epoch_images / max(seconds, 1e-6), 2)
+        speed = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": rate, "memory_mib": round(memory)}
         best = row.get("val_loss", math.inf) < self.history.lowest("val_loss")[0]
         self.attempt("the tables", lambda: self.history.add(row, speed))
         due = final or self.checkpoints.is_cheap()
@@ -110,6 +107,15 @@ class RunWriter:
         self.epoch_began, self.epoch_images = time.monotonic(), 0
         if final:
             self.finish("" if row["loss"] is None else f", loss {row['loss']:.4f}")
+
+    def preview(self, epoch: int, step: int) -> None:
+        """Samples the preview into a file and TensorBoard."""
+        with explain_out_of_memory(lambda: "a preview samples 25 images at once, --preview_period 0 does without"):
+            image = sample_preview(self.config, self.context)
+        path = Path("results/train_out") / self.folder.name / f"epoch_{epoch:04d}.png"
+        save_png(path, image)
+        self.history.add_image(image, step)
+        tqdm.write(f"preview: {path.resolve()}")
 
     def finish(self, loss: str) -> None:
         """Says that the run is over, and how to sample. UserError: something is not written."""
@@ -127,20 +133,6 @@ class RunWriter:
             command = f"python predict.py --model_path {self.folder / BEST}"
             print(f"the validation loss was lowest after epoch {epoch}: `{command}` samples from that checkpoint")
         print(f"`python -m utils.report {self.folder}` makes an HTML report of this run")
-
-    def preview(self, epoch: int, step: int) -> None:
-        """Samples the preview into a file and TensorBoard. Too little memory ends no run."""
-        try:
-            image = sample_preview(self.config, self.context)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            tqdm.write("no preview: there is not enough memory to sample 25 images at once; training continues")
-            return
-        path = Path("results/train_out") / self.folder.name / f"epoch_{epoch:04d}.png"
-        save_png(path, image)
-        self.history.add_image(image, step)
-        tqdm.write(f"preview: {path.resolve()}")
 
     def advice(self) -> str:
         """What to do after too many bad steps."""
