@@ -21,6 +21,7 @@ from nets.architecture import (
     count_flops,
     unet_arguments,
 )
+from nets.unet import MAX_GROUPS
 from utils import distributed
 from utils.checkpoint.file import Checkpoint
 from utils.checkpoint.resume import check_classes, merge_settings, restore, start_settings
@@ -179,6 +180,7 @@ def read_settings(arguments=None):
     """(Config, names that the command line and the preset gave, Checkpoint or None).
 
     A resumed run has its own settings, a run that starts from weights their network and schedule.
+    A bare state dict does not show its number of groups: it is the reference's.
     """
     declared = RUN_SETTINGS | {"preset": choice(PRESETS, fixed="run")}
     own, options = defaults(Config, declared), typed_options(Config, declared, __doc__, arguments)
@@ -187,11 +189,11 @@ def read_settings(arguments=None):
     config, given = {**own, **preset, **options}, {*preset, *options}
     checkpoint = find_resumed(config["resume"], config["save_dir"])
     if checkpoint:
-        checkpoint.config = build.settings_of(checkpoint)
+        checkpoint.config = {"num_groups": MAX_GROUPS, **build.settings_of(checkpoint)}
         config, given = merge_settings(own, options, checkpoint), {*checkpoint.given, *options}
     elif config["start_from"]:
         checkpoint = replace(open_weights(config["start_from"]), training=None, ema_step=None)
-        checkpoint.config = build.settings_of(checkpoint)
+        checkpoint.config = {"num_groups": MAX_GROUPS, **build.settings_of(checkpoint)}
         config = start_settings(config, options, checkpoint)
     return Config(**config), sorted(given), checkpoint
 

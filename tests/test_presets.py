@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, assert_same_state, read_file, run_main
-from utils.config import check_values
+from conftest import TINY, assert_same_state, read_file, run_main, with_defaults
 
 import train
 from nets import UNet
@@ -22,14 +21,14 @@ def last(folder):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_goes_over_the_block_and_options_go_over_the_preset(monkeypatch, name):
-    monkeypatch.setattr(train, "block_settings", lambda _: train.Config(channel=96, epochs=7, seed=3, preset=name))
+    edited = with_defaults(train.Config, channel=96, epochs=7, seed=3, preset=name)
+    monkeypatch.setattr(train, "Config", edited)
     values = train.PRESETS[name]
     for arguments in ([], ["--preset", name]):
         config, *_ = train.read_settings(arguments)
         assert {key: getattr(config, key) for key in values} == values
         assert (config.seed, config.preset) == (3, name)
         train.check(config)
-        check_values(config)
     config, *_ = train.read_settings(["--preset", name, "--channel", "64"])
     assert config.channel == 64 and config.prediction == values["prediction"]
     config, *_ = train.read_settings(["--preset", ""])  # the block's own

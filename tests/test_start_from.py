@@ -13,6 +13,7 @@ from utils.checkpoint.integrity import save_tensors
 
 SETTINGS = {
     "input_shape": (8, 8),
+    "img_channels": 3,
     "channel": 8,
     "channel_mults": (1, 2),
     "num_res_blocks": 1,
@@ -185,7 +186,7 @@ def test_weights_alone_and_bare_ones_are_fine(given):
         run_main("train.py", *typed, "--start_from", f"{name}.pth", "--epochs", "1", "--save_dir", name)
         started = last(name)
         assert "model.downs.0.class_bias.weight" not in started["weights"]
-        assert started["config"]["num_groups"] == int(groups) and started["config"]["num_timesteps"] == 20
+        assert (started["config"]["num_groups"], started["config"]["num_timesteps"]) == (int(groups), 20)
 
 
 def test_the_carried_settings_are_those_of_the_weights():
