@@ -51,10 +51,8 @@ class Checkpoint:
 def save_checkpoint(checkpoint: Checkpoint) -> None:
     """Writes the file at `checkpoint.path`, whole or not at all. OSError: the disk refuses."""
     check_finite(checkpoint)
-    values = {name: getattr(checkpoint, name) for name in ("config", "classes", "weights")}
-    values = {"format": FORMAT, **values, "weights_kind": checkpoint.kind}
-    values |= {"resolved": checkpoint.resolved, "given": checkpoint.given} if checkpoint.resolved else {}
-    values |= {} if checkpoint.ema_step is None else {"ema_step": checkpoint.ema_step}
+    names = ("config", "classes", "weights", "resolved", "given", "ema_step")
+    values = {"format": FORMAT, "weights_kind": checkpoint.kind, **{name: getattr(checkpoint, name) for name in names}}
     if checkpoint.training is not None:
         state = dict(zip((*POSITION, *STATE), checkpoint.training))
         values["position"] = {name: state.pop(name) for name in POSITION}
@@ -73,9 +71,8 @@ def load_checkpoint(path: Path | str, lazily: bool = False) -> Checkpoint:
     if isinstance(loaded, dict) and loaded and all(map(torch.is_tensor, loaded.values())):
         loaded = {"weights": loaded}
     if not isinstance(loaded, dict) or "weights" not in loaded:
-        found = ", ".join(map(str, list(loaded)[:5])) if isinstance(loaded, dict) else type(loaded).__name__
-        raise UserError(f"{path}: neither a checkpoint of this project nor a state dict (it holds: {found})")
-    if type(loaded.get("format", FORMAT)) is not int or loaded.get("format", FORMAT) > FORMAT:
+        raise UserError(f"{path}: neither a checkpoint of this project nor a state dict")
+    if loaded.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path}: written by a newer version of this project; update yours to read it")
     try:
         checkpoint = read_contents(path, loaded)
@@ -91,14 +88,10 @@ def check_finite(checkpoint):
         raise UserError(f"{checkpoint.path}: its weights hold NaN or infinity (the first is {name}): take an older one")
 
 
-def is_list_of(value, kind):
-    return isinstance(value, list) and all(type(item) is kind for item in value)
-
-
-STRUCTURES = {
-    **dict.fromkeys(("config", "resolved", "position"), lambda value: isinstance(value, dict)),
-    **dict.fromkeys(("classes", "given"), lambda value: is_list_of(value, str)),
-    **dict.fromkeys(("history", "speed"), lambda value: is_list_of(value, dict)),  # of older versions
+CONTAINERS = {  # the type of a value, and of its items or keys
+    **dict.fromkeys(("config", "resolved", "position"), (dict, str)),
+    **dict.fromkeys(("classes", "given"), (list, str)),
+    **dict.fromkeys(("history", "speed"), (list, dict)),  # of older versions
 }
 VALUES = {
     **dict.fromkeys(("epoch", "images", "bad_in_row"), whole(0)),
@@ -113,23 +106,25 @@ def read_contents(path, loaded):
     """The Checkpoint of a file's dict. UserError that names the first value that it cannot have."""
     check_tensors(loaded["weights"])
     check_plain({name: value for name, value in loaded.items() if name != "weights"}, "it")
-    for name, fits in STRUCTURES.items():
-        if name in loaded and not fits(loaded[name]):
-            raise UserError(f"{name} cannot be {shown(loaded[name])}")
-    found = {"config": {}, "resolved": {}, "classes": [], "given": [], "weights_kind": "full", "ema_step": None}
-    found |= loaded.get("position", {}) | loaded
-    found |= check_saved(found, VALUES)
-    about = {name: found[name] for name in ("classes", "ema_step", "given")}
-    about |= {"config": check_saved({**BEFORE, **found["config"]}, RUN_SETTINGS) if found["config"] else {}}
-    about |= {"resolved": check_saved(found["resolved"], RUN_SETTINGS), "kind": found["weights_kind"]}
-    return Checkpoint(path, loaded["weights"], **about, training=read_training(found) if "position" in loaded else None)
+    for name, (kind, item) in CONTAINERS.items():
+        value = loaded.get(name, kind())
+        if not isinstance(value, kind) or not all(isinstance(each, item) for each in value):
+            raise UserError(f"{name} cannot be {shown(value)}")
+    values = loaded.get("position", {}) | loaded
+    values |= check_saved(values, VALUES)
+    about = {name: values[name] for name in ("classes", "ema_step", "given") if name in values}
+    if values.get("config"):
+        about["config"] = check_saved({**BEFORE, **values["config"]}, RUN_SETTINGS)
+    about["resolved"] = check_saved(values.get("resolved", {}), RUN_SETTINGS)
+    training = read_training(values) if "position" in loaded else None
+    return Checkpoint(path, loaded["weights"], values.get("weights_kind", "full"), training=training, **about)
 
 
-def read_training(found):
+def read_training(values):
     """The TrainingState of a file's values; whether it fits the weights is seen on resuming."""
-    if missing := [name for name in (*POSITION, *STATE) if name not in found]:
+    if missing := [name for name in (*POSITION, *STATE) if name not in values]:
         raise UserError(f"its training state lacks {', '.join(missing)}")
-    if found["images"] % found["batch_size"]:
-        raise UserError(f"images is {found['images']}: expected a multiple of the batch size, {found['batch_size']}")
-    tables = ([as_text(row) for row in found[name]] for name in ("history", "speed") if name in found)
-    return TrainingState(*(found[name] for name in (*POSITION, *STATE)), tuple(tables))
+    if values["images"] % values["batch_size"]:
+        raise UserError(f"images is {values['images']}: expected a multiple of the batch size, {values['batch_size']}")
+    tables = ([as_text(row) for row in values[name]] for name in ("history", "speed") if name in values)
+    return TrainingState(*(values[name] for name in (*POSITION, *STATE)), tuple(tables))

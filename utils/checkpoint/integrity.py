@@ -2,7 +2,6 @@
 
 import hashlib
 import pickle
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from utils.errors import UserError, one_line
 from utils.files import atomic_write
 from utils.settings import shown
 
-ZIP = b"PK\x03\x04"  # the first bytes of a file of PyTorch, since 1.6
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 TEXTS = {  # how a text file in place of weights begins -> what it is, and what to do
     b"version https://git-lfs": "the pointer that git-lfs leaves in place of the weights: run `git lfs pull`",
@@ -34,9 +32,8 @@ def save_tensors(path: Path, values: dict) -> None:
 def load_tensors(path: Path, lazily: bool = False, what: str = "PyTorch checkpoint") -> Any:
     """Tensors and plain values of a file, on the CPU.
 
-    It compares the checksums of the whole file, also `lazily`, which maps the tensors: 0.2 s for
-    430 MB. Files older than PyTorch 1.6 have no checksums. what: the noun in messages.
-    UserError for a damaged file or one of another kind; OSError from the system.
+    It compares all checksums (files older than PyTorch 1.6 have none), also `lazily`, which maps
+    the tensors. what: the noun in messages. UserError for a damaged file or one of another kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,21 +44,14 @@ def load_tensors(path: Path, lazily: bool = False, what: str = "PyTorch checkpoi
         if start.startswith(beginning):
             raise UserError(f"{path}: a text file, {kind}")
     try:
-        zipped = start.startswith(ZIP) or zipfile.is_zipfile(path)
+        zipped = zipfile.is_zipfile(path)
         if zipped:
             compare_checksums(path)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the error says it
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily and zipped)
-    except MemoryError:
-        raise
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily and zipped)
     except pickle.UnpicklingError:
-        raise UserError(
-            f"{path}: not a file of tensors and plain values only; it is refused, as loading it could run "
-            "code hidden in it"
-        ) from None
+        raise UserError(f"{path}: not tensors and plain values only: loading it could run code hidden in it") from None
     except Exception as error:  # the unpickler raises all kinds on a file of something else
-        if isinstance(error, OSError) and error.filename:
+        if isinstance(error, MemoryError) or getattr(error, "filename", None):
             raise
         raise UserError(f"{path}: damaged, or no {what} ({one_line(error)})") from None
 

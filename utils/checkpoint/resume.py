@@ -10,7 +10,7 @@ from utils import distributed
 from utils.checkpoint.file import Checkpoint
 from utils.device import is_here
 from utils.errors import UserError
-from utils.training.loss_history import read_tables
+from utils.training.loss_history import TABLES, read_table
 from utils.training.optimizer import restore_optimizer
 from utils.training.run_settings import RUN_SETTINGS
 
@@ -129,7 +129,7 @@ def resume_point(checkpoint, context):
         changed.append(f"the batch size was {state.batch_size} and is {context.batch_size}")
     if changed and distributed.is_main():
         print(f"{'; '.join(changed)}{': resuming at the next epoch' if state.images else ''}")
-    tables = state.tables or read_tables(checkpoint.path.parent, state.epoch)
+    tables = state.tables or [read_table(checkpoint.path.with_name(name), state.epoch) for name in TABLES]
     if changed and state.images:
         return ResumePoint(state.epoch + 1, tables=tables)
     return ResumePoint(state.epoch, state.images, own_sums(state.sums), tables)
@@ -159,10 +159,7 @@ def check_fits(state, context, muon):
 
 
 def are_moments(kept, parameter, muon):
-    """Whether `kept` is what Adam keeps of a parameter: a step count, and moments of its shape.
-
-    muon: the optimizer is Muon, which keeps no second moment of a convolution's weight.
-    """
+    """Whether `kept` is a step count and a parameter's moments; Muon has one for convolutions."""
     names = ("exp_avg",) if muon and parameter.ndim == 4 else ("exp_avg", "exp_avg_sq")
     shapes = {"step": (), **dict.fromkeys(names, parameter.shape)}
     return all(torch.is_tensor(kept.get(name)) and kept[name].shape == shape for name, shape in shapes.items())
@@ -170,7 +167,5 @@ def are_moments(kept, parameter, muon):
 
 def images_fingerprint(dataset):
     """A digest of the content and the classes of the training images, in their order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for content, label in zip(dataset.hashes, dataset.labels.tolist()):
-        digest.update(f"{content} {label};".encode())
-    return digest.hexdigest()
+    content = "".join(f"{name} {label};" for name, label in zip(dataset.hashes, dataset.labels.tolist()))
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

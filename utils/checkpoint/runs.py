@@ -22,12 +22,6 @@ def epoch_files(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(EPOCH_FILE.fullmatch(path.name)[1]))
 
 
-def rotate(folder: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` epoch files of a run. 0 keeps all."""
-    for path in epoch_files(folder)[:-keep] if keep else []:
-        path.unlink(missing_ok=True)
-
-
 def newest_in(folder: Path) -> Path | None:
     """The last.pth of a run, else its newest epoch file, else None."""
     last = folder / LAST
@@ -46,10 +40,7 @@ def newest_last(save_dir: str | Path = LOGS) -> Checkpoint | None:
     try:
         return path and load_checkpoint(path)
     except UserError as error:
-        epochs = "".join(f" resume from {path}, or" for path in epoch_files(path.parent)[-1:])
-        raise UserError(
-            f"{error}; this is the newest run:{epochs} name another run's folder, or move {path.parent} away"
-        ) from None
+        raise UserError(f"{error}; name another run's folder, or an epoch_XXXX.pth of this newest run") from None
 
 
 def find_resumed(resume: str, save_dir: str) -> Checkpoint | None:
@@ -75,17 +66,16 @@ def open_weights(path: str, label: str = "", lazily: bool = True) -> Checkpoint:
 
 
 def find_weights(path: str | Path, save_dir: str | Path = LOGS) -> tuple[Path, str]:
-    """(file, remark) of the weights to sample with.
+    """(file, remark) of the weights to sample with. UserError: there are none.
 
     path: a run's folder, or a file. "": the newest run, without any run the newest file in
-    `save_dir`, and last the bundled one. UserError: there are none, or a folder of diffusers.
+    `save_dir`, and last the bundled one.
     """
     given = Path(path)
     if path and given.is_dir():
-        whole = given.parent if given.name == "unet" else given
-        if newest_in(given) is None and ((whole / "model_index.json").is_file() or (whole / "unet").is_dir()):
-            command = f"python -m utils.convert import {whole} FILE.pth"
-            raise UserError(f"{whole}: a folder of diffusers; make a checkpoint of it: {command}")
+        if newest_in(given) is None and ((given / "model_index.json").is_file() or (given / "unet").is_dir()):
+            command = f"python -m utils.convert import {given} FILE.pth"
+            raise UserError(f"{given}: a folder of diffusers; make a checkpoint of it: {command}")
         return newest_in(given) or given / LAST, ""
     if path:
         return given, ""

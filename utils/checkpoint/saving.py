@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from utils.checkpoint.file import TrainingState, save_checkpoint
 from utils.checkpoint.resume import images_fingerprint
-from utils.checkpoint.runs import LAST, rotate
+from utils.checkpoint.runs import LAST, epoch_files
 
 MAX_SAVE_SHARE = 0.05  # of the time, for saves at the ends of epochs
 
@@ -30,20 +30,17 @@ class CheckpointWriter:
         return time.monotonic() - self.saved >= self.seconds / MAX_SAVE_SHARE
 
     def save_last(self, epoch, images, sums):
-        """Writes last.pth, with all that resuming needs. Returns whether it is there.
-
-        epoch, images: the position, `images` of them into the epoch. sums: (processes, 11), the
-        meters' sums, or None at the start of an epoch.
-        """
+        """Writes last.pth with a TrainingState of this position and sums. Whether it is there."""
         context = self.context
         moments, scaler = context.optimizer.state_dict(), context.scaler.state_dict()
         position = (epoch, images, context.batch_size, self.fingerprint)
         return self.write(LAST, TrainingState(*position, sums, moments, scaler, int(context.meter.bad_in_row)))
 
     def save_epoch(self, epoch):
-        """Writes epoch_XXXX.pth, weights alone, and deletes old ones."""
+        """Writes epoch_XXXX.pth, weights alone, and deletes all but the newest `keep_last`."""
         self.write(f"epoch_{epoch:04d}.pth")
-        self.attempt("deleting old epoch files", lambda: rotate(self.folder, self.config.keep_last))
+        for path in epoch_files(self.folder)[: -self.config.keep_last] if self.config.keep_last else []:
+            self.attempt("deleting old epoch files", path.unlink)
 
     def write(self, name, training=None):
         """Writes what sampling needs, and a training state. Returns whether the file is there."""

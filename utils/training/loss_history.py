@@ -10,6 +10,7 @@ from pathlib import Path
 from utils.errors import try_optional
 from utils.files import atomic_write
 
+TABLES = ("epoch_loss.csv", "speed.csv")  # what every repetition of the run gives, and the rest
 SECONDS_BETWEEN_PLOTS = 30
 WHOLE = ("epoch", "step")  # columns of whole numbers
 PANELS = {  # columns of the curves -> the scale of their panel
@@ -17,15 +18,6 @@ PANELS = {  # columns of the curves -> the scale of their panel
     ("loss_t1", "loss_t2", "loss_t3", "loss_t4"): "log",
     **dict.fromkeys([("grad_norm",), ("learning_rate",), ("images_per_second",), ("memory_mib",)], "linear"),
 }
-DAMAGE = (OSError, ValueError, TypeError, KeyError, csv.Error)  # what reading a damaged table raises
-
-
-def write_table(path: Path, rows: list[dict]) -> None:
-    """Writes rows {column: text} as CSV, whole or not at all."""
-    with atomic_write(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, dict.fromkeys(column for row in rows for column in row), restval="")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def as_text(row: dict) -> dict:
@@ -35,7 +27,8 @@ def as_text(row: dict) -> dict:
 def read_table(path: Path, last_epoch: int) -> list[dict]:
     """The rows {column: text} of a table up to an epoch, or to the first damaged one."""
     rows = []
-    with suppress(*DAMAGE), open(path, encoding="utf-8", errors="replace", newline="") as file:
+    damage = suppress(OSError, ValueError, TypeError, KeyError, csv.Error)
+    with damage, open(path, encoding="utf-8", errors="replace", newline="") as file:
         for row in csv.DictReader(file, strict=True):
             numbers = {name: (int if name in WHOLE else float)(cell) for name, cell in row.items() if cell}
             if None in row.values() or numbers["epoch"] > last_epoch:
@@ -44,16 +37,8 @@ def read_table(path: Path, last_epoch: int) -> list[dict]:
     return rows
 
 
-def read_tables(folder: Path, last_epoch: int) -> tuple[list[dict], list[dict]]:
-    """(rows of the losses, rows of the speed) of a run's folder, up to an epoch."""
-    return read_table(folder / "epoch_loss.csv", last_epoch), read_table(folder / "speed.csv", last_epoch)
-
-
 class LossHistory:
-    """The tables of a run: `epoch_loss.csv` has what every repetition gives, `speed.csv` the rest.
-
-    Whatever TensorBoard or matplotlib raise costs the run their curves, and nothing else.
-    """
+    """The tables and curves of a run. What TensorBoard or matplotlib raise costs only curves."""
 
     def __init__(self, folder: Path, losses: list[dict] = (), speed: list[dict] = ()) -> None:
         """losses, speed: rows before the run's position. Later ones in the files go."""
@@ -64,8 +49,11 @@ class LossHistory:
 
     def write(self) -> None:
         """Writes both tables. Rows that an OSError keeps out come with the next."""
-        write_table(self.folder / "epoch_loss.csv", self.losses)
-        write_table(self.folder / "speed.csv", self.speed)
+        for name, rows in zip(TABLES, (self.losses, self.speed)):
+            with atomic_write(self.folder / name, "w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, dict.fromkeys(column for row in rows for column in row), restval="")
+                writer.writeheader()
+                writer.writerows(rows)
 
     def _open_board(self):
         from torch.utils.tensorboard import SummaryWriter
@@ -76,12 +64,9 @@ class LossHistory:
 
     def _log(self, method, *arguments, **options):
         """Calls a method of the SummaryWriter, which is dropped where that raises."""
-
-        def call():
-            getattr(self.board, method)(*arguments, **options)
-            return self.board
-
-        self.board = self.board and try_optional("tensorboard", "no more TensorBoard curves are written", call)
+        if self.board:
+            call, words = getattr(self.board, method), "no more TensorBoard curves are written"
+            self.board = try_optional("tensorboard", words, lambda: call(*arguments, **options) or self.board)
 
     def add(self, row: dict, speed_row: dict) -> None:
         """row, speed_row: {column: number or None}, with "epoch" first and "step" in the first."""

@@ -40,7 +40,7 @@ def advice_for_training(config, context) -> str:
 
 
 def accumulate_that_fits(images: float, share: int, now: int) -> int | None:
-    """The least `accumulate` above `now` that cuts `share` images into parts of at most `images`."""
+    """The least `accumulate` above `now` that cuts `share` images into parts that fit."""
     return next((n for n in range(now + 1, share + 1) if share % n == 0 and share // n <= images), None)
 
 

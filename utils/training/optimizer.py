@@ -50,17 +50,11 @@ def choose_learning_rate(init_lr: float | Literal["auto"], channel: int) -> floa
     return min(2e-4 * 128 / channel, 1e-3) if init_lr == "auto" else init_lr
 
 
-def cosine_decay(progress, low, high):
-    return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def step_decay(progress, low, high):
-    """Ten equal stages, each lower by the same factor, as the reference's "step" has."""
-    stage = min(math.floor(progress * 10 + 1e-9), 9)
-    return high * (low / high) ** (stage / 9)
-
-
-DECAYS = {"cos": cosine_decay, "step": step_decay}
+DECAYS = {  # of (progress from 0 to 1, lowest, highest)
+    "cos": lambda progress, low, high: low + (high - low) * (1 + math.cos(math.pi * progress)) / 2,
+    # Ten equal stages, each lower by the same factor, as the reference's "step" has.
+    "step": lambda progress, low, high: high * (low / high) ** (min(math.floor(progress * 10 + 1e-9), 9) / 9),
+}
 
 
 def learning_rate(step: int, total_steps: int, init_lr, min_lr, warmup=0.05, decay="cos") -> float:

@@ -44,7 +44,7 @@ class RunWriter:
         folder = self.folder.resolve()
         self.lock.enter_context(locked(folder, f"another training writes to {folder}: wait for its end, or stop it"))
         remove_leftovers(folder)
-        with atomic_write(self.folder / "config.json", "w", encoding="utf-8") as file:
+        with atomic_write(folder / "config.json", "w", encoding="utf-8") as file:
             json.dump(self.context.about.config, file, indent=2)
         print(f"this run writes to {folder}")
         if self.start.epoch >= self.config.epochs:
@@ -61,9 +61,8 @@ class RunWriter:
     def show(self, epoch: int, images: int, loss: float, lr: float) -> None:
         """Moves the progress bar by a batch of `images`. loss: the mean of the epoch, or NaN."""
         self.epoch_images += images
-        known = "" if math.isnan(loss) else f"loss {loss:.4f}, "
         self.bar.set_description(f"epoch {epoch + 1}/{self.config.epochs}", refresh=False)
-        self.bar.set_postfix_str(f"{known}learning rate {lr:.1e}", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, learning rate {lr:.1e}", refresh=False)
         self.bar.update(images)
 
     def save_due(self) -> bool:
@@ -88,7 +87,7 @@ class RunWriter:
         raise SystemExit(128 + number)
 
     def end_epoch(self, row: dict, seconds: float, memory: float) -> None:
-        """Tables, checkpoints, preview, curves of an epoch. row: see LossHistory. memory: MiB."""
+        """Writes all files of an epoch. row: see LossHistory. memory: MiB."""
         epoch, final, period = row["epoch"], row["epoch"] == self.config.epochs, self.config.preview_period
         rate = round(self.epoch_images / max(seconds, 1e-6), 2)
         speed = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": rate, "memory_mib": round(memory)}
@@ -120,15 +119,12 @@ class RunWriter:
     def finish(self, loss: str) -> None:
         """Says that the run is over, and how to sample. UserError: something is not written."""
         self.bar.close()
-        folder, last = self.folder.resolve(), self.folder / LAST
-        if missing := self.attempt.failed:
-            older = "" if LAST not in missing else "an older " if last.is_file() else "no "
-            raise UserError(
-                f"the epochs are done{loss}, but {', '.join(sorted(missing))} could not be written; "
-                f"{older}{LAST} is in {folder}: the lines above say why; mend that and resume it"
-            )
+        folder = self.folder.resolve()
+        if missing := ", ".join(sorted(self.attempt.failed)):
+            why = "the lines above say why; mend that and resume it"
+            raise UserError(f"the epochs are done{loss}, but {missing} could not be written to {folder}: {why}")
         model = "" if folder.parent == Path(LOGS).resolve() else f" --model_path {self.folder}"
-        print(f"done{loss}: weights in {last.resolve()}; `python predict.py{model}` samples with them")
+        print(f"done{loss}: weights in {folder / LAST}; `python predict.py{model}` samples with them")
         if epoch := self.history.lowest("val_loss")[1]:
             command = f"python predict.py --model_path {self.folder / BEST}"
             print(f"the validation loss was lowest after epoch {epoch}: `{command}` samples from that checkpoint")
@@ -136,6 +132,5 @@ class RunWriter:
 
     def advice(self) -> str:
         """What to do after too many bad steps."""
-        last = self.folder / LAST
-        kept = f"The last good state is {last.resolve()}: resume it" if last.exists() else "Start again"
+        kept = f"Resume the last good state, {self.folder / LAST}, or start again"
         return f"{kept} with a lower --init_lr, --grad_clip 1, or --precision fp32, and look for broken images."

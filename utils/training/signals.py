@@ -10,10 +10,9 @@ NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 
 class StopSignal:
-    """`number` is 0, or the signal that asks for a stop. A second signal ends the process at once.
+    """`number` is 0, or the signal that asks for a stop. A second one ends the process at once.
 
-    A signal within a second of the first is the same one: torchrun passes it on to processes that
-    have it from the terminal already.
+    Within a second it is the same: torchrun passes on what the processes have from the terminal.
     """
 
     number, seen = 0, 0.0

@@ -26,12 +26,8 @@ class StepNoise(NamedTuple):
 
 
 def sample_step_noise(generator, seed, shape, num_timesteps, flip=0.0, drop=0.0) -> StepNoise:
-    """For the whole batch of shape (B, C, H, W). flip, drop: probabilities.
-
-    The order of the calls is fixed: no option changes the numbers of another.
-    """
+    """For a whole batch (B, C, H, W). No probability (flip, drop) changes the numbers of another."""
     generator.manual_seed(seed)
-    arguments = {"generator": generator, "device": generator.device}
-    t = torch.randint(num_timesteps, shape[:1], **arguments)
-    noise = torch.randn(shape, **arguments)
-    return StepNoise(t, noise, *(torch.rand(shape[:1], **arguments) < chance for chance in (flip, drop)))
+    on = {"generator": generator, "device": generator.device}
+    t, noise = torch.randint(num_timesteps, shape[:1], **on), torch.randn(shape, **on)
+    return StepNoise(t, noise, *(torch.rand(shape[:1], **on) < chance for chance in (flip, drop)))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 
 from utils import distributed
 from utils.device import describe_device
@@ -65,16 +66,9 @@ def print_dry_run(config, context, flops: int, step: Callable) -> None:
         step(images, labels)
         context.meter.sums.cpu()  # waits for the device
     seconds, steps = time.perf_counter() - began, config.epochs * context.steps_per_epoch
+    whole = timedelta(seconds=round(seconds * steps))
     slower = " (not compiled: the run is faster)" if config.compile else ""
     print(
-        f"time       {seconds:.3g} s a step{slower}, {plural(steps, 'step')}: {duration(seconds * steps)}, "
+        f"time       {seconds:.3g} s a step{slower}, {plural(steps, 'step')}: {whole}, "
         f"without saves and previews; {flops / 1e9:.3g} billion operations per image, forward"
     )
-
-
-def duration(seconds: float) -> str:
-    """Seconds as text, such as 45 s, 12 min or 3 h 20 min."""
-    minutes = round(seconds / 60)
-    if minutes >= 100:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min" if seconds >= 100 else f"{seconds:.0f} s"
