@@ -60,10 +60,9 @@ def compare_checksums(path: Path) -> None:
     """Reads every part of a zip file. UserError where one is not what was written."""
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
-        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-            raise UserError("its parts are compressed")  # PyTorch compresses none, and maps the bytes
-        if len({part.filename for part in parts}) < len(parts):
-            raise UserError("two of its parts have one name")
+        compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)  # never by PyTorch: it maps bytes
+        if compressed or len({part.filename for part in parts}) < len(parts):
+            raise UserError("its parts are compressed, or two have one name")
         if (damaged := archive.testzip()) is not None:
             raise UserError(f"{damaged} is not what was written")
 

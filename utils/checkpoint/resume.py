@@ -68,10 +68,7 @@ def machine(checkpoint, options):
 
 
 def start_settings(config: dict, options: dict, checkpoint: Checkpoint) -> dict[str, Any]:
-    """`config` with the network and the schedule of the checkpoint's settings.
-
-    UserError for an option that cannot hold, and for weights of another number of channels.
-    """
+    """`config` with the network and the schedule of a checkpoint. UserError for what cannot hold."""
     saved, asked = {**config, **checkpoint.config}, {**options, "img_channels": config["img_channels"]}
     for name in (*WEIGHTS, "img_channels"):
         if asked.get(name, "auto") not in ("auto", saved[name], checkpoint.resolved.get(name)):
@@ -85,8 +82,8 @@ def check_classes(config, classes, checkpoint):
     """UserError unless the classes of the images are those that the run was built with."""
     known = checkpoint.classes if config.class_conditional and checkpoint else []
     if known and known != classes:
-        found = ", ".join(classes) or "none"
-        raise UserError(f"the run's classes are {', '.join(known)}, those of the images {found}: they cannot change")
+        now = ", ".join(classes) or "none"
+        raise UserError(f"the run's classes are {', '.join(known)}, and cannot change to those of the images: {now}")
 
 
 class ResumePoint(NamedTuple):
@@ -108,9 +105,8 @@ def restore(checkpoint, context, config):
             print("weights only: starting a new run at epoch 1 (use a last.pth to resume)")
         return ResumePoint()
     state, before = checkpoint.training, checkpoint.config | checkpoint.resolved
-    muon = before.get("optimizer_type") == "muon"
-    check_fits(state, context, muon)
-    if muon == (config.optimizer_type == "muon"):
+    check_fits(state, context)
+    if (before.get("optimizer_type") == "muon") == (config.optimizer_type == "muon"):
         restore_optimizer(context.optimizer, state.optimizer)
     elif distributed.is_main():
         print(f"the optimizer is now {config.optimizer_type}: its state was reset")
@@ -144,11 +140,13 @@ def own_sums(per_rank):
     return per_rank.sum(0) * float(distributed.is_main())
 
 
-def check_fits(state, context, muon):
-    """UserError unless moments, sums and scaler fit the weights. muon: the moments are Muon's."""
+def check_fits(state, context):
+    """UserError unless moments, sums and scaler fit the weights."""
     parameters = context.optimizer.param_groups[0]["params"]
     try:
-        fit = all(are_moments(kept, parameters[number], muon) for number, kept in state.optimizer["state"].items())
+        moments = [(parameters[number].shape, kept) for number, kept in state.optimizer["state"].items()]
+        fit = all({"step", "exp_avg"} <= kept.keys() and kept["step"].shape == () for _, kept in moments)
+        fit &= all(value.shape in ((), shape) for shape, kept in moments for value in kept.values())
         fit &= state.sums is None or state.sums.shape[1:] == context.meter.sums.shape
         fit &= not state.scaler or context.scaler.state_dict().keys() <= state.scaler.keys()
         fit &= all(math.isfinite(value) for value in state.scaler.values())
@@ -156,13 +154,6 @@ def check_fits(state, context, muon):
         fit = False
     if not fit:
         raise UserError("the checkpoint is damaged, or edited: optimizer, sums and scaler do not fit its weights")
-
-
-def are_moments(kept, parameter, muon):
-    """Whether `kept` is a step count and a parameter's moments; Muon has one for convolutions."""
-    names = ("exp_avg",) if muon and parameter.ndim == 4 else ("exp_avg", "exp_avg_sq")
-    shapes = {"step": (), **dict.fromkeys(names, parameter.shape)}
-    return all(torch.is_tensor(kept.get(name)) and kept[name].shape == shape for name, shape in shapes.items())
 
 
 def images_fingerprint(dataset):

@@ -68,14 +68,14 @@ def open_weights(path: str, label: str = "", lazily: bool = True) -> Checkpoint:
 def find_weights(path: str | Path, save_dir: str | Path = LOGS) -> tuple[Path, str]:
     """(file, remark) of the weights to sample with. UserError: there are none.
 
-    path: a run's folder, or a file. "": the newest run, without any run the newest file in
-    `save_dir`, and last the bundled one.
+    path: a run's folder or a file; "": the newest run's, or else in `save_dir`, the bundled last.
     """
     given = Path(path)
     if path and given.is_dir():
         if newest_in(given) is None and ((given / "model_index.json").is_file() or (given / "unet").is_dir()):
-            command = f"python -m utils.convert import {given} FILE.pth"
-            raise UserError(f"{given}: a folder of diffusers; make a checkpoint of it: {command}")
+            raise UserError(
+                f"{given}: a folder of diffusers; convert it: python -m utils.convert import {given} FILE.pth"
+            )
         return newest_in(given) or given / LAST, ""
     if path:
         return given, ""
@@ -83,8 +83,9 @@ def find_weights(path: str | Path, save_dir: str | Path = LOGS) -> tuple[Path, s
         return found[0], ", the newest run's"
     files = sorted(Path(save_dir).glob("*.pth"), key=lambda path: (path.name != SHIPPED, path.stat().st_mtime_ns))
     if not files:
-        place = Path(save_dir).resolve()
-        raise UserError(f"{place} holds no weights: run `python train.py`, or name a checkpoint with --model_path")
+        raise UserError(
+            f"{save_dir} holds no weights: run `python train.py` first, or name a checkpoint with --model_path"
+        )
     what = "bundled" if files[-1].name == SHIPPED else f"a file in {save_dir}"
     return files[-1], f" ({what}; your newest run in {save_dir}/ takes precedence)"
 

@@ -20,8 +20,6 @@ from utils.images import save_png
 from utils.training.loss_history import LossHistory
 from utils.training.preview import sample_preview
 
-BAR = {"unit": "img", "unit_scale": True, "dynamic_ncols": True}
-
 
 class RunWriter:
     """Files and progress bar of a run. Rank 0 writes; all processes call `save` and `stop`."""
@@ -35,8 +33,9 @@ class RunWriter:
         if self.main:
             self.open_folder()
         images, pause = self.context.steps_per_epoch * self.context.batch_size, 0.2 if sys.stderr.isatty() else 10
+        bar = {"unit": "img", "unit_scale": True, "dynamic_ncols": True}
         done, total = self.start.epoch * images + self.start.images, self.config.epochs * images
-        self.bar = tqdm(total=total, initial=done, disable=not self.main, mininterval=pause, **BAR)
+        self.bar = tqdm(total=total, initial=done, disable=not self.main, mininterval=pause, **bar)
         self.epoch_began, self.epoch_images = time.monotonic(), 0
         return self
 
@@ -93,12 +92,11 @@ class RunWriter:
         speed = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": rate, "memory_mib": round(memory)}
         best = row.get("val_loss", math.inf) < self.history.lowest("val_loss")[0]
         self.attempt("the tables", lambda: self.history.add(row, speed))
-        due = final or self.checkpoints.is_cheap()
         if epoch % self.config.save_period == 0 or final:  # before last.pth: a resumed run does not write it again
             self.checkpoints.save_epoch(epoch)
         if best:
             self.checkpoints.write(BEST)
-        if due:
+        if final or self.checkpoints.is_cheap():
             self.checkpoints.save_last(epoch, 0, None)
         if period and (epoch % period == 0 or epoch == 1 or final):
             self.attempt("the preview", lambda: self.preview(epoch, row["step"]))

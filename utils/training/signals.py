@@ -32,8 +32,7 @@ class StopSignal:
     def _handle(self, number, _frame):
         if not self.number:
             self.number, self.seen = number, time.monotonic()
-            text = f"\n{signal.Signals(number).name}: saving after this step (press again to quit now)\n"
             with contextlib.suppress(OSError):  # os.write, as print is not safe inside a handler
-                os.write(2, text.encode())
+                os.write(2, f"\n{signal.Signals(number).name}: saving after this step (again: quit now)\n".encode())
         elif time.monotonic() - self.seen > 1:
             os._exit(128 + number)

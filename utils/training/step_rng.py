@@ -26,7 +26,7 @@ class StepNoise(NamedTuple):
 
 
 def sample_step_noise(generator, seed, shape, num_timesteps, flip=0.0, drop=0.0) -> StepNoise:
-    """For a whole batch (B, C, H, W). No probability (flip, drop) changes the numbers of another."""
+    """For a whole batch (B, C, H, W). flip, drop: probabilities; no one changes other numbers."""
     generator.manual_seed(seed)
     on = {"generator": generator, "device": generator.device}
     t, noise = torch.randint(num_timesteps, shape[:1], **on), torch.randn(shape, **on)
