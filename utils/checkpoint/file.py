@@ -66,8 +66,7 @@ def load_checkpoint(path: Path | str, lazily: bool = False) -> Checkpoint:
     lazily: maps the file, so that what is never used (the optimizer's state) takes no memory.
     UserError for another file, a damaged one, and weights that hold NaN or infinity.
     """
-    path = Path(path)
-    loaded = load_tensors(path, lazily)
+    path, loaded = Path(path), load_tensors(path, lazily)
     if isinstance(loaded, dict) and loaded and all(map(torch.is_tensor, loaded.values())):
         loaded = {"weights": loaded}
     if not isinstance(loaded, dict) or "weights" not in loaded:

@@ -24,8 +24,7 @@ def save_tensors(path: Path, values: dict) -> None:
     with atomic_write(path) as file:
         try:
             torch.save(values, file)
-        except RuntimeError as error:
-            # PyTorch's writer reports a full disk as a RuntimeError, behind its OSError.
+        except RuntimeError as error:  # how PyTorch's writer reports a full disk, behind its OSError
             raise OSError(f"{path}: could not be written ({one_line(error)})") from error
 
 

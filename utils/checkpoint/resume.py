@@ -68,7 +68,7 @@ def machine(checkpoint, options):
 
 
 def start_settings(config: dict, options: dict, checkpoint: Checkpoint) -> dict[str, Any]:
-    """`config` with the network and the schedule of a checkpoint. UserError for what cannot hold."""
+    """`config` with the network and schedule of a checkpoint. UserError for what cannot hold."""
     saved, asked = {**config, **checkpoint.config}, {**options, "img_channels": config["img_channels"]}
     for name in (*WEIGHTS, "img_channels"):
         if asked.get(name, "auto") not in ("auto", saved[name], checkpoint.resolved.get(name)):
@@ -105,8 +105,9 @@ def restore(checkpoint, context, config):
             print("weights only: starting a new run at epoch 1 (use a last.pth to resume)")
         return ResumePoint()
     state, before = checkpoint.training, checkpoint.config | checkpoint.resolved
-    check_fits(state, context)
-    if (before.get("optimizer_type") == "muon") == (config.optimizer_type == "muon"):
+    muon = before.get("optimizer_type") == "muon"
+    check_fits(state, context, muon)
+    if muon == (config.optimizer_type == "muon"):
         restore_optimizer(context.optimizer, state.optimizer)
     elif distributed.is_main():
         print(f"the optimizer is now {config.optimizer_type}: its state was reset")
@@ -140,13 +141,14 @@ def own_sums(per_rank):
     return per_rank.sum(0) * float(distributed.is_main())
 
 
-def check_fits(state, context):
-    """UserError unless moments, sums and scaler fit the weights."""
-    parameters = context.optimizer.param_groups[0]["params"]
+def check_fits(state, context, muon):
+    """UserError unless moments, sums and scaler fit the weights. muon: Muon kept the moments."""
+    parameters, fit = context.optimizer.param_groups[0]["params"], True
     try:
-        moments = [(parameters[number].shape, kept) for number, kept in state.optimizer["state"].items()]
-        fit = all({"step", "exp_avg"} <= kept.keys() and kept["step"].shape == () for _, kept in moments)
-        fit &= all(value.shape in ((), shape) for shape, kept in moments for value in kept.values())
+        for number, kept in state.optimizer["state"].items():
+            names = ("exp_avg",) if muon and parameters[number].ndim == 4 else ("exp_avg", "exp_avg_sq")
+            shapes = {"step": (), **dict.fromkeys(names, parameters[number].shape)}
+            fit &= all(kept[name].shape == shape for name, shape in shapes.items())
         fit &= state.sums is None or state.sums.shape[1:] == context.meter.sums.shape
         fit &= not state.scaler or context.scaler.state_dict().keys() <= state.scaler.keys()
         fit &= all(math.isfinite(value) for value in state.scaler.values())

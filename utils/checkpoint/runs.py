@@ -1,7 +1,6 @@
 """Which checkpoint: the runs in logs/, the newest of them, its weights, its epoch files."""
 
 import itertools
-import re
 import time
 from pathlib import Path
 
@@ -13,13 +12,12 @@ LOGS = "logs"  # where runs are looked for unless another folder is named
 LAST = "last.pth"
 BEST = "best.pth"  # of the lowest validation loss
 SHIPPED = "emoji.pth"  # the bundled checkpoint
-EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
 
 
 def epoch_files(folder: Path) -> list[Path]:
     """The epoch_XXXX.pth of a run, oldest first."""
-    found = [path for path in Path(folder).glob("epoch_*.pth") if EPOCH_FILE.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(EPOCH_FILE.fullmatch(path.name)[1]))
+    found = [path for path in Path(folder).glob("epoch_*.pth") if path.stem[6:].isdigit()]
+    return sorted(found, key=lambda path: int(path.stem[6:]))
 
 
 def newest_in(folder: Path) -> Path | None:
