@@ -96,10 +96,7 @@ class ResumePoint(NamedTuple):
 
 
 def restore(checkpoint, context, config):
-    """Restores optimizer and scaler, and returns the ResumePoint. The weights are in place already.
-
-    A checkpoint without a training state (weights only) starts a run of its own.
-    """
+    """Restores optimizer and scaler -> ResumePoint. Weights alone begin a run of their own."""
     if checkpoint is None or checkpoint.training is None:
         if checkpoint and not config.start_from and distributed.is_main():
             print("weights only: starting a new run at epoch 1 (use a last.pth to resume)")
