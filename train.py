@@ -19,7 +19,6 @@ from nets.architecture import (
     check_levels,
     choose_groups,
     count_flops,
-    count_parameters,
     unet_arguments,
 )
 from nets.unet import MAX_GROUPS
@@ -32,7 +31,7 @@ from utils.data.image_format import ImageFormat
 from utils.device import autocast, choose_compile, choose_device, choose_precision, memory_format, peak_memory
 from utils.errors import UserError, explain_out_of_memory, run_script
 from utils.settings import choice, defaults, preset_values, settings, typed_options
-from utils.training.memory import advice_for_training, check_network_fits
+from utils.training.memory import advice_for_training
 from utils.training.meter import Meter, counts_as_bad, epoch_means
 from utils.training.optimizer import choose_learning_rate, learning_rate, make_optimizer, step_unless_bad
 from utils.training.run_files import RunWriter
@@ -239,7 +238,6 @@ def prepare(config, device, checkpoint, about):
     check_classes(config, images.classes, checkpoint)
     dataset, validation = split_validation(images, config.val_split)
     batch_size = fit_batch_size(len(dataset), config.batch_size, distributed.world_size() * config.accumulate)
-    check_network_fits(count_parameters(network_arguments(config, images)), device)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     diffusion = build.from_config(asdict(config), len(images.classes))
     if checkpoint:

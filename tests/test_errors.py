@@ -126,9 +126,9 @@ def foreign_checkpoints(good):
         "cut_at_the_end.pth": (good[:-1], "damaged, or no PyTorch checkpoint"),
         "foreign.pth": (
             saved({"model": weights}),
-            "neither a checkpoint of this project nor a state dict (it holds: model)",
+            "neither a checkpoint of this project nor a state dict",
         ),
-        "list.pth": (saved([1, 2]), "neither a checkpoint of this project nor a state dict (it holds: list)"),
+        "list.pth": (saved([1, 2]), "neither a checkpoint of this project nor a state dict"),
         "tensor.pth": (saved(torch.zeros(3)), "neither a checkpoint"),
         "other_net.pth": (saved(weights), "not a state dict of a GaussianDiffusion"),
         "attack.pth": (saved({"weights": Attack()}), "could run code hidden in it"),

@@ -244,17 +244,11 @@ def test_resume_latest_stops_at_a_damaged_newest_run(workplace, capsys):
     whole = (first / "last.pth").read_bytes()
     (workplace / "logs/later").mkdir()
     (workplace / "logs/later/last.pth").write_bytes(whole[:5000])
-    for kept, words in (
-        (None, "name another run's folder"),
-        ("epoch_0003.pth", "resume from logs/later/epoch_0003.pth"),
-    ):
-        if kept:
-            (workplace / "logs/later" / kept).write_bytes(whole)
-        with pytest.raises(SystemExit) as end:
-            run_main("train.py", "--resume", "latest", "--epochs", "2")
-        assert end.value.code == 1
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and "logs/later/last.pth: damaged" in lines[0] and words in lines[0]
+    with pytest.raises(SystemExit) as end:
+        run_main("train.py", "--resume", "latest", "--epochs", "2")
+    assert end.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "logs/later/last.pth: damaged" in line and "name another run's folder, or an epoch_XXXX.pth" in line
     assert (first / "last.pth").read_bytes() == whole
     run_main("train.py", "--resume", first, "--epochs", "2")
     assert read_file(first / "last.pth")["position"]["epoch"] == 2

@@ -158,7 +158,7 @@ def test_a_run_that_started_from_a_file_resumes_exactly(given):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--img_channels", "1"], "it has img_channels = 3, and this run has 1: set --img_channels 3"),
+        (["--img_channels", "1"], "was built with img_channels = 3, which cannot change"),
         (["--channel", "64"], "was built with channel = 32, which cannot change"),
         (["--prediction", "eps"], "was built with prediction = v, which cannot change"),
         (["--resume", "given.pth"], "given.pth was built with start_from = '', which cannot change"),

@@ -141,8 +141,8 @@ class TolerantWriter:
             return False
         try:
             write()
-        except OSError as error:
-            reason = error if error.filename else f"{name}: {error}"
+        except (OSError, UserError) as error:
+            reason = error if getattr(error, "filename", error) else f"{name}: {error}"
             tqdm.write(f"NOT SAVED: {reason}; training continues, and the next save tries again")
             return False
         self.failed.discard(name)
