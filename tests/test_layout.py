@@ -31,7 +31,7 @@ PACKAGES = {
     "utils.training": {"utils.data", "utils.sampling", "utils.checkpoint"},
     "utils.checkpoint": {"utils.training"},
     "utils.evaluate": {"utils.data", "utils.sampling", "utils.checkpoint"},
-    "utils.convert": {"utils.checkpoint"},
+    "utils.convert": {"utils.checkpoint", "utils.training"},
 }
 
 

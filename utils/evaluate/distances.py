@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
-
 BLOCK = 2**23  # numbers in a block of distances: 64 MiB
 
 
@@ -22,28 +20,22 @@ class FeatureStatistics:
     def add(self, features: Tensor) -> "FeatureStatistics":
         features = as_features(features)
         count, total = len(features), self.count + len(features)
-        if count:
-            mean = features.mean(0)
-            centered, shift = features - mean, mean - self.mean
-            self.scatter += centered.T @ centered + torch.outer(shift, shift) * (self.count * count / total)
-            self.mean += shift * (count / total)
-            self.count = total
+        mean = features.mean(0)
+        centered, shift = features - mean, mean - self.mean
+        self.scatter += centered.T @ centered + torch.outer(shift, shift) * (self.count * count / total)
+        self.mean += shift * (count / total)
+        self.count = total
         return self
 
     @property
     def covariance(self) -> Tensor:
-        """(d, d), unbiased (divided by n - 1), as is usual for FID."""
-        if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 images, not {self.count}")
+        """(d, d), unbiased, as is usual for FID; of at least 2 images."""
         return self.scatter / (self.count - 1)
 
 
 def as_features(features: Tensor) -> Tensor:
-    """(n, d) of any type as float64 on the CPU (Apple GPUs have none). UserError: shape, NaN."""
-    features = torch.as_tensor(features, dtype=torch.float64, device="cpu")
-    if features.ndim != 2 or not features.isfinite().all():
-        raise UserError(f"features must be finite and (images, numbers), not of shape {tuple(features.shape)}")
-    return features
+    """(n, d) of any type as float64 on the CPU: Apple GPUs have none."""
+    return torch.as_tensor(features, dtype=torch.float64, device="cpu")
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
@@ -67,13 +59,11 @@ def matrix_root(covariance: Tensor) -> Tensor:
 def kernel_distance(x: Tensor, y: Tensor, subsets=100, subset_size=1000, seed=0) -> tuple[float, float]:
     """KID: (mean, standard deviation over subsets) of the squared MMD (Binkowski et al. 2018).
 
-    Features x (n, d) and y (m, d). Unbiased: it may fall below 0. Two sets of one size, at most
-    subset_size, are taken whole, once.
+    x (n, d), y (m, d): features, n, m >= 2. Unbiased: it may fall below 0. Two sets of one size, at
+    most subset_size, are taken whole, once.
     """
     x, y = as_features(x), as_features(y)
     size = min(subset_size, len(x), len(y))
-    if size < 2:
-        raise UserError(f"a kernel distance needs at least 2 images on both sides, not {len(x)} and {len(y)}")
     generator, values = torch.Generator().manual_seed(seed), []
     for _ in range(1 if size == len(x) == len(y) else subsets):
         rows = [torch.randperm(len(features), generator=generator)[:size] for features in (x, y)]
@@ -100,22 +90,19 @@ def precision_and_recall(samples: Tensor, reference: Tensor, k: int = 3) -> tupl
     # Float32 features of a copy differ in their last digits: it shall be in a ball of copies too.
     slack = 1e-6 * reference.square().sum(1).mean().sqrt()
     center = reference.mean(0)  # distances of centered features lose fewer digits
-    samples, reference = samples - center, reference - center
-    return fraction_inside(samples, reference, k, slack), fraction_inside(reference, samples, k, slack)
-
-
-def fraction_inside(queries: Tensor, centers: Tensor, k: int, slack: Tensor) -> float:
-    """The fraction of queries (n, d) in the ball of a center (m, d), or at most `slack` outside."""
-    radii = nearest(centers, [centers], k + 1)[0][:, -1] + slack  # the nearest is the center itself
-    parts = queries.split(max(BLOCK // max(centers.shape), 1))
-    inside = [(torch.cdist(part, centers) <= radii).any(1) for part in parts]
-    return torch.cat(inside).double().mean().item()
+    samples, reference, fractions = samples - center, reference - center, []
+    for queries, centers in ((samples, reference), (reference, samples)):
+        radii = nearest(centers, [centers], k + 1)[0][:, -1] + slack  # the nearest is the center itself
+        parts = queries.split(max(BLOCK // max(centers.shape), 1))
+        inside = torch.cat([(torch.cdist(part, centers) <= radii).any(1) for part in parts])
+        fractions.append(inside.double().mean().item())
+    return tuple(fractions)
 
 
 def nearest(queries: Tensor, bank: Iterable[Tensor], k: int = 1) -> tuple[Tensor, Tensor]:
     """The k nearest of a bank: (distances (n, k) float64, positions (n, k)), nearest first.
 
-    queries: (n, d). bank: blocks (b, d), read once. Both of any type; parts become float64.
+    queries: (n, d). bank: blocks (b, d), read once. Infinity and -1 where it has fewer than k.
     """
     queries, position = torch.as_tensor(queries), 0
     best = torch.full((len(queries), k), torch.inf, dtype=torch.float64)
@@ -127,6 +114,4 @@ def nearest(queries: Tensor, bank: Iterable[Tensor], k: int = 1) -> tuple[Tensor
             best[rows], order = distances.topk(k, largest=False)
             found[rows] = torch.cat((found[rows], positions.expand(len(rows), -1)), 1).gather(1, order)
         position += len(block)
-    if position < k:
-        raise UserError(f"the {k} nearest of {position} images cannot be found")
     return best, found
