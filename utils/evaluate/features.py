@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.checkpoint.integrity import load_tensors, weights_digest
-from utils.data.cache import cache_folders, writable_folder
+from utils.data.cache import cache_folder
 from utils.data.dataset import ImageDataset, split_validation
 from utils.errors import UserError
 from utils.evaluate.classifier import load_feature_net, save_feature_net, train_feature_net
@@ -69,12 +69,12 @@ class FeatureCache:
     """Feature statistics and classifiers on disk, by a key of the images and the network."""
 
     def __init__(self, cache_dir: str = "", annotation_path: str = "train_lines.txt"):
-        self.folders = [Path(cache_dir)] if cache_dir else cache_folders(annotation_path)
+        self.place = annotation_path, cache_dir
 
     def path(self, ending: str, *parts) -> Path:
         """The file for a function of `parts`, there or not. OSError where none can be written."""
         digest = hashlib.sha256(repr((CACHE_VERSION, *parts)).encode()).hexdigest()
-        return writable_folder(self.folders) / f"{digest[:24]}.{ending}.pth"
+        return cache_folder(*self.place) / f"{digest[:24]}.{ending}.pth"
 
     def collected(self, dataset: ImageDataset, extractor: Extractor, max_features: int) -> FeatureSet:
         """The FeatureSet of a whole dataset, read from its file, or computed and written to it."""
