@@ -6,6 +6,7 @@ import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is n
 from pathlib import Path
 
 from utils.data.annotation import check_annotation_path, write_annotation
+from utils.data.downloads import DATASETS, download
 from utils.data.formats import EXTENSIONS
 from utils.data.search import (
     SHIPPED,
@@ -18,7 +19,7 @@ from utils.data.search import (
     without_shipped,
 )
 from utils.errors import UserError, run_script
-from utils.settings import flag, parse, settings, text, whole
+from utils.settings import choice, flag, parse, settings, text, whole
 from utils.terminal import printable
 
 
@@ -29,7 +30,7 @@ class Config:
     annotation_path: str = "train_lines.txt"  # the annotation file to write; class names next to it
     verify: bool = True                       # decode every image and leave out the bad ones (False: read headers only)
     num_workers: int = 0                      # threads that decode; 0: one per core
-    download: str = ""                        # get flowers102 cifar10 fashion_mnist mnist celeba oxford_pets or stl10
+    download: str = ""                        # a well-known data set to fetch first; "": none
 # fmt: on
 
 
@@ -38,7 +39,7 @@ SETTINGS = {
     "annotation_path": text(),
     "verify": flag(),
     "num_workers": whole(0, 1024),
-    "download": text(),  # utils.data.downloads knows its names, and takes seconds to import
+    "download": choice(("", *DATASETS)),
 }
 
 
@@ -46,8 +47,6 @@ def main(arguments=None):
     config = parse(Config, SETTINGS, __doc__, arguments)
     check_annotation_path(config.annotation_path)
     if config.download:
-        from utils.data.downloads import download  # torchvision takes seconds to import
-
         config.datasets_path = download(config.download, config.datasets_path)
     found, others = search(config.datasets_path)
     check_annotation_path(config.annotation_path, found)

@@ -9,7 +9,6 @@ import torch
 
 from utils.data.annotation import read_annotation
 from utils.data.cache import open_cache
-from utils.data.image_format import check_image_format
 from utils.errors import UserError
 
 BLOCK_BYTES = 2**23  # pixels in memory at once, where a measure reads a whole data set
@@ -19,10 +18,9 @@ def open_dataset(annotation_path, image_format, num_workers=0, cache_path=None):
     """The images of a list, decoded once into a cache on disk -> ImageDataset.
 
     Files that cannot be decoded are printed and left out. num_workers: threads that decode; 0: all
-    cores. cache_path: folder of the cache; None: one of `cache_folders`. UserError for a bad list
-    or format, OSError where the cache cannot be written.
+    cores. cache_path: folder of the cache; None: see `cache_folder`. UserError for a bad list,
+    OSError where the cache cannot be written.
     """
-    check_image_format(image_format)
     annotation = read_annotation(annotation_path)
     pixels, index = open_cache(annotation_path, annotation.paths, image_format, cache_path, num_workers)
     kept = np.delete(np.arange(len(annotation.paths)), [row for row, _ in index["bad"]])

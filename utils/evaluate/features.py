@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.checkpoint.integrity import load_tensors, save_tensors, weights_digest
-from utils.data.cache import cache_folders, writable_folder
+from utils.data.cache import cache_folder
 from utils.data.dataset import ImageDataset, split_validation
 from utils.errors import UserError
 from utils.evaluate.classifier import load_feature_net, save_feature_net, train_feature_net
@@ -68,13 +68,13 @@ def with_progress(blocks: Iterable[Tensor], count: int, description: str) -> Ite
 class FeatureCache:
     """Feature statistics and classifiers on disk, by a key of the images and the network."""
 
-    def __init__(self, cache_dir="", annotation_path="train_lines.txt"):
-        self.folders = [Path(cache_dir)] if cache_dir else cache_folders(annotation_path)
+    def __init__(self, cache_dir: str = "", annotation_path: str = "train_lines.txt"):
+        self.place = annotation_path, cache_dir
 
     def path(self, kind: str, *parts) -> Path:
         """The file for a function of `parts`, there or not; old ones go. OSError: none can be."""
         digest = hashlib.sha256(repr((CACHE_VERSION, *parts)).encode()).hexdigest()
-        folder = writable_folder(self.folders)
+        folder = cache_folder(*self.place)
         for old in sorted(folder.glob(f"{'[0-9a-f]' * 24}.{kind}.pth"), key=os.path.getmtime)[:-KEPT_FILES]:
             old.unlink(missing_ok=True)
         return folder / f"{digest[:24]}.{kind}.pth"
