@@ -210,7 +210,7 @@ def load_model(config, device: torch.device, precision: str) -> Model:
     guide = None
     if config.guiding_path:
         weaker = open_weights(config.guiding_path, "guiding model")
-        guide = build.guiding_model(weaker, checkpoint, diffusion, config.use_ema)
+        guide = build.guiding_model(weaker, checkpoint, diffusion)
     check_guiding_model(diffusion, config.guidance_scale, guide)
     for part in filter(None, (diffusion, guide)):
         part.to(device=device, memory_format=memory_format(device, precision))
