@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from . import architecture
 from .architecture import Weights, arguments_of, check_sizes, clean_keys, prefixes
 from .diffusion import GaussianDiffusion
-from .errors import SettingError, check_choice
+from .errors import SettingError
 from .sampling import check_guiding_model
 from .schedules import find_schedule, make_betas
 from .unet import UNet
@@ -35,14 +36,9 @@ def from_config(config: Mapping[str, Any], num_classes: int = 0) -> GaussianDiff
     """
     rows, null_class = architecture.class_rows(config, num_classes)
     network = architecture.unet_arguments(config, num_classes)
-    input_shape = tuple(config.get("input_shape", (32, 32)))
-    architecture.check_input_shape(input_shape, len(network["channel_mults"]))
-    own = {
-        "img_size": input_shape,
-        "img_channels": network["img_channels"],
-        "num_classes": rows,
-        "null_class": null_class,
-    }
+    size = tuple(config.get("input_shape", (32, 32)))
+    architecture.check_input_shape(size, len(network["channel_mults"]))
+    own = {"img_size": size, "img_channels": network["img_channels"], "num_classes": rows, "null_class": null_class}
     betas = make_betas(**arguments_of(make_betas, config))
     return GaussianDiffusion(**arguments_of(GaussianDiffusion, config, model=UNet(**network), betas=betas, **own))
 
@@ -58,9 +54,8 @@ def from_checkpoint(
     """
     overrides = {"input_shape": input_shape} if input_shape else {}
     if checkpoint.config:
-        config, num_classes = checkpoint.config, len(checkpoint.classes)
-        check_sizes(clean_keys(checkpoint.weights), config, num_classes)
-        diffusion = from_config({**config, **overrides}, num_classes)
+        config = settings_of(checkpoint)
+        diffusion = from_config({**config, **overrides}, len(checkpoint.classes))
         load_weights(diffusion, checkpoint.weights, checkpoint.kind)
     else:
         diffusion = from_weights(checkpoint.weights, **overrides)
@@ -70,27 +65,20 @@ def from_checkpoint(
     return diffusion.eval(), checkpoint.classes or [str(number) for number in range(named)]
 
 
-def guiding_model(
-    checkpoint: Checkpoint, own: Checkpoint, diffusion: GaussianDiffusion, use_ema: bool = True
-) -> GaussianDiffusion:
+def guiding_model(checkpoint: Checkpoint, own: Checkpoint, diffusion: GaussianDiffusion) -> GaussianDiffusion:
     """The GaussianDiffusion of a weaker checkpoint, to guide `diffusion`, which is that of `own`.
 
-    ValueError where it cannot be built, is of another kind, or has the same weights.
+    ValueError where it cannot be built or is of another kind.
     """
-    advice = "take an earlier file of the same run"
     shapes = [part.config.get("input_shape") for part in (checkpoint, own)]
     for name, (one, other) in {"classes": (checkpoint.classes, own.classes), "input_shape": shapes}.items():
         if one and other and one != other:
-            raise SettingError(f"the guiding model learned another {name}: {advice}")
+            raise SettingError(f"the guiding model learned another {name}: take an earlier file of the same run")
     try:
         guide, _ = from_checkpoint(checkpoint, diffusion.img_size)
     except ValueError as error:
         raise SettingError(f"the guiding model: {error}") from None
     check_guiding_model(diffusion, 1.0, guide)
-    networks = [part.network(use_ema) for part in (diffusion, guide)]
-    weights, others = ([value.half() for value in network.parameters()] for network in networks)  # as small files have
-    if len(weights) == len(others) and all(map(torch.equal, weights, others)):
-        raise SettingError(f"the guiding model has the same weights, so it guides nowhere: {advice}")
     return guide
 
 
@@ -115,16 +103,11 @@ def read_settings(state_dict: Weights) -> tuple[dict[str, Any], int]:
     """
     weights = clean_keys(state_dict)
     settings = architecture.read_architecture(weights, prefixes(weights)[0])
-    classes, betas = settings.pop("num_classes"), weights["betas"].double().cpu().numpy()
-    settings |= {
-        "channel": settings.pop("base_channels"),
-        "class_conditional": classes is not None,
-        "label_dropout": 0.0,
-    }
-    try:
+    classes, betas = settings.pop("num_classes"), weights.get("betas", torch.zeros(1)).double().cpu().numpy()
+    settings |= {"channel": settings.pop("base_channels"), "class_conditional": classes is not None}
+    settings |= {"label_dropout": 0.0, "num_timesteps": betas.size}
+    with suppress(ValueError):
         settings |= find_schedule(betas)
-    except ValueError:
-        settings["num_timesteps"] = betas.size
     check_sizes(weights, settings, classes or 0)
     return settings, classes or 0
 
@@ -135,9 +118,7 @@ def config_from_weights(state_dict: Weights) -> dict[str, Any]:
     for name in ("time_emb_dim", "norm"):
         value, needed = settings.pop(name), inspect.signature(UNet).parameters[name].default
         if value != needed:
-            raise SettingError(
-                f"train.py cannot train a network with {name} {value}: it needs {needed}; predict.py can sample with it"
-            )
+            raise SettingError(f"train.py cannot train a network with {name} {value} (predict.py can sample with it)")
     if "schedule" not in settings:
         warnings.warn("the betas of these weights match no known schedule: they are used unchanged", stacklevel=2)
     return settings
@@ -157,7 +138,6 @@ def load_weights(diffusion: GaussianDiffusion, state_dict: Weights, kind: str = 
     Half precision and the prefixes of DistributedDataParallel and torch.compile are fine.
     ValueError: unknown, missing or mis-shaped keys.
     """
-    check_choice("kind of weights", kind, ("full", "ema"))
     weights = clean_keys(state_dict)
     if kind == "ema":
         weights |= {key.removeprefix("ema_"): value for key, value in weights.items() if key.startswith("ema_model.")}

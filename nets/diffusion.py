@@ -21,6 +21,9 @@ LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 LOSS_WEIGHTINGS = {"none": None, "min_snr": np.minimum}  # Hang et al. 2023 ("Min-SNR"), section 3.4
 
 
+Labels = Tensor | None  # class ids (b,); None: no classes, or the null class
+
+
 def extract(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
     """table (T,), t (b,) -> table[t] as (b, 1, 1, 1), which broadcasts to the images x."""
     return table[t].reshape(-1, *(1,) * (x.ndim - 1))
@@ -96,11 +99,10 @@ class GaussianDiffusion(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Keeps the dtype of the tables: in bf16 they would add no noise at the first timesteps."""
-        tables = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
+        tables = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, table in tables.items():
-            if self._buffers[name].dtype != table.dtype:
-                self._buffers[name] = table.to(self._buffers[name].device)
+            self._buffers[name] = table.to(self._buffers[name].device)
         return self
 
     def train(self, mode: bool = True) -> "GaussianDiffusion":
@@ -114,7 +116,7 @@ class GaussianDiffusion(nn.Module):
 
     # Training
 
-    def forward(self, x: Tensor, y: Tensor | None = None, *, t: Tensor | None = None, **settings: Any) -> Tensor:
+    def forward(self, x: Tensor, y: Labels = None, *, t: Tensor | None = None, **settings: Any) -> Tensor:
         """The loss of images x (b, c, h, w) in [-1, 1] at random timesteps, or at `t` (b,).
 
         settings: those of get_losses. ValueError for images of another size.
@@ -126,14 +128,7 @@ class GaussianDiffusion(nn.Module):
         return self.get_losses(x, t, y, **settings)
 
     def get_losses(
-        self,
-        x: Tensor,
-        t: Tensor,
-        y: Tensor | None,
-        *,
-        noise: Tensor | None = None,
-        use_ema: bool = False,
-        reduction: str = "mean",
+        self, x: Tensor, t: Tensor, y: Labels, *, noise: Tensor | None = None, use_ema=False, reduction="mean"
     ) -> Tensor:
         """The loss at timesteps t (b,) in float32: a scalar, or (b,) for reduction "none".
 
@@ -181,27 +176,25 @@ class GaussianDiffusion(nn.Module):
     # Sampling
 
     @torch.no_grad()
-    def remove_noise(self, x: Tensor, t: Tensor, y: Tensor | None, use_ema: bool = True) -> Tensor:
+    def remove_noise(self, x: Tensor, t: Tensor, y: Labels, use_ema: bool = True) -> Tensor:
         """The mean of a reverse step from x_t, t (b,), unclipped (Ho et al. 2020, equation 11)."""
         output = self.network(use_ema)(x, t, y).float()
         a, s = self.signal_and_noise(t, x)
         eps = (x - a * PREDICTIONS[self.prediction].to_x_0(output, x, a, s)) / s
         return (x - extract(self.remove_noise_coeff, t, x) * eps) * extract(self.reciprocal_sqrt_alphas, t, x)
 
-    def denoiser(self, y: Tensor | None = None, use_ema: bool = True, **settings: Any) -> Denoise:
+    def denoiser(self, y: Labels = None, use_ema: bool = True, **settings: Any) -> Denoise:
         """denoise(x_t, t: int) -> x_0, with the network as it is. settings: of SamplingOptions."""
         return sampling.make_denoiser(self, y, SamplingOptions().override(use_ema=use_ema, **settings))
 
-    def sample(
-        self, batch_size: int, device: Device, y: Tensor | None = None, use_ema: bool = True, **settings: Any
-    ) -> Tensor:
+    def sample(self, batch_size: int, device: Device, y: Labels = None, use_ema=True, **settings: Any) -> Tensor:
         """New images (batch_size, c, h, w), float32 in about [-1, 1]. settings: of sample_steps."""
         for x, _ in self.sample_steps(batch_size, device, y, use_ema=use_ema, **settings):  # noqa: B007 (the last x)
             pass
         return x
 
     def sample_steps(
-        self, batch_size: int, device: Device, y: Tensor | None = None, *, seeds=None, noise=None, **settings: Any
+        self, batch_size: int, device: Device, y: Labels = None, *, seeds=None, noise=None, **settings: Any
     ) -> Trajectory:
         """Yields (x, x_0) after each step, see sampling.sample_steps.
 

@@ -312,7 +312,7 @@ def test_class_of_a_model_without_classes(place, capsys):
         ("--batchsize 4", "did you mean --batch_size?"),
         ("--epochs many", "--epochs many: expected a whole number"),
         ("--channel_mults 1,x", "one alone as '1,'"),
-        ("--input_shape 9,8 --channel_mults 1,1", "such as (8, 8) or (10, 8)"),
+        ("--input_shape 9,8 --channel_mults 1,1", "multiples of 2"),
         ("--schedule quadratic", "quadratic"),
         ("--prediction noise", "one of 'eps', 'x0', 'v'"),
         ("--loss_type l3", "one of 'l1', 'l2', 'huber'"),

@@ -190,7 +190,7 @@ def load_model(config, device: torch.device, precision: str) -> Model:
     if config.img_channels not in (0, diffusion.img_channels):
         raise UserError(f"--img_channels {config.img_channels}: the model has images of {diffusion.img_channels}")
     weaker = open_weights(config.guiding_path, "guiding model") if config.guiding_path else None
-    guide = weaker and build.guiding_model(weaker, checkpoint, diffusion, config.use_ema)
+    guide = weaker and build.guiding_model(weaker, checkpoint, diffusion)
     check_guiding_model(diffusion, config.guidance_scale, guide)
     for part in filter(None, (diffusion, guide)):
         part.to(device=device, memory_format=memory_format(device, precision))
