@@ -138,12 +138,12 @@ def main(arguments=None):
         print_sampling(config, classes, rows, device, precision, checkpoint)
     networks = move_networks(config, (diffusion, guide), device, precision)
     shape = (*diffusion.img_size, diffusion.img_channels)
-    with PredictFiles(config, shape, rows, image_texts(config, networks, shape, classes, labels, options)) as files:
-        for network in networks:
-            round_weights(network, precision)  # only now: the files' texts hold the digest of the exact weights
-        with autocast(device, precision), explain_out_of_memory(lambda: advice_for_sampling(config)):
-            sample(config, diffusion, labels, options, files)
-        files.finish()
+    files = PredictFiles(config, shape, rows, image_texts(config, networks, shape, classes, labels, options))
+    for network in networks:
+        round_weights(network, precision)  # only now: the files' texts hold the digest of the exact weights
+    with autocast(device, precision), explain_out_of_memory(lambda: advice_for_sampling(config)):
+        sample(config, diffusion, labels, options, files)
+    files.finish()
     distributed.stop()
 
 

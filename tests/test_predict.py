@@ -556,7 +556,7 @@ def test_files_with_more_in_them_are_not_taken_either(plain, capsys):
     write_pictures(".", count=1)
     common = ["--seed", "5", "--num_images", "1", "--batch_size", "1", "--individual_files", "True"]
     draw(plain, *common, "--init_image", "even/000.png", "--strength", "1")
-    for options, words in (([], "differs in init, strength"), (["--seed", "6"], "cannot be read")):
+    for options, words in (([], "differs in strength, init"), (["--seed", "6"], "cannot be read")):
         Path("out/seed_0000000006.png").write_bytes(Path("out/seed_0000000005.png").read_bytes()[:150])
         with pytest.raises(SystemExit):
             draw(plain, *common, *options)

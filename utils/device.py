@@ -1,66 +1,76 @@
 """Where and in which numbers a job runs: every "auto" is resolved here, once, and printed."""
 
 import contextlib
-import platform
 import re
 from pathlib import Path
 
 import torch
 
 from utils.errors import UserError, one_line
+from utils.terminal import plural
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name, local_rank=0, processes=1):
-    """torch.device for a name, or for "auto": CUDA, else Apple's MPS, else the CPU.
-
-    Each of several processes takes the GPU of its local rank. UserError: there is no such device.
-    """
-    if name == "auto":
-        mps = is_available("mps") and processes == 1  # it has no reductions over processes
-        name = "cuda" if is_available("cuda") else "mps" if mps else "cpu"
-    if processes > 1 and (name.startswith("mps") or ":" in name):
-        raise UserError(f"device {name!r} is for one process: with torchrun choose cuda (a GPU each) or cpu")
-    if not re.fullmatch(r"(cuda|mps|cpu)(:(0|[1-9][0-9]{0,2}))?", name):
-        raise UserError(f"device {name!r} is unknown: choose auto, cuda, cuda:1, mps or cpu")
-    device = torch.device(name)
-    if not is_available(name):
-        gpu = "CUDA" if device.type == "cuda" else "Apple"
-        raise UserError(f"device {name!r}: PyTorch finds no {gpu} GPU here; --device auto takes what there is")
+    """`find_device`, made the one that this process computes on."""
+    device = find_device(name, local_rank, processes)
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"device {device}: there are {torch.cuda.device_count()} GPUs, and one process needs one")
         torch.cuda.set_device(device)
         # Shapes never change within a run, so the search for the fastest convolution pays.
         torch.backends.cudnn.benchmark = True
     return device
 
 
+def find_device(name, local_rank=0, processes=1):
+    """torch.device for a name, or for "auto": CUDA, else Apple's MPS, else the CPU.
+
+    Each of several processes takes the GPU of its local rank. UserError: there is no such device.
+    """
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in here if here[kind] and (kind != "mps" or processes == 1))
+    if not re.fullmatch(r"(cuda|mps|cpu)(:(0|[1-9][0-9]{0,2}))?", name):
+        raise UserError(f"device {name!r} is unknown: choose auto, cuda, cuda:1, mps or cpu")
+    device = torch.device(name)
+    if processes > 1 and (device.type == "mps" or device.index is not None):
+        raise UserError(f"device {name!r} is for one process: with torchrun choose cuda (a GPU each) or cpu")
+    if not here[device.type]:
+        raise UserError(f"device {name!r}: PyTorch finds no such GPU here; --device auto takes what there is")
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"device {device}: there are {torch.cuda.device_count()} GPUs, and one process needs one")
+    return device
+
+
+def is_here(name, processes):
+    """Whether a run on this device ("auto", "cuda", "cuda:1", ...) can go on here."""
+    with contextlib.suppress(UserError):
+        return bool(find_device(name, processes=processes))
+    return False
+
+
 def choose_precision(name, device):
     """A name from DTYPES. "auto": bf16 where the processor multiplies in it, fp16 on old GPUs."""
-    if name != "auto":
-        if name not in DTYPES:
-            raise UserError(f"precision {name!r} is unknown: choose auto, {', '.join(DTYPES)}")
-        if name == "fp16" and device.type == "cpu":
-            raise UserError("precision 'fp16' is for GPUs: on the CPU choose 'fp32' or 'bf16'")
-        if name == "bf16" and device.type == "cpu" and not cpu_has_bf16():
-            print("this processor emulates bf16, several times slower than fp32: --precision fp32")
-        return name
-    if device.type == "cuda":
+    if name == "auto" and device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+    slow = device.type != "cpu" or not cpu_has_bf16()
+    if name == "auto":
+        return "fp32" if slow else "bf16"
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("precision 'fp16' is for GPUs: on the CPU choose 'fp32' or 'bf16'")
+    if name == "bf16" and device.type == "cpu" and slow:
+        print("this processor emulates bf16, several times slower than fp32: --precision fp32")
+    return name
 
 
 def cpu_has_bf16():
     """Whether this processor multiplies in bf16. Others emulate it, slower than fp32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    words = {"bf16"} if platform.machine() in ("aarch64", "arm64") else {"avx512_bf16", "amx_bf16"}
-    return not words.isdisjoint(flags.split())
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
+        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)  # the last one: ARM
+    return False
 
 
 def autocast(device, precision):
@@ -85,43 +95,22 @@ def memory_format(device, precision):
 
 
 def peak_memory(device):
-    """The peak memory of this process so far in MiB: the GPU's on CUDA, else its own."""
+    """The peak memory of this process so far in MiB: the GPU's on CUDA, else its own.
+
+    Without a GPU it is known on Linux alone, else 0.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    with contextlib.suppress(OSError):  # Linux: getrusage would count what the parent held when it started this process
-        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(errors="replace")):
-            return int(found[1]) / 2**10
-    try:  # also where a sandbox leaves that line out
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if platform.system() == "Darwin" else peak / 2**10
+    with contextlib.suppress(OSError, AttributeError):
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(errors="replace"))[1]) / 2**10
+    return 0.0
 
 
 def describe_device(device):
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
-    threads = torch.get_num_threads()
-    return f"{device} ({threads} thread{'s' * (threads > 1)})" if device.type == "cpu" else str(device)
-
-
-def is_available(name):
-    """Whether a device of this name ("cuda", "mps", "cpu") is here."""
-    kind = name.split(":")[0]
-    if kind == "cuda":
-        return torch.cuda.is_available()
-    return kind == "cpu" or (kind == "mps" and torch.backends.mps.is_available())
-
-
-def is_here(name, processes):
-    """Whether a run on this device ("auto", "cuda", "cuda:1", ...) can go on here."""
-    kind, _, index = name.partition(":")
-    counted = torch.cuda.device_count() if kind == "cuda" else 1
-    return name == "auto" or (
-        is_available(kind) and (not index or (processes == 1 and index.isdigit() and int(index) < counted))
-    )
+    return f"{device} ({plural(torch.get_num_threads(), 'thread')})" if device.type == "cpu" else str(device)
 
 
 def choose_compile(setting, device):

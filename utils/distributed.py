@@ -96,9 +96,8 @@ def from_main(value=None):
 def wrap(module):
     """The module with gradients averaged over all processes. Buffers never differ: none is sent.
 
-    The gradients have a group of their own, as DistributedDataParallel never lets go of its group.
-    The other group's threads end with the script's last object. They free tensors of Python, and a
-    thread that does so while Python ends aborts the process.
+    DistributedDataParallel never lets go of its group, so it gets one of its own: threads of the
+    other one, which free tensors of Python, would abort a process that ends meanwhile.
     """
     if not dist.is_initialized():
         return module
@@ -110,13 +109,10 @@ def wrap(module):
 
 
 class LaggedMax:
-    """The maximum over all processes of whole numbers, `LAG` steps late: no process ever waits.
+    """The maximum over all processes of whole numbers, two steps late: no process ever waits.
 
-    The reduction runs in the background over the CPU, and all processes get the same numbers at
-    the same step. A single process gets its own at once.
+    All processes get the same numbers at the same step; a single process gets its own at once.
     """
-
-    LAG = 2
 
     def __init__(self):
         self.pending = []
@@ -126,7 +122,7 @@ class LaggedMax:
             return list(numbers)
         tensor = torch.tensor(numbers)
         self.pending.append((dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True), tensor))
-        if len(self.pending) <= self.LAG:
+        if len(self.pending) <= 2:
             return [0] * len(numbers)
         work, tensor = self.pending.pop(0)
         work.wait()

@@ -32,10 +32,9 @@ def run_script(main):
 
 
 def user_message(error):
-    """The text for the user; None for a mistake of ours.
+    """The text for the user: errors that are `for_user`, the system's refusals, too little memory.
 
-    The user's mistakes are the errors that say so (`for_user`), the system's refusals (OSError),
-    and too little memory.
+    None for a mistake of ours.
     """
     if is_out_of_memory(error):
         return "out of memory: lower --batch_size, or the size of the pictures or of the network"
@@ -51,8 +50,8 @@ def one_line(error, limit=160):
 
 def is_out_of_memory(error):
     """Whether this is Python's or PyTorch's word for it, on any device."""
-    by_pytorch = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
-    return by_pytorch or isinstance(error, MemoryError)
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    return said or isinstance(error, MemoryError)
 
 
 @contextlib.contextmanager
@@ -74,8 +73,8 @@ def try_optional(package, work, load):
     """load(), or None and a line that `work` is missing, where the package raises anything."""
     try:
         return load()
-    except ImportError as error:
-        print(f"{work}: `pip install {package}` brings it ({error})")
     except Exception as error:
-        print(f"{work}: {package} is here, but fails ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
-    return None
+        missing = isinstance(error, ImportError)
+        said = f"`pip install {package}` brings it" if missing else f"{package} is here, but fails"
+        print(f"{work}: {said} ({type(error).__name__}: {one_line(error, 120)})")
+        return None

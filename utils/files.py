@@ -41,16 +41,15 @@ def atomic_write(path, mode="wb", **open_arguments):
 @contextlib.contextmanager
 def atomic_folder(path):
     """Yield an empty folder that takes the name `path` only when the block has ended well."""
-    path = Path(path)
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
+    if os.path.islink(path) or os.path.exists(path) and not os.path.isdir(path):
         raise UserError(f"{path} is a file or a link: choose another folder")
-    with _replacing(path) as temporary:
+    with _replacing(Path(path)) as temporary:
         temporary.mkdir()
         yield temporary
         if hasattr(os, "sync"):  # all files before the name: one call is cheaper than a flush of each
             os.sync()
         with contextlib.suppress(OSError):  # Windows replaces no folder
-            path.rmdir()
+            os.rmdir(path)
 
 
 @contextlib.contextmanager
@@ -65,8 +64,8 @@ def _replacing(path):
     except BaseException:
         _remove(temporary)
         raise
-    with contextlib.suppress(OSError, AttributeError):  # the rename survives a power cut; Windows flushes no folders
-        descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    with contextlib.suppress(OSError):  # the rename survives a power cut; Windows opens no folders
+        descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -126,20 +125,14 @@ class TolerantWriter:
     """Writes to a run's folder that may fail. Training continues; its end looks into `failed`."""
 
     def __init__(self, folder):
-        self.folder, self.gone = folder, False
-        self.failed = set()  # names whose last write failed
+        self.folder, self.failed = folder, set()  # names whose last write failed
 
     def __call__(self, name, write):
         """Calls write(). Returns whether the system let it; says so where it did not."""
         self.failed.add(name)
-        gone_before, self.gone = self.gone, not self.folder.is_dir()  # `atomic_write` would make it again
-        if self.gone:
-            if not gone_before:
-                tqdm.write(
-                    f"NOT SAVED: {self.folder} was removed or renamed; training continues, and saves once it is back"
-                )
-            return False
         try:
+            if not self.folder.is_dir():  # `atomic_write` would make it again
+                raise OSError(f"{self.folder} was removed or renamed")
             write()
         except (OSError, UserError) as error:
             reason = error if getattr(error, "filename", error) else f"{name}: {error}"

@@ -36,8 +36,6 @@ def make_grid(images: np.ndarray, columns: int, padding: int = 2, pad_value: int
 
 def _to_pillow(image: np.ndarray) -> Image.Image:
     """uint8 (H, W, 3) or (H, W, 1) -> Pillow image."""
-    image = np.asarray(image)
-    assert image.dtype == np.uint8, image.dtype
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 

@@ -34,28 +34,26 @@ document.getElementById("when").textContent=name;document.getElementById("previe
 def main(arguments=None):
     words = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"}.intersection(words):
-        print(__doc__)
-        return
+        return print(__doc__)
     folder = Path(words[0]) if words else next((path.parent for path in newest_weights("logs")), Path("logs"))
     if len(words) > 1 or read_json(folder / "config.json") is None:
         raise UserError(f"{folder}: no run with a sound config.json: python -m utils.report logs/<run>")
     with atomic_write(folder / "report.html", "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(page(folder))
-    print((folder / "report.html").resolve())
+    return print((folder / "report.html").resolve())
 
 
 def page(folder):
     """The whole page as text. What comes from a file is escaped."""
-    config, rows = read_json(folder / "config.json"), read_rows(folder / "epoch_loss.csv")
-    found = read_evaluation(folder)
+    config, rows, found = read_json(folder / "config.json"), read_rows(folder / "epoch_loss.csv"), read_results(folder)
     sections = {
         "What happened": summary(config, rows, read_rows(folder / "speed.csv")),
         "Warnings": warnings(config, rows, found),
         "Settings that differ from train.py's": settings_table(config),
         "Curves": image(folder / "epoch_loss.png", "curves") or table(row.items() for row in rows[-5:]),
         "Previews": previews(folder),
-        "Samples": samples(folder, config),
-        "Distances and nearest training images": evaluation(found),
+        "Samples": samples(folder, config) or "<p>None yet: python predict.py</p>",
+        "Distances and nearest training images": distances(found) or "<p>None yet: python -m utils.evaluate</p>",
     }
     body = "".join(f"<h2>{title}</h2>{text or '<p>None.</p>'}" for title, text in sections.items())
     return HEAD.format(name=html.escape(folder.resolve().name), style=STYLE, body=body)
@@ -70,14 +68,13 @@ def read_rows(path):
     return rows
 
 
-def read_evaluation(folder):
+def read_results(folder):
     """The numbers of the last evaluation, distances and nearest; {} unless it was of this run."""
     results = read_json(EVALUATION / "evaluate_results.json") or {}
     samples = str(results.get("samples"))  # their name ends with the whole path of the weights
-    if not any(samples.endswith(f", {path}") for path in folder.resolve().glob("*.pth")):
-        return {}
-    parts = [part for name in ("distances", "nearest") if isinstance(part := results.get(name), dict)]
-    return {name: value for part in parts for name, value in part.items()}
+    ours = any(samples.endswith(f", {path}") for path in folder.resolve().glob("*.pth"))
+    parts = [results.get(name) for name in ("distances", "nearest") if ours]
+    return {name: value for part in parts if isinstance(part, dict) for name, value in part.items()}
 
 
 def table(rows):
@@ -154,16 +151,14 @@ def samples(folder, config):
     """The grid of the last `python predict.py`, where it is newer than the run's weights."""
     times = [path.stat().st_mtime for path in (folder / "last.pth", GRID) if path.is_file()]
     title = "<p>A row of each class, by name.</p>" if config.get("class_conditional") else ""
-    return title + image(GRID) if len(times) == 2 and times[0] <= times[1] else "<p>None yet: python predict.py</p>"
+    return title + image(GRID) if len(times) == 2 and times[0] <= times[1] else ""
 
 
-def evaluation(found):
+def distances(found):
     """The distances and pairs of `python -m utils.evaluate`, where it measured this run."""
-    if not found:
-        return "<p>None yet: python -m utils.evaluate</p>"
-    shown = {name: value for name, value in found.items() if isinstance(value, (int, float)) or name == "features"}
-    rows = ((name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in shown.items())
-    return table(rows) + image(EVALUATION / "evaluate_nearest_results.png")
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in found.items()}
+    rows = [(name, value) for name, value in shown.items() if isinstance(value, (int, str))]
+    return table(rows) + image(EVALUATION / "evaluate_nearest_results.png") if found else ""
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ saved checkpoints are all held against it.
 import ast
 import difflib
 import inspect
-import io
+import re
 import sys
 import textwrap
-import tokenize
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -40,10 +39,9 @@ class Setting(NamedTuple):
 
         typed: the text of a command line that `value` was read from.
         """
-        for found in (value,) if typed is None else (value, typed):
-            for choice in self.choices:
-                if type(choice) is type(found) and choice == found:
-                    return choice
+        for choice in self.choices:
+            if any(type(choice) is type(found) and choice == found for found in (value, typed or value)):
+                return choice
         if self.count is None:
             return self.fit_one(value, typed)
         values = value if isinstance(value, (tuple, list)) else (value,)
@@ -102,9 +100,8 @@ def settings(config_class: type) -> type:
     """Decorator: a dataclass of settings. It refuses nothing, as an import must not fail."""
     for name in config_class.__annotations__:
         value = vars(config_class).get(name)
-        if isinstance(value, (list, set, dict)):  # dataclass refuses these as defaults
-            value = tuple(value) if isinstance(value, list) else str(value)
-        setattr(config_class, name, value)
+        # A dataclass refuses lists and the like as defaults.
+        setattr(config_class, name, tuple(value) if isinstance(value, (list, set, dict)) else value)
     return dataclass(config_class)
 
 
@@ -116,20 +113,16 @@ def parse(config_class: type, declared: dict[str, Setting], description: str, ar
 
 def defaults(config_class: type, declared: dict[str, Setting]) -> dict[str, Any]:
     """The dataclass as {name: value}, checked as options are. UserError: its first fault."""
-    place = f"in the settings of {Path(inspect.getfile(config_class)).name}"
+    place, typed = f"in the settings of {Path(inspect.getfile(config_class)).name}", config_class.__annotations__
     for name, value in vars(config_class).items():
-        if name in REFERENCE_NAMES:
-            raise UserError(
-                f"{name} {place} is a name of the reference: here it is {REFERENCE_NAMES[name]}; take the line out"
-            )
-        typed = name in config_class.__annotations__
-        if not name.startswith("_") and name not in declared and (typed or not callable(value)):
-            raise UserError(f"{name} {place} is no setting{nearest(name, declared)}: take the line out")
-        if name in declared and not typed:
-            raise UserError(f"{name} = {value!r} {place} has no type: write {name}: {type(value).__name__} = {value!r}")
-    missing = [name for name in declared if name not in config_class.__annotations__]
-    if missing:
-        raise UserError(f"{missing[0]} is missing {place}: put its line back, with the value that you want")
+        if name in typed or not (name.startswith("_") or callable(value)):
+            check_known(name, declared, f"{name} {place}")
+            if name not in typed:
+                fix = f"{name}: {type(value).__name__} = {value!r}"
+                raise UserError(f"{name} = {value!r} {place} has no type: write {fix}")
+    for name in declared:
+        if name not in typed:
+            raise UserError(f"{name} is missing {place}: put its line back, with the value that you want")
     return {
         field.name: fitted(f"{field.name} = {field.default!r} {place}", field.default, declared[field.name])
         for field in fields(config_class)
@@ -138,20 +131,15 @@ def defaults(config_class: type, declared: dict[str, Setting]) -> dict[str, Any]
 
 def preset_values(presets: dict[str, dict], name: str, declared: dict[str, Setting]) -> dict[str, Any]:
     """The settings of a preset. UserError for an unknown preset, setting or value."""
-    place = f"PRESETS[{name!r}]"
     preset = presets[fitted(f"preset {name!r}", name, choice(presets))]
+    values = {}
     for setting, value in preset.items():
-        if setting not in declared:
-            raise UserError(f"{place} has {setting!r}, which is no setting{nearest(setting, declared)}")
-        if isinstance(value, list):
-            raise UserError(f"{place}: {setting} is the list {value}: write it as a tuple, {tuple(value)}")
-        fitted(f"{place}: {setting} is {value!r}", value, declared[setting])
-    return preset
+        check_known(setting, declared, f"PRESETS[{name!r}]: {setting}")
+        values[setting] = fitted(f"PRESETS[{name!r}]: {setting} is {value!r}", value, declared[setting])
+    return values
 
 
-def typed_options(
-    config_class: type, declared: dict[str, Setting], description: str, arguments: Iterable | None = None
-) -> dict[str, Any]:
+def typed_options(config_class: type, declared: dict[str, Setting], description: str, arguments=None) -> dict[str, Any]:
     """The options of the command line: {name: value}. UserError for a mistake. --help ends it."""
     options = {}
     words = iter(map(str, sys.argv[1:] if arguments is None else arguments))
@@ -161,10 +149,7 @@ def typed_options(
             raise SystemExit(0)
         option, equals, value = word.partition("=")
         name = option[2:] if option.startswith("--") else ""
-        if name in REFERENCE_NAMES and name not in declared:
-            raise UserError(f"--{name} is a name of the reference: here it is {REFERENCE_NAMES[name]}")
-        if name not in declared:
-            raise UserError(f"unrecognized arguments: {word}{nearest(name, declared)}; --help lists every setting")
+        check_known(name, declared, option)
         value = value if equals else next(words, None)
         if value is None or (not equals and value.startswith("--") and value[2:].partition("=")[0] in declared):
             raise UserError(f"argument --{name}: expected one argument; --help lists every setting")
@@ -172,9 +157,12 @@ def typed_options(
     return options
 
 
-def nearest(name, declared):
-    """The known setting that a misspelled one may be, in words."""
-    return "".join(f" (did you mean {near}?)" for near in difflib.get_close_matches(name, declared, 1))
+def check_known(name, declared, what):
+    """UserError, with `what`, unless there is such a setting."""
+    if name not in declared:
+        near = "".join(f" (did you mean {near}?)" for near in difflib.get_close_matches(name, declared, 1))
+        ours = f"a name of the reference: here it is {REFERENCE_NAMES[name]}" if name in REFERENCE_NAMES else ""
+        raise UserError(f"{what} is {ours or f'no setting{near}'}; --help lists every setting")
 
 
 def read_literal(typed):
@@ -215,28 +203,23 @@ def help_text(config_class: type, declared: dict[str, Setting], description: str
     """The text for --help: headings, and each setting with help, choices, range, default."""
     headings, comments = source_comments(config_class)
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # of a module that `python -m` runs
-    indent = " " * 8
-    command = f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {Path(sys.argv[0]).name}"
-    lines = [f"usage: {command} [--NAME VALUE ...]", "", (description or "").strip(), ""]
-    for field in fields(config_class):
-        lines += ["", headings[field.name]] if field.name in headings else []
-        about = f"{comments.get(field.name, '')} ({declared[field.name]}; default: {field.default!r})"
-        text = textwrap.wrap(about, 96, initial_indent=indent, subsequent_indent=indent)
-        lines += [f"  --{field.name} VALUE", *text]
+    command = f"-m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
+    lines = [f"usage: python {command} [--NAME VALUE ...]", "", (description or "").strip(), ""]
+    for name, field in config_class.__dataclass_fields__.items():
+        lines += ["", headings[name]] if name in headings else []
+        about = f"{comments.get(name, '')} ({declared[name]}; default: {field.default!r})"
+        lines += [f"  --{name} VALUE", textwrap.indent(textwrap.fill(about, 88), " " * 8)]
     return "\n".join(lines)
 
 
 def source_comments(config_class: type) -> tuple[dict[str, str], dict[str, str]]:
     """({field name: heading above it}, {field name: comment behind it}), from the source."""
-    headings, comments, heading, name = {}, {}, None, None
-    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(config_class)).readline):
-        alone = not token.line[: token.start[1]].strip()  # the first token of its line
-        if token.type == tokenize.COMMENT and alone:
-            heading = token.string.lstrip("# ")
-        elif token.type == tokenize.COMMENT:
-            comments[name] = token.string.lstrip("# ")
-        elif token.type == tokenize.NAME and alone:
-            name = token.string
+    headings, comments, heading = {}, {}, ""
+    for line in inspect.getsource(config_class).splitlines():
+        if alone := re.match(r" +# (.*)", line):
+            heading = alone[1]
+        elif found := re.match(r" +(\w+): .*?(?:  # (.*))?$", line):
+            name, comments[found[1]] = found[1], found[2] or ""
             headings |= {name: heading} if heading else {}
-            heading = None
+            heading = ""
     return headings, comments

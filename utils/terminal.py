@@ -45,8 +45,7 @@ class SafeStream:
             method(*arguments)
         except OSError:  # ends the output, not the work
             with contextlib.suppress(OSError, AttributeError):
-                descriptor = self.stream.fileno()
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

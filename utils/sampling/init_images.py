@@ -29,15 +29,11 @@ def load_mask(config, image_format):
     sizes = [check_image(path, full=False) for path in (config.mask, config.init_image)]
     (width, height), (image_width, image_height) = sizes
     if width * image_height != height * image_width:
-        raise UserError(
-            f"{config.mask}: the mask is {width}x{height} and {config.init_image} {image_width}x{image_height}: "
-            "they must have the same shape, so that one lies on the other"
-        )
+        theirs = f"the mask is {width}x{height} and {config.init_image} {image_width}x{image_height}"
+        raise UserError(f"{config.mask}: {theirs}: they must have the same shape, so that one lies on the other")
     if mask.min() == mask.max():
-        raise UserError(
-            f"{config.mask}: the mask is all {'white' if mask.max() else 'black'}: paint white what is sampled, black "
-            "what stays"
-        )
+        color = "white" if mask.max() else "black"
+        raise UserError(f"{config.mask}: the mask is all {color}: paint white what is sampled, black what stays")
     return mask
 
 

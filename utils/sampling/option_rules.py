@@ -20,11 +20,11 @@ def check_rules(config, options):
     """UserError for settings that do not go together. options: of the command line, by name."""
     check_guidance(config)
     used = {*options, *(name for name, unused in UNUSED.items() if getattr(config, name) != unused)}
-    if config.strength == 0:
-        raise UserError("strength is 0: it must be above 0 and at most 1 (everything is sampled again)")
     for name, needed in NEEDS.items():
         if name in used and not getattr(config, needed):
             raise UserError(f"--{name} does nothing without --{needed}: give both, or leave it out")
+    if config.strength == 0:
+        raise UserError("strength is 0: it must be above 0 and at most 1 (everything is sampled again)")
     for name, sampler in SOLVER_OPTIONS.items():
         if name in used and config.sampler != sampler and not (sampler == "ddpm" and config.mask):
             raise UserError(f"--{name} is an option of {sampler}: add --sampler {sampler}, or leave it out")

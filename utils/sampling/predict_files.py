@@ -1,7 +1,5 @@
 """What predict.py writes, as whole files: images, grid, .npz, and how the images formed."""
 
-import contextlib
-import errno
 import hashlib
 import math
 import os
@@ -27,31 +25,20 @@ class PredictFiles:
     """Writes images that come in any order and from any process, in bounded memory.
 
     config: predict.py's, resolved. shape: (H, W, C) of an image. rows: of the grid, one per class;
-    0: no classes. text_of: number -> dict of what an image depends on. Its single file holds it:
-    an existing file with the same text is used, another one is an error. UserError where the
-    folder cannot be written to.
+    0: no classes. text_of: number -> dict of what an image depends on, the text of its single
+    file. UserError where the folder cannot be written to.
     """
 
     def __init__(self, config, shape, rows, text_of):
         self.folder, self.config, self.shape, self.text_of = Path(config.save_dir), config, tuple(shape), text_of
         self.columns = config.interpolate or COLUMNS
-        self.shown = config.interpolate or (rows * COLUMNS if rows else SHOWN)
+        self.shown = config.interpolate or rows * COLUMNS or SHOWN
         self.images = {}  # number -> (H, W, C): those in the grid
         self.trajectories = {}  # number -> [(x_t, x_0), ...], (H, W, C) each: the same, as they form
         kept = np.linspace(0, config.steps - 1, min(FRAMES, config.steps)) if config.trajectory else []
         self.kept_steps = {round(step) for step in kept}
-        self.spool = None
-
-    def __enter__(self):
         check_folder(self.folder)
-        if self.config.npz:
-            self.spool = open_spool(self.folder, (self.config.num_images, *self.shape))
-        return self
-
-    def __exit__(self, *_):
-        if self.spool is not None:
-            path, self.spool = self.spool.filename, None  # Windows deletes a file only when nobody has it open
-            Path(path).unlink(missing_ok=True)
+        self.spool = open_spool(self.folder, (config.num_images, *self.shape)) if config.npz else None
 
     def reuse(self, first, size):
         """Takes the batch from its single files. Returns False where one of them is missing."""
@@ -69,24 +56,21 @@ class PredictFiles:
         return self.folder / name
 
     def read(self, number):
-        """The pixels of a finished single file, None without; UserError: one of something else."""
+        """The pixels of a finished single file, None without; UserError: one of other settings."""
         path, wanted = self.path(number), self.text_of(number)
+        if not path.exists():
+            return None
         try:
             with Image.open(path, formats=["PNG"]) as image:
                 image.load()
                 text, pixels = dict(image.text), np.asarray(image)
-        except FileNotFoundError:
-            return None
         except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(
-                f"{path.resolve()} cannot be read ({one_line(error)}): delete it, it is sampled again"
-            ) from None
+            what = f"{path.resolve()} cannot be read ({one_line(error)})"
+            raise UserError(f"{what}: delete it, it is sampled again") from None
         differing = [name for name in {**wanted, **text} if text.get(name) != wanted.get(name)]
         if differing:
-            raise UserError(
-                f"{path.resolve()} is there already and differs in {', '.join(differing)}: "
-                "move it away, or choose another --save_dir"
-            )
+            what = f"{path.resolve()} is there already and differs in {', '.join(differing)}"
+            raise UserError(f"{what}: move it away, or choose another --save_dir")
         return pixels.reshape(self.shape)
 
     def add(self, first, pixels):
@@ -149,12 +133,10 @@ def check_folder(folder):
     """UserError before hours of sampling where the images cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(
-            f"{folder.resolve()} cannot be written to ({error.strerror}): choose another --save_dir"
-        ) from None
+        what = f"{folder.resolve()} cannot be written to ({error.strerror})"
+        raise UserError(f"{what}: choose another --save_dir") from None
 
 
 def open_spool(folder, shape):
@@ -163,35 +145,20 @@ def open_spool(folder, shape):
     The file loses its name once all processes have it open, so its space comes back however they
     end. OSError where the disk has too little space.
     """
-    path = None
+    file = None
     if distributed.is_main():
-        handle, path = tempfile.mkstemp(".tmp", ".predict_results.", folder)
+        file = tempfile.NamedTemporaryFile(prefix=".predict_results.", suffix=".tmp", dir=folder)  # noqa: SIM115
         try:
-            reserve(handle, math.prod(shape))
+            if hasattr(os, "posix_fallocate"):  # a mapped file that gets no space later kills the process
+                os.posix_fallocate(file.fileno(), 0, math.prod(shape))
         except OSError as error:
-            os.unlink(path)
             raise OSError(f"{folder.resolve()}: too little space for the .npz ({error.strerror})") from None
-        finally:
-            os.close(handle)
-    path = distributed.from_main(path)
-    spool = np.memmap(path, np.uint8, "r+", shape=shape)
+    name = distributed.from_main(file and file.name)
+    spool = np.memmap(file or name, np.uint8, "r+", shape=shape)
     distributed.barrier()
-    if distributed.is_main():
-        with contextlib.suppress(PermissionError):  # Windows keeps the name of an open file
-            os.unlink(path)
+    if file:
+        file.close()
     return spool
-
-
-def reserve(handle, size):
-    """Takes the space of a new file now: a mapped file that gets none later kills the process."""
-    os.truncate(handle, size)
-    try:
-        os.posix_fallocate(handle, 0, size)
-    except AttributeError:  # macOS and Windows
-        pass
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # others: a file system that cannot do this
-            raise
 
 
 def image_texts(config, networks, shape, classes, labels, options):
@@ -202,21 +169,19 @@ def image_texts(config, networks, shape, classes, labels, options):
     names = ["sampler", "steps", "spacing", "guidance_scale", "use_ema"]
     names += ["guidance_interval"] * bool(options.guidance_interval) + ["clip"] * (not options.clip)
     names += ["strength"] * (options.init is not None)
-    text = {name: str(getattr(options, name)) for name in names}
-    text |= {name: str(value) for name, value in options.solver_options.items()}
+    text = {name: getattr(options, name) for name in names} | options.solver_options
     for name in ("init", "mask"):  # by their values: the name of a file plays no part
         if (image := getattr(options, name)) is not None:
             text[name] = hashlib.blake2b(image[:1].contiguous().numpy(), digest_size=8).hexdigest()
     text["size"] = "x".join(map(str, shape))
     if config.individual_files:  # reading all weights takes a moment
-        for name, network in zip(("weights", "guiding weights"), networks):
-            text[name] = weights_digest(network.state_dict())
+        text |= {name: weights_digest(net.state_dict()) for name, net in zip(("weights", "guiding weights"), networks)}
 
     def text_of(number):
-        label = {} if labels is None else {"class": classes[labels[number % len(labels)]]}
+        own = {} if labels is None else {"class": classes[labels[number % len(labels)]]}
+        own["seed"] = config.seed if config.interpolate else config.seed + number
         if config.interpolate:
-            place = f"{number} of 0 to {config.interpolate - 1}"
-            return {**text, **label, "seed": str(config.seed), "seed_to": str(config.seed_to), "place": place}
-        return {**text, **label, "seed": str(config.seed + number)}
+            own |= {"seed_to": config.seed_to, "place": f"{number} of 0 to {config.interpolate - 1}"}
+        return {name: str(value) for name, value in {**text, **own}.items()}
 
     return text_of
