@@ -311,12 +311,12 @@ PRESETS = {
     [
         ("key", r"PRESETS\['key'\]: batchsize is no setting \(did you mean batch_size\?\)"),
         ("range", r"PRESETS\['range'\]: shape is \(1, 65\): expected 2 whole numbers from -1 to 64"),
+        ("list", r"PRESETS\['list'\]: mults is the list \[1, 2\]: write it as a tuple, \(1, 2\)"),
         ("other", "preset 'other': expected one of '', 'fine', 'list', 'key', 'range'"),
     ],
 )
 def test_a_preset_that_cannot_be_is_refused_by_name(name, words):
     assert preset_values(PRESETS, "fine", DECLARED) == {"batch_size": 3}
-    assert preset_values(PRESETS, "list", DECLARED) == {"mults": (1, 2)}
     with pytest.raises(UserError, match=words):
         preset_values(PRESETS, name, DECLARED)
 
