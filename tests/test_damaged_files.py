@@ -286,6 +286,7 @@ LIMITED = """
 import resource, sys, torch
 sys.path.insert(0, {project!r})
 from nets import build
+from utils.checkpoint.file import load_checkpoint
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in {paths!r}:
     for use in (build.from_checkpoint, build.settings_of):
@@ -310,7 +311,7 @@ CLAIMS = [
 
 
 def test_a_claim_of_any_size_is_refused_in_little_memory(trained, tmp_path):
-    checkpoint, paths = load_checkpoint(trained), []
+    checkpoint, paths = load_tensors(trained), []
     for number, claim in enumerate(CLAIMS):
         paths.append(str(tmp_path / f"large_{number}.pth"))
         save_tensors(paths[-1], {**checkpoint, "config": {**checkpoint["config"], **claim}})
@@ -328,7 +329,7 @@ def refused_in_little(paths):
 
 def test_a_bare_state_dict_that_claims_more_than_it_has(trained, tmp_path):
     """Each size that is read off one tensor sets the size of many others."""
-    weights = {name: value.clone() for name, value in load_checkpoint(trained)["weights"].items()}
+    weights = {name: value.clone() for name, value in load_tensors(trained)["weights"].items()}
     claims = {
         "time_mlp.1.weight": torch.zeros(10**6, 1),
         "downs.0.class_bias.weight": torch.zeros(10**6, 1),
