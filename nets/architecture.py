@@ -15,8 +15,6 @@ from .unet import MAX_GROUPS, UNet
 Weights = dict[str, Tensor]  # a state dict
 TABLES = tuple(schedule_tables(np.full(1, 0.5)))  # the buffers' names
 
-# Settings -> arguments
-
 
 def arguments_of(function: Callable, settings: Mapping[str, Any], **given: Any) -> dict[str, Any]:
     """The arguments of a function or class: those given, settings of their names, its defaults."""
@@ -39,9 +37,7 @@ def class_rows(config: Mapping[str, Any], num_classes: int) -> tuple[int | None,
     if not config.get("class_conditional"):
         return None, None
     if num_classes < 1:
-        raise SettingError(
-            "class_conditional is on, but the images have no classes: sort them into class folders and list them again"
-        )
+        raise SettingError("class_conditional: the images have no classes; sort them into class folders")
     return (num_classes + 1, num_classes) if config.get("label_dropout") else (num_classes, None)
 
 
@@ -88,9 +84,6 @@ def count_flops(arguments: Mapping[str, Any], input_shape: Sequence[int]) -> int
     return counter.get_total_flops()
 
 
-# Weights -> arguments
-
-
 def clean_keys(weights: Weights) -> Weights:
     """The weights without `module` and `_orig_mod` in their keys."""
     wrappers = ("module", "_orig_mod")  # of DistributedDataParallel and torch.compile
@@ -133,9 +126,6 @@ def read_levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[int], int, 
     return widths, blocks, attention
 
 
-# Do weights fit a network?
-
-
 def check_sizes(weights: Weights, config: Mapping[str, Any], num_classes: int) -> None:
     """ValueError unless the settings describe the network of the weights, which have clean keys.
 
@@ -162,22 +152,16 @@ def check_fit(own: Weights, weights: Weights) -> None:
         "of another shape": [f"{key} {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}" for key in wrong],
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(keys)} {what}: {first_few(keys)}" for what, keys in problems.items() if keys)
+        found = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:3])}" for what, keys in problems.items() if keys)
         raise SettingError(f"the weights do not fit this network: {found}")
-
-
-def first_few(names: Sequence[str]) -> str:
-    """The first three names and the number of the others."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def change_classes(weights: Weights, known: Sequence[str], classes: Sequence[str], config: Mapping) -> Weights:
     """The EMA of a state dict, as the weights of a network for other classes (kind "ema").
 
     known: the names of its classes, [] for numbers. classes, config: the names and the settings of
-    the new network. A class of both keeps its rows. A new one gets the null class's, or the mean.
-    Without classes these are added to the bias of the time, and weights without classes get zeros:
-    each leaves the output as it was.
+    the new network. A class of both keeps its rows. A new one gets the null class's, or the mean;
+    without classes the bias of the time does. Weights without classes get zeros.
     """
     weights = {key: value.float() for key, value in clean_keys(weights).items() if not key.startswith("model.")}
     rows, null_class = class_rows(config, len(classes))

@@ -1,10 +1,9 @@
 """Builds a GaussianDiffusion from settings or from a file of weights. Every script uses it."""
 
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -16,23 +15,15 @@ from .sampling import check_guiding_model
 from .schedules import find_schedule, make_betas
 from .unet import UNet
 
-
-class Checkpoint(Protocol):
-    """What is read of a loaded file."""
-
-    weights: Weights
-    kind: str  # "full", or "ema": `model.*` is missing
-    config: dict[str, Any]  # train.py's settings by name; {} for a bare state dict
-    classes: list[str]  # their names
+Checkpoint = Any  # of utils/checkpoint/file.py: weights, kind, config ({}: a bare state dict), classes
 
 
 def from_config(config: Mapping[str, Any], num_classes: int = 0) -> GaussianDiffusion:
     """The GaussianDiffusion for train.py's settings, a dict by field name.
 
     A setting goes to the constructor that has an argument of its name; a missing one leaves the
-    default, and others are ignored. num_classes: the number of class names. With class_conditional
-    the network has an embedding per class, and label_dropout > 0 adds the null class. ValueError:
-    settings that do not fit together.
+    default, and others are ignored. num_classes: the number of class names; label_dropout > 0 adds
+    the null class. ValueError: settings that do not fit together.
     """
     rows, null_class = architecture.class_rows(config, num_classes)
     network = architecture.unet_arguments(config, num_classes)
@@ -43,9 +34,7 @@ def from_config(config: Mapping[str, Any], num_classes: int = 0) -> GaussianDiff
     return GaussianDiffusion(**arguments_of(GaussianDiffusion, config, model=UNet(**network), betas=betas, **own))
 
 
-def from_checkpoint(
-    checkpoint: Checkpoint, input_shape: Sequence[int] | None = None
-) -> tuple[GaussianDiffusion, list[str]]:
+def from_checkpoint(checkpoint: Checkpoint, input_shape: Sequence | None = None) -> tuple[GaussianDiffusion, list[str]]:
     """(GaussianDiffusion in eval mode, class names) of a loaded checkpoint.
 
     The class names of a bare state dict are "0", "1", ... A network without classes has no names.
@@ -86,8 +75,7 @@ def from_weights(state_dict: Weights, input_shape: Sequence[int] = (32, 32)) -> 
     """The GaussianDiffusion of a bare state dict, with its weights.
 
     Shapes and betas determine the settings; the others (groups, prediction, padding) are the
-    reference's defaults. Instance norm is read as group norm. The EMA counter is ema_start, so that
-    the first update does not overwrite the EMA. ValueError for other files.
+    reference's defaults. The EMA counter is ema_start: the first update must not overwrite the EMA.
     """
     settings, num_classes = read_settings(state_dict)
     diffusion = from_config({**settings, "input_shape": input_shape}, num_classes)
@@ -116,8 +104,8 @@ def config_from_weights(state_dict: Weights) -> dict[str, Any]:
     """train.py's settings of a bare state dict; ValueError for a network that they cannot build."""
     settings, _ = read_settings(state_dict)
     for name in ("time_emb_dim", "norm"):
-        value, needed = settings.pop(name), inspect.signature(UNet).parameters[name].default
-        if value != needed:
+        value = settings.pop(name)
+        if value != arguments_of(UNet, {})[name]:
             raise SettingError(f"train.py cannot train a network with {name} {value} (predict.py can sample with it)")
     if "schedule" not in settings:
         warnings.warn("the betas of these weights match no known schedule: they are used unchanged", stacklevel=2)
@@ -135,8 +123,7 @@ def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
 def load_weights(diffusion: GaussianDiffusion, state_dict: Weights, kind: str = "full") -> None:
     """Loads a state dict into `diffusion`. kind "ema": `model.*` is missing and becomes the EMA.
 
-    Half precision and the prefixes of DistributedDataParallel and torch.compile are fine.
-    ValueError: unknown, missing or mis-shaped keys.
+    Half precision and wrappers' prefixes are fine. ValueError: keys or shapes that do not fit.
     """
     weights = clean_keys(state_dict)
     if kind == "ema":

@@ -1,9 +1,8 @@
 """Group norm, SiLU, dropout and convolution as one operation: less memory and time on the CPU.
 
-The four plain operations keep four to five full-size tensors for the backward pass. This one keeps
-its input and a mask of one byte per feature. The backward pass computes the convolution's input
-again, which is cheap. Results equal the plain ones up to rounding; dropout drops other features.
-`install` puts it into a network; nobody needs it to understand the network.
+The plain operations keep four to five full-size tensors for the backward pass. This one keeps its
+input and a mask of one byte per feature, and computes the convolution's input again. Results equal
+the plain ones up to rounding; dropout drops other features.
 """
 
 import torch
@@ -39,10 +38,7 @@ FUSED = {ResidualBlock: FusedResidualBlock, AttentionBlock: FusedAttentionBlock,
 
 
 def install(network: nn.Module) -> nn.Module:
-    """`network`, whose blocks take the fused path from now on wherever it applies.
-
-    It changes their class alone: parameters and keys stay, and copies of the network have it too.
-    """
+    """`network`, whose blocks have other classes, and the same parameters and keys, from now on."""
     for module in network.modules():
         module.__class__ = FUSED.get(type(module), type(module))
     return network

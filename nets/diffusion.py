@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import cpu_fused, sampling
 from .ema import ema_weight, update_
-from .errors import SettingError, check_choice
+from .errors import check_choice
 from .samplers import Denoise, Device, Trajectory
 from .sampling import PREDICTIONS, SamplingOptions
 from .schedules import check_betas, make_betas, schedule_tables
@@ -79,8 +79,6 @@ class GaussianDiffusion(nn.Module):
         self.register_buffer("loss_weight", torch.ones(len(betas)), persistent=False)
         self.derive_tables()
 
-    # The tables of the schedule
-
     def derive_tables(self) -> None:
         """The tables that a state dict lacks: float64 alpha_bars and a loss weight per timestep."""
         alpha_bars = np.cumprod(1 - self.betas.double().cpu().numpy())
@@ -114,15 +112,11 @@ class GaussianDiffusion(nn.Module):
     def network(self, use_ema: bool) -> nn.Module:
         return self.ema_model if use_ema else self.model
 
-    # Training
-
     def forward(self, x: Tensor, y: Labels = None, *, t: Tensor | None = None, **settings: Any) -> Tensor:
         """The loss of images x (b, c, h, w) in [-1, 1] at random timesteps, or at `t` (b,).
 
-        settings: those of get_losses. ValueError for images of another size.
+        settings: those of get_losses.
         """
-        if (size := tuple(x.shape[2:])) != self.img_size:
-            raise SettingError(f"images are {size} (height, width), this model was built for {self.img_size}")
         if t is None:
             t = torch.randint(0, self.num_timesteps, (len(x),), device=x.device)
         return self.get_losses(x, t, y, **settings)
@@ -150,8 +144,6 @@ class GaussianDiffusion(nn.Module):
         """a = sqrt(alpha_bar_t) and s = sqrt(1 - alpha_bar_t) for t (b,), each (b, 1, 1, 1)."""
         return extract(self.sqrt_alphas_cumprod, t, x), extract(self.sqrt_one_minus_alphas_cumprod, t, x)
 
-    # The EMA of the weights
-
     @property
     def ema_step(self) -> int:
         """The number of counted optimizer steps. Reading waits for the device, setting does not."""
@@ -165,15 +157,13 @@ class GaussianDiffusion(nn.Module):
     def update_ema(self, skip: Tensor | None = None) -> None:
         """One EMA update, after a step of the optimizer. Before step ema_start the EMA is a copy.
 
-        skip: None, or a 0-dim float tensor on the device. 1 keeps EMA and counter: the optimizer
-        skipped this step. Only every ema_update_rate-th step changes the EMA. Nothing here waits.
+        skip: a 0-dim float tensor on the device; 1 keeps EMA and counter, as the optimizer skipped
+        this step. Only every ema_update_rate-th step changes the EMA. Nothing here waits.
         """
         taken = 1 - skip.to(torch.int64) if skip is not None else torch.ones_like(self.ema_counter)
         self.ema_counter += taken
         weight = ema_weight(self.ema_counter - self.ema_start, self.ema_decay, self.ema_warmup)
         update_(self.ema_model, self.model, weight * (taken * (self.ema_counter % self.ema_update_rate == 0)))
-
-    # Sampling
 
     @torch.no_grad()
     def remove_noise(self, x: Tensor, t: Tensor, y: Labels, use_ema: bool = True) -> Tensor:

@@ -72,7 +72,8 @@ def ddim(denoise, x, steps, noise, *, eta: float = 0.0) -> Trajectory:
 
 
 def dpm_solver_pp(denoise, x, steps, noise, *, order: int = 2, eta: float = 0.0) -> Trajectory:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2). eta 0: ODE. eta 1: reverse SDE.
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2). eta 1: SDE-DPM-Solver++(2M), whose new noise
+    reduces earlier errors.
 
     order 2 takes x_0 as linear in lambda, order 1 as constant. The first step has no earlier x_0,
     and the last step ends at infinite lambda: both are of order 1.
@@ -92,20 +93,10 @@ def dpm_solver_pp(denoise, x, steps, noise, *, order: int = 2, eta: float = 0.0)
         yield x, x_0
 
 
-def sde_dpm_solver_pp(denoise, x, steps, noise) -> Trajectory:
-    """SDE-DPM-Solver++(2M) (Lu et al., arXiv 2211.01095): dpm_solver_pp with eta 1.
-
-    Each step scales the old noise by e^-h and adds new noise of variance 1 - e^-2h, relative to
-    sigma_s^2. New noise reduces earlier errors. Order 1 would be ddpm with the posterior variance.
-    """
-    return dpm_solver_pp(denoise, x, steps, noise, eta=1.0)
-
-
 def heun(denoise, x, steps, noise) -> Trajectory:
-    """Heun's method (Karras et al. 2022, "EDM", algorithm 1), on our timesteps.
+    """Heun's method (Karras et al. 2022, "EDM", algorithm 1): 2N - 1 network calls for N steps.
 
-    It solves dz/dsigma = (z - x_0) / sigma, where z = x / sqrt(alpha_bar) has noise of standard
-    deviation sigma. N steps call the network 2N - 1 times.
+    It solves dz/dsigma = (z - x_0) / sigma; z = x / sqrt(alpha_bar) has noise of deviation sigma.
     """
     for i, (alpha_bar_t, alpha_bar_s, t) in enumerate(steps):
         sigma_t, sigma_s = (math.sqrt((1 - alpha_bar) / alpha_bar) for alpha_bar in (alpha_bar_t, alpha_bar_s))
@@ -146,7 +137,13 @@ def half_log_snr(alpha_bar: float) -> float:
     return 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar)) if alpha_bar < 1 else math.inf
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp, "sde-dpm++": sde_dpm_solver_pp, "heun": heun}
+SAMPLERS = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpm++": dpm_solver_pp,
+    "sde-dpm++": partial(dpm_solver_pp, eta=1.0),
+    "heun": heun,
+}
 # The best with 25 network calls, or close to it (benchmarks/results/solvers_cpu.md).
 DEFAULT_SPACING = {name: "trailing" if name in ("ddpm", "ddim") else "clipped_logsnr" for name in SAMPLERS}
 # For all solvers but ddpm, which takes every timestep. The Frechet distance of sde-dpm++ with 25
@@ -173,10 +170,7 @@ SPACINGS = {
 
 
 def timesteps(alpha_bars: Sequence[float], steps: int, spacing: str, start: int | None = None) -> list[int]:
-    """`steps` different timesteps that fall from `start` (None: T - 1), for T alpha_bars.
-
-    Duplicates move to a neighbour. ValueError: an unknown spacing, or more steps than timesteps.
-    """
+    """`steps` different timesteps that fall from `start` (None: T - 1), for T alpha_bars."""
     start = len(alpha_bars) - 1 if start is None else start
     check_choice("spacing", spacing, SPACINGS)
     if not 1 <= steps <= start + 1:
@@ -211,10 +205,7 @@ def seeded_noise(seeds: Iterable[int], shape: tuple[int, ...], device: Device) -
 
 
 def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
-    """Spherical interpolation of two noises, per image (Shoemake 1985). weight 0 is a, 1 is b.
-
-    a, b (..., c, h, w). The result keeps their length, which the network expects of x_T.
-    """
+    """Spherical interpolation of noises (..., c, h, w) (Shoemake 1985). It keeps their length."""
     dims = (-3, -2, -1)
     a_squared, b_squared = (noise.square().sum(dims, keepdim=True) for noise in (a, b))
     cosine = (a * b).sum(dims, keepdim=True) / (a_squared * b_squared).sqrt()

@@ -58,14 +58,10 @@ class SamplingOptions(NamedTuple):
         return self._replace(**{"solver_options": self.solver_options | settings, **own})
 
 
-# Denoisers
-
-
 class Denoiser:
     """denoise(x_t, t) -> the network's own x_0. The network should be in eval mode.
 
-    y: class ids (b,). None is the null class, where the network has classes; ValueError where it
-    has no null class.
+    y: class ids (b,). None is the null class, where the network has classes; else ValueError.
     """
 
     def __init__(self, diffusion: nn.Module, y: Tensor | None = None, use_ema: bool = True):
@@ -94,10 +90,7 @@ class Denoiser:
 
 
 def apply_guidance(prediction: Tensor, weaker: Tensor, scale: float) -> Tensor:
-    """The weaker model's prediction for scale 0, the model's own for 1, and beyond it above 1.
-
-    The scale is 1 + w of Ho & Salimans 2022, equation 6. Shapes: any, the same for both.
-    """
+    """From the weaker prediction (scale 0) past the own one (1): Ho & Salimans 2022, equation 6."""
     return weaker + scale * (prediction - weaker)
 
 
@@ -118,11 +111,7 @@ def autoguidance(denoiser: Denoise, guide: Denoise, scale: float) -> Denoise:
 
 
 def make_denoiser(diffusion: nn.Module, y: Tensor | None, options: SamplingOptions) -> Denoise:
-    """The function denoise(x_t, t) -> x_0 that the solvers call, with guidance and clipping.
-
-    ValueError: guidance without a null class or without y, a missing y, an interval from high to
-    low, or another kind of guiding model.
-    """
+    """denoise(x_t, t) -> x_0 with guidance and clipping. ValueError: guidance that cannot work."""
     scale, guide = options.guidance_scale, options.guiding_model
     check_guiding_model(diffusion, scale, guide)
     acts = interval_predicate(options.guidance_interval)
@@ -153,10 +142,8 @@ def check_interval(interval: tuple[float, float] | None, schedule: list[Step]) -
     """ValueError for a guidance interval in which no step of the schedule lies."""
     lambdas = [half_log_snr(step.alpha_bar_t) for step in schedule]
     if not any(map(interval_predicate(interval), lambdas)):
-        raise SettingError(
-            f"no step is in the guidance_interval {interval}: their lambdas go from "
-            f"{lambdas[0]:.3g} to {lambdas[-1]:.3g}"
-        )
+        span = f"their lambdas go from {lambdas[0]:.3g} to {lambdas[-1]:.3g}"
+        raise SettingError(f"no step is in the guidance_interval {interval}: {span}")
 
 
 def check_guiding_model(diffusion: nn.Module, scale: float, guide: nn.Module | None = None) -> None:
@@ -170,9 +157,6 @@ def check_guiding_model(diffusion: nn.Module, scale: float, guide: nn.Module | N
     for name, word in {**words, "null_class": "null class", "alpha_bars": "schedule"}.items():
         if guide is not None and getattr(guide, name) != getattr(diffusion, name):
             raise SettingError(f"the guiding model has another {word}: take an earlier file of the same run")
-
-
-# Images
 
 
 def sampling_schedule(alpha_bars: Sequence[float], options: SamplingOptions) -> list[Step]:

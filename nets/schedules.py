@@ -78,22 +78,17 @@ def make_betas(
     betas = check_betas(shift_betas(betas, schedule_shift)) if schedule_shift else betas
     alpha_bar_T = float(np.prod(1 - betas))
     if alpha_bar_T > 0.01:
+        found = f"the {schedule} schedule has alpha_bar_T = {alpha_bar_T:.3g} > 0.01: x_T is not pure noise"
         remedy = "lower schedule_shift" if schedule_shift > 0 else "raise schedule_high, or use the cosine schedule"
-        warnings.warn(
-            f"the {schedule} schedule has alpha_bar_T = {alpha_bar_T:.3g} > 0.01: x_T is not pure noise; "
-            f"raise num_timesteps, {remedy}",
-            stacklevel=2,
-        )
+        warnings.warn(f"{found}; raise num_timesteps, {remedy}", stacklevel=2)
     return betas
 
 
 def check_betas(betas: Sequence[float] | np.ndarray) -> np.ndarray:
     """`betas` as a (T,) float64 array; ValueError unless T >= 1 and every 0 < beta < 1."""
     betas = np.asarray(betas, dtype=np.float64)
-    if betas.ndim != 1 or betas.size == 0:
-        raise SettingError(f"betas must be a list of at least one number, not of shape {betas.shape}")
-    if not np.all((betas > 0) & (betas < 1)):
-        raise SettingError(f"every beta must lie between 0 and 1, not from {betas.min():.3g} to {betas.max():.3g}")
+    if betas.ndim != 1 or betas.size == 0 or not np.all((betas > 0) & (betas < 1)):
+        raise SettingError("the betas must be a list of numbers between 0 and 1")
     return betas
 
 

@@ -37,8 +37,7 @@ def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
 class PositionalEmbedding(nn.Module):
     """Sines and cosines of the timestep at dim/2 frequencies (Vaswani et al. 2017, section 3.5).
 
-    The frequencies fall from 1 to about 1/10000. (b,) integers or floats -> (b, dim) float32, also
-    under autocast: bf16 rounds timestep 999 to 1000.
+    (b,) -> (b, dim) float32, also under autocast: bf16 rounds timestep 999 to 1000.
     """
 
     def __init__(self, dim: int, scale: float = 1.0):
@@ -103,8 +102,7 @@ def attend(qkv: Tensor) -> Tensor:
 class ResidualBlock(nn.Module):
     """Two convolutions with a shortcut, then attention: (b, in, h, w) -> (b, out, h, w).
 
-    Time and class shift the channels between the convolutions. time_emb_dim or num_classes None: no
-    such shift.
+    Time and class shift the channels in between; time_emb_dim or num_classes None: no such shift.
     """
 
     def __init__(
