@@ -40,8 +40,8 @@ def open_cache(annotation_path, paths, image_format, cache_path=None, num_worker
         _build_cache(place, paths, image_format, num_workers)
         _prune(place)
         cache = _read_cache(place, len(paths))
-    if bad := cache[1]["bad"]:
-        print(f"left out {len(bad)} of {len(paths)} listed images, which cannot be decoded: {_reasons(paths, bad)}")
+    if bad := [f"{paths[row]} ({reason})" for row, reason in cache[1]["bad"]]:
+        print(f"left out {len(bad)} of {len(paths)} listed images, which cannot be decoded: {first_few(bad, 10)}")
     return cache
 
 
@@ -105,7 +105,7 @@ def _build_cache(pixels_path, paths, image_format, num_workers):
                     file.write(image[0])
                     hashes.append(image[1])
             if not hashes:
-                fault = f"none of the {len(paths)} listed images can be decoded: {_reasons(paths, bad)}"
+                fault = f"none of the {len(paths)} listed images can be decoded ({paths[0]}: {bad[0][1]})"
                 raise UserError(f"{fault}; {RUN_AGAIN}")
         with atomic_write(pixels_path.with_suffix(".json"), "w", encoding="utf-8") as file:
             json.dump({"shape": [len(hashes), *shape], "hashes": hashes, "bad": bad}, file)
@@ -119,10 +119,6 @@ def _decode(path, image_format):
     with one_if_large(check_regular(path)):
         content = Path(path).read_bytes()  # once, for both
         return load_image(io.BytesIO(content), image_format), hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def _reasons(paths, bad):
-    return first_few([f"{paths[row]} ({reason})" for row, reason in bad], 10)
 
 
 def _prune(pixels_path):

@@ -86,8 +86,8 @@ class ImageDataset:
 
     def key(self):
         """A digest of all pixels in their order, and of the classes."""
-        content = repr((self.shape, self.settings, self.classes, self.labels.tolist(), self.hashes))
-        return hashlib.sha256(content.encode()).hexdigest()
+        content = self.shape, self.settings, self.classes, self.labels.tolist(), self.hashes
+        return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def split_validation(dataset, share):
