@@ -459,7 +459,7 @@ def test_the_batch_shrinks_to_the_images_there_are(capsys):
 @pytest.mark.parametrize(
     "images, batch_size, multiple, message",
     [
-        (100, 10, 4, "use 8 or 12"),
+        (100, 10, 4, "use 8$"),
         (100, 3, 4, "use 4"),
         (100, 0, 1, "use 1"),
         (100, -5, 2, "use 2"),

@@ -1,6 +1,5 @@
 """Read and write the list of images (train_lines.txt) and its class names (train_classes.txt)."""
 
-import contextlib
 import os
 import re
 from collections import Counter
@@ -49,17 +48,15 @@ def write_annotation(annotation_path, paths, labels=None, classes=()):
     the path of the class names; None where there are none.
     """
     names_path = classes_path(annotation_path)
-    names = "".join(f"{name}\n" for name in classes) if labels is not None else None
-    changed = _read_text(names_path) != names
     with atomic_write(resolve_output(annotation_path), "w", **TEXT) as file:
         file.writelines(f"{path}\n" if labels is None else f"{labels[i]};{path}\n" for i, path in enumerate(paths))
         file.flush()  # a full disk fails here, while the older pair is whole
-        if changed:
-            names_path.unlink(missing_ok=True)
-    if changed and names is not None:
-        with atomic_write(names_path, "w", **TEXT) as file:
-            file.write(names)
-    return None if names is None else names_path
+        names_path.unlink(missing_ok=True)
+    if labels is None:
+        return None
+    with atomic_write(names_path, "w", **TEXT) as file:
+        file.writelines(f"{name}\n" for name in classes)
+    return names_path
 
 
 def read_annotation(annotation_path):
@@ -86,15 +83,9 @@ def read_annotation(annotation_path):
 
 def _lines(path):
     """{number: line} without empty lines; None where there is no file."""
-    text = _read_text(path)
-    if text is None:
+    if not os.path.isfile(path):
         return None
-    # Windows editors write a byte order mark, and "\r\n" at the end of a line.
-    lines = (line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n"))
-    return {number: line for number, line in enumerate(lines, 1) if line}
-
-
-def _read_text(path):
-    with contextlib.suppress(FileNotFoundError, IsADirectoryError), open(path, **TEXT) as file:
-        return file.read()
-    return None
+    with open(path, **TEXT) as file:
+        text = file.read().removeprefix("\ufeff")  # of Windows editors, as is "\r" at the end of a line
+    lines = enumerate((line.removesuffix("\r") for line in text.split("\n")), 1)
+    return {number: line for number, line in lines if line}

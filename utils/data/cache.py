@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,22 +40,19 @@ def open_cache(annotation_path, paths, image_format, cache_path=None, num_worker
         _build_cache(place, paths, image_format, num_workers)
         _prune(place)
         cache = _read_cache(place, len(paths))
-    _report_bad(paths, cache[1]["bad"])
+    if bad := [f"{paths[row]} ({reason})" for row, reason in cache[1]["bad"]]:
+        print(f"left out {len(bad)} of {len(paths)} listed images, which cannot be decoded: {first_few(bad, 10)}")
     return cache
 
 
 def _cache_key(image_format, paths):
     """A name for these files in this format. UserError if any is gone."""
-    settings, gone = [CACHE_VERSION, image_format._asdict()], []
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in paths:
-        try:
-            stat = os.stat(path)
-            digest.update(repr((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)).encode())
-        except OSError:
-            gone.append(path)
+    gone = [path for path in paths if not os.path.exists(path)]
     if gone:
         raise UserError(f"{len(gone)} of {len(paths)} listed images are gone: {first_few(gone, 10)}; {RUN_AGAIN}")
+    digest = hashlib.sha256(json.dumps([CACHE_VERSION, image_format._asdict()]).encode())
+    for path, stat in zip(paths, map(os.stat, paths)):
+        digest.update(repr((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)).encode())
     return digest.hexdigest()[:24]
 
 
@@ -96,27 +94,24 @@ def _build_cache(pixels_path, paths, image_format, num_workers):
     shape = height, width, _ = (*image_format.input_shape, image_format.img_channels)
     megabytes, hashes, bad = math.prod(shape) * len(paths) / 1e6, [], []
     print(f"decoding {len(paths)} images to {height}x{width} (height x width), {megabytes:.1f} MB: {pixels_path}")
-
-    def decode(path):  # a failure that may pass is not kept: it ends the build
-        return attempt(lambda path: _decode(path, image_format), path, is_damage)
-
+    read = partial(_decode, image_format=image_format)
+    decoded = map_in_threads(lambda path: attempt(read, path, is_damage), paths, num_workers, "decoding")
     try:
         with atomic_write(pixels_path) as file:
-            for row, (decoded, reason) in enumerate(map_in_threads(decode, paths, num_workers, "decoding")):
+            for row, (image, reason) in enumerate(decoded):  # a failure that may pass is not kept: it is raised
                 if reason:
                     bad.append((row, reason))
                 else:
-                    file.write(decoded[0])
-                    hashes.append(decoded[1])
+                    file.write(image[0])
+                    hashes.append(image[1])
             if not hashes:
-                _report_bad(paths, bad)
-                raise UserError(f"none of the {len(paths)} listed images can be decoded: {RUN_AGAIN}")
+                fault = f"none of the {len(paths)} listed images can be decoded ({paths[0]}: {bad[0][1]})"
+                raise UserError(f"{fault}; {RUN_AGAIN}")
         with atomic_write(pixels_path.with_suffix(".json"), "w", encoding="utf-8") as file:
             json.dump({"shape": [len(hashes), *shape], "hashes": hashes, "bad": bad}, file)
     except OSError as error:
         fault = f"the cache of decoded images could not be written ({error.strerror or error})"
-        advice = f"{pixels_path} needs {megabytes:.0f} MB; free some space, or lower input_shape"
-        raise OSError(f"{fault}: {advice}") from error
+        raise OSError(f"{fault}: {pixels_path} needs {megabytes:.0f} MB; free some space") from error
 
 
 def _decode(path, image_format):
@@ -124,12 +119,6 @@ def _decode(path, image_format):
     with one_if_large(check_regular(path)):
         content = Path(path).read_bytes()  # once, for both
         return load_image(io.BytesIO(content), image_format), hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def _report_bad(paths, bad):
-    if bad:
-        reasons = first_few([f"{paths[row]} ({reason})" for row, reason in bad], 10)
-        print(f"left out {len(bad)} of {len(paths)} listed images, which cannot be decoded: {reasons}")
 
 
 def _prune(pixels_path):

@@ -31,14 +31,12 @@ def folder_name(class_name):
     return re.sub(r"[^\w.-]+", "-", re.sub(r"['?]", "", class_name.strip()).replace(" ", "_"))
 
 
-# Readers: torchvision's root -> (number of images, pairs of a name and a Pillow image or its file).
-# They import torchvision themselves: it takes seconds, and listing images does without it.
+# Readers: torchvision.datasets and its root -> (number of images, pairs of a name to write and a
+# Pillow image or its file).
 
 
-def from_arrays(kind, root):
+def from_arrays(kind, datasets, root):
     """A class of torchvision that holds arrays: numbered PNG files."""
-    from torchvision import datasets
-
     dataset = getattr(datasets, kind)(root, download=True)
     names = [folder_name(name.split(" - ")[0]) for name in dataset.classes]  # MNIST: "7 - seven"
     return len(dataset), ((f"{names[label]}/{i:05d}.png", image) for i, (image, label) in enumerate(dataset))
@@ -50,29 +48,25 @@ def from_files(paths, labels, classes):
     return len(paths), ((f"{names[label]}/{path.name}", path) for path, label in zip(paths, labels))
 
 
-def flowers102(root):
-    from torchvision.datasets import Flowers102
-
+def flowers102(datasets, root):
     if importlib.util.find_spec("scipy") is None:  # before 330 MB are fetched
         raise UserError("it needs the package scipy: pip install scipy")
-    splits = [Flowers102(root, split=split, download=True) for split in ("train", "val", "test")]
+    splits = [datasets.Flowers102(root, split=split, download=True) for split in ("train", "val", "test")]
     paths = [path for split in splits for path in split._image_files]  # torchvision has no public name for them
     labels = [label for split in splits for label in split._labels]
-    classes = getattr(Flowers102, "classes", [f"{number:03d}" for number in range(1, 103)])  # older versions: none
+    classes = getattr(
+        datasets.Flowers102, "classes", [f"{number:03d}" for number in range(1, 103)]
+    )  # older versions: none
     return from_files(paths, labels, classes)
 
 
-def oxford_pets(root):
-    from torchvision.datasets import OxfordIIITPet
-
-    dataset = OxfordIIITPet(root, split="trainval", download=True)
+def oxford_pets(datasets, root):
+    dataset = datasets.OxfordIIITPet(root, split="trainval", download=True)
     return from_files(dataset._images, dataset._labels, dataset.classes)
 
 
-def celeba(root):
-    from torchvision.datasets import CelebA
-
-    dataset = CelebA(root, split="train", download=True)
+def celeba(datasets, root):
+    dataset = datasets.CelebA(root, split="train", download=True)
     folder = Path(root) / dataset.base_folder / "img_align_celeba"
     return len(dataset), ((name, folder / name) for name in dataset.filename)
 
@@ -90,6 +84,8 @@ DATASETS = {
 
 def download(name, datasets_path="datasets"):
     """The folder `datasets_path`/`name` of a data set, downloaded, whole, where it is missing."""
+    from torchvision import datasets  # it takes seconds, and listing images does without it
+
     folder, root = Path(datasets_path).absolute() / name, Path(datasets_path).absolute() / ARCHIVES / name
     if folder.is_dir() and any(folder.iterdir()):
         print(f"{folder} is there already: nothing is fetched")
@@ -98,7 +94,7 @@ def download(name, datasets_path="datasets"):
     try:
         root.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as unfinished:
-            total, images = DATASETS[name](root)
+            total, images = DATASETS[name](datasets, root)
             for path, image in tqdm(images, f"unpacking {name}", total, unit="img", dynamic_ncols=True):
                 (unfinished / path).parent.mkdir(exist_ok=True)
                 if isinstance(image, Path):

@@ -23,37 +23,32 @@ EXIF_TEXTS = (b"Raw profile type exif\0", b"Raw profile type APP1\0", b"XML:com.
 SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "float"}  # of the values of a TIFF
 TIFF_VALUES = {(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (32, 2), (32, 3)}  # (bits, sample format) that Pillow reads
 
-# Formats that some installations read: their extensions, the module for it, where to get it.
+# Formats that some installations read: the module for it, and the extensions.
 OPTIONAL_FORMATS = {
-    "AVIF": ((".avif", ".avifs"), "PIL.AvifImagePlugin", "Pillow 11.3 or newer, built with AVIF, reads it"),
-    "HEIF": ((".heic", ".heif", ".hif"), "pillow_heif", "`pip install pillow-heif` to read it"),
+    "AVIF": ("PIL.AvifImagePlugin", ".avif", ".avifs"),
+    "HEIF": ("pillow_heif", ".heic", ".heif", ".hif"),
 }
 
 
 def _readable():
-    """(formats, file extensions, {extension: why not}) of what this installation reads."""
+    """(formats, file extensions) of what this installation reads."""
     Image.preinit()  # registers the common formats except WebP
     importlib.import_module("PIL.WebPImagePlugin")
-    formats, unread = ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "DIB"], {}
+    formats = ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "DIB"]
     extensions = [".bmp", ".dib", ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif"]
     extensions += [".pbm", ".pgm", ".ppm", ".tif", ".tiff"]
-    for name, (optional, module_name, advice) in OPTIONAL_FORMATS.items():
-        try:
+    for name, (module_name, *endings) in OPTIONAL_FORMATS.items():
+        with contextlib.suppress(Exception):  # missing, or broken, which must not end the run
             module = importlib.import_module(module_name)
-            if not getattr(module, "SUPPORTED", True):
-                raise ModuleNotFoundError
             getattr(module, "register_heif_opener", bool)()
-        except Exception as error:  # a broken extra must not end the run
-            broken = f"{module_name} is installed but broken: {type(error).__name__}"
-            unread |= dict.fromkeys(optional, f" ({advice if isinstance(error, ModuleNotFoundError) else broken})")
-        else:
-            formats.append(name)
-            extensions += optional
-    return tuple(formats), tuple(extensions), unread
+            if getattr(module, "SUPPORTED", True):
+                formats.append(name)
+                extensions += endings
+    return tuple(formats), tuple(extensions)
 
 
 # Other decoders (EPS) start programs of their own. MPO, two JPEGs in one file, comes with JPEG.
-FORMATS, EXTENSIONS, UNREAD_EXTENSIONS = _readable()
+FORMATS, EXTENSIONS = _readable()
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import os
 from collections import Counter
 
 from utils.data.decode import check_image
-from utils.data.formats import EXTENSIONS, UNREAD_EXTENSIONS
+from utils.data.formats import EXTENSIONS
 from utils.data.read_errors import attempt
 from utils.data.threads import map_in_threads
 from utils.errors import UserError
@@ -88,24 +88,15 @@ def _parts_below_common_root(paths):
     return [os.path.relpath(path, root).split(os.sep) for path in paths]
 
 
-def describe_sizes(sizes):
-    """[(width, height), ...] in words: the most frequent ones."""
-    shown = [f"{width}x{height} ({count})" for (width, height), count in Counter(sizes).most_common()]
-    return f"width x height: {first_few(shown, 5, 'other sizes')}"
-
-
-def describe_endings(counts):
-    """{".heic": 40, "": 2} in words, the most frequent first, with what would read them."""
-    found = counts.most_common()
-    shown = [f"{count} {ending or 'without'}{UNREAD_EXTENSIONS.get(ending, '')}" for ending, count in found]
-    return first_few(shown, 10, "other endings")
+def in_words(counts, limit=10):
+    """[(name, count), ...] as text, such as `cats (3), dogs (2)`."""
+    return first_few([f"{name} ({count})" for name, count in counts], limit)
 
 
 def describe_classes(paths, labels, classes):
     """The classes in words, or why there are none."""
     if labels is not None:
-        counts = Counter(labels)
-        return f"{len(classes)} classes: {first_few([f'{name} ({counts[i]})' for i, name in enumerate(classes)], 20)}"
+        return f"{len(classes)} classes: {in_words(Counter(classes[label] for label in labels).items(), 20)}"
     beside = sorted(part[0] for part in _parts_below_common_root(paths) if len(part) == 1)
     if len(beside) == len(paths):
         return "no class folders: the images are unlabeled"
