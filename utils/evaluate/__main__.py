@@ -14,7 +14,7 @@ import torch
 
 from nets import GaussianDiffusion, SamplingOptions, build
 from nets.samplers import SAMPLERS, SEEDS, SPACINGS
-from nets.sampling import check_guiding_model, check_interval, interval_predicate, sampling_schedule
+from nets.sampling import check_guiding_model, check_interval, sampling_schedule
 from utils.checkpoint.file import Checkpoint
 from utils.checkpoint.integrity import weights_digest
 from utils.checkpoint.runs import newest_in, open_weights
@@ -45,7 +45,7 @@ class Config:
     held_out: str = ""                            # a folder, annotation file or .npz, not trained on; "": val_split's
     num_images: int = 0                           # samples; 0: all, of a checkpoint 10,000
     input_shape: tuple[int, int] | None = None    # height and width to compare at; None: the samples' most frequent
-    img_channels: int = 0                         # 3: color, 1: gray, 0: color if any image has it
+    img_channels: int = 0                         # of images: 3: color, 1: gray, 0: color if any has it
     resize_mode: str = ""                         # how images of other shapes are made to fit; "": as in training
     background: tuple[int, int, int] | None = None  # what transparent pixels are composited on; None: as in training
     icc: bool | None = None                       # convert embedded color profiles to sRGB; None: as in training
@@ -65,7 +65,6 @@ class Config:
     sampler: str = "sde-dpm++"                    # solver
     steps: int = 0                                # sampling steps; 0: 25, ddpm all timesteps
     spacing: str = ""                             # spacing of the timesteps; "": what suits the sampler
-    eta: float = 0.0                              # fraction of new noise in ddim
     guidance_scale: float = 1.0                   # guidance; above 1: more typical of its class, less diverse
     guidance_interval: tuple[float, float] | None = None  # lambdas between which guidance acts; None: at each step
     guiding_path: str = ""                        # autoguidance: a weaker checkpoint; "": classifier-free guidance
@@ -98,7 +97,6 @@ SETTINGS = {
     "sampler": choice(SAMPLERS),
     "steps": whole(0),
     "spacing": choice(("", *SPACINGS)),
-    "eta": number(0, 1),
     "guidance_scale": number(0, 1000),
     "guidance_interval": number(-1000, 1000, None, count=PAIR),
     "seed": whole(0, SEEDS - 1),
@@ -107,9 +105,7 @@ SETTINGS = {
 }
 
 
-class Model(NamedTuple):
-    """A checkpoint to sample from."""
-
+class Model(NamedTuple):  # that samples
     diffusion: GaussianDiffusion
     classes: list[str]
     checkpoint: Checkpoint
@@ -118,7 +114,9 @@ class Model(NamedTuple):
 
 def main(arguments=None):
     config = parse(Config, SETTINGS, __doc__, arguments)
-    check(config)
+    check_guidance(config)
+    if (config.bits or config.guidance_scale != 1) and not is_checkpoint(config.samples):
+        raise UserError(f"--bits and --guidance_scale need a checkpoint, and {config.samples} holds images")
     start, device = time.time(), choose_device(config.device)
     precision = choose_precision(config.precision, device)
     model = load_model(config, device, precision) if is_checkpoint(config.samples) else None
@@ -147,23 +145,13 @@ def main(arguments=None):
     print(path.resolve())
 
 
-def check(config):
-    """UserError for settings that exclude or need each other."""
-    if config.eta and config.sampler != "ddim":
-        raise UserError("--eta is an option of ddim: add --sampler ddim, or leave it out")
-    interval_predicate(config.guidance_interval)  # before anything is loaded
-    check_guidance(config)
-    for name, used in (("bits", config.bits), ("guidance_scale", config.guidance_scale != 1)):
-        if used and not is_checkpoint(config.samples):
-            raise UserError(f"--{name} needs a checkpoint, and {config.samples} holds images: name one with --samples")
-
-
 def compare(config, blocks, count, reference, held_out, device):
     """A dict of the distances and nearest images of `count` samples, in blocks (b, H, W, C)."""
     results, cache, extract = {}, FeatureCache(config.cache_dir, config.reference), None
-    counts = f"{count} samples and {len(reference)} reference images"
     if config.distances and min(count, len(reference)) < NEIGHBORS + 2:
-        raise UserError(f"{counts} are too few: distances need {NEIGHBORS + 2} of both; or set --distances False")
+        raise UserError(
+            f"{count} samples, {len(reference)} reference images are too few: distances need {NEIGHBORS + 2}"
+        )
     if config.distances and count < ENOUGH:
         print(f"warning: FID is biased upward below {ENOUGH:,} samples; compare only equal sample counts")
     if config.distances or config.nearest_by == "features":
@@ -187,8 +175,6 @@ def load_model(config, device: torch.device, precision: str) -> Model:
     """The Model of config.samples, on the device. UserError for settings that it cannot serve."""
     checkpoint = open_weights(config.samples, "weights")
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
-    if config.img_channels not in (0, diffusion.img_channels):
-        raise UserError(f"--img_channels {config.img_channels}: the model has images of {diffusion.img_channels}")
     weaker = open_weights(config.guiding_path, "guiding model") if config.guiding_path else None
     guide = weaker and build.guiding_model(weaker, checkpoint, diffusion)
     check_guiding_model(diffusion, config.guidance_scale, guide)
@@ -225,8 +211,7 @@ def make_opener(config, model: Model | None):
         height, width = config.input_shape or sizes.most_common(1)[0][0]
         names = {"{}x{}".format(*size): count for size, count in sizes.most_common(5)}
         if len(sizes) > 1:
-            found = ", ".join(f"{count} of {name}" for name, count in names.items())
-            print(f"warning: {len(sizes)} sizes of samples ({found}): all are made {height}x{width}")
+            print(f"warning: {len(sizes)} sizes of samples, {names}: all are made {height}x{width}")
     print_line("compared at", f"{height}x{width} (height x width), {'color' if channels == 3 else 'gray'}")
     own = {"resize_mode": config.resize_mode or None, "background": config.background, "icc": config.icc}
     own |= {"input_shape": (height, width), "img_channels": channels}
@@ -237,10 +222,8 @@ def make_opener(config, model: Model | None):
 
 def labels_like(reference: ImageDataset, model: Model, seed: int) -> torch.Tensor | None:
     """Class ids (n,) as often as in the reference, of other classes each once; None without."""
-    if not model.classes:
-        return None
-    if reference.classes != model.classes:
-        return torch.arange(len(model.classes))
+    if not model.classes or reference.classes != model.classes:
+        return torch.arange(len(model.classes)) if model.classes else None
     return reference.labels[torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))]
 
 
@@ -248,7 +231,6 @@ def generate(config, model: Model, reference: ImageDataset, device, precision):
     """(count, blocks, name) of the samples of predict.py, made on demand: i has `seed` + i."""
     count = config.num_images or (ENOUGH if config.distances else config.nearest_images if config.nearest else 0)
     same = {name: getattr(config, name) for name in ("sampler", "use_ema", "guidance_scale", "guidance_interval")}
-    same |= {"solver_options": {"eta": config.eta}} if config.sampler == "ddim" else {}
     same |= {"steps": config.steps or None, "spacing": config.spacing or None, "guiding_model": model.guide}
     options = SamplingOptions(**same)
     schedule = sampling_schedule(model.diffusion.alpha_bars, options)

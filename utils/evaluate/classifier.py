@@ -8,11 +8,9 @@ from tqdm import tqdm
 from utils.checkpoint.integrity import check_tensors, first_not_finite, load_tensors, save_tensors
 from utils.errors import UserError, one_line
 
-FORMAT = 1
-MAX_CHANNELS, MAX_CLASSES = 4, 100_000  # a file that claims more must not build a network of any size
+FORMAT, MAX_CHANNELS, MAX_CLASSES = 1, 4, 100_000  # a file that claims more must not build a network of any size
 WIDTHS = (32, 64, 128)
-STEPS = 1400
-RATE = 2e-3  # the highest learning rate
+STEPS, RATE = 1400, 2e-3  # the highest learning rate
 
 
 class FeatureNet(nn.Module):
@@ -41,8 +39,7 @@ def train_feature_net(
 ) -> FeatureNet:
     """A FeatureNet in eval mode, trained on images (n, h, w, c) uint8 with labels (n,), tensors.
 
-    Adam with one cycle of the learning rate (Smith & Topin 2018). epochs: None makes about STEPS
-    steps, at least one epoch: about two minutes on one core for 60,000 images of 28x28.
+    Adam with one cycle of the learning rate (Smith & Topin 2018). epochs: None: about STEPS steps.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):  # the global generator belongs to the caller
@@ -53,16 +50,14 @@ def train_feature_net(
     epochs = epochs or max(1, round(STEPS * batch_size / len(labels)))
     optimizer = torch.optim.Adam(net.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=epochs * steps_per_epoch + 1)
-    with tqdm(total=epochs * steps_per_epoch, desc="feature net", unit="step", dynamic_ncols=True, leave=False) as bar:
-        for _ in range(epochs):
-            for rows in torch.randperm(len(labels), generator=generator).split(batch_size)[:steps_per_epoch]:
-                batch = shift_randomly(images[rows].to(device).permute(0, 3, 1, 2), generator)
-                loss = F.cross_entropy(net.head(net(batch)), labels[rows].to(device))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                bar.update()
+    for _ in tqdm(range(epochs), desc="feature net", unit="epoch", dynamic_ncols=True, leave=False):
+        for rows in torch.randperm(len(labels), generator=generator).split(batch_size)[:steps_per_epoch]:
+            batch = shift_randomly(images[rows].to(device).permute(0, 3, 1, 2), generator)
+            loss = F.cross_entropy(net.head(net(batch)), labels[rows].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     net.eval().requires_grad_(False)
     parts = test_images.permute(0, 3, 1, 2).split(500)
     found = torch.cat([net.head(net(part.to(device))).argmax(1).cpu() for part in parts])
@@ -98,6 +93,5 @@ def load_feature_net(path, device="cpu") -> FeatureNet:
         if first_not_finite(loaded["weights"]) is not None:
             raise UserError("its weights hold NaN or infinity")
     except Exception as error:  # values of any kind end in errors of any kind
-        reason = f"{type(error).__name__}: {one_line(error, 400)}"
-        raise UserError(f"{path}: no feature net of this version of the project, or a damaged one ({reason})") from None
+        raise UserError(f"{path}: no feature net of this version, or a damaged one ({one_line(error, 400)})") from None
     return net.to(device).eval().requires_grad_(False)

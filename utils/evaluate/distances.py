@@ -45,46 +45,35 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     values of L_1^T L_2: also of singular covariances nothing turns complex.
     """
     cov_1, cov_2 = first.covariance, second.covariance
-    overlap = torch.linalg.svdvals(matrix_root(cov_1).T @ matrix_root(cov_2)).sum()
+    eigen = [torch.linalg.eigh((covariance + covariance.T) / 2) for covariance in (cov_1, cov_2)]
+    root_1, root_2 = (vectors * values.clamp(min=0).sqrt() for values, vectors in eigen)  # L; rounding goes below 0
+    overlap = torch.linalg.svdvals(root_1.T @ root_2).sum()
     distance = (first.mean - second.mean).square().sum() + cov_1.trace() + cov_2.trace() - 2 * overlap
     return max(distance.item(), 0.0)
 
 
-def matrix_root(covariance: Tensor) -> Tensor:
-    """L with L L^T = covariance, (d, d); eigenvalues that rounding made negative count as 0."""
-    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    return vectors * values.clamp(min=0).sqrt()
-
-
 def kernel_distance(x: Tensor, y: Tensor, subsets=100, subset_size=1000, seed=0) -> tuple[float, float]:
-    """KID: (mean, standard deviation over subsets) of the squared MMD (Binkowski et al. 2018).
+    """KID: (mean, standard deviation over subsets) of the squared MMD of features (n, d).
 
-    x (n, d), y (m, d): features, n, m >= 2. Unbiased: it may fall below 0. Two sets of one size, at
-    most subset_size, are taken whole, once.
+    Binkowski et al. 2018, equation 4; unbiased: it may be below 0. Equal small sets: one subset.
     """
     x, y = as_features(x), as_features(y)
     size = min(subset_size, len(x), len(y))
     generator, values = torch.Generator().manual_seed(seed), []
     for _ in range(1 if size == len(x) == len(y) else subsets):
-        rows = [torch.randperm(len(features), generator=generator)[:size] for features in (x, y)]
-        values.append(squared_mmd(x[rows[0]], y[rows[1]]))
+        a, b = (part[torch.randperm(len(part), generator=generator)[:size]] for part in (x, y))
+        k_aa, k_bb, k_ab = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
+        within = sum(k.sum() - k.trace() for k in (k_aa, k_bb)) / (size * (size - 1))
+        values.append(within - 2 * k_ab.mean())
     values = torch.stack(values)
     return values.mean().item(), values.std(correction=0).item()
-
-
-def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
-    """Binkowski et al. 2018, equation 4, of x and y, (n, d): no image is paired with itself."""
-    k_xx, k_yy, k_xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    within = sum(k.sum() - k.trace() for k in (k_xx, k_yy)) / (len(x) * (len(x) - 1))
-    return within - 2 * k_xy.mean()
 
 
 def precision_and_recall(samples: Tensor, reference: Tensor, k: int = 3) -> tuple[float, float]:
     """(precision, recall), 0 to 1 each (Kynkaanniemi et al. 2019, equations 1 and 2).
 
-    Precision is the fraction of samples (n, d) in the union of balls around the reference (m, d),
-    each as large as the distance to its k-th nearest neighbor there; recall the converse. Both
-    depend on n and m: compare equal counts only.
+    Precision: the fraction of samples (n, d) in a ball around a reference (m, d) that reaches its
+    k-th nearest neighbor; recall: the converse. They depend on n and m: compare equal counts only.
     """
     samples, reference = as_features(samples), as_features(reference)
     # Float32 features of a copy differ in their last digits: it shall be in a ball of copies too.
@@ -100,10 +89,7 @@ def precision_and_recall(samples: Tensor, reference: Tensor, k: int = 3) -> tupl
 
 
 def nearest(queries: Tensor, bank: Iterable[Tensor], k: int = 1) -> tuple[Tensor, Tensor]:
-    """The k nearest of a bank: (distances (n, k) float64, positions (n, k)), nearest first.
-
-    queries: (n, d). bank: blocks (b, d), read once. Infinity and -1 where it has fewer than k.
-    """
+    """Distances (float64) and positions, (n, k), of the k nearest in blocks (b, d), in order."""
     queries, position = torch.as_tensor(queries), 0
     best = torch.full((len(queries), k), torch.inf, dtype=torch.float64)
     found = torch.full((len(queries), k), -1)

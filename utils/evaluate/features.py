@@ -36,9 +36,7 @@ class Extractor:
         return torch.cat([self.network(part.to(self.device)).float().cpu() for part in parts])
 
 
-class FeatureSet(NamedTuple):
-    """What one pass over images keeps. Its size does not grow with the number of images."""
-
+class FeatureSet(NamedTuple):  # its size does not grow with the number of images
     statistics: FeatureStatistics  # of all images
     features: Tensor  # (at most max_features, d) float32; (0, 0) without an extractor
     images: Tensor | None = None  # (at most max_images, H, W, C) uint8
@@ -95,10 +93,8 @@ class FeatureCache:
         """The file of a FeatureNet of its classes, trained on 90 % of the images where missing."""
         classes, different = len(dataset.classes), len(set(dataset.hashes))
         if classes < 2 or different < 100:
-            raise UserError(
-                f"--features classifier needs 2 class folders and 100 images, not {classes} classes and {different} "
-                "different images: add some, name a classifier's file, or use --features inception"
-            )
+            found = f"{classes} classes and {different} different images"
+            raise UserError(f"--features classifier needs 2 class folders and 100 images, not {found}: name its file")
         path = self.path("classifier", dataset.key())
         if not path.is_file():
             # Digits from the end: the first ones decided already what val_split kept aside.
@@ -113,8 +109,8 @@ def load_extractor(features, dataset, cache, device, batch_size=100, inception_w
     if features == "inception":
         return Extractor(load_inception(inception_weights, device), "Inception, 2048 numbers", device, batch_size, 3)
     path = cache.classifier(dataset, device) if features == "classifier" else Path(features)
-    network, channels = load_feature_net(path, device), dataset.shape[2]
-    if network.img_channels != channels:
-        raise UserError(f"{path}: a feature net for {network.img_channels} channels, and the images have {channels}")
+    network = load_feature_net(path, device)
+    if network.img_channels != dataset.shape[2]:
+        raise UserError(f"{path}: a feature net of {network.img_channels} channels, for images of {dataset.shape[2]}")
     name = f"classifier of {network.num_classes} classes, test accuracy {network.accuracy}, {path.resolve()}"
     return Extractor(network, name, device, batch_size)

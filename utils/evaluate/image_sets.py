@@ -59,10 +59,7 @@ def _samples_in(folder):
 
 
 def open_images(path, image_format: ImageFormat, cache_path=None) -> ImageDataset:
-    """The ImageDataset of a folder (whose folders are classes), a list or an .npz.
-
-    An .npz holds `arr_0`, uint8 (N, H, W, C), which has this format already.
-    """
+    """The ImageDataset of a folder (whose folders are classes), a list or an .npz of this size."""
     path = Path(path)
     if path.suffix.lower() == ".npz":
         return _open_npz(path, (*image_format.input_shape, image_format.img_channels))
@@ -87,14 +84,11 @@ def _open_npz(path, shape):
 
 
 def _read_npz(path):
-    """arr_0, uint8 (N, H, W, 1 or 3), unpacked and mapped: it may not fit into memory."""
+    """arr_0, uint8 (N, H, W, 1 or 3), unpacked and mapped (Windows keeps open files)."""
     try:
-        # Windows keeps open files.
         with zipfile.ZipFile(path) as archive, TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            packed, unpacked = path.stat().st_size, archive.getinfo("arr_0.npy").file_size
-            if unpacked > max(MAX_RATIO * packed, ALWAYS_ALLOWED):
-                sizes = f"{unpacked / 1e6:,.0f} MB packed into {packed / 1e6:,.1f} MB, more than {MAX_RATIO} to 1"
-                raise UserError(f"{sizes}: save it without compression, by numpy.savez")
+            if archive.getinfo("arr_0.npy").file_size > max(MAX_RATIO * path.stat().st_size, ALWAYS_ALLOWED):
+                raise UserError(f"packed by more than {MAX_RATIO} to 1: save it without compression, by numpy.savez")
             pixels = np.load(archive.extract("arr_0.npy", folder), mmap_mode="r", allow_pickle=False)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
             raise UserError(f"it must be uint8 (N, H, W, 1 or 3), not {pixels.dtype} {pixels.shape}")

@@ -9,7 +9,9 @@ from torch import nn
 from utils.checkpoint.integrity import check_tensors, load_tensors
 from utils.errors import UserError, one_line
 
-INSTEAD = "--features classifier needs neither (its distances compare with its own only)"
+ADVICE = (
+    "pip install torchmetrics torch-fidelity, or name a file with --inception_weights, or use --features classifier"
+)
 
 
 def load_inception(weights_path: str = "", device: torch.device | str = "cpu") -> nn.Module:
@@ -18,21 +20,14 @@ def load_inception(weights_path: str = "", device: torch.device | str = "cpu") -
         from torch_fidelity import feature_extractor_inceptionv3 as library  # torchmetrics imports it only when needed
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-    except Exception as error:  # whatever a broken package raises
-        reason = f"importing one fails ({type(error).__name__}: {one_line(error, 120)})"
-        raise UserError(f"Inception features: {reason}: pip install torchmetrics torch-fidelity; {INSTEAD}") from None
-    try:
-        if weights_path:
-            weights = load_tensors(weights_path)
-        else:  # 91 MB, in torch.hub's cache; the name ends with digits of the SHA-256
-            load = partial(library.load_state_dict_from_url, map_location="cpu", weights_only=True, check_hash=True)
-            weights = load(library.URL_INCEPTION_V3)
+        # 91 MB, in torch.hub's cache; the name ends with digits of the SHA-256.
+        download = partial(library.load_state_dict_from_url, map_location="cpu", weights_only=True, check_hash=True)
+        weights = load_tensors(weights_path) if weights_path else download(library.URL_INCEPTION_V3)
         check_tensors(weights)
         copy = io.BytesIO()  # no file for the library's loader: it would run code hidden in one
         torch.save(weights, copy)
         copy.seek(0)
         metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=copy)
-    except Exception as error:  # urllib, torch.load and load_state_dict raise all kinds
-        fault = f"no Inception weights in {weights_path or library.URL_INCEPTION_V3} ({one_line(error, 300)})"
-        raise UserError(f"{fault}: name a copy of the file with --inception_weights; {INSTEAD}") from None
+    except Exception as error:  # a broken package, urllib, torch.load and load_state_dict raise all kinds
+        raise UserError(f"no Inception features ({type(error).__name__}: {one_line(error, 300)}): {ADVICE}") from None
     return metric.inception.to(device).eval().requires_grad_(False)

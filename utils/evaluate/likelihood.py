@@ -18,11 +18,9 @@ def variational_bound(denoise: Callable, alpha_bars: Sequence[float], x: Tensor,
     nats = []
     for t, alpha_bar in enumerate(alpha_bars):
         noise = torch.randn(x.shape, generator=generator, device=x.device)
-        x_0 = denoise(math.sqrt(alpha_bar) * x + math.sqrt(1 - alpha_bar) * noise, t)
-        if t == 0:
-            term = -decoder_log_likelihood(x, x_0, math.sqrt(1 - alpha_bar))
-        else:
-            term = step_divergence(x, x_0, alpha_bars[t - 1], alpha_bar)
+        sigma = math.sqrt(1 - alpha_bar)
+        x_0 = denoise(math.sqrt(alpha_bar) * x + sigma * noise, t)
+        term = step_divergence(x, x_0, alpha_bars[t - 1], alpha_bar) if t else -decoder_log_likelihood(x, x_0, sigma)
         nats.append(term.flatten(1).mean(1).cpu().double())
     nats.append(prior_divergence(x, alpha_bars[-1]).flatten(1).mean(1).cpu().double())
     return torch.stack(nats, 1) / math.log(2)

@@ -76,9 +76,8 @@ def save_pairs(config, images: Tensor, reference: ImageDataset, distances: Tenso
     pairs = np.concatenate((images[shown].numpy(), reference.images(found[shown]).numpy()), axis=2)
     save_png(path, make_grid(pairs, COLUMNS, padding=4))
     print(f"{path.resolve()}: sample, nearest image; the {min(PAIRS, len(order))} closest first, then farther ones")
-    return [
-        {"sample": i, "distance": distances[i].item(), "reference": printable(reference.paths[found[i]])} for i in shown
-    ]
+    names = [printable(reference.paths[number]) for number in found[shown]]
+    return [{"sample": i, "distance": distances[i].item(), "reference": name} for i, name in zip(shown, names)]
 
 
 def measure_bits(config, model, held_out: ImageDataset, device: torch.device, precision: str) -> dict:
