@@ -160,7 +160,7 @@ def load_guide(config, checkpoint, diffusion):
     """The guiding model of guiding_path; None without. UserError for one of another kind."""
     if not config.guiding_path:
         return None
-    return build.guiding_model(open_weights(config.guiding_path, "guided by"), checkpoint, diffusion, config.use_ema)
+    return build.guiding_model(open_weights(config.guiding_path, "guided by"), checkpoint, diffusion)
 
 
 def check_model(config, diffusion, classes, guide):

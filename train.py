@@ -12,16 +12,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from nets import GaussianDiffusion, build
-from nets.architecture import (
-    change_classes,
-    check_input_shape,
-    check_levels,
-    choose_groups,
-    count_flops,
-    count_parameters,
-    unet_arguments,
-)
+from nets import GaussianDiffusion, architecture, build
+from nets.unet import MAX_GROUPS
 from utils import distributed
 from utils.checkpoint.file import Checkpoint
 from utils.checkpoint.resume import check_classes, merge_settings, restore, start_settings
@@ -31,7 +23,7 @@ from utils.data.image_format import ImageFormat
 from utils.device import autocast, choose_compile, choose_device, choose_precision, memory_format, peak_memory
 from utils.errors import UserError, explain_out_of_memory, run_script
 from utils.settings import choice, defaults, preset_values, settings, typed_options
-from utils.training.memory import advice_for_training, check_network_fits
+from utils.training.memory import advice_for_training
 from utils.training.meter import Meter, counts_as_bad, epoch_means
 from utils.training.optimizer import choose_learning_rate, learning_rate, make_optimizer, step_unless_bad
 from utils.training.run_files import RunWriter
@@ -168,7 +160,8 @@ def main(arguments=None):
     print_summary(config, context, PRESETS.get(config.preset, {}))
     with explain_out_of_memory(lambda: advice_for_training(config, context)):
         if config.dry_run:
-            flops = count_flops(network_arguments(config, context.dataset), config.input_shape)
+            arguments = architecture.unet_arguments(asdict(config), len(context.dataset.classes))
+            flops = architecture.count_flops(arguments, config.input_shape)
             print_dry_run(config, context, flops, partial(train_step, config, context, epoch=0, consumed=0, lr=0.0))
         else:
             folder = run_folder(checkpoint, config.save_dir)
@@ -180,6 +173,7 @@ def read_settings(arguments=None):
     """(Config, names that the command line and the preset gave, Checkpoint or None).
 
     A resumed run has its own settings, a run that starts from weights their network and schedule.
+    A bare state dict does not show its number of groups: it is the reference's.
     """
     declared = RUN_SETTINGS | {"preset": choice(PRESETS, fixed="run")}
     own, options = defaults(Config, declared), typed_options(Config, declared, __doc__, arguments)
@@ -188,11 +182,11 @@ def read_settings(arguments=None):
     config, given = {**own, **preset, **options}, {*preset, *options}
     checkpoint = find_resumed(config["resume"], config["save_dir"])
     if checkpoint:
-        checkpoint.config = build.settings_of(checkpoint)
+        checkpoint.config = {"num_groups": MAX_GROUPS, **build.settings_of(checkpoint)}
         config, given = merge_settings(own, options, checkpoint), {*checkpoint.given, *options}
     elif config["start_from"]:
         checkpoint = replace(open_weights(config["start_from"]), training=None, ema_step=None)
-        checkpoint.config = build.settings_of(checkpoint)
+        checkpoint.config = {"num_groups": MAX_GROUPS, **build.settings_of(checkpoint)}
         config = start_settings(config, options, checkpoint)
     return Config(**config), sorted(given), checkpoint
 
@@ -201,8 +195,8 @@ def check(config):
     """UserError now for settings that do not fit together: they would fail later."""
     if config.lr_decay_type == "step" and not (config.init_lr and config.min_lr):
         raise UserError("lr_decay_type step falls by a factor and cannot reach 0: set init_lr and min_lr above 0")
-    check_levels(config.channel_mults, config.attention_resolutions)
-    check_input_shape(config.input_shape, len(config.channel_mults))
+    architecture.check_levels(config.channel_mults, config.attention_resolutions)
+    architecture.check_input_shape(config.input_shape, len(config.channel_mults))
 
 
 def resolve(config):
@@ -213,7 +207,7 @@ def resolve(config):
         device=str(device) if distributed.world_size() == 1 else device.type,
         precision=choose_precision(config.precision, device),
         compile=choose_compile(config.compile, device),
-        num_groups=choose_groups(config.num_groups, config.channel),
+        num_groups=architecture.choose_groups(config.num_groups, config.channel),
         init_lr=choose_learning_rate(config.init_lr, config.channel),
     )
     return resolved, device
@@ -232,12 +226,11 @@ def prepare(config, device, checkpoint, about):
     with distributed.one_per_machine_first():
         images = open_dataset(config.annotation_path, image_format, config.num_workers)
     if checkpoint and config.start_from and checkpoint.training is None:
-        weights = change_classes(checkpoint.weights, checkpoint.classes, images.classes, asdict(config))
+        weights = architecture.change_classes(checkpoint.weights, checkpoint.classes, images.classes, asdict(config))
         checkpoint = replace(checkpoint, weights=weights, kind="ema", classes=[])
     check_classes(config, images.classes, checkpoint)
     dataset, validation = split_validation(images, config.val_split)
     batch_size = fit_batch_size(len(dataset), config.batch_size, distributed.world_size() * config.accumulate)
-    check_network_fits(count_parameters(network_arguments(config, images)), device)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     diffusion = build.from_config(asdict(config), len(images.classes))
     if checkpoint:
@@ -263,23 +256,9 @@ def prepare(config, device, checkpoint, about):
     )
 
 
-def network_arguments(config, images):
-    """The arguments of the UNet for these settings and the classes of the images."""
-    return unet_arguments(asdict(config), len(images.classes))
-
-
 def train(config, context, folder, start):
     """The training loop, from the position in `start` to the last epoch, or to a signal."""
     rank, world_size, batch_size = distributed.rank(), distributed.world_size(), context.batch_size
-    steps_per_epoch = context.steps_per_epoch
-    learning_rate_at = partial(
-        learning_rate,
-        total_steps=config.epochs * steps_per_epoch,
-        init_lr=config.init_lr,
-        min_lr=config.min_lr,
-        warmup=config.warmup,
-        decay=config.lr_decay_type,
-    )
     compile_network(config, context.diffusion)
     lagged_max = distributed.LaggedMax()
     with StopSignal() as stop, RunWriter(folder, config, context, start) as files:
@@ -288,7 +267,7 @@ def train(config, context, folder, start):
             context.meter.reset(start.sums if epoch == start.epoch else None)
             batches = epoch_batches(len(context.dataset), batch_size, config.seed, epoch, consumed, rank, world_size)
             for images, labels in context.dataset.batches(batches, pin_memory=context.device.type == "cuda"):
-                lr = learning_rate_at(epoch * steps_per_epoch + consumed // batch_size)
+                lr = learning_rate_at(config, context, epoch * context.steps_per_epoch + consumed // batch_size)
                 train_step(config, context, images, labels, epoch, consumed, lr)
                 consumed += batch_size
 
@@ -301,7 +280,12 @@ def train(config, context, folder, start):
                 saved = (number or save_now) and files.save(epoch, consumed)
                 if number:
                     files.stop(number, saved)
-            finish_epoch(config, context, files, epoch, learning_rate_at)
+            finish_epoch(config, context, files, epoch)
+
+
+def learning_rate_at(config, context, step):
+    total = config.epochs * context.steps_per_epoch
+    return learning_rate(step, total, config.init_lr, config.min_lr, config.warmup, config.lr_decay_type)
 
 
 def compile_network(config, diffusion):
@@ -340,9 +324,8 @@ def make_batch(config, context, images, labels, epoch, consumed):
     torch.manual_seed(derive_seed(config.seed, epoch, consumed, "dropout", rank))
     shape = (context.batch_size, config.img_channels, *config.input_shape)
     flip, drop = config.horizontal_flip / 2, config.label_dropout if config.class_conditional else 0.0
-    step_noise = sample_step_noise(
-        context.generator, derive_seed(config.seed, epoch, consumed), shape, config.num_timesteps, flip, drop
-    )
+    seed = derive_seed(config.seed, epoch, consumed)
+    step_noise = sample_step_noise(context.generator, seed, shape, config.num_timesteps, flip, drop)
     step_noise = step_noise.of_rank(rank, world_size)
     x = normalize(images, context.device, step_noise.flip if config.horizontal_flip else None, context.layout)
     y = None
@@ -358,25 +341,22 @@ def backward(config, context, x, y, step_noise):
     for number in range(config.accumulate):
         rows = slice(number * size, (number + 1) * size)
         last = world_size == 1 or number == config.accumulate - 1
-        with (
-            nullcontext() if last else context.model.no_sync()
-        ):  # gradients are averaged over the processes once a step
+        given = {"t": step_noise.t[rows], "noise": step_noise.noise[rows], "reduction": "none"}
+        with nullcontext() if last else context.model.no_sync():  # the processes' gradients are averaged once a step
             with autocast(context.device, config.precision):
-                labels = None if y is None else y[rows]
-                loss = context.model(
-                    x[rows], labels, t=step_noise.t[rows], noise=step_noise.noise[rows], reduction="none"
-                )
+                loss = context.model(x[rows], None if y is None else y[rows], **given)
             context.scaler.scale(loss.mean() / config.accumulate).backward()
         losses.append(loss.detach())
     return torch.cat(losses)
 
 
-def finish_epoch(config, context, files, epoch, learning_rate_at):
+def finish_epoch(config, context, files, epoch):
     """Writes the epoch's row with its validation loss, then curves, checkpoints and preview."""
     sums = torch.stack(distributed.gather(context.meter.sums.cpu()))
     seconds = time.monotonic() - files.epoch_began
     step = (epoch + 1) * context.steps_per_epoch
-    row = {"epoch": epoch + 1, "step": step, **epoch_means(sums), "learning_rate": learning_rate_at(step - 1)}
+    lr = learning_rate_at(config, context, step - 1)
+    row = {"epoch": epoch + 1, "step": step, **epoch_means(sums), "learning_rate": lr}
     if len(context.validation):
         row["val_loss"] = validation_loss(config, context)
     if distributed.is_main():

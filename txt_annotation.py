@@ -3,23 +3,26 @@
 import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is no traceback)
 
 # isort: split
+from collections import Counter
 from pathlib import Path
 
 from utils.data.annotation import check_annotation_path, write_annotation
+from utils.data.downloads import DATASETS, download
 from utils.data.formats import EXTENSIONS
 from utils.data.search import (
     SHIPPED,
     check_images,
     describe_classes,
-    describe_endings,
-    describe_sizes,
+    in_words,
     label_by_folder,
     search,
     without_shipped,
 )
 from utils.errors import UserError, run_script
-from utils.settings import flag, parse, settings, text, whole
+from utils.settings import choice, flag, parse, settings, text, whole
 from utils.terminal import printable
+
+OPTIONAL = "`pip install pillow-heif` brings .heic, Pillow 11.3 or newer .avif"
 
 
 # fmt: off
@@ -29,7 +32,7 @@ class Config:
     annotation_path: str = "train_lines.txt"  # the annotation file to write; class names next to it
     verify: bool = True                       # decode every image and leave out the bad ones (False: read headers only)
     num_workers: int = 0                      # threads that decode; 0: one per core
-    download: str = ""                        # get flowers102 cifar10 fashion_mnist mnist celeba oxford_pets or stl10
+    download: str = ""                        # a well-known data set to fetch first; "": none
 # fmt: on
 
 
@@ -38,7 +41,7 @@ SETTINGS = {
     "annotation_path": text(),
     "verify": flag(),
     "num_workers": whole(0, 1024),
-    "download": text(),  # utils.data.downloads knows its names, and takes seconds to import
+    "download": choice(("", *DATASETS)),
 }
 
 
@@ -46,8 +49,6 @@ def main(arguments=None):
     config = parse(Config, SETTINGS, __doc__, arguments)
     check_annotation_path(config.annotation_path)
     if config.download:
-        from utils.data.downloads import download  # torchvision takes seconds to import
-
         config.datasets_path = download(config.download, config.datasets_path)
     found, others = search(config.datasets_path)
     check_annotation_path(config.annotation_path, found)
@@ -56,7 +57,7 @@ def main(arguments=None):
     for path, reason in bad:
         print(f"left out {printable(path)}: {reason}")  # its name may hold a line break
     if others:
-        print(f"files of other endings, which are not read: {describe_endings(others)}")
+        print(f"files of other endings, which are not read: {in_words(others.most_common())}; {OPTIONAL}")
     if not good:
         folder = Path(config.datasets_path).absolute()
         fault = f"none of the {len(bad)} images in {folder} can be read" if bad else f"no image in {folder}"
@@ -66,7 +67,8 @@ def main(arguments=None):
     names_path = write_annotation(config.annotation_path, paths, labels, classes)
     if num_shipped:
         print(f"your own images are used; the {num_shipped} shipped ones in {SHIPPED}/ are left out")
-    print(f"{len(paths)} images, {describe_sizes(sizes)}; {len(bad)} bad files left out")
+    sizes = Counter(f"{width}x{height}" for width, height in sizes).most_common()
+    print(f"{len(paths)} images, width x height: {in_words(sizes, 5)}; {len(bad)} bad files left out")
     print(describe_classes(paths, labels, classes))
     print(f"list: {Path(config.annotation_path).absolute()}")
     if names_path:

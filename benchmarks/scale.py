@@ -143,7 +143,7 @@ def synthetic_dataset(folder, count):
     annotation = folder / f"{count}.txt"
     write_annotation(annotation, paths)
     decode, generator = cache._decode, np.random.default_rng(0)
-    cache._decode = lambda path, settings: (generator.integers(0, 256, (64, 64, 3), dtype=np.uint8), "00")
+    cache._decode = lambda path, image_format: (generator.integers(0, 256, (64, 64, 3), dtype=np.uint8), "00")
     try:
         with quiet():
             open_dataset(annotation, ImageFormat((64, 64)), cache_path=folder, num_workers=1)

@@ -31,6 +31,7 @@ from benchmarks.runs import (
 from benchmarks.timing import CLOCKS, machine, markdown, read_names
 from nets import sampling
 from nets.samplers import SPACINGS
+from utils.checkpoint.integrity import weights_digest
 from utils.device import DTYPES, autocast, choose_compile, choose_device, choose_precision
 from utils.errors import UserError, run_script
 from utils.evaluate import __main__ as evaluate
@@ -245,7 +246,7 @@ class Bench:
         self.extractor = load_extractor(config.features, reference, cache, device, config.batch_size)
         self.known = cache.collected(reference, self.extractor, 0).statistics
         self.labels, self.reference = evaluate.labels_like(reference, self.model, seed=0), reference
-        self.digest = evaluate.digest_of(wanted, self.model.diffusion)
+        self.digest = weights_digest(self.model.diffusion.network(wanted.use_ema).state_dict())
         self.held_out = cache.collected(held_out, self.extractor, 0).statistics if held_out else None
         diffusion = self.model.diffusion
         if choose_compile(config.compile, device):

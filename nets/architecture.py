@@ -1,8 +1,6 @@
 """The UNet's arguments, from settings or bare weights; which sizes fit; what a network costs."""
 
 import inspect
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,11 +14,6 @@ from .unet import MAX_GROUPS, UNet
 
 Weights = dict[str, Tensor]  # a state dict
 TABLES = tuple(schedule_tables(np.full(1, 0.5)))  # the buffers' names
-# The weights that an architecture is read off.
-READ = re.compile(r"^init_conv\.weight|^time_mlp\.1\.weight|\.class_bias\.weight|^downs\.\d+\.conv_1\.weight")
-
-
-# Settings -> arguments
 
 
 def arguments_of(function: Callable, settings: Mapping[str, Any], **given: Any) -> dict[str, Any]:
@@ -44,9 +37,7 @@ def class_rows(config: Mapping[str, Any], num_classes: int) -> tuple[int | None,
     if not config.get("class_conditional"):
         return None, None
     if num_classes < 1:
-        raise SettingError(
-            "class_conditional is on, but the images have no classes: sort them into class folders and list them again"
-        )
+        raise SettingError("class_conditional: the images have no classes; sort them into class folders")
     return (num_classes + 1, num_classes) if config.get("label_dropout") else (num_classes, None)
 
 
@@ -61,9 +52,7 @@ def choose_groups(num_groups: int | str, channel: int) -> int:
 
 
 def check_levels(channel_mults: Sequence[int], attention_resolutions: Sequence[int]) -> None:
-    """ValueError unless there is a level and attention_resolutions are existing levels."""
-    if not channel_mults:
-        raise SettingError("channel_mults is empty: the network needs at least one level, such as 1,")
+    """ValueError unless attention_resolutions are existing levels."""
     last = len(channel_mults) - 1
     unknown = [level for level in attention_resolutions if level not in range(last + 1)]
     if unknown:
@@ -73,12 +62,9 @@ def check_levels(channel_mults: Sequence[int], attention_resolutions: Sequence[i
 def check_input_shape(input_shape: Sequence[int], levels: int) -> None:
     """ValueError unless every level but the last can halve `input_shape` (height, width)."""
     factor = 2 ** (levels - 1)
-    if any(size < 1 or size % factor for size in input_shape):
-        near = [tuple(max(rounded(n / factor), 1) * factor for n in input_shape) for rounded in (math.floor, math.ceil)]
-        raise SettingError(
-            f"input_shape {tuple(input_shape)} does not fit {levels} levels: height and width must be "
-            f"multiples of {factor}, such as {' or '.join(str(shape) for shape in dict.fromkeys(near))}"
-        )
+    if any(size % factor for size in input_shape):
+        found = f"input_shape {tuple(input_shape)} does not fit {levels} levels"
+        raise SettingError(f"{found}: height and width must be multiples of {factor}")
 
 
 def count_parameters(arguments: Mapping[str, Any]) -> int:
@@ -98,15 +84,10 @@ def count_flops(arguments: Mapping[str, Any], input_shape: Sequence[int]) -> int
     return counter.get_total_flops()
 
 
-# Weights -> arguments
-
-
-def clean_keys(state_dict: Any) -> Weights:
-    """The state dict without `module` and `_orig_mod` in its keys; ValueError for other objects."""
-    if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise SettingError("this is not a state dict: it should map names to tensors")
+def clean_keys(weights: Weights) -> Weights:
+    """The weights without `module` and `_orig_mod` in their keys."""
     wrappers = ("module", "_orig_mod")  # of DistributedDataParallel and torch.compile
-    return {".".join(part for part in key.split(".") if part not in wrappers): state_dict[key] for key in state_dict}
+    return {".".join(part for part in key.split(".") if part not in wrappers): weights[key] for key in weights}
 
 
 def prefixes(weights: Weights) -> tuple[str, ...]:
@@ -115,44 +96,34 @@ def prefixes(weights: Weights) -> tuple[str, ...]:
 
 
 def read_architecture(weights: Weights, prefix: str) -> dict[str, Any]:
-    """The UNet's arguments, from the shapes of the weights with this prefix."""
-    layers = ("init_conv", "downs.0.conv_1", "mid.0.conv_1", "out_conv")
-    missing = [name for name in ("betas", *(f"{prefix}{layer}.weight" for layer in layers)) if name not in weights]
+    """The UNet's arguments, from the shapes of the weights with this prefix; else ValueError."""
     shapes = {key.removeprefix(prefix): tuple(value.shape) for key, value in weights.items() if key.startswith(prefix)}
-    flat = [key for key, shape in shapes.items() if READ.search(key) and (len(shape) < 2 or 0 in shape)]
-    if missing or flat:
-        fault = f"it has no {first_few(missing)}" if missing else f"{flat[0]} has the shape {shapes[flat[0]]}"
-        raise SettingError(f"this is not a state dict of a GaussianDiffusion: {fault}")
-    base_channels, img_channels = shapes["init_conv.weight"][:2]
-    widths, blocks, attention = read_levels(shapes)
-    return {
-        "img_channels": img_channels,
-        "base_channels": base_channels,
-        "channel_mults": tuple(width // base_channels for width in widths),
-        "num_res_blocks": blocks,
-        "time_emb_dim": shapes.get("time_mlp.1.weight", [None])[0],
-        "num_classes": shapes.get("downs.0.class_bias.weight", [None])[0],
-        "attention_resolutions": attention,
-        "norm": None if "out_norm.weight" not in shapes else "bn" if "out_norm.running_mean" in shapes else "gn",
-    }
+    try:
+        base_channels, img_channels = shapes["init_conv.weight"][:2]
+        widths, blocks, attention = read_levels(shapes)
+        return {
+            "img_channels": img_channels,
+            "base_channels": base_channels,
+            "channel_mults": tuple(width // base_channels for width in widths),
+            "num_res_blocks": blocks,
+            "time_emb_dim": shapes.get("time_mlp.1.weight", [None])[0],
+            "num_classes": shapes.get("downs.0.class_bias.weight", [None])[0],
+            "attention_resolutions": attention,
+            "norm": None if "out_norm.weight" not in shapes else "bn" if "out_norm.running_mean" in shapes else "gn",
+        }
+    except (LookupError, ValueError, ZeroDivisionError):
+        raise SettingError("this is not a state dict of a GaussianDiffusion of this project") from None
 
 
 def read_levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[int], int, tuple[int, ...]]:
     """(channels of each level, residual blocks per level, levels with attention), from `downs`."""
-    levels = [[]]
-    for i in sorted({int(match[1]) for key in shapes if (match := re.match(r"downs\.(\d+)\.", key))}):
-        if f"downs.{i}.downsample.weight" in shapes:
-            levels.append([])
-        elif f"downs.{i}.conv_1.weight" in shapes:
-            levels[-1].append(i)
-    if len({len(level) for level in levels}) != 1 or not levels[0]:
-        raise SettingError("not a network of this project: its levels have different numbers of residual blocks")
-    widths = [shapes[f"downs.{level[0]}.conv_1.weight"][0] for level in levels]
-    attention = tuple(i for i, level in enumerate(levels) if f"downs.{level[0]}.attention.to_qkv.weight" in shapes)
-    return widths, len(levels[0]), attention
-
-
-# Do weights fit a network?
+    layers = {key.split(".")[1] for key in shapes if key.startswith("downs.")}
+    levels = 1 + sum(f"downs.{i}.downsample.weight" in shapes for i in layers)
+    blocks = (len(layers) - levels + 1) // levels
+    firsts = [level * (blocks + 1) for level in range(levels)]  # the first block of each level
+    widths = [shapes[f"downs.{i}.conv_1.weight"][0] for i in firsts]
+    attention = tuple(level for level, i in enumerate(firsts) if f"downs.{i}.attention.to_qkv.weight" in shapes)
+    return widths, blocks, attention
 
 
 def check_sizes(weights: Weights, config: Mapping[str, Any], num_classes: int) -> None:
@@ -161,16 +132,10 @@ def check_sizes(weights: Weights, config: Mapping[str, Any], num_classes: int) -
     It comes before the network is built, on the meta device: a small file may claim any size.
     """
     arguments, T = unet_arguments(config, num_classes), arguments_of(make_betas, config)["num_timesteps"]
-    held, blocks = (
-        sum(map(Tensor.numel, weights.values())),
-        arguments["num_res_blocks"] * len(arguments["channel_mults"]),
-    )
+    held, levels = sum(map(Tensor.numel, weights.values())), len(arguments["channel_mults"])
     width = max(arguments["base_channels"] * max(arguments["channel_mults"]), arguments["img_channels"], num_classes)
-    if width > held or blocks > len(weights):
-        raise SettingError(
-            f"the weights do not fit this network: its settings are for {blocks:,} residual blocks of up to {width:,} "
-            f"channels or classes, and the file holds {held:,} numbers in {len(weights):,} tensors"
-        )
+    if width > held or arguments["num_res_blocks"] * levels > len(weights):
+        raise SettingError("the weights do not fit this network: its settings are for far more than the file holds")
     with torch.device("meta"):
         network, tables = UNet(**arguments).state_dict(), {name: torch.zeros(T) for name in TABLES}
     own = {f"{prefix}{name}": value for prefix in prefixes(weights) for name, value in network.items()}
@@ -187,24 +152,16 @@ def check_fit(own: Weights, weights: Weights) -> None:
         "of another shape": [f"{key} {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}" for key in wrong],
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(keys)} {what}: {first_few(keys)}" for what, keys in problems.items() if keys)
+        found = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:3])}" for what, keys in problems.items() if keys)
         raise SettingError(f"the weights do not fit this network: {found}")
 
 
-def first_few(names: Sequence[str]) -> str:
-    """The first three names and the number of the others."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def change_classes(
-    weights: Weights, known: Sequence[str], classes: Sequence[str], config: Mapping[str, Any]
-) -> Weights:
+def change_classes(weights: Weights, known: Sequence[str], classes: Sequence[str], config: Mapping) -> Weights:
     """The EMA of a state dict, as the weights of a network for other classes (kind "ema").
 
     known: the names of its classes, [] for numbers. classes, config: the names and the settings of
-    the new network. A class of both keeps its rows. A new one gets the null class's, or the mean.
-    Without classes these are added to the bias of the time, and weights without classes get zeros:
-    each leaves the output as it was.
+    the new network. A class of both keeps its rows. A new one gets the null class's, or the mean;
+    without classes the bias of the time does. Weights without classes get zeros.
     """
     weights = {key: value.float() for key, value in clean_keys(weights).items() if not key.startswith("model.")}
     rows, null_class = class_rows(config, len(classes))
@@ -217,7 +174,6 @@ def change_classes(
         if rows is None:
             weights[key] = weights[key] + null
         else:
-            weights[embedding] = torch.stack(
-                [named.get(name, null) for name in classes] + [null] * (null_class is not None)
-            )
+            new = [named.get(name, null) for name in classes]
+            weights[embedding] = torch.stack(new + [null] * (null_class is not None))
     return weights

@@ -1,55 +1,40 @@
 """Builds a GaussianDiffusion from settings or from a file of weights. Every script uses it."""
 
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import Any
 
 import torch
 
 from . import architecture
 from .architecture import Weights, arguments_of, check_sizes, clean_keys, prefixes
 from .diffusion import GaussianDiffusion
-from .errors import SettingError, check_choice
+from .errors import SettingError
 from .sampling import check_guiding_model
 from .schedules import find_schedule, make_betas
 from .unet import UNet
 
-
-class Checkpoint(Protocol):
-    """What is read of a loaded file."""
-
-    weights: Weights
-    kind: str  # "full", or "ema": `model.*` is missing
-    config: dict[str, Any]  # train.py's settings by name; {} for a bare state dict
-    classes: list[str]  # their names
+Checkpoint = Any  # of utils/checkpoint/file.py: weights, kind, config ({}: a bare state dict), classes
 
 
 def from_config(config: Mapping[str, Any], num_classes: int = 0) -> GaussianDiffusion:
     """The GaussianDiffusion for train.py's settings, a dict by field name.
 
     A setting goes to the constructor that has an argument of its name; a missing one leaves the
-    default, and others are ignored. num_classes: the number of class names. With class_conditional
-    the network has an embedding per class, and label_dropout > 0 adds the null class. ValueError:
-    settings that do not fit together.
+    default, and others are ignored. num_classes: the number of class names; label_dropout > 0 adds
+    the null class. ValueError: settings that do not fit together.
     """
     rows, null_class = architecture.class_rows(config, num_classes)
     network = architecture.unet_arguments(config, num_classes)
-    input_shape = tuple(config.get("input_shape", (32, 32)))
-    architecture.check_input_shape(input_shape, len(network["channel_mults"]))
-    own = {
-        "img_size": input_shape,
-        "img_channels": network["img_channels"],
-        "num_classes": rows,
-        "null_class": null_class,
-    }
+    size = tuple(config.get("input_shape", (32, 32)))
+    architecture.check_input_shape(size, len(network["channel_mults"]))
+    own = {"img_size": size, "img_channels": network["img_channels"], "num_classes": rows, "null_class": null_class}
     betas = make_betas(**arguments_of(make_betas, config))
     return GaussianDiffusion(**arguments_of(GaussianDiffusion, config, model=UNet(**network), betas=betas, **own))
 
 
-def from_checkpoint(
-    checkpoint: Checkpoint, input_shape: Sequence[int] | None = None
-) -> tuple[GaussianDiffusion, list[str]]:
+def from_checkpoint(checkpoint: Checkpoint, input_shape: Sequence | None = None) -> tuple[GaussianDiffusion, list[str]]:
     """(GaussianDiffusion in eval mode, class names) of a loaded checkpoint.
 
     The class names of a bare state dict are "0", "1", ... A network without classes has no names.
@@ -58,9 +43,8 @@ def from_checkpoint(
     """
     overrides = {"input_shape": input_shape} if input_shape else {}
     if checkpoint.config:
-        config, num_classes = checkpoint.config, len(checkpoint.classes)
-        check_sizes(clean_keys(checkpoint.weights), config, num_classes)
-        diffusion = from_config({**config, **overrides}, num_classes)
+        config = settings_of(checkpoint)
+        diffusion = from_config({**config, **overrides}, len(checkpoint.classes))
         load_weights(diffusion, checkpoint.weights, checkpoint.kind)
     else:
         diffusion = from_weights(checkpoint.weights, **overrides)
@@ -70,27 +54,20 @@ def from_checkpoint(
     return diffusion.eval(), checkpoint.classes or [str(number) for number in range(named)]
 
 
-def guiding_model(
-    checkpoint: Checkpoint, own: Checkpoint, diffusion: GaussianDiffusion, use_ema: bool = True
-) -> GaussianDiffusion:
+def guiding_model(checkpoint: Checkpoint, own: Checkpoint, diffusion: GaussianDiffusion) -> GaussianDiffusion:
     """The GaussianDiffusion of a weaker checkpoint, to guide `diffusion`, which is that of `own`.
 
-    ValueError where it cannot be built, is of another kind, or has the same weights.
+    ValueError where it cannot be built or is of another kind.
     """
-    advice = "take an earlier file of the same run"
     shapes = [part.config.get("input_shape") for part in (checkpoint, own)]
     for name, (one, other) in {"classes": (checkpoint.classes, own.classes), "input_shape": shapes}.items():
         if one and other and one != other:
-            raise SettingError(f"the guiding model learned another {name}: {advice}")
+            raise SettingError(f"the guiding model learned another {name}: take an earlier file of the same run")
     try:
         guide, _ = from_checkpoint(checkpoint, diffusion.img_size)
     except ValueError as error:
         raise SettingError(f"the guiding model: {error}") from None
     check_guiding_model(diffusion, 1.0, guide)
-    networks = [part.network(use_ema) for part in (diffusion, guide)]
-    weights, others = ([value.half() for value in network.parameters()] for network in networks)  # as small files have
-    if len(weights) == len(others) and all(map(torch.equal, weights, others)):
-        raise SettingError(f"the guiding model has the same weights, so it guides nowhere: {advice}")
     return guide
 
 
@@ -98,8 +75,7 @@ def from_weights(state_dict: Weights, input_shape: Sequence[int] = (32, 32)) -> 
     """The GaussianDiffusion of a bare state dict, with its weights.
 
     Shapes and betas determine the settings; the others (groups, prediction, padding) are the
-    reference's defaults. Instance norm is read as group norm. The EMA counter is ema_start, so that
-    the first update does not overwrite the EMA. ValueError for other files.
+    reference's defaults. The EMA counter is ema_start: the first update must not overwrite the EMA.
     """
     settings, num_classes = read_settings(state_dict)
     diffusion = from_config({**settings, "input_shape": input_shape}, num_classes)
@@ -115,16 +91,11 @@ def read_settings(state_dict: Weights) -> tuple[dict[str, Any], int]:
     """
     weights = clean_keys(state_dict)
     settings = architecture.read_architecture(weights, prefixes(weights)[0])
-    classes, betas = settings.pop("num_classes"), weights["betas"].double().cpu().numpy()
-    settings |= {
-        "channel": settings.pop("base_channels"),
-        "class_conditional": classes is not None,
-        "label_dropout": 0.0,
-    }
-    try:
+    classes, betas = settings.pop("num_classes"), weights.get("betas", torch.zeros(1)).double().cpu().numpy()
+    settings |= {"channel": settings.pop("base_channels"), "class_conditional": classes is not None}
+    settings |= {"label_dropout": 0.0, "num_timesteps": betas.size}
+    with suppress(ValueError):
         settings |= find_schedule(betas)
-    except ValueError:
-        settings["num_timesteps"] = betas.size
     check_sizes(weights, settings, classes or 0)
     return settings, classes or 0
 
@@ -133,11 +104,9 @@ def config_from_weights(state_dict: Weights) -> dict[str, Any]:
     """train.py's settings of a bare state dict; ValueError for a network that they cannot build."""
     settings, _ = read_settings(state_dict)
     for name in ("time_emb_dim", "norm"):
-        value, needed = settings.pop(name), inspect.signature(UNet).parameters[name].default
-        if value != needed:
-            raise SettingError(
-                f"train.py cannot train a network with {name} {value}: it needs {needed}; predict.py can sample with it"
-            )
+        value = settings.pop(name)
+        if value != arguments_of(UNet, {})[name]:
+            raise SettingError(f"train.py cannot train a network with {name} {value} (predict.py can sample with it)")
     if "schedule" not in settings:
         warnings.warn("the betas of these weights match no known schedule: they are used unchanged", stacklevel=2)
     return settings
@@ -154,10 +123,8 @@ def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
 def load_weights(diffusion: GaussianDiffusion, state_dict: Weights, kind: str = "full") -> None:
     """Loads a state dict into `diffusion`. kind "ema": `model.*` is missing and becomes the EMA.
 
-    Half precision and the prefixes of DistributedDataParallel and torch.compile are fine.
-    ValueError: unknown, missing or mis-shaped keys.
+    Half precision and wrappers' prefixes are fine. ValueError: keys or shapes that do not fit.
     """
-    check_choice("kind of weights", kind, ("full", "ema"))
     weights = clean_keys(state_dict)
     if kind == "ema":
         weights |= {key.removeprefix("ema_"): value for key, value in weights.items() if key.startswith("ema_model.")}

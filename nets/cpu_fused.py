@@ -1,9 +1,8 @@
 """Group norm, SiLU, dropout and convolution as one operation: less memory and time on the CPU.
 
-The four plain operations keep four to five full-size tensors for the backward pass. This one keeps
-its input and a mask of one byte per feature. The backward pass computes the convolution's input
-again, which is cheap. Results equal the plain ones up to rounding; dropout drops other features.
-`install` puts it into a network; nobody needs it to understand the network.
+The plain operations keep four to five full-size tensors for the backward pass. This one keeps its
+input and a mask of one byte per feature, and computes the convolution's input again. Results equal
+the plain ones up to rounding; dropout drops other features.
 """
 
 import torch
@@ -39,10 +38,7 @@ FUSED = {ResidualBlock: FusedResidualBlock, AttentionBlock: FusedAttentionBlock,
 
 
 def install(network: nn.Module) -> nn.Module:
-    """`network`, whose blocks take the fused path from now on wherever it applies.
-
-    It changes their class alone: parameters and keys stay, and copies of the network have it too.
-    """
+    """`network`, whose blocks have other classes, and the same parameters and keys, from now on."""
     for module in network.modules():
         module.__class__ = FUSED.get(type(module), type(module))
     return network
@@ -50,36 +46,14 @@ def install(network: nn.Module) -> nn.Module:
 
 def norm_act_conv(norm, activation, x: Tensor, conv, dropout=None) -> Tensor:
     """conv(dropout(activation(norm(x)))) for x (b, c, h, w). activation and dropout may be None."""
-    if applies(norm, activation, x, conv, dropout):
-        return fused(norm, activation, x, conv, dropout)
-    x = norm(x)
-    x = x if activation is None else activation(x)
-    return conv(x if dropout is None else dropout(x))
-
-
-def applies(norm, activation, x, conv, dropout=None):
-    """Whether `fused` can replace the plain operations; not where a compiler fuses them."""
-    on_cpu = x.device.type == "cpu" and x.dim() == 4 and x.numel() > 0 and not torch.compiler.is_compiling()
-    norm_fits = isinstance(norm, nn.GroupNorm) and norm.affine and activation in (None, F.silu)
-    conv_fits = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
-    if not (on_cpu and norm_fits and conv_fits) or conv.bias is None or isinstance(conv.padding, str):
-        return False
-    rate = dropout_rate(dropout)
-    return rate < 1 and norm.weight.requires_grad if torch.is_grad_enabled() else not rate
-
-
-def dropout_rate(dropout):
-    """The dropout probability of a layer, or None, in its present mode."""
-    return dropout.p if dropout is not None and dropout.training else 0.0
-
-
-def fused(norm, activation, x, conv, dropout=None):
-    """`norm_act_conv` in one operation, where `applies` holds."""
-    if torch.is_grad_enabled():
-        settings = norm.num_groups, norm.eps, activation is not None, dropout_rate(dropout), conv.padding
-        return NormActDropoutConv.apply(x, norm.weight, norm.bias, conv.weight, conv.bias, *settings)
-    out = group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps)[0]
-    return conv(out if activation is None else F.silu(out, inplace=True))
+    fits = x.device.type == "cpu" and isinstance(norm, nn.GroupNorm) and activation in (None, F.silu)
+    if not fits or torch.compiler.is_compiling():  # a compiler fuses them itself
+        x = norm(x)
+        x = x if activation is None else activation(x)
+        return conv(x if dropout is None else dropout(x))
+    rate = dropout.p if dropout is not None and dropout.training else 0.0
+    settings = norm.num_groups, norm.eps, activation is not None, rate, conv.padding
+    return NormActDropoutConv.apply(x, norm.weight, norm.bias, conv.weight, conv.bias, *settings)
 
 
 class NormActDropoutConv(torch.autograd.Function):
@@ -105,13 +79,13 @@ class NormActDropoutConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, scale, shift, mean, rstd, dropped, weight = ctx.saved_tensors
-        b, c, h, w = x.shape
         half = x.dtype in (torch.bfloat16, torch.float16)
         if half:  # a large mean would cost digits of the normed x
             rounded = mean.to(x.dtype)
-            x, mean = x - per_channel(rounded.repeat_interleave(c // ctx.groups, 1), x), mean - rounded
-        x_factor, x_shift = affine(scale, shift, mean, rstd, ctx.groups)
-        normed = torch.addcmul(per_channel(x_shift, x), x, per_channel(x_factor, x))
+            x, mean = x - spread(rounded, x), mean - rounded
+        factor = by_channel(rstd.float(), scale) * scale.float()  # group norm is factor * x + offset
+        offset = shift.float() - by_channel(mean.float(), scale) * factor
+        normed = torch.addcmul(spread(offset, x), x, spread(factor, x))
         kept = keep_bits(dropped, x.dtype)
         conv_input = drop(F.silu(normed) if ctx.silu else normed, kept).to(weight.dtype)
         grad, weight_grad, bias_grad = aten.convolution_backward(
@@ -121,8 +95,9 @@ class NormActDropoutConv(torch.autograd.Function):
         grad = drop(grad.to(x.dtype), kept)
         if ctx.silu:
             grad = aten.silu_backward.grad_input(grad, normed, grad_input=normed)
+        b, c, h, w = x.shape
         if half:
-            grads = group_norm_backward(grad, x, x_factor, scale, mean, rstd, ctx.groups)
+            grads = group_norm_backward(grad, x, factor, scale, mean.float(), rstd.float())
         else:
             grads = aten.native_group_norm_backward(grad, x, mean, rstd, scale, b, c, h * w, ctx.groups, [True] * 3)
         return *grads, (weight_grad * ctx.factor).to(ctx.weight_dtype), bias_grad.to(ctx.weight_dtype), *[None] * 5
@@ -135,10 +110,35 @@ def group_norm(x, scale, shift, groups, eps):
         return torch.native_group_norm(x, scale, shift, b, c, h * w, groups, eps)
     count, values = c // groups * h * w, x.float()
     mean = values.sum((2, 3)).view(b, groups, -1).sum(2) / count
-    values.sub_(mean.repeat_interleave(c // groups, 1)[:, :, None, None])
+    values.sub_(spread(mean, values))
     rstd = (values.square().sum((2, 3)).view(b, groups, -1).sum(2) / count + eps).rsqrt_()
-    x_factor, _ = affine(scale, shift, mean, rstd, groups)
-    return values.mul_(x_factor[:, :, None, None]).add_(shift[:, None, None]).to(x.dtype), mean, rstd
+    values.mul_(spread(by_channel(rstd, scale) * scale.float(), values))
+    return values.add_(shift[:, None, None]).to(x.dtype), mean, rstd
+
+
+def group_norm_backward(grad, x, factor, scale, mean, rstd):
+    """Gradients of x, scale and shift in half precision. channels_last: 3 times PyTorch's speed."""
+    b, c, h, w = x.shape
+    sums = grad.sum((2, 3), dtype=torch.float32)  # (b, c)
+    products = (grad * x).sum((2, 3), dtype=torch.float32)
+    group_sums, group_products = (
+        (table * scale).view(*mean.shape, -1).sum(2) / (x[0].numel() // mean.shape[1]) for table in (sums, products)
+    )
+    x_factor = (group_sums * mean - group_products) * rstd**3  # (b, groups)
+    offset = -x_factor * mean - group_sums * rstd
+    x_grad = (grad * spread(factor, x)).addcmul_(x, spread(x_factor, x)).add_(spread(offset, x))
+    scale_grad = (products - sums * by_channel(mean, scale)) * by_channel(rstd, scale)
+    return x_grad, scale_grad.sum(0).to(scale.dtype), sums.sum(0).to(scale.dtype)
+
+
+def by_channel(table, scale):
+    """(b, groups) -> (b, c) for scale (c,)."""
+    return table.repeat_interleave(len(scale) // table.shape[1], 1)
+
+
+def spread(table, x):
+    """(b, groups) or (b, c) -> (b, c, 1, 1) in x's dtype, which broadcasts to x (b, c, h, w)."""
+    return by_channel(table, x[0])[:, :, None, None].to(x.dtype)
 
 
 def keep_bits(dropped, dtype):
@@ -164,31 +164,3 @@ def draw_mask(like, rate):
     bits = torch.empty(size, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[: like.numel()]
     dropped = (bits < count - 2**15).as_strided(like.shape, like.stride())
     return dropped, 2**16 / (2**16 - count)
-
-
-def affine(weight, bias, mean, rstd, groups):
-    """(factor, shift), (b, c) float32 each: group norm is factor * x + shift."""
-    group_size = len(weight) // groups
-    factor = rstd.float().repeat_interleave(group_size, 1) * weight.float()
-    return factor, bias.float() - mean.float().repeat_interleave(group_size, 1) * factor
-
-
-def per_channel(table, x):
-    """(b, c) -> (b, c, 1, 1) in x's dtype, which broadcasts to x."""
-    return table[:, :, None, None].to(x.dtype)
-
-
-def group_norm_backward(grad, x, factor, weight, mean, rstd, groups):
-    """Gradients of x, weight and bias in half precision. channels_last: 3 times PyTorch's speed."""
-    b, c, h, w = x.shape
-    mean, rstd = mean.float(), rstd.float()
-    sums = grad.sum((2, 3), dtype=torch.float32)  # (b, c)
-    products = (grad * x).sum((2, 3), dtype=torch.float32)
-    by_group = [(table * weight).view(b, groups, -1).sum(2) / (c // groups * h * w) for table in (sums, products)]
-    x_factor = (by_group[0] * mean - by_group[1]) * rstd**3  # (b, groups)
-    shift = -x_factor * mean - by_group[0] * rstd
-    x_factor, shift = (per_channel(table.repeat_interleave(c // groups, 1), x) for table in (x_factor, shift))
-    x_grad = (grad * per_channel(factor, x)).addcmul_(x, x_factor).add_(shift)
-    weight_grad = products - sums * mean.repeat_interleave(c // groups, 1)
-    weight_grad = (weight_grad * rstd.repeat_interleave(c // groups, 1)).sum(0)
-    return x_grad, weight_grad.to(weight.dtype), sums.sum(0).to(weight.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import cpu_fused, sampling
 from .ema import ema_weight, update_
-from .errors import SettingError, check_choice
+from .errors import check_choice
 from .samplers import Denoise, Device, Trajectory
 from .sampling import PREDICTIONS, SamplingOptions
 from .schedules import check_betas, make_betas, schedule_tables
@@ -19,6 +19,9 @@ from .schedules import check_betas, make_betas, schedule_tables
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 # (SNR, gamma) -> weight of the squared error of x_0. None: weight 1 for the error of the output.
 LOSS_WEIGHTINGS = {"none": None, "min_snr": np.minimum}  # Hang et al. 2023 ("Min-SNR"), section 3.4
+
+
+Labels = Tensor | None  # class ids (b,); None: no classes, or the null class
 
 
 def extract(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
@@ -76,8 +79,6 @@ class GaussianDiffusion(nn.Module):
         self.register_buffer("loss_weight", torch.ones(len(betas)), persistent=False)
         self.derive_tables()
 
-    # The tables of the schedule
-
     def derive_tables(self) -> None:
         """The tables that a state dict lacks: float64 alpha_bars and a loss weight per timestep."""
         alpha_bars = np.cumprod(1 - self.betas.double().cpu().numpy())
@@ -96,11 +97,10 @@ class GaussianDiffusion(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Keeps the dtype of the tables: in bf16 they would add no noise at the first timesteps."""
-        tables = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
+        tables = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, table in tables.items():
-            if self._buffers[name].dtype != table.dtype:
-                self._buffers[name] = table.to(self._buffers[name].device)
+            self._buffers[name] = table.to(self._buffers[name].device)
         return self
 
     def train(self, mode: bool = True) -> "GaussianDiffusion":
@@ -112,28 +112,17 @@ class GaussianDiffusion(nn.Module):
     def network(self, use_ema: bool) -> nn.Module:
         return self.ema_model if use_ema else self.model
 
-    # Training
-
-    def forward(self, x: Tensor, y: Tensor | None = None, *, t: Tensor | None = None, **settings: Any) -> Tensor:
+    def forward(self, x: Tensor, y: Labels = None, *, t: Tensor | None = None, **settings: Any) -> Tensor:
         """The loss of images x (b, c, h, w) in [-1, 1] at random timesteps, or at `t` (b,).
 
-        settings: those of get_losses. ValueError for images of another size.
+        settings: those of get_losses.
         """
-        if (size := tuple(x.shape[2:])) != self.img_size:
-            raise SettingError(f"images are {size} (height, width), this model was built for {self.img_size}")
         if t is None:
             t = torch.randint(0, self.num_timesteps, (len(x),), device=x.device)
         return self.get_losses(x, t, y, **settings)
 
     def get_losses(
-        self,
-        x: Tensor,
-        t: Tensor,
-        y: Tensor | None,
-        *,
-        noise: Tensor | None = None,
-        use_ema: bool = False,
-        reduction: str = "mean",
+        self, x: Tensor, t: Tensor, y: Labels, *, noise: Tensor | None = None, use_ema=False, reduction="mean"
     ) -> Tensor:
         """The loss at timesteps t (b,) in float32: a scalar, or (b,) for reduction "none".
 
@@ -155,8 +144,6 @@ class GaussianDiffusion(nn.Module):
         """a = sqrt(alpha_bar_t) and s = sqrt(1 - alpha_bar_t) for t (b,), each (b, 1, 1, 1)."""
         return extract(self.sqrt_alphas_cumprod, t, x), extract(self.sqrt_one_minus_alphas_cumprod, t, x)
 
-    # The EMA of the weights
-
     @property
     def ema_step(self) -> int:
         """The number of counted optimizer steps. Reading waits for the device, setting does not."""
@@ -170,38 +157,34 @@ class GaussianDiffusion(nn.Module):
     def update_ema(self, skip: Tensor | None = None) -> None:
         """One EMA update, after a step of the optimizer. Before step ema_start the EMA is a copy.
 
-        skip: None, or a 0-dim float tensor on the device. 1 keeps EMA and counter: the optimizer
-        skipped this step. Only every ema_update_rate-th step changes the EMA. Nothing here waits.
+        skip: a 0-dim float tensor on the device; 1 keeps EMA and counter, as the optimizer skipped
+        this step. Only every ema_update_rate-th step changes the EMA. Nothing here waits.
         """
         taken = 1 - skip.to(torch.int64) if skip is not None else torch.ones_like(self.ema_counter)
         self.ema_counter += taken
         weight = ema_weight(self.ema_counter - self.ema_start, self.ema_decay, self.ema_warmup)
         update_(self.ema_model, self.model, weight * (taken * (self.ema_counter % self.ema_update_rate == 0)))
 
-    # Sampling
-
     @torch.no_grad()
-    def remove_noise(self, x: Tensor, t: Tensor, y: Tensor | None, use_ema: bool = True) -> Tensor:
+    def remove_noise(self, x: Tensor, t: Tensor, y: Labels, use_ema: bool = True) -> Tensor:
         """The mean of a reverse step from x_t, t (b,), unclipped (Ho et al. 2020, equation 11)."""
         output = self.network(use_ema)(x, t, y).float()
         a, s = self.signal_and_noise(t, x)
         eps = (x - a * PREDICTIONS[self.prediction].to_x_0(output, x, a, s)) / s
         return (x - extract(self.remove_noise_coeff, t, x) * eps) * extract(self.reciprocal_sqrt_alphas, t, x)
 
-    def denoiser(self, y: Tensor | None = None, use_ema: bool = True, **settings: Any) -> Denoise:
+    def denoiser(self, y: Labels = None, use_ema: bool = True, **settings: Any) -> Denoise:
         """denoise(x_t, t: int) -> x_0, with the network as it is. settings: of SamplingOptions."""
         return sampling.make_denoiser(self, y, SamplingOptions().override(use_ema=use_ema, **settings))
 
-    def sample(
-        self, batch_size: int, device: Device, y: Tensor | None = None, use_ema: bool = True, **settings: Any
-    ) -> Tensor:
+    def sample(self, batch_size: int, device: Device, y: Labels = None, use_ema=True, **settings: Any) -> Tensor:
         """New images (batch_size, c, h, w), float32 in about [-1, 1]. settings: of sample_steps."""
         for x, _ in self.sample_steps(batch_size, device, y, use_ema=use_ema, **settings):  # noqa: B007 (the last x)
             pass
         return x
 
     def sample_steps(
-        self, batch_size: int, device: Device, y: Tensor | None = None, *, seeds=None, noise=None, **settings: Any
+        self, batch_size: int, device: Device, y: Labels = None, *, seeds=None, noise=None, **settings: Any
     ) -> Trajectory:
         """Yields (x, x_0) after each step, see sampling.sample_steps.
 

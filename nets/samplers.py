@@ -1,15 +1,15 @@
 """Solvers, which turn noise into images step by step, and the spacing of the timesteps.
 
-A solver is a generator over `steps`. After each step from timestep t to an earlier timestep s it
-yields (x_s, predicted x_0); the last x_s is the image. It calls the network as `denoise(x_t, t)`,
-which returns x_0. Everywhere x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps. alpha_bars
-are Python floats (float64). A new solver needs an entry in SAMPLERS.
+A solver is a generator over `steps` (see Solver). After each step from timestep t to an earlier
+timestep s it yields (x_s, predicted x_0); the last x_s is the image. Everywhere
+x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps. alpha_bars are Python floats (float64).
+A new solver needs an entry in SAMPLERS.
 """
 
-import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,10 @@ class Step(NamedTuple):
     t: int
 
 
-def ddpm(denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise, *, variance: str = "beta") -> Trajectory:
+Solver = Callable[[Denoise, Tensor, Sequence[Step], Noise], Trajectory]  # (denoise, x_T, steps, noise); options by name
+
+
+def ddpm(denoise, x, steps, noise, *, variance: str = "beta") -> Trajectory:
     """DDPM (Ho et al. 2020, algorithm 2): the mean of q(x_s | x_t, x_0), equation 7, plus noise.
 
     variance of the noise: "beta", or the smaller "posterior" (equation 7). The last step adds none.
@@ -56,10 +59,8 @@ def ddpm(denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise, *, va
         yield x, x_0
 
 
-def ddim(denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise, *, eta: float = 0.0) -> Trajectory:
+def ddim(denoise, x, steps, noise, *, eta: float = 0.0) -> Trajectory:
     """DDIM (Song et al. 2021, equations 12, 16). eta 0: no noise. eta 1: ddpm, "posterior"."""
-    if not 0 <= eta <= 1:
-        raise SettingError(f"eta must lie between 0 and 1, not {eta}")
     for alpha_bar_t, alpha_bar_s, t in steps:
         x_0 = denoise(x, t)
         eps = (x - math.sqrt(alpha_bar_t) * x_0) / math.sqrt(1 - alpha_bar_t)
@@ -70,18 +71,13 @@ def ddim(denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise, *, et
         yield x, x_0
 
 
-def dpm_solver_pp(
-    denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise, *, order: int = 2, eta: float = 0.0
-) -> Trajectory:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2). eta 0: ODE. eta 1: reverse SDE.
+def dpm_solver_pp(denoise, x, steps, noise, *, order: int = 2, eta: float = 0.0) -> Trajectory:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2). eta 1: SDE-DPM-Solver++(2M), whose new noise
+    reduces earlier errors.
 
     order 2 takes x_0 as linear in lambda, order 1 as constant. The first step has no earlier x_0,
     and the last step ends at infinite lambda: both are of order 1.
     """
-    if order not in (1, 2):
-        raise SettingError(f"order must be 1 or 2, not {order}")
-    if not 0 <= eta <= 1:
-        raise SettingError(f"eta must lie between 0 and 1, not {eta}")
     last_x_0 = last_h = None
     for alpha_bar_t, alpha_bar_s, t in steps:
         x_0 = D = denoise(x, t)
@@ -97,23 +93,13 @@ def dpm_solver_pp(
         yield x, x_0
 
 
-def sde_dpm_solver_pp(denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise) -> Trajectory:
-    """SDE-DPM-Solver++(2M) (Lu et al., arXiv 2211.01095): dpm_solver_pp with eta 1.
+def heun(denoise, x, steps, noise) -> Trajectory:
+    """Heun's method (Karras et al. 2022, "EDM", algorithm 1): 2N - 1 network calls for N steps.
 
-    Each step scales the old noise by e^-h and adds new noise of variance 1 - e^-2h, relative to
-    sigma_s^2. New noise reduces earlier errors. Order 1 would be ddpm with the posterior variance.
-    """
-    return dpm_solver_pp(denoise, x, steps, noise, eta=1.0)
-
-
-def heun(denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise) -> Trajectory:
-    """Heun's method (Karras et al. 2022, "EDM", algorithm 1), on our timesteps.
-
-    It solves dz/dsigma = (z - x_0) / sigma, where z = x / sqrt(alpha_bar) has noise of standard
-    deviation sigma. N steps call the network 2N - 1 times.
+    It solves dz/dsigma = (z - x_0) / sigma; z = x / sqrt(alpha_bar) has noise of deviation sigma.
     """
     for i, (alpha_bar_t, alpha_bar_s, t) in enumerate(steps):
-        sigma_t, sigma_s = noise_level(alpha_bar_t), noise_level(alpha_bar_s)
+        sigma_t, sigma_s = (math.sqrt((1 - alpha_bar) / alpha_bar) for alpha_bar in (alpha_bar_t, alpha_bar_s))
         z = x / math.sqrt(alpha_bar_t)
         x_0 = denoise(x, t)
         slope = (z - x_0) / sigma_t
@@ -124,25 +110,13 @@ def heun(denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise) -> Tr
         yield x, x_0
 
 
-def repaint(
-    denoise: Denoise,
-    x: Tensor,
-    steps: Sequence[Step],
-    noise: Noise,
-    *,
-    known: Tensor,
-    mask: Tensor,
-    variance: str = "beta",
-    resamplings: int = DEFAULT_RESAMPLINGS,
-) -> Trajectory:
+def repaint(denoise, x, steps, noise, *, known: Tensor, mask: Tensor, variance="beta", resamplings=DEFAULT_RESAMPLINGS):
     """RePaint (Lugmayr et al. 2022, algorithm 1, jumps of one step): ddpm that keeps known pixels.
 
-    known: images (b, c, h, w). mask: broadcastable to known, 1 where pixels are sampled. Each step
-    runs `resamplings` times and adds its noise again in between, so that new pixels fit the known
-    ones. Where mask is 0 the last x equals `known`.
+    known: images (b, c, h, w). mask: broadcastable to known, 1 where pixels are sampled; elsewhere
+    the last x equals `known`. Each step runs `resamplings` times and adds its noise again in
+    between, so that new pixels fit the known ones.
     """
-    if resamplings < 1:
-        raise SettingError(f"resamplings must be at least 1, not {resamplings}")
     for step in steps:
         alpha = step.alpha_bar_t / step.alpha_bar_s
         for again in reversed(range(resamplings if step.alpha_bar_s < 1 else 1)):
@@ -158,17 +132,18 @@ def diffuse(x_0: Tensor, alpha_bar: float, noise: Noise) -> Tensor:
     return math.sqrt(alpha_bar) * x_0 + math.sqrt(1 - alpha_bar) * next(noise) if alpha_bar < 1 else x_0
 
 
-def noise_level(alpha_bar: float) -> float:
-    """EDM's sigma: the standard deviation of the noise in x_t / sqrt(alpha_bar)."""
-    return math.sqrt((1 - alpha_bar) / alpha_bar)
-
-
 def half_log_snr(alpha_bar: float) -> float:
     """lambda = log sqrt(alpha_bar / (1 - alpha_bar)) (Lu et al. 2022), infinite for alpha_bar 1."""
     return 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar)) if alpha_bar < 1 else math.inf
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp, "sde-dpm++": sde_dpm_solver_pp, "heun": heun}
+SAMPLERS = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpm++": dpm_solver_pp,
+    "sde-dpm++": partial(dpm_solver_pp, eta=1.0),
+    "heun": heun,
+}
 # The best with 25 network calls, or close to it (benchmarks/results/solvers_cpu.md).
 DEFAULT_SPACING = {name: "trailing" if name in ("ddpm", "ddim") else "clipped_logsnr" for name in SAMPLERS}
 # For all solvers but ddpm, which takes every timestep. The Frechet distance of sde-dpm++ with 25
@@ -176,25 +151,7 @@ DEFAULT_SPACING = {name: "trailing" if name in ("ddpm", "ddim") else "clipped_lo
 DEFAULT_STEPS = 25
 
 
-def check_options(name: str, solver: Callable, options: Mapping[str, Any]) -> None:
-    """ValueError for an unknown option. A solver's options are its keyword-only arguments."""
-    known = [p.name for p in inspect.signature(solver).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    unknown = [key for key in options if key not in known]
-    if unknown:
-        raise SettingError(f"{name} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}")
-
-
-def uniform(alpha_bars: Sequence[float], steps: int, start: int) -> np.ndarray:
-    """Equal distances in t from `start` to 0."""
-    return np.linspace(start, 0, steps)
-
-
-def trailing(alpha_bars: Sequence[float], steps: int, start: int) -> np.ndarray:
-    """The last timestep of each of `steps` equal parts of 0..start (Lin et al. 2024, table 2)."""
-    return (start + 1) * np.arange(steps, 0, -1) / steps - 1
-
-
-def logsnr(alpha_bars: Sequence[float], steps: int, start: int, lowest: float = -math.inf) -> np.ndarray:
+def logsnr(alpha_bars, steps, start, lowest=-math.inf) -> np.ndarray:
     """Equal distances in lambda (Lu et al. 2022, "DPM-Solver", section 3.4), from `lowest` on."""
     lambdas = [half_log_snr(alpha_bar) for alpha_bar in alpha_bars[: start + 1]]  # lambda falls with t
     wanted = np.linspace(max(lambdas[start], lowest), lambdas[0], steps)
@@ -202,22 +159,18 @@ def logsnr(alpha_bars: Sequence[float], steps: int, start: int, lowest: float = 
     return np.concatenate(([start], found[1:]))
 
 
-def clipped_logsnr(alpha_bars: Sequence[float], steps: int, start: int) -> np.ndarray:
-    """`logsnr` with the steps after the first above LOWEST_LAMBDA.
-
-    The cosine schedule ends at -10: logsnr spends eight of 25 steps where nothing can be seen.
-    """
-    return logsnr(alpha_bars, steps, start, LOWEST_LAMBDA)
-
-
-SPACINGS = {"uniform": uniform, "trailing": trailing, "logsnr": logsnr, "clipped_logsnr": clipped_logsnr}
+SPACINGS = {
+    "uniform": lambda alpha_bars, steps, start: np.linspace(start, 0, steps),
+    # The last timestep of each of `steps` equal parts of 0..start (Lin et al. 2024, table 2).
+    "trailing": lambda alpha_bars, steps, start: (start + 1) * np.arange(steps, 0, -1) / steps - 1,
+    "logsnr": logsnr,
+    # The cosine schedule ends at -10: logsnr spends eight of 25 steps where nothing can be seen.
+    "clipped_logsnr": partial(logsnr, lowest=LOWEST_LAMBDA),
+}
 
 
 def timesteps(alpha_bars: Sequence[float], steps: int, spacing: str, start: int | None = None) -> list[int]:
-    """`steps` different timesteps that fall from `start` (None: T - 1), for T alpha_bars.
-
-    Duplicates move to a neighbour. ValueError: an unknown spacing, or more steps than timesteps.
-    """
+    """`steps` different timesteps that fall from `start` (None: T - 1), for T alpha_bars."""
     start = len(alpha_bars) - 1 if start is None else start
     check_choice("spacing", spacing, SPACINGS)
     if not 1 <= steps <= start + 1:
@@ -236,10 +189,9 @@ def solver_steps(alpha_bars: Sequence[float], chosen: Sequence[int]) -> list[Ste
 
 
 def seeded_noise(seeds: Iterable[int], shape: tuple[int, ...], device: Device) -> Noise:
-    """Yields normal noise (len(seeds), *shape) without end. Image i depends on seeds[i] alone.
+    """Yields normal noise (len(seeds), *shape) without end: x_T, then that of the steps.
 
-    The first is x_T. The noise of the steps is sampled in blocks of NOISE_BLOCK steps: fewer
-    launches take less time.
+    Image i depends on seeds[i] alone. Blocks of NOISE_BLOCK steps need fewer launches.
     """
     generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
 
@@ -252,17 +204,8 @@ def seeded_noise(seeds: Iterable[int], shape: tuple[int, ...], device: Device) -
         yield from sample(NOISE_BLOCK).unbind(0)
 
 
-def global_noise(batch_size: int, shape: tuple[int, ...], device: Device) -> Noise:
-    """Yields normal noise (batch_size, *shape) without end, from torch's global generator."""
-    while True:
-        yield torch.randn(batch_size, *shape, device=device)
-
-
 def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
-    """Spherical interpolation of two noises, per image (Shoemake 1985). weight 0 is a, 1 is b.
-
-    a, b (..., c, h, w). The result keeps their length, which the network expects of x_T.
-    """
+    """Spherical interpolation of noises (..., c, h, w) (Shoemake 1985). It keeps their length."""
     dims = (-3, -2, -1)
     a_squared, b_squared = (noise.square().sum(dims, keepdim=True) for noise in (a, b))
     cosine = (a * b).sum(dims, keepdim=True) / (a_squared * b_squared).sqrt()

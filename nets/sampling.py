@@ -5,9 +5,9 @@ Salimans 2022, "classifier-free guidance"), or an earlier state of its training 
 "autoguidance"). `diffusion` and the guiding model are GaussianDiffusions (diffusion.py).
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import samplers
 from .errors import SettingError, check_choice
-from .samplers import Denoise, Device, Noise, Step, Trajectory, half_log_snr
+from .samplers import Denoise, Device, Solver, Step, Trajectory, half_log_snr
 
 
 class Prediction(NamedTuple):
@@ -58,16 +58,10 @@ class SamplingOptions(NamedTuple):
         return self._replace(**{"solver_options": self.solver_options | settings, **own})
 
 
-DEFAULTS = SamplingOptions()
-
-# Denoisers
-
-
 class Denoiser:
     """denoise(x_t, t) -> the network's own x_0. The network should be in eval mode.
 
-    y: class ids (b,). None is the null class, where the network has classes; ValueError where it
-    has no null class.
+    y: class ids (b,). None is the null class, where the network has classes; else ValueError.
     """
 
     def __init__(self, diffusion: nn.Module, y: Tensor | None = None, use_ema: bool = True):
@@ -96,10 +90,7 @@ class Denoiser:
 
 
 def apply_guidance(prediction: Tensor, weaker: Tensor, scale: float) -> Tensor:
-    """The weaker model's prediction for scale 0, the model's own for 1, and beyond it above 1.
-
-    The scale is 1 + w of Ho & Salimans 2022, equation 6. Shapes: any, the same for both.
-    """
+    """From the weaker prediction (scale 0) past the own one (1): Ho & Salimans 2022, equation 6."""
     return weaker + scale * (prediction - weaker)
 
 
@@ -120,11 +111,7 @@ def autoguidance(denoiser: Denoise, guide: Denoise, scale: float) -> Denoise:
 
 
 def make_denoiser(diffusion: nn.Module, y: Tensor | None, options: SamplingOptions) -> Denoise:
-    """The function denoise(x_t, t) -> x_0 that the solvers call, with guidance and clipping.
-
-    ValueError: guidance without a null class or without y, a missing y, an interval from high to
-    low, or another kind of guiding model.
-    """
+    """denoise(x_t, t) -> x_0 with guidance and clipping. ValueError: guidance that cannot work."""
     scale, guide = options.guidance_scale, options.guiding_model
     check_guiding_model(diffusion, scale, guide)
     acts = interval_predicate(options.guidance_interval)
@@ -137,8 +124,7 @@ def make_denoiser(diffusion: nn.Module, y: Tensor | None, options: SamplingOptio
         guided = classifier_free_guidance(plain, scale)
 
     def denoise(x_t, t):
-        chosen = guided if acts(half_log_snr(diffusion.alpha_bars[t])) else plain
-        x_0 = chosen(x_t, t)
+        x_0 = (guided if acts(half_log_snr(diffusion.alpha_bars[t])) else plain)(x_t, t)
         return x_0.clamp(-1, 1) if options.clip else x_0
 
     return denoise
@@ -156,37 +142,25 @@ def check_interval(interval: tuple[float, float] | None, schedule: list[Step]) -
     """ValueError for a guidance interval in which no step of the schedule lies."""
     lambdas = [half_log_snr(step.alpha_bar_t) for step in schedule]
     if not any(map(interval_predicate(interval), lambdas)):
-        raise SettingError(
-            f"no step is in the guidance_interval {interval}: their lambdas go from "
-            f"{lambdas[0]:.3g} to {lambdas[-1]:.3g}"
-        )
+        span = f"their lambdas go from {lambdas[0]:.3g} to {lambdas[-1]:.3g}"
+        raise SettingError(f"no step is in the guidance_interval {interval}: {span}")
 
 
 def check_guiding_model(diffusion: nn.Module, scale: float, guide: nn.Module | None = None) -> None:
-    """ValueError for a guiding model of another kind than the guided one.
-
-    Without one: for a scale other than 1 where the network has no null class.
-    """
-    if guide is None:
-        if scale != 1 and diffusion.null_class is None:
-            raise SettingError(
-                f"guidance_scale {scale:g} needs a model with a null class: train with --class_conditional True and "
-                "label_dropout above 0, or name an earlier file of the same run as --guiding_path"
-            )
-        return
+    """ValueError for a guiding model of another kind, or guidance without it and a null class."""
+    if guide is None and scale != 1 and diffusion.null_class is None:
+        raise SettingError(
+            f"guidance_scale {scale:g} needs a model with a null class: train with --class_conditional True and "
+            "label_dropout above 0, or name an earlier file of the same run as --guiding_path"
+        )
     words = {"img_size": "size", "img_channels": "number of channels", "num_classes": "number of classes"}
     for name, word in {**words, "null_class": "null class", "alpha_bars": "schedule"}.items():
-        if getattr(guide, name) != getattr(diffusion, name):
+        if guide is not None and getattr(guide, name) != getattr(diffusion, name):
             raise SettingError(f"the guiding model has another {word}: take an earlier file of the same run")
-
-
-# Images
 
 
 def sampling_schedule(alpha_bars: Sequence[float], options: SamplingOptions) -> list[Step]:
     """The steps of the solver, from timestep strength * T on."""
-    if not 0 < options.strength <= 1:
-        raise SettingError(f"strength must be above 0 and at most 1, not {options.strength}")
     start, steps = max(int(options.strength * len(alpha_bars)), 1) - 1, options.steps
     if steps is None:
         steps = start + 1 if options.sampler == "ddpm" else min(samplers.DEFAULT_STEPS, start + 1)
@@ -195,20 +169,13 @@ def sampling_schedule(alpha_bars: Sequence[float], options: SamplingOptions) -> 
 
 
 @torch.no_grad()
-def sample_steps(
-    diffusion: nn.Module,
-    batch_size: int,
-    device: Device,
-    y: Tensor | None = None,
-    options: SamplingOptions = DEFAULTS,
-    seeds: Sequence[int] | None = None,
-    noise: Noise | None = None,
-) -> Trajectory:
+def sample_steps(diffusion, batch_size: int, device: Device, y, options: SamplingOptions, seeds, noise) -> Trajectory:
     """Yields (x, x_0) after each step of the solver, each (batch_size, c, h, w).
 
-    y: class ids (batch_size,). seeds: one integer per image, which determines its noise; None is
-    torch's global generator. noise: an endless iterator of (batch_size, c, h, w) that replaces
-    seeds; its first item is x_T. ValueError: an unknown name, option, shape or range.
+    diffusion: a GaussianDiffusion. y: None, or class ids (batch_size,). seeds: one integer per
+    image, which determines its noise; None is torch's global generator. noise: None, or an endless
+    iterator of (batch_size, c, h, w) that replaces seeds; its first item is x_T. ValueError: an
+    unknown name, shape or range.
     """
     for name, given in (("y", y), ("seeds", seeds)):
         if given is not None and len(given) != batch_size:
@@ -221,44 +188,28 @@ def sample_steps(
 
     shape = (diffusion.img_channels, *diffusion.img_size)
     if noise is None and seeds is None:
-        noise = samplers.global_noise(batch_size, shape, device)
+        noise = (torch.randn(batch_size, *shape, device=device) for _ in itertools.count())
     elif noise is None:
         noise = samplers.seeded_noise(seeds, shape, device)
-    x = check_images(next(noise), (batch_size, *shape), device, "noise")
+    x = next(noise).to(device, torch.float32)
     if options.init is not None:
-        init = check_images(options.init, x.shape, device, "init")
-        x = samplers.diffuse(init, schedule[0].alpha_bar_t, iter([x]))
-    with eval_mode(part.network(options.use_ema) for part in (diffusion, options.guiding_model) if part is not None):
-        yield from solver(denoise, x, schedule, noise, **solver_options)
-
-
-def choose_solver(options: SamplingOptions, device: Device) -> tuple[Callable, dict[str, Any]]:
-    """(the solver, its options); repaint where there is a mask."""
-    check_choice("sampler", options.sampler, samplers.SAMPLERS)
-    solver, known, mask = samplers.SAMPLERS[options.sampler], options.known, options.mask
-    settings = options.solver_options
-    if known is not None or mask is not None:
-        if options.sampler != "ddpm" or known is None or mask is None:
-            raise SettingError("inpainting needs the sampler ddpm, known (the images) and mask (1 where they change)")
-        solver = samplers.repaint
-        settings = {**settings, "known": known.to(device, torch.float32), "mask": mask.to(device, torch.float32)}
-    samplers.check_options(options.sampler, solver, settings)
-    return solver, settings
-
-
-def check_images(x: Tensor, shape: tuple[int, ...], device: Device, name: str) -> Tensor:
-    """x as float32 on the device. ValueError unless it has the shape (batch_size, c, h, w)."""
-    if x.shape != shape:
-        raise SettingError(f"{name} must have the shape {tuple(shape)}, not {tuple(x.shape)}")
-    return x.to(device, torch.float32)
-
-
-@contextmanager
-def eval_mode(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """The networks without dropout. Their mode comes back afterwards."""
-    training = [network.eval() for network in networks if network.training]
+        x = samplers.diffuse(options.init.to(x), schedule[0].alpha_bar_t, iter([x]))
+    networks = [part.network(options.use_ema) for part in (diffusion, options.guiding_model) if part is not None]
+    training = [network.eval() for network in networks if network.training]  # no dropout
     try:
-        yield
+        yield from solver(denoise, x, schedule, noise, **solver_options)
     finally:
         for network in training:
             network.train()
+
+
+def choose_solver(options: SamplingOptions, device: Device) -> tuple[Solver, dict[str, Any]]:
+    """(the solver, its options); repaint where there is a mask."""
+    check_choice("sampler", options.sampler, samplers.SAMPLERS)
+    known, mask = options.known, options.mask
+    if known is None and mask is None:
+        return samplers.SAMPLERS[options.sampler], options.solver_options
+    if options.sampler != "ddpm" or known is None or mask is None:
+        raise SettingError("inpainting needs the sampler ddpm, known (the images) and mask (1 where they change)")
+    images = {"known": known.to(device, torch.float32), "mask": mask.to(device, torch.float32)}
+    return samplers.repaint, options.solver_options | images

@@ -62,48 +62,33 @@ def shift_betas(betas: np.ndarray, shift: float) -> np.ndarray:
 
 
 def make_betas(
-    schedule: str = "linear",
-    num_timesteps: int = 1000,
-    schedule_low: float = 1e-4,
-    schedule_high: float = 0.02,
-    schedule_shift: float = 0.0,
+    schedule="linear", num_timesteps=1000, schedule_low=1e-4, schedule_high=0.02, schedule_shift=0.0
 ) -> np.ndarray:
     """The (T,) float64 betas of the named schedule.
 
     schedule_low, schedule_high: the first and last beta of the linear schedule for T = 1000.
-    schedule_shift: what is added to lambda (`shift_betas`); the linear schedule has its limits
-    instead. ValueError: an unknown name, T < 1, betas outside (0, 1), or a shift of the linear
-    schedule. A warning: alpha_bar_T > 0.01. Then x_T keeps a part of the image, but sampling starts
-    from pure noise.
+    schedule_shift: what is added to lambda (`shift_betas`), for the other schedules. ValueError: an
+    unknown name, betas outside (0, 1), or a shift of the linear schedule. A warning:
+    alpha_bar_T > 0.01. Then x_T keeps a part of the image, but sampling starts from pure noise.
     """
     check_choice("schedule", schedule, SCHEDULES)
-    if num_timesteps != int(num_timesteps) or num_timesteps < 1:
-        raise SettingError(f"num_timesteps must be a whole number of at least 1, not {num_timesteps}")
     if schedule == "linear" and schedule_shift:
-        raise SettingError(
-            "schedule_shift is for the cosine and the sigmoid schedule; move the linear one by "
-            "schedule_low and schedule_high"
-        )
-    betas = check_betas(SCHEDULES[schedule](int(num_timesteps), schedule_low, schedule_high))
+        raise SettingError("the linear schedule has no schedule_shift: move it by schedule_low and schedule_high")
+    betas = check_betas(SCHEDULES[schedule](num_timesteps, schedule_low, schedule_high))
     betas = check_betas(shift_betas(betas, schedule_shift)) if schedule_shift else betas
     alpha_bar_T = float(np.prod(1 - betas))
     if alpha_bar_T > 0.01:
+        found = f"the {schedule} schedule has alpha_bar_T = {alpha_bar_T:.3g} > 0.01: x_T is not pure noise"
         remedy = "lower schedule_shift" if schedule_shift > 0 else "raise schedule_high, or use the cosine schedule"
-        warnings.warn(
-            f"the {schedule} schedule has alpha_bar_T = {alpha_bar_T:.3g} > 0.01: x_T is not pure noise; "
-            f"raise num_timesteps, {remedy}",
-            stacklevel=2,
-        )
+        warnings.warn(f"{found}; raise num_timesteps, {remedy}", stacklevel=2)
     return betas
 
 
 def check_betas(betas: Sequence[float] | np.ndarray) -> np.ndarray:
     """`betas` as a (T,) float64 array; ValueError unless T >= 1 and every 0 < beta < 1."""
     betas = np.asarray(betas, dtype=np.float64)
-    if betas.ndim != 1 or betas.size == 0:
-        raise SettingError(f"betas must be a list of at least one number, not of shape {betas.shape}")
-    if not np.all((betas > 0) & (betas < 1)):
-        raise SettingError(f"every beta must lie between 0 and 1, not from {betas.min():.3g} to {betas.max():.3g}")
+    if betas.ndim != 1 or betas.size == 0 or not np.all((betas > 0) & (betas < 1)):
+        raise SettingError("the betas must be a list of numbers between 0 and 1")
     return betas
 
 
@@ -133,18 +118,10 @@ def find_schedule(betas: Sequence[float] | np.ndarray) -> dict[str, Any]:
     last = betas[0] + (betas[free] - betas[0]) * (T - 1) / free if free else betas[0]  # the last beta without the cap
     low, high = (float(f"{beta * T / 1000:.6g}") for beta in (betas[0], last))
     for schedule, make in SCHEDULES.items():
-        if np.allclose(make(T, low, high), betas, rtol=1e-5, atol=1e-9):
+        unshifted = make(T, low, high)
+        odds, before = ((1 - values[0]) / values[0] for values in (betas, unshifted))  # the SNR of timestep 0
+        shift = 0.0 if schedule == "linear" else round(0.5 * float(np.log(odds / before)), 6)
+        if np.allclose(shift_betas(unshifted, shift) if shift else unshifted, betas, rtol=1e-5, atol=1e-9):
             limits = {"schedule_low": low, "schedule_high": high} if schedule == "linear" else {}
-            return {"schedule": schedule, "num_timesteps": T, **limits}
-    for schedule in ("cosine", "sigmoid"):
-        shift = find_shift(betas, SCHEDULES[schedule](T, low, high))
-        if shift:
-            return {"schedule": schedule, "num_timesteps": T, "schedule_shift": shift}
+            return {"schedule": schedule, "num_timesteps": T, **limits, **({"schedule_shift": shift} if shift else {})}
     raise SettingError(f"this is not one of our models: its betas match no schedule of ours ({', '.join(SCHEDULES)})")
-
-
-def find_shift(betas: np.ndarray, unshifted: np.ndarray) -> float | None:
-    """The `shift` of `shift_betas` that leads from `unshifted` to `betas`, else None."""
-    odds, before = ((1 - values[0]) / values[0] for values in (betas, unshifted))  # the SNR of timestep 0
-    shift = round(0.5 * float(np.log(odds / before)), 6)
-    return shift if np.allclose(shift_betas(unshifted, shift), betas, rtol=1e-5, atol=1e-9) else None

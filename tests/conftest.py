@@ -120,6 +120,13 @@ def run_main(script, *arguments):
         sys.argv = before
 
 
+def with_defaults(config_class, **values):
+    """A script's Config as a user edits it: with other defaults."""
+    from utils.settings import settings
+
+    return settings(type("Config", (), {**vars(config_class), **values}))
+
+
 def randomize(network, seed=0):
     """Zero-initialised layers hide what flows through them: give every parameter a value."""
     generator = torch.Generator().manual_seed(seed)

@@ -5,8 +5,6 @@ import io
 import os
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ from utils.data.annotation import (
 )
 from utils.data.formats import EXTENSIONS
 from utils.data.search import check_images, describe_classes, find_images, label_by_folder, search, without_shipped
-from utils.data.threads import Budget, map_in_threads
+from utils.data.threads import map_in_threads
 from utils.errors import UserError
 from utils.terminal import printable
 
@@ -139,23 +137,16 @@ def test_a_name_with_a_line_break_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error, line",
+    "error, reason",
     [
-        (
-            MemoryError(),
-            "out of memory while decoding {path}: lower num_workers, or end other programs; nothing was kept",
-        ),
+        (MemoryError(), "out of memory"),
         *[
-            (
-                OSError(number, os.strerror(number)),
-                f"{{path}} cannot be read now ({os.strerror(number)}): see to the disk or the system and run "
-                "this again; nothing was kept",
-            )
+            (OSError(number, os.strerror(number)), os.strerror(number))
             for number in (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
         ],
     ],
 )
-def test_a_failure_of_the_system_ends_the_pass(tmp_path, monkeypatch, error, line):
+def test_a_failure_of_the_system_ends_the_pass(tmp_path, monkeypatch, error, reason):
     """The image may be whole: it must not be left out."""
     paths = [make_image(tmp_path / f"{i}.png") for i in range(3)]
 
@@ -167,7 +158,8 @@ def test_a_failure_of_the_system_ends_the_pass(tmp_path, monkeypatch, error, lin
     monkeypatch.setattr("utils.data.search.check_image", fail)
     with pytest.raises(ValueError) as caught:
         check_images(paths)
-    assert str(caught.value) == line.format(path=paths[1])
+    advice = "see to the system, or lower num_workers, and run this again"
+    assert str(caught.value) == f"{paths[1]} cannot be read now ({reason}): {advice}"
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG])
@@ -222,8 +214,8 @@ def test_the_class_is_the_folder_below_the_common_root(paths, labels, classes):
 
 def test_images_beside_class_folders_are_named():
     said = describe_classes(["/d/cats/1.png", "/d/stray.png", "/d/dogs/2.png"], None, [])
-    assert said.startswith("no classes, as stray.png lies beside the folders cats, dogs:")
-    assert describe_classes(["/d/1.png", "/d/2.png"], None, []) == "no class folders: the images are unlabelled"
+    assert said.startswith("no class folders, as stray.png would be in none: move every image")
+    assert describe_classes(["/d/1.png", "/d/2.png"], None, []) == "no class folders: the images are unlabeled"
     assert describe_classes(["/d/cats/1.png", "/d/dogs/2.png"], [0, 1], ["cats", "dogs"]).startswith("2 classes")
 
 
@@ -362,11 +354,11 @@ def test_a_list_saved_by_a_windows_editor_is_read(tmp_path):
         (None, None, "is not there: run `python txt_annotation.py`"),
         ("", None, "lists no image: run `python txt_annotation.py`"),
         ("\n\n", None, "lists no image"),
-        ("/d/a.png\n0;/d/b.png\n", "cats\n", "line 2: expected"),
-        ("0;/d/a.png\n/d/b.png\n", "cats\n", "line 2: expected"),
-        ("\n/d/a.png\nb.png\n", None, "line 3: expected"),
-        ("/d/a.png 1,2,3\nsome text\n", None, "line 2: expected"),
-        ("\0\1\2binary", None, "line 1: expected"),
+        ("/d/a.png\n0;/d/b.png\n", "cats\n", "line 2:"),
+        ("0;/d/a.png\n/d/b.png\n", "cats\n", "line 2:"),
+        ("\n/d/a.png\nb.png\n", None, "line 3:"),
+        ("/d/a.png 1,2,3\nsome text\n", None, "line 2:"),
+        ("\0\1\2binary", None, "line 1:"),
         ("2;/d/a.png\n", "cats\ndogs\n", "uses class id 2, but .* names 2 classes only"),
         ("0;/d/a.png\n", None, "is missing or empty: run"),
         ("0;/d/a.png\n", "cats\ndogs\r\ncats\n", "names cats twice: run"),
@@ -384,34 +376,16 @@ def test_a_list_that_cannot_be_used_is_one_clear_line(tmp_path, text, classes, m
 @pytest.mark.parametrize(
     "text, fault",
     [
-        ("images/a.png", r"line 1: expected .* not a relative path or another text \(images/a.png\)"),
-        ('"/d/a.png"', "line 1: expected .* not a path in quotes"),
-        ("0;'/d/a.png'", "line 1: expected .* not a path in quotes"),
-        ("/d/a.png\n0;b.png", r"line 2: expected .* not a relative path or another text \(b.png\)"),
-        ("evil\x1b[31m.png", r"another text \(evil\\x1b\[31m.png\)"),
-        pytest.param(
-            r"C:\d\a.png",
-            "line 1: expected .* not a path of Windows",
-            marks=pytest.mark.skipif(os.name == "nt", reason="it is one"),
-        ),
+        (b"images/a.png", "line 1: images/a.png, not '<absolute path>' on all lines, or"),
+        (b"/d/a.png\n0;'/d/a.png'", "line 2: '/d/a.png', not"),
+        (b"evil\x1b[31m.png", r"line 1: evil\\x1b\[31m.png, not"),
+        ("0;/d/a.png\r\n".encode("utf-16"), "line 1: .*, in UTF-8"),
     ],
 )
-def test_what_is_wrong_with_a_path_is_said(tmp_path, text, fault):
-    (tmp_path / "train_lines.txt").write_text(text + "\n", encoding="utf-8")
+def test_a_line_that_cannot_be_used_is_shown(tmp_path, text, fault):
+    (tmp_path / "train_lines.txt").write_bytes(text)
     with pytest.raises(ValueError, match=fault):
         read_annotation(tmp_path / "train_lines.txt")
-
-
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_a_list_in_utf_16_is_named_as_one(tmp_path, encoding):
-    path = tmp_path / "train_lines.txt"
-    path.write_bytes("0;/d/a.png\r\n".encode(encoding))
-    with pytest.raises(ValueError, match=r"train_lines\.txt is saved as UTF-16: save it as UTF-8"):
-        read_annotation(path)
-    write_annotation(path, ["/d/a.png"], [0], ["cats"])
-    classes_path(path).write_bytes("cats\r\n".encode(encoding))
-    with pytest.raises(ValueError, match=r"train_classes\.txt is saved as UTF-16"):
-        read_annotation(path)
 
 
 @pytest.mark.parametrize("name", [".", "..", "", "/", "logs/", "logs", "./", "a\0b"])
@@ -426,7 +400,7 @@ def test_a_list_cannot_be_written_over_a_folder(tmp_path, monkeypatch, name):
 def test_a_list_cannot_be_written_into_a_pipe_or_a_device(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", os.devnull):
-        with pytest.raises(ValueError, match="is a device or a pipe: give the name of a file"):
+        with pytest.raises(ValueError, match="is a device, a pipe, a socket"):
             check_annotation_path(path)
 
 
@@ -463,7 +437,7 @@ def test_the_script_lists_what_is_good_and_says_what_it_did(tmp_path):
     ]
     assert (listed.labels, listed.classes) == ([0, 1, 1], ["cats", "dögs"])
     for said in (
-        "3 images, all 8x6",
+        "3 images, width x height: 8x6 (3)",
         "2 classes: cats (1), dögs (2)",
         "bad.png: not a picture",
         "the 1 shipped ones",
@@ -494,12 +468,9 @@ def test_the_script_says_what_it_does_not_read_and_why_there_are_no_classes(tmp_
     os.mkfifo(tmp_path / "datasets" / "pipe.png")
     done = run_script(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "not read: " in done.stdout and "1 .xyz" in done.stdout
-    assert "2 .heic" in done.stdout or ".heic" in EXTENSIONS
-    assert (
-        r"no classes, as stray.png lies beside the folders \x1b]0;x\x07, cats, dogs: the images are unlabelled"
-        in done.stdout
-    )
+    assert "not read: " in done.stdout and ".xyz (1)" in done.stdout
+    assert ".heic (2), " in done.stdout and "pip install pillow-heif" in done.stdout or ".heic" in EXTENSIONS
+    assert "no class folders, as stray.png would be in none: move" in done.stdout
     assert r"bad\x1b[31m.png: not a picture" in done.stdout and "pipe.png: no regular file" in done.stdout
     assert "\x1b" not in done.stdout
 
@@ -542,30 +513,6 @@ def test_a_list_at_a_wrong_place_is_one_line(tmp_path, name):
 # Threads
 
 
-def test_a_budget_is_never_exceeded_and_a_large_job_gets_its_turn():
-    budget, held, most, lock = Budget(10), [0], [0], threading.Lock()
-
-    def work(amount):
-        with budget.take(amount):
-            with lock:
-                held[0] += min(amount, 10)
-                most[0] = max(most[0], held[0])
-            time.sleep(0.001)
-            with lock:
-                held[0] -= min(amount, 10)
-
-    list(map_in_threads(work, [1, 3, 10, 25, 4, 6, 2] * 20, num_workers=6))
-    assert most[0] == 10 and budget.taken == 0
-
-
-def test_a_budget_is_given_back_after_an_error():
-    budget = Budget(5)
-    with pytest.raises(KeyError), budget.take(5):
-        raise KeyError
-    with budget.take(5):
-        assert budget.taken == 5
-
-
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_results_come_in_order(num_workers):
     assert list(map_in_threads(lambda i: i * i, range(1000), num_workers)) == [i * i for i in range(1000)]
@@ -583,5 +530,3 @@ def test_only_a_bounded_number_of_items_is_taken_ahead():
 def test_an_error_is_raised_where_the_results_are_read():
     with pytest.raises(ZeroDivisionError):
         list(map_in_threads(lambda i: 1 / (i - 500), range(1000), 2))
-    with pytest.raises(ValueError, match="num_workers -1"):
-        list(map_in_threads(str, [1], -1))

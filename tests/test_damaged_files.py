@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PROJECT, TINY, newest_run, run_main, write_pictures
+from conftest import PROJECT, TINY, newest_run, read_file, run_main, write_pictures
 
 from nets import build
 from utils.checkpoint.file import load_checkpoint
@@ -87,9 +87,9 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, lazily):
             assert "\n" not in str(error) and str(path) in str(error)
             refused += 1
             continue
-        assert {**found, "weights": 0} == {**whole, "weights": 0}
-        assert found["weights"].keys() == whole["weights"].keys()
-        assert all(torch.equal(found["weights"][name], value) for name, value in whole["weights"].items())
+        assert replace(found, path=None, weights={}) == replace(whole, path=None, weights={})
+        assert found.weights.keys() == whole.weights.keys()
+        assert all(torch.equal(found.weights[name], value) for name, value in whole.weights.items())
     assert refused > 150
 
 
@@ -136,14 +136,14 @@ def test_parts_of_one_name_and_compressed_parts_are_refused(tmp_path):
     [
         ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n", "run `git lfs pull`"),
         ("\n<!DOCTYPE html>\n<html><title>Файл</title></html>", "a web page instead of the weights"),
-        ("weights are elsewhere", "a text file, no "),
-        ("й" * 600, "a text file, no "),
+        ("weights are elsewhere", "not tensors and plain values"),
+        ("й" * 600, "not tensors and plain values"),
     ],
 )
 def test_text_in_place_of_a_checkpoint(tmp_path, text, words):
     (tmp_path / "text.pth").write_text(text, encoding="utf-8")
     for read in (load_checkpoint, load_feature_net):
-        with pytest.raises(ValueError, match="text.pth: a text file") as error:
+        with pytest.raises(ValueError, match="text.pth: ") as error:
             read(tmp_path / "text.pth")
         assert words in str(error.value)
 
@@ -182,9 +182,9 @@ def test_the_newest_run_is_the_same_for_all(tmp_path):
         (tmp_path / name).mkdir()
         path = small(tmp_path / name).rename(tmp_path / name / "last.pth")
         os.utime(path, ns=(10**18, 10**18))
-    assert find_weights("", tmp_path)[0] == newest_last(tmp_path)[0] == tmp_path / "d" / "last.pth"
+    assert find_weights("", tmp_path)[0] == newest_last(tmp_path).path == tmp_path / "d" / "last.pth"
     os.utime(tmp_path / "a" / "last.pth", ns=(10**18, 10**18 + 1))
-    assert find_weights("", tmp_path)[0] == newest_last(tmp_path)[0] == tmp_path / "a" / "last.pth"
+    assert find_weights("", tmp_path)[0] == newest_last(tmp_path).path == tmp_path / "a" / "last.pth"
 
 
 # Values of a wrong kind
@@ -223,7 +223,7 @@ def with_value(values, place, value):
 @pytest.mark.parametrize("script", ["predict.py", "train.py"])
 def test_values_of_a_wrong_kind_end_in_one_line(trained, workplace, capsys, monkeypatch, script):
     """What a script accepts after all, it works with: a drawing of one image, or a dry run."""
-    checkpoint = load_checkpoint(trained)
+    checkpoint = read_file(trained)
     (workplace / "run").mkdir()
     path, refused = workplace / "run" / "last.pth", 0
     for name, mutant in mutants(checkpoint, 120, seed=script == "train.py"):
@@ -240,7 +240,7 @@ def test_values_of_a_wrong_kind_end_in_one_line(trained, workplace, capsys, monk
 
 def test_the_training_state_is_held_against_the_weights(trained, workplace, capsys):
     """A dry run ends before it; a run of one epoch more does not."""
-    checkpoint, path = load_checkpoint(trained), workplace / "last.pth"
+    checkpoint, path = read_file(trained), workplace / "last.pth"
     draw, refused = random.Random(2), 0
     places = [
         ("optimizer", "state", 3),
@@ -267,7 +267,7 @@ def test_the_training_state_is_held_against_the_weights(trained, workplace, caps
 
 
 def test_nan_in_weights_is_refused_by_name(trained, workplace, capsys):
-    checkpoint = load_checkpoint(trained)
+    checkpoint = read_file(trained)
     for name, value in (
         ("model.mid.0.conv_1.bias", math.nan),
         ("ema_model.out_conv.weight", -math.inf),
@@ -286,6 +286,7 @@ LIMITED = """
 import resource, sys, torch
 sys.path.insert(0, {project!r})
 from nets import build
+from utils.checkpoint.file import load_checkpoint
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in {paths!r}:
     for use in (build.from_checkpoint, build.settings_of):
@@ -310,7 +311,7 @@ CLAIMS = [
 
 
 def test_a_claim_of_any_size_is_refused_in_little_memory(trained, tmp_path):
-    checkpoint, paths = load_checkpoint(trained), []
+    checkpoint, paths = read_file(trained), []
     for number, claim in enumerate(CLAIMS):
         paths.append(str(tmp_path / f"large_{number}.pth"))
         save_tensors(paths[-1], {**checkpoint, "config": {**checkpoint["config"], **claim}})
@@ -328,7 +329,7 @@ def refused_in_little(paths):
 
 def test_a_bare_state_dict_that_claims_more_than_it_has(trained, tmp_path):
     """Each size that is read off one tensor sets the size of many others."""
-    weights = {name: value.clone() for name, value in load_checkpoint(trained)["weights"].items()}
+    weights = {name: value.clone() for name, value in read_file(trained)["weights"].items()}
     claims = {
         "time_mlp.1.weight": torch.zeros(10**6, 1),
         "downs.0.class_bias.weight": torch.zeros(10**6, 1),

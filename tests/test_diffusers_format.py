@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import read_file
 
 from nets import UNet, build
@@ -178,13 +177,9 @@ def test_pytorchs_format_is_read_and_nothing_in_it_runs(tmp_path):
 @pytest.mark.parametrize(
     "arguments, part",
     [
-        ({"norm": "in"}, "norm InstanceNorm2d"),
-        ({"norm": "bn"}, "norm BatchNorm2d"),
+        ({"norm": "bn"}, "norm bn"),
         ({"norm": None}, "norm None"),
-        ({"initial_pad": 2}, "initial_pad 2"),
-        ({"time_emb_scale": 2.0}, "time_emb_scale"),
         ({"time_emb_dim": None}, "time_emb_dim None"),
-        ({"activation": F.relu}, "activation relu"),
         ({"channel_mults": (2, 2)}, r"channel_mults \(2, 2\)"),
     ],
 )
@@ -211,7 +206,7 @@ def test_classes_that_do_not_fit_are_refused(tmp_path):
     write_checkpoint(tmp_path / "plain.pth")
     for file, name, message in [
         ("null", "birds", "known: cats, dogs, old trees"),
-        ("classes", "", "no null class.* cats, dogs, old trees"),
+        ("classes", "", "without a null class it needs a --class_name; known: cats, dogs, old trees"),
         ("plain", "cats", "without classes"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -232,7 +227,7 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(tmp_path, monkeypatch):
         raise safetensors.SafetensorError("no space left")
 
     monkeypatch.setattr(safetensors.torch, "save_file", disk_full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(ValueError, match="could not be written .no space"):
         export_model(tmp_path / "a.pth", tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "out"]
 
@@ -336,7 +331,7 @@ def test_the_part_that_is_not_ours_is_named(tmp_path, unet, part):
         ({"beta_schedule": "scaled_linear"}, "scaled_linear"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         ({"trained_betas": [0.1, 0.3, 0.2]}, "its betas"),
-        ({"prediction_type": "score"}, "prediction_type is 'score'"),
+        ({"prediction_type": "score"}, "prediction_type 'score'"),
         ({"trained_betas": [0.1, 0.3, 1.2]}, "between 0 and 1"),
     ],
 )
@@ -370,9 +365,9 @@ def test_settings_that_a_file_leaves_out_are_diffusers_own(tmp_path):
 def test_weights_that_do_not_fit_are_named(tmp_path):
     network = foreign(tmp_path / "in")
     for change, message in [
-        (lambda w: w.pop("conv_in.bias"), "lack conv_in.bias"),
-        (lambda w: w.update(extra=torch.zeros(1)), "hold extra"),
-        (lambda w: w.update({"conv_in.bias": torch.zeros(7)}), r"conv_in.bias have the shape \(7,\), ours \(32,\)"),
+        (lambda w: w.pop("conv_in.bias"), "1 missing: conv_in.bias"),
+        (lambda w: w.update(extra=torch.zeros(1)), "1 unknown: extra"),
+        (lambda w: w.update({"conv_in.bias": torch.zeros(7)}), r"conv_in.bias \(7,\) instead of \(32,\)"),
     ]:
         weights = dict(network.state_dict())
         change(weights)
@@ -385,7 +380,7 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     foreign(tmp_path / "in")
     for name, message in [
         ("unet/diffusion_pytorch_model.safetensors", "damaged"),
-        ("scheduler/scheduler_config.json", "damaged: no JSON"),
+        ("scheduler/scheduler_config.json", "scheduler_config.json is not there, or damaged"),
     ]:
         (tmp_path / "in" / name).write_bytes(b"\x07")
         with pytest.raises(ValueError, match=message):
@@ -462,7 +457,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 def test_settings_without_an_object_are_damaged(tmp_path):
     foreign(tmp_path / "in")
     (tmp_path / "in" / "unet" / "config.json").write_text("[1, 2]")
-    assert_refused(tmp_path, "config.json is damaged")
+    assert_refused(tmp_path, "config.json is not there, or damaged")
 
 
 def test_the_network_is_never_asked(tmp_path, monkeypatch):

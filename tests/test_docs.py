@@ -41,7 +41,7 @@ LEAST = {
     "docs/measured.md": {"links": 10, "commands": 5, "options": 6, "names": 20, "numbers": 150},
     "docs/reference.md": {"links": 2, "commands": 4, "names": 40, "paths": 14, "numbers": 10},
     "docs/trouble.md": {"commands": 5, "options": 12, "names": 20},
-    "docs/reading.md": {"links": 2, "paths": 30},
+    "docs/reading.md": {"links": 2, "paths": 25},
     "docs/how_it_works.md": {"links": 25, "commands": 4, "names": 30, "numbers": 18},
     "docs/contributing.md": {"commands": 6, "paths": 20, "names": 45},
     "logs/README.md": {"paths": 10, "names": 14},

@@ -21,6 +21,7 @@ from utils.convert.__main__ import export_reference, export_weights
 from utils.convert.diffusers_folder import export_model
 from utils.errors import run_script
 from utils.settings import typed_options
+from utils.training.run_settings import RUN_SETTINGS
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -65,8 +66,11 @@ def write_run(folder, classes=CLASSES, **settings):
             "weights": weights,
             "weights_kind": "full",
             "ema_step": 7,
-            "optimizer": optimizer,
-            "position": {"epoch": 3},
+            "optimizer": {"state": {0: optimizer}},
+            "scaler": {},
+            "sums": None,
+            "bad_in_row": 0,
+            "position": {"epoch": 3, "images": 0, "batch_size": 1, "pictures": ""},
         },
     )
     return diffusion
@@ -180,7 +184,7 @@ def test_the_references_own_file_is_exported_too(tmp_path):
     [
         ({"prediction": "x0"}, "predicts x0"),
         ({"prediction": "v"}, "predicts v"),
-        ({"num_groups": 8}, "this network has 8: train one with --num_groups 32"),
+        ({"num_groups": 8}, "has 8 groups in its norms.* --num_groups 32"),
     ],
 )
 def test_what_the_reference_would_misread_is_refused(tmp_path, settings, message):
@@ -243,7 +247,8 @@ def test_a_network_that_the_reference_does_not_build_gets_a_warning(tmp_path, ca
     with torch.device("meta"):
         theirs = {name: value.shape for name, value in UNet(3, 32, (1, 2, 4, 8), 3).state_dict().items()}
     assert shapes_of(**settings) != theirs
-    assert shapes_of(**settings | typed_options(Config, "", options.split())) == theirs  # the options really help
+    typed = typed_options(Config, RUN_SETTINGS, "", options.split())
+    assert shapes_of(**settings | typed) == theirs  # the options really help
 
 
 def test_the_references_settings_are_named_where_these_differ(tmp_path, capsys):

@@ -201,9 +201,3 @@ def test_diffusion_by_its_denoiser():
     assert (right[:, :-1] < wrong[:, :-1]).all()
     assert_close(right[:, -1], wrong[:, -1])
     assert torch.equal(right, bits([0, 2]))
-
-
-@pytest.mark.parametrize("x", [torch.full((1, 1, 2, 2), 0.5), levels(torch.ones(1, 1, 2, 2)) + 2 / 255])
-def test_only_pictures_of_eight_bits(x):
-    with pytest.raises(ValueError, match="8-bit"):
-        variational_bound(lambda x_t, t: x_t, [0.9, 0.1], x)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import TINY, run_main
 
 import predict
 import train
@@ -25,8 +24,9 @@ def parts(workplace):
     """(config, parts) of a small job on the 24 images of the workplace."""
 
     def make(**settings):
-        config = train.Config(**{**SMALL, "device": "cpu", "precision": "fp32", "compile": False, **settings})
-        return config, train.prepare(config, torch.device("cpu"))
+        asked = train.Config(**{**SMALL, "device": "cpu", "precision": "fp32", "compile": False, **settings})
+        config, device = train.resolve(asked)
+        return config, train.prepare(config, device, None, train.saved_settings(asked, config, []))
 
     return make
 
@@ -103,19 +103,11 @@ def test_where_the_estimate_runs_out_of_memory_too_the_settings_are_named_still(
 
 
 @pytest.mark.parametrize(
-    "images, batch, world, now, expected",
-    [
-        (16, 64, 1, 1, 4),
-        (15, 64, 1, 1, 8),
-        (16, 64, 2, 1, 2),
-        (1, 12, 1, 2, 12),
-        (0.5, 64, 1, 1, None),
-        (5, 64, 1, 8, 16),
-        (3, 6, 2, 1, 3),
-    ],
+    "images, share, now, expected",
+    [(16, 64, 1, 4), (15, 64, 1, 8), (16, 32, 1, 2), (1, 12, 2, 12), (0.5, 64, 1, None), (5, 64, 8, 16), (3, 3, 1, 3)],
 )
-def test_the_parts_of_a_batch_that_fit(images, batch, world, now, expected):
-    assert accumulate_that_fits(images, batch, world, now) == expected
+def test_the_parts_of_a_batch_that_fit(images, share, now, expected):
+    assert accumulate_that_fits(images, share, now) == expected
 
 
 def test_train_and_predict_end_in_the_line(workplace, monkeypatch, capsys):
@@ -158,12 +150,3 @@ def test_train_and_predict_end_in_the_line(workplace, monkeypatch, capsys):
         assert raised.value.code == 1 and error.startswith("error: out of memory"), error
         assert "--batch_size" in error
     assert "--batch_size 3 needs about half" in error
-
-
-@pytest.mark.parametrize("settings", [("--channel", "32768"), ("--num_res_blocks", "1024", "--channel", "2048")])
-def test_a_network_that_no_memory_holds_is_refused_before_it_is_built(workplace, capsys, settings):
-    with pytest.raises(SystemExit) as end:
-        run_main("train.py", *TINY, "--num_groups", "1", *settings, "--dry_run", "True")
-    assert end.value.code == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: a network of") and "lower --channel" in error

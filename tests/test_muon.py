@@ -121,23 +121,7 @@ def test_weight_decay_alone_shrinks_by_the_learning_rate():
     torch.testing.assert_close(weight.detach(), start * (1 - 0.2 * 0.1), rtol=0, atol=1e-7)
 
 
-def test_its_products_are_in_full_precision_whatever_was_chosen(monkeypatch):
-    seen, product = [], torch.baddbmm
-    monkeypatch.setattr(
-        torch, "baddbmm", lambda *a, **k: seen.append(torch.get_float32_matmul_precision()) or product(*a, **k)
-    )
-    weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3))
-    weight.grad = torch.randn_like(weight)
-    torch.set_float32_matmul_precision("medium")
-    try:
-        make_optimizer("muon", [weight], torch.device("cpu")).step()
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert set(seen) == {"highest"}
-
-
-def test_with_a_gradient_scaler_and_a_closure():
+def test_with_a_gradient_scaler():
     """A step that overflowed in fp16 is left out; the next one is that of the plain gradients."""
     results = []
     for scaled in (False, True):
@@ -157,15 +141,6 @@ def test_with_a_gradient_scaler_and_a_closure():
         results.append([parameter.detach() for parameter in network.parameters()])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-    weight = torch.nn.Parameter(torch.ones(2, 2, 1, 1))
-    optimizer = make_optimizer("muon", [weight], torch.device("cpu"))
-
-    def closure():
-        optimizer.zero_grad()
-        (loss := weight.square().sum()).backward()
-        return loss
-
-    assert optimizer.step(closure) == 4 and set(optimizer.state[weight]) == {"step", "exp_avg"}
 
 
 def test_without_a_fused_step_the_state_lies_beside_the_weights():
@@ -224,9 +199,9 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(workplace, settings):
 def test_another_optimizer_begins_with_moments_of_its_own(workplace, capsys, kinds):
     run_main("train.py", *RUN, "--epochs", "1", "--optimizer_type", kinds[0])
     run_main("train.py", "--resume", "latest", "--epochs", "3", "--optimizer_type", kinds[1])
-    assert f"the optimizer was {kinds[0]} and is {kinds[1]}: its moments begin anew" in capsys.readouterr().out
+    assert f"the optimizer is now {kinds[1]}: its state was reset" in capsys.readouterr().out
     run_main("train.py", "--resume", "latest", "--epochs", "4")
-    assert "begin anew" not in capsys.readouterr().out
+    assert "was reset" not in capsys.readouterr().out
     checkpoint = read_file(last("logs"))
     assert checkpoint["config"]["optimizer_type"] == kinds[1] and checkpoint["position"]["epoch"] == 4
     kept = {frozenset(state) for state in checkpoint["optimizer"]["state"].values()}
@@ -241,4 +216,4 @@ def test_moments_of_another_optimizer_than_the_settings_name_are_refused(workpla
     save_tensors("edited.pth", checkpoint)
     with pytest.raises(SystemExit) as end:
         run_main("train.py", "--resume", "edited.pth", "--epochs", "2")
-    assert end.value.code == 1 and "its optimizer cannot be those of a training" in capsys.readouterr().err
+    assert end.value.code == 1 and "optimizer, sums and scaler do not fit its weights" in capsys.readouterr().err

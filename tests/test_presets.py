@@ -1,17 +1,16 @@
 """Presets, what a dry run says, and the weights of the lowest validation loss."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, assert_same_state, read_file, run_main
-from utils.config import check_values
+from conftest import TINY, assert_same_state, read_file, run_main, with_defaults
 
 import train
 from nets import UNet
 from nets.architecture import count_flops
-from utils.training.summary import duration
 
 NAMES = [name for name in train.PRESETS if name]
 
@@ -22,14 +21,14 @@ def last(folder):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_goes_over_the_block_and_options_go_over_the_preset(monkeypatch, name):
-    monkeypatch.setattr(train, "block_settings", lambda _: train.Config(channel=96, epochs=7, seed=3, preset=name))
+    edited = with_defaults(train.Config, channel=96, epochs=7, seed=3, preset=name)
+    monkeypatch.setattr(train, "Config", edited)
     values = train.PRESETS[name]
     for arguments in ([], ["--preset", name]):
         config, *_ = train.read_settings(arguments)
         assert {key: getattr(config, key) for key in values} == values
         assert (config.seed, config.preset) == (3, name)
         train.check(config)
-        check_values(config)
     config, *_ = train.read_settings(["--preset", name, "--channel", "64"])
     assert config.channel == 64 and config.prediction == values["prediction"]
     config, *_ = train.read_settings(["--preset", ""])  # the block's own
@@ -72,7 +71,7 @@ def test_a_dry_run_says_the_time_and_changes_nothing(workplace, capsys):
     text = capsys.readouterr().out
     line = next(line for line in text.splitlines() if line.startswith("time "))
     seconds, rest = line.split(" s a step, 3,000 steps: ")
-    assert float(seconds.split()[1]) > 0 and rest.split(",")[0].endswith((" s", " min"))
+    assert float(seconds.split()[1]) > 0 and re.fullmatch(r"\d:\d\d:\d\d", rest.split(",")[0])
     assert not Path("logs").exists() and line.endswith(" billion operations per image, forward")
 
 
@@ -82,11 +81,6 @@ def test_how_often_images_are_seen_is_said_and_too_often_warned_of(workplace, ca
     text = capsys.readouterr().out
     assert f"each image is seen about {epochs:,} times" in text
     assert ("--val_split 0.1" in text and "python -m utils.evaluate" in text) == warned
-
-
-def test_durations():
-    found = [duration(seconds) for seconds in (3.4, 99, 101, 59 * 60, 100 * 60, 90061)]
-    assert found == ["3 s", "99 s", "2 min", "59 min", "1 h 40 min", "25 h 1 min"]
 
 
 def test_operations_of_a_network_that_one_can_count():

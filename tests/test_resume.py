@@ -9,7 +9,17 @@ import time
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, assert_same_state, command, newest_run, read_file, read_history, run_main, torchrun
+from conftest import (
+    ENVIRONMENT,
+    assert_same_state,
+    command,
+    newest_run,
+    read_file,
+    read_history,
+    run_main,
+    torchrun,
+    with_defaults,
+)
 from kill_run import RUN, kill_and_compare, result
 
 from utils import device as device_module
@@ -109,7 +119,7 @@ def test_changed_batch_size_goes_on_at_the_next_epoch(twin, monkeypatch, capsys)
         run_main("train.py", *RUN, *pictures)
     assert read_file(newest_run(broken) / "last.pth")["position"]["images"] == 16 - 8
     run_main("train.py", "--resume", "latest", "--batch_size", "4")
-    assert "the batch size was 8 and is 4: going on with the next epoch" in capsys.readouterr().out
+    assert "the batch size was 8 and is 4: resuming at the next epoch" in capsys.readouterr().out
     rows = read_history(newest_run(broken))
     assert [row["epoch"] for row in rows] == [1, 3, 4]
 
@@ -129,7 +139,7 @@ def test_changed_pictures_are_said_and_not_fatal(workplace, capsys, change, said
     lines = (workplace / "train_lines.txt").read_text().splitlines()
     (workplace / "train_lines.txt").write_text("\n".join(change(lines)) + "\n")
     run_main("train.py", "--resume", "latest", "--epochs", "2")
-    assert ("the pictures are not those of before" in capsys.readouterr().out) == said
+    assert ("the images are not those of before" in capsys.readouterr().out) == said
     assert len(read_history(newest_run(workplace))) == 2
 
 
@@ -177,7 +187,7 @@ def test_a_file_of_weights_alone_starts_a_run_that_keeps_their_average(workplace
     exported = edited(first / "epoch_0001.pth", lambda checkpoint: checkpoint.pop("ema_step"))
     capsys.readouterr()
     run_main("train.py", "--resume", exported, "--epochs", "1", "--init_lr", "0.1")
-    assert "a file of weights alone" in capsys.readouterr().out
+    assert "weights only: starting a new run at epoch 1" in capsys.readouterr().out
     assert newest_run(workplace) != first
     after = read_file(newest_run(workplace) / "last.pth")["weights"]
     moved = {
@@ -187,14 +197,20 @@ def test_a_file_of_weights_alone_starts_a_run_that_keeps_their_average(workplace
     assert 0 < moved["ema_model"] < 0.01 * moved["model"]
 
 
-def test_only_typed_settings_override_the_runs_own(workplace, capsys):
+def test_only_typed_settings_override_the_runs_own(workplace, capsys, monkeypatch):
+    """What is ignored is said: of the defaults that the user edited those that could change."""
+    import train
+
     run_main("train.py", *RUN, "--epochs", "1")
-    assert read_file(newest_run(workplace) / "last.pth")["config"]["init_lr"] == 8e-4  # what "auto" became
+    saved = read_file(newest_run(workplace) / "last.pth")
+    assert saved["config"]["init_lr"] == saved["config"]["precision"] == "auto"
+    assert saved["resolved"]["init_lr"] == 8e-4 and saved["resolved"]["precision"] in ("fp32", "bf16")
     capsys.readouterr()
-    run_main("train.py", "--resume", "latest", "--epochs", "2", "--init_lr", "1e-3")
-    said = capsys.readouterr().out
-    unused = next(line for line in said.splitlines() if line.startswith("not used, as the run goes on with its own"))
-    assert "batch_size" in unused and "init_lr" not in unused and "epochs" not in unused
+    edited = with_defaults(train.Config, grad_clip=0.5, channel=64, epochs=7, save_dir="elsewhere")
+    monkeypatch.setattr(train, "Config", edited)
+    run_main("train.py", "--resume", newest_run(workplace), "--epochs", "2", "--init_lr", "1e-3")
+    ignored = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ignored when resuming"))
+    assert ignored.split(": ")[1] == "grad_clip"  # channel could not change, and the run was given its batch_size
     config = read_file(newest_run(workplace) / "last.pth")["config"]
     assert (config["epochs"], config["init_lr"], config["channel"], config["batch_size"]) == (2, 1e-3, 32, 8)
 
@@ -228,17 +244,11 @@ def test_resume_latest_stops_at_a_damaged_newest_run(workplace, capsys):
     whole = (first / "last.pth").read_bytes()
     (workplace / "logs/later").mkdir()
     (workplace / "logs/later/last.pth").write_bytes(whole[:5000])
-    for kept, words in (
-        (None, "name another run's folder"),
-        ("epoch_0003.pth", "go on from logs/later/epoch_0003.pth with --resume"),
-    ):
-        if kept:
-            (workplace / "logs/later" / kept).write_bytes(whole)
-        with pytest.raises(SystemExit) as end:
-            run_main("train.py", "--resume", "latest", "--epochs", "2")
-        assert end.value.code == 1
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and "logs/later/last.pth: damaged" in lines[0] and words in lines[0]
+    with pytest.raises(SystemExit) as end:
+        run_main("train.py", "--resume", "latest", "--epochs", "2")
+    assert end.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "logs/later/last.pth: damaged" in line and "name another run's folder, or an epoch_XXXX.pth" in line
     assert (first / "last.pth").read_bytes() == whole
     run_main("train.py", "--resume", first, "--epochs", "2")
     assert read_file(first / "last.pth")["position"]["epoch"] == 2

@@ -29,50 +29,25 @@ import train
 from utils.checkpoint import saving
 from utils.checkpoint.file import Checkpoint
 from utils.files import TolerantWriter, locked
-from utils.training.loss_history import LossHistory, Table, read_table
+from utils.training.loss_history import LossHistory, read_table
 from utils.training.run_files import RunWriter
 
 RUN = [*TINY, "--epochs", "2", "--seed", "1"]
 
 
-def test_a_row_costs_the_same_however_many_there_are(tmp_path, monkeypatch):
-    """Bytes that pass through write(), and rewrites of the file."""
-    rewrites, rewrite = [], Table.rewrite
-    monkeypatch.setattr(Table, "rewrite", lambda self: (rewrites.append(1), rewrite(self)))
-    table = Table(tmp_path / "epoch_loss.csv", [])
-    inode = None
-    for epoch in range(1, 201):
-        table.append({"epoch": epoch, "loss": 0.5, "val_loss": None})
-        inode = inode or os.stat(table.path).st_ino
-    assert len(rewrites) == 2 and os.stat(table.path).st_ino == inode  # at the start, and for the first columns
-    assert len(read_table(table.path, 10**9)) == 200
-
-
 def test_a_table_comes_back_to_the_letter_up_to_an_epoch(tmp_path):
-    path = tmp_path / "epoch_loss.csv"
-    table = Table(path, [])
+    path, history = tmp_path / "epoch_loss.csv", LossHistory(tmp_path)
     for epoch in range(1, 6):
-        table.append({"epoch": epoch, "loss": 0.1 * epoch, "val_loss": None if epoch % 2 else 1 / 3})
+        row = {"epoch": epoch, "loss": 0.1 * epoch, "val_loss": None if epoch % 2 else 1 / 3, "step": epoch}
+        history.add(row, {"epoch": epoch, "seconds": 1.0})
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines) + b"6,0.6")  # killed within a row
-    Table(path, read_table(path, 10))
+    path.write_bytes(b"".join(lines) + b"6,0.6")  # an older version was killed within a row
+    LossHistory(tmp_path, read_table(path, 10))
     assert path.read_bytes() == b"".join(lines)
-    Table(path, read_table(path, 3))
+    history = LossHistory(tmp_path, read_table(path, 3))
     assert path.read_bytes() == b"".join(lines[:4])
-    Table(path, read_table(path, 3)).append({"epoch": 4, "loss": 1.0, "new": 2.0})
-    assert path.read_text().splitlines()[0] == "epoch,loss,val_loss,new"
-
-
-def test_a_row_that_finds_no_space_comes_with_the_next(tmp_path, monkeypatch):
-    table = Table(tmp_path / "epoch_loss.csv", [])
-    table.append({"epoch": 1, "loss": 1.0})
-    whole = table.path.read_bytes()
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        table.append({"epoch": 2, "loss": 2.0})
-    assert table.path.read_bytes() == whole
-    table.append({"epoch": 3, "loss": 3.0})
-    assert [row["epoch"] for row in read_table(table.path, 9)] == ["1", "2", "3"]
+    history.add({"epoch": 4, "loss": 1.0, "new": 2.0, "step": 4}, {"epoch": 4})
+    assert path.read_text().splitlines()[0] == "epoch,loss,val_loss,step,new"
 
 
 @pytest.mark.parametrize(
@@ -95,23 +70,6 @@ def test_a_damaged_table_ends_no_resumed_run(workplace):
     table.write_text("\n".join([*lines[:2], lines[2].replace(".", ",", 1)]))
     run_main("train.py", "--resume", "latest", "--epochs", "3")
     assert [row["epoch"] for row in read_history(newest_run(workplace))] == [1, 3]
-
-
-def test_a_table_whose_first_row_finds_no_space_has_its_header_later(tmp_path, monkeypatch):
-    table = Table(tmp_path / "epoch_loss.csv", [])
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        table.append({"epoch": 1, "loss": 1.0})
-    table.append({"epoch": 2, "loss": 2.0})
-    assert table.path.read_text().split() == ["epoch,loss", "1,1.0", "2,2.0"]
-
-
-def test_a_table_that_was_removed_is_written_again(tmp_path):
-    table = Table(tmp_path / "epoch_loss.csv", [])
-    table.append({"epoch": 1, "loss": 1.0})
-    table.path.unlink()
-    table.append({"epoch": 2, "loss": 2.0})
-    assert table.path.read_text().split() == ["epoch,loss", "1,1.0", "2,2.0"]
 
 
 def test_a_full_disk_costs_neither_table_a_row(tmp_path, monkeypatch):
@@ -237,7 +195,7 @@ def test_a_run_that_saved_nothing_ends_with_exit_code_1(workplace, monkeypatch, 
         run_main("train.py", *RUN)
     error = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 1
-    assert "epoch_0002.pth, last.pth could not be written; no last.pth is in" in error
+    assert "epoch_0002.pth, last.pth could not be written to" in error
     assert "the epochs are done" in error
 
 

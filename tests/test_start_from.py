@@ -13,6 +13,7 @@ from utils.checkpoint.integrity import save_tensors
 
 SETTINGS = {
     "input_shape": (8, 8),
+    "img_channels": 3,
     "channel": 8,
     "channel_mults": (1, 2),
     "num_res_blocks": 1,
@@ -157,7 +158,7 @@ def test_a_run_that_started_from_a_file_resumes_exactly(given):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--img_channels", "1"], "it has img_channels = 3, and this run has 1: set --img_channels 3"),
+        (["--img_channels", "1"], "was built with img_channels = 3, which cannot change"),
         (["--channel", "64"], "was built with channel = 32, which cannot change"),
         (["--prediction", "eps"], "was built with prediction = v, which cannot change"),
         (["--resume", "given.pth"], "given.pth was built with start_from = '', which cannot change"),
@@ -185,7 +186,7 @@ def test_weights_alone_and_bare_ones_are_fine(given):
         run_main("train.py", *typed, "--start_from", f"{name}.pth", "--epochs", "1", "--save_dir", name)
         started = last(name)
         assert "model.downs.0.class_bias.weight" not in started["weights"]
-        assert started["config"]["num_groups"] == int(groups) and started["config"]["num_timesteps"] == 20
+        assert (started["config"]["num_groups"], started["config"]["num_timesteps"]) == (int(groups), 20)
 
 
 def test_the_carried_settings_are_those_of_the_weights():

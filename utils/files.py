@@ -134,8 +134,8 @@ class TolerantWriter:
             if not self.folder.is_dir():  # `atomic_write` would make it again
                 raise OSError(f"{self.folder} was removed or renamed")
             write()
-        except OSError as error:
-            reason = error if error.filename else f"{name}: {error}"
+        except (OSError, UserError) as error:
+            reason = error if getattr(error, "filename", error) else f"{name}: {error}"
             tqdm.write(f"NOT SAVED: {reason}; training continues, and the next save tries again")
             return False
         self.failed.discard(name)

@@ -134,6 +134,8 @@ def preset_values(presets: dict[str, dict], name: str, declared: dict[str, Setti
     values = {}
     for setting, value in preset.items():
         check_known(setting, declared, f"PRESETS[{name!r}]: {setting}")
+        if isinstance(value, list):
+            raise UserError(f"PRESETS[{name!r}]: {setting} is the list {value}: write it as a tuple, {tuple(value)}")
         values[setting] = fitted(f"PRESETS[{name!r}]: {setting} is {value!r}", value, declared[setting])
     return values
 

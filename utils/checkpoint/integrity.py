@@ -1,9 +1,7 @@
 """Files of torch.save: written whole, read without running code, compared with their checksums."""
 
-import codecs
 import hashlib
 import pickle
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,10 @@ from utils.errors import UserError, one_line
 from utils.files import atomic_write
 from utils.settings import shown
 
-ZIP = b"PK\x03\x04"  # the first bytes of a file of PyTorch, since 1.6
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 TEXTS = {  # how a text file in place of weights begins -> what it is, and what to do
-    ("version https://git-lfs",): "the pointer that git-lfs leaves in place of the weights: run `git lfs pull`",
-    ("<!doctype", "<html", "<?xml"): "a web page instead of the weights: download the file itself, not the page that "
-    "shows it",
+    b"version https://git-lfs": "the pointer that git-lfs leaves in place of the weights: run `git lfs pull`",
+    b"<": "a web page instead of the weights: download the file itself, not the page that shows it",
 }
 
 
@@ -28,42 +24,33 @@ def save_tensors(path: Path, values: dict) -> None:
     with atomic_write(path) as file:
         try:
             torch.save(values, file)
-        except RuntimeError as error:
-            # PyTorch's writer reports a full disk as a RuntimeError, behind its OSError.
+        except RuntimeError as error:  # how PyTorch's writer reports a full disk, behind its OSError
             raise OSError(f"{path}: could not be written ({one_line(error)})") from error
 
 
 def load_tensors(path: Path, lazily: bool = False, what: str = "PyTorch checkpoint") -> Any:
     """Tensors and plain values of a file, on the CPU.
 
-    It compares the checksums of the whole file, also `lazily`, which maps the tensors: 0.2 s for
-    430 MB. Files older than PyTorch 1.6 have no checksums. what: the noun in messages.
-    UserError for a damaged file or one of another kind; OSError from the system.
+    It compares all checksums (files older than PyTorch 1.6 have none), also `lazily`, which maps
+    the tensors. what: the noun in messages. UserError for a damaged file or one of another kind.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such {what}")
     with open(path, "rb") as file:
-        start = file.read(512)
-    if (text := text_of(start)) is not None:
-        kinds = (kind for beginnings, kind in TEXTS.items() if text.startswith(beginnings))
-        raise UserError(f"{path}: a text file, {next(kinds, f'no {what}')}")
+        start = file.read(512).lstrip()
+    for beginning, kind in TEXTS.items():
+        if start.startswith(beginning):
+            raise UserError(f"{path}: a text file, {kind}")
     try:
-        zipped = start.startswith(ZIP) or zipfile.is_zipfile(path)
+        zipped = zipfile.is_zipfile(path)
         if zipped:
             compare_checksums(path)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the error says it
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily and zipped)
-    except MemoryError:
-        raise
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily and zipped)
     except pickle.UnpicklingError:
-        raise UserError(
-            f"{path}: not a file of tensors and plain values only; it is refused, as loading it could run "
-            "code hidden in it"
-        ) from None
+        raise UserError(f"{path}: not tensors and plain values only: loading it could run code hidden in it") from None
     except Exception as error:  # the unpickler raises all kinds on a file of something else
-        if isinstance(error, OSError) and error.filename:
+        if isinstance(error, MemoryError) or getattr(error, "filename", None):
             raise
         raise UserError(f"{path}: damaged, or no {what} ({one_line(error)})") from None
 
@@ -71,23 +58,12 @@ def load_tensors(path: Path, lazily: bool = False, what: str = "PyTorch checkpoi
 def compare_checksums(path: Path) -> None:
     """Reads every part of a zip file. UserError where one is not what was written."""
     with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        if len(set(names)) < len(names):
-            raise UserError("two of its parts have one name")
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-            raise UserError("its parts are compressed")  # PyTorch compresses none, and maps the bytes
+        parts = archive.infolist()
+        compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)  # never by PyTorch: it maps bytes
+        if compressed or len({part.filename for part in parts}) < len(parts):
+            raise UserError("its parts are compressed, or two have one name")
         if (damaged := archive.testzip()) is not None:
             raise UserError(f"{damaged} is not what was written")
-
-
-def text_of(start: bytes) -> str | None:
-    """The first bytes of a file as lower-case text; None where they are no text."""
-    try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(start)  # the last character may be cut
-    except UnicodeDecodeError:
-        return None
-    printable = text.strip() and all(ord(character) >= 32 or character.isspace() for character in text)
-    return text.lstrip().lower() if printable else None
 
 
 def check_plain(value: Any, name: str) -> None:

@@ -1,6 +1,7 @@
 """Resuming a run, and starting a new one from its weights: the settings that hold, the state."""
 
 import hashlib
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from utils import distributed
 from utils.checkpoint.file import Checkpoint
 from utils.device import is_here
 from utils.errors import UserError
-from utils.training.loss_history import read_tables
+from utils.training.loss_history import TABLES, read_table
 from utils.training.optimizer import restore_optimizer
 from utils.training.run_settings import RUN_SETTINGS
 
@@ -27,18 +28,14 @@ def merge_settings(defaults: dict, options: dict, checkpoint: Checkpoint) -> dic
     """
     saved = {name: value for name, value in checkpoint.config.items() if name not in THIS_START}
     options = {name: value for name, value in options.items() if not (RUN_SETTINGS[name].fixed and value == "auto")}
-    merged = {**defaults, **saved}
-    if checkpoint.ema_step is None:  # a finished EMA: a warm-up would replace most of it in a few steps
-        merged["ema_warmup"] = False
+    # Without a counter the EMA is finished: a warm-up would replace most of it in a few steps.
+    merged = {**defaults, **saved, **({"ema_warmup": False} if checkpoint.ema_step is None else {})}
     for name, value in options.items():
         there = checkpoint.resolved.get(name, merged[name])
         fixed = RUN_SETTINGS[name].fixed and name in {*saved, *BEGINNING} and there != value
         # label_dropout above 0 adds the null class: it cannot come or go either.
         if fixed or (name == "label_dropout" and name in saved and (there > 0) != (value > 0)):
-            raise UserError(
-                f"--{name} {value}: {checkpoint.path} was built with {name} = {there if there != '' else repr(there)}, "
-                "which cannot change; leave it out, or start a fresh run"
-            )
+            raise cannot_change(checkpoint, name, value, there, "a fresh run")
     ignored = [
         name
         for name in sorted(saved.keys() - options.keys() - set(checkpoint.given))
@@ -49,6 +46,14 @@ def merge_settings(defaults: dict, options: dict, checkpoint: Checkpoint) -> dic
     return {**merged, **machine(checkpoint, options), **options}
 
 
+def cannot_change(checkpoint, name, value, there, instead):
+    """The UserError for a setting that weights or a run determine."""
+    return UserError(
+        f"--{name} {value}: {checkpoint.path} was built with {name} = {there if there != '' else repr(there)}, which "
+        f"cannot change; set that, or start {instead}"
+    )
+
+
 def machine(checkpoint, options):
     """Where the run resumes, in so far as the checkpoint's own settings cannot hold here."""
     if checkpoint.training is None:  # a run of its own, on whatever is here
@@ -57,30 +62,17 @@ def machine(checkpoint, options):
     if "device" in options or is_here(device, distributed.world_size()):
         # Older files have the device that "auto" became: it holds on one machine.
         return {} if checkpoint.resolved else {"device": "auto"}
-    if is_here(device.split(":")[0], distributed.world_size()):
-        return {"device": "auto"}
     if distributed.is_main():
         print(f"the run was on {device}, which is not here: device, precision and compile are chosen again")
     return dict.fromkeys(MACHINE, "auto")
 
 
 def start_settings(config: dict, options: dict, checkpoint: Checkpoint) -> dict[str, Any]:
-    """`config` with the network and the schedule of the checkpoint's settings.
-
-    UserError for an option that cannot hold, and for weights of another number of channels.
-    """
-    saved = {**config, **checkpoint.config}
-    if saved["img_channels"] != config["img_channels"]:
-        raise UserError(
-            f"--start_from {checkpoint.path}: it has img_channels = {saved['img_channels']}, and this run has "
-            f"{config['img_channels']}: set --img_channels {saved['img_channels']}, or start without it"
-        )
-    for name in WEIGHTS:
-        if options.get(name, "auto") not in ("auto", saved[name], checkpoint.resolved.get(name)):
-            raise UserError(
-                f"--{name} {options[name]}: {checkpoint.path} was built with {name} = {saved[name]}, which cannot "
-                "change; leave it out, or start without --start_from"
-            )
+    """`config` with the network and schedule of a checkpoint. UserError for what cannot hold."""
+    saved, asked = {**config, **checkpoint.config}, {**options, "img_channels": config["img_channels"]}
+    for name in (*WEIGHTS, "img_channels"):
+        if asked.get(name, "auto") not in ("auto", saved[name], checkpoint.resolved.get(name)):
+            raise cannot_change(checkpoint, name, asked[name], saved[name], "without --start_from")
     if distributed.is_main():
         print(f"starting from {checkpoint.path}, with its network and schedule")
     return {**config, **{name: saved[name] for name in WEIGHTS}}
@@ -90,10 +82,8 @@ def check_classes(config, classes, checkpoint):
     """UserError unless the classes of the images are those that the run was built with."""
     known = checkpoint.classes if config.class_conditional and checkpoint else []
     if known and known != classes:
-        raise UserError(
-            f"the run's classes are {', '.join(known)}, and those of the images are "
-            f"{', '.join(classes) or 'none'}: they cannot change"
-        )
+        now = ", ".join(classes) or "none"
+        raise UserError(f"the run's classes are {', '.join(known)}, and cannot change to those of the images: {now}")
 
 
 class ResumePoint(NamedTuple):
@@ -106,27 +96,21 @@ class ResumePoint(NamedTuple):
 
 
 def restore(checkpoint, context, config):
-    """Restores optimizer and scaler, and returns the ResumePoint. The weights are in place already.
-
-    A checkpoint without a training state (weights only) starts a run of its own.
-    """
+    """Restores optimizer and scaler -> ResumePoint. Weights alone begin a run of their own."""
     if checkpoint is None or checkpoint.training is None:
         if checkpoint and not config.start_from and distributed.is_main():
             print("weights only: starting a new run at epoch 1 (use a last.pth to resume)")
         return ResumePoint()
     state, before = checkpoint.training, checkpoint.config | checkpoint.resolved
-    check_fits(state, context, before.get("optimizer_type"))
-    optimizers = {before.get("optimizer_type", "adam"), config.optimizer_type}
-    if "muon" in optimizers and len(optimizers) > 1:
-        if distributed.is_main():
-            print(f"the optimizer is now {config.optimizer_type}: its state was reset")
-    else:
+    muon = before.get("optimizer_type") == "muon"
+    check_fits(state, context, muon)
+    if muon == (config.optimizer_type == "muon"):
         restore_optimizer(context.optimizer, state.optimizer)
+    elif distributed.is_main():
+        print(f"the optimizer is now {config.optimizer_type}: its state was reset")
     if state.scaler:
         context.scaler.load_state_dict(state.scaler)
-    steps = ("init_lr", "grad_clip", "precision", "optimizer_type")  # a bad gradient may be their fault
-    if all(before.get(name) == getattr(config, name) for name in steps):
-        context.meter.bad_in_row.fill_(state.bad_in_row)  # else it has a new chance
+    context.meter.bad_in_row.fill_(state.bad_in_row)
     return resume_point(checkpoint, context)
 
 
@@ -139,9 +123,9 @@ def resume_point(checkpoint, context):
         changed.append(f"the batch size was {state.batch_size} and is {context.batch_size}")
     if changed and distributed.is_main():
         print(f"{'; '.join(changed)}{': resuming at the next epoch' if state.images else ''}")
-    tables = state.tables or read_tables(checkpoint.path.parent, state.epoch)
+    tables = state.tables or [read_table(checkpoint.path.with_name(name), state.epoch) for name in TABLES]
     if changed and state.images:
-        return ResumePoint(state.epoch + 1, 0, None, tables)
+        return ResumePoint(state.epoch + 1, tables=tables)
     return ResumePoint(state.epoch, state.images, own_sums(state.sums), tables)
 
 
@@ -154,38 +138,24 @@ def own_sums(per_rank):
     return per_rank.sum(0) * float(distributed.is_main())
 
 
-def check_fits(state, context, optimizer_type):
-    """UserError unless moments, sums and scaler fit the weights."""
-    parameters = [parameter for group in context.optimizer.param_groups for parameter in group["params"]]
-    fits = {
-        "optimizer": all(
-            number in range(len(parameters)) and are_moments(kept, parameters[number], optimizer_type == "muon")
-            for number, kept in state.optimizer["state"].items()
-        ),
-        "sums": state.sums is None or state.sums.shape[1:] == context.meter.sums.shape,
-        "scaler": not state.scaler or context.scaler.state_dict().keys() <= state.scaler.keys(),
-    }
-    wrong = [name for name, fit in fits.items() if not fit]
-    if wrong:
-        raise UserError(
-            f"the checkpoint is damaged, or edited: its {' and '.join(wrong)} cannot be those of a training "
-            "of its weights"
-        )
-
-
-def are_moments(kept, parameter, muon):
-    """Whether `kept` is what Adam keeps of a parameter: a step count, and moments of its shape.
-
-    muon: the optimizer is Muon, which keeps no second moment of a convolution's weight.
-    """
-    names = ("exp_avg",) if muon and parameter.ndim == 4 else ("exp_avg", "exp_avg_sq")
-    shapes = {"step": (), **dict.fromkeys(names, parameter.shape)}
-    return all(torch.is_tensor(kept.get(name)) and kept[name].shape == shape for name, shape in shapes.items())
+def check_fits(state, context, muon):
+    """UserError unless moments, sums and scaler fit the weights. muon: Muon kept the moments."""
+    parameters, fit = context.optimizer.param_groups[0]["params"], True
+    try:
+        for number, kept in state.optimizer["state"].items():
+            names = ("exp_avg",) if muon and parameters[number].ndim == 4 else ("exp_avg", "exp_avg_sq")
+            shapes = {"step": (), **dict.fromkeys(names, parameters[number].shape)}
+            fit &= all(kept[name].shape == shape for name, shape in shapes.items())
+        fit &= state.sums is None or state.sums.shape[1:] == context.meter.sums.shape
+        fit &= not state.scaler or context.scaler.state_dict().keys() <= state.scaler.keys()
+        fit &= all(math.isfinite(value) for value in state.scaler.values())
+    except (AttributeError, LookupError, OverflowError, TypeError):  # values of another kind
+        fit = False
+    if not fit:
+        raise UserError("the checkpoint is damaged, or edited: optimizer, sums and scaler do not fit its weights")
 
 
 def images_fingerprint(dataset):
     """A digest of the content and the classes of the training images, in their order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for content, label in zip(dataset.hashes, dataset.labels.tolist()):
-        digest.update(f"{content} {label};".encode())
-    return digest.hexdigest()
+    content = "".join(f"{name} {label};" for name, label in zip(dataset.hashes, dataset.labels.tolist()))
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

@@ -1,6 +1,6 @@
 """Which checkpoint: the runs in logs/, the newest of them, its weights, its epoch files."""
 
-import re
+import itertools
 import time
 from pathlib import Path
 
@@ -12,19 +12,12 @@ LOGS = "logs"  # where runs are looked for unless another folder is named
 LAST = "last.pth"
 BEST = "best.pth"  # of the lowest validation loss
 SHIPPED = "emoji.pth"  # the bundled checkpoint
-EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
 
 
 def epoch_files(folder: Path) -> list[Path]:
     """The epoch_XXXX.pth of a run, oldest first."""
-    found = [path for path in Path(folder).glob("epoch_*.pth") if EPOCH_FILE.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(EPOCH_FILE.fullmatch(path.name)[1]))
-
-
-def rotate(folder: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` epoch files of a run. 0 keeps all."""
-    for path in epoch_files(folder)[:-keep] if keep else []:
-        path.unlink(missing_ok=True)
+    found = [path for path in Path(folder).glob("epoch_*.pth") if path.stem[6:].isdigit()]
+    return sorted(found, key=lambda path: int(path.stem[6:]))
 
 
 def newest_in(folder: Path) -> Path | None:
@@ -45,11 +38,7 @@ def newest_last(save_dir: str | Path = LOGS) -> Checkpoint | None:
     try:
         return path and load_checkpoint(path)
     except UserError as error:
-        older = epoch_files(path.parent)
-        instead = f"resume from {older[-1]}, or" if older else "it has no epoch file to resume from:"
-        raise UserError(
-            f"{error}; this is the newest run: {instead} name another run's folder, or move {path.parent} away"
-        ) from None
+        raise UserError(f"{error}; name another run's folder, or an epoch_XXXX.pth of this newest run") from None
 
 
 def find_resumed(resume: str, save_dir: str) -> Checkpoint | None:
@@ -57,53 +46,43 @@ def find_resumed(resume: str, save_dir: str) -> Checkpoint | None:
 
     Rank 0 searches, so that all processes resume the same one. Each reads it for itself.
     """
-    checkpoint = find_on_main(resume, save_dir) if distributed.is_main() else None
-    path = distributed.from_main(checkpoint and checkpoint.path)
-    return load_checkpoint(path) if path and checkpoint is None else checkpoint
-
-
-def find_on_main(resume, save_dir):
     if resume not in ("", "latest"):
-        path = Path(resume)
-        return load_checkpoint(find_weights(path)[0] if path.is_dir() else path)
-    checkpoint = newest_last(save_dir) if resume else None
-    if resume and checkpoint is None:
+        return open_weights(resume, lazily=False)
+    found = newest_last(save_dir) if resume and distributed.is_main() else None
+    path = distributed.from_main(found and found.path)
+    if resume and path is None and distributed.is_main():
         print(f"--resume latest: no run with a {LAST} in {Path(save_dir).resolve()}; this is a fresh run")
-    return checkpoint
+    return found or (path and load_checkpoint(path))
 
 
-def open_weights(path: str, label: str = "") -> Checkpoint:
+def open_weights(path: str, label: str = "", lazily: bool = True) -> Checkpoint:
     """The checkpoint that `find_weights` finds on rank 0, for all processes. label: printed."""
     path, remark = distributed.from_main(find_weights(path) if distributed.is_main() else None)
     if label and distributed.is_main():
         print(f"{label}: {path.resolve()}{remark}")
-    return load_checkpoint(path, lazily=True)
+    return load_checkpoint(path, lazily)
 
 
 def find_weights(path: str | Path, save_dir: str | Path = LOGS) -> tuple[Path, str]:
-    """(file, remark) of the weights to sample with.
+    """(file, remark) of the weights to sample with. UserError: there are none.
 
-    path: a run's folder, or a file. "": the newest run, without any run the newest file in
-    `save_dir`, and last the bundled one. UserError: there are none, or a folder of diffusers.
+    path: a run's folder or a file; "": the newest run's, or else in `save_dir`, the bundled last.
     """
-    folder = Path(path)
-    if path and folder.is_dir():
-        whole = folder.parent if folder.name == "unet" else folder
-        if newest_in(folder) is None and ((whole / "model_index.json").is_file() or (whole / "unet").is_dir()):
+    given = Path(path)
+    if path and given.is_dir():
+        if newest_in(given) is None and ((given / "model_index.json").is_file() or (given / "unet").is_dir()):
             raise UserError(
-                f"{whole}: a folder of diffusers; make a checkpoint of it: python -m utils.convert import {whole} "
-                "FILE.pth"
+                f"{given}: a folder of diffusers; convert it: python -m utils.convert import {given} FILE.pth"
             )
-        return newest_in(folder) or folder / LAST, ""
+        return newest_in(given) or given / LAST, ""
     if path:
-        return folder, ""
+        return given, ""
     if found := newest_weights(save_dir):
         return found[0], ", the newest run's"
     files = sorted(Path(save_dir).glob("*.pth"), key=lambda path: (path.name != SHIPPED, path.stat().st_mtime_ns))
     if not files:
         raise UserError(
-            f"{Path(save_dir).resolve()} holds no weights: run `python train.py` first, or name a checkpoint with "
-            "--model_path"
+            f"{save_dir} holds no weights: run `python train.py` first, or name a checkpoint with --model_path"
         )
     what = "bundled" if files[-1].name == SHIPPED else f"a file in {save_dir}"
     return files[-1], f" ({what}; your newest run in {save_dir}/ takes precedence)"
@@ -119,13 +98,9 @@ def run_folder(checkpoint: Checkpoint | None, save_dir: str) -> Path:
 
 def new_folder(save_dir):
     """An empty folder logs/<time>/ that no other run has."""
-    name = time.strftime("%Y_%m_%d_%H_%M_%S")
-    for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
-        folder = Path(save_dir) / f"{name}{suffix}"
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if not folder.is_dir():
-                raise UserError(f"{folder.parent} cannot hold runs: it is a file; choose another --save_dir") from None
-    raise UserError(f"{save_dir}: no free name for a run")
+    folder = first = Path(save_dir) / time.strftime("%Y_%m_%d_%H_%M_%S")
+    numbers = itertools.count(2)
+    while folder.exists():
+        folder = first.with_name(f"{first.name}_{next(numbers)}")
+    folder.mkdir(parents=True)
+    return folder

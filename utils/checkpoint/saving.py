@@ -3,12 +3,9 @@
 import time
 from dataclasses import replace
 
-from tqdm import tqdm
-
 from utils.checkpoint.file import TrainingState, save_checkpoint
-from utils.checkpoint.integrity import first_not_finite
 from utils.checkpoint.resume import images_fingerprint
-from utils.checkpoint.runs import LAST, rotate
+from utils.checkpoint.runs import LAST, epoch_files
 
 MAX_SAVE_SHARE = 0.05  # of the time, for saves at the ends of epochs
 
@@ -33,43 +30,24 @@ class CheckpointWriter:
         return time.monotonic() - self.saved >= self.seconds / MAX_SAVE_SHARE
 
     def save_last(self, epoch, images, sums):
-        """Writes last.pth, with all that resuming needs. Returns whether it is there.
-
-        epoch, images: the position, `images` of them into the epoch. sums: (processes, 11), the
-        meters' sums, or None at the start of an epoch.
-        """
+        """Writes last.pth with a TrainingState of this position and sums. Whether it is there."""
         context = self.context
-        return self.write(
-            LAST,
-            TrainingState(
-                epoch,
-                images,
-                context.batch_size,
-                self.fingerprint,
-                sums,
-                context.optimizer.state_dict(),
-                context.scaler.state_dict(),
-                int(context.meter.bad_in_row),
-            ),
-        )
+        moments, scaler = context.optimizer.state_dict(), context.scaler.state_dict()
+        position = (epoch, images, context.batch_size, self.fingerprint)
+        return self.write(LAST, TrainingState(*position, sums, moments, scaler, int(context.meter.bad_in_row)))
 
     def save_epoch(self, epoch):
-        """Writes epoch_XXXX.pth, weights alone, and deletes old ones."""
+        """Writes epoch_XXXX.pth, weights alone, and deletes all but the newest `keep_last`."""
         self.write(f"epoch_{epoch:04d}.pth")
-        self.attempt("deleting old epoch files", lambda: rotate(self.folder, self.config.keep_last))
+        for path in epoch_files(self.folder)[: -self.config.keep_last] if self.config.keep_last else []:
+            self.attempt("deleting old epoch files", path.unlink)
 
     def write(self, name, training=None):
         """Writes what sampling needs, and a training state. Returns whether the file is there."""
-        diffusion, path = self.context.diffusion, self.folder / name
-        weights, began, written = diffusion.state_dict(), time.monotonic(), False
-        if first_not_finite(weights) is None:
-            checkpoint = replace(
-                self.context.about, path=path, weights=weights, ema_step=diffusion.ema_step, training=training
-            )
-            written = self.attempt(name, lambda: save_checkpoint(checkpoint))
-        else:
-            self.attempt.failed.add(name)
-            tqdm.write(f"NOT SAVED: the weights hold NaN or infinity; {path} stays as it was")
+        diffusion, began = self.context.diffusion, time.monotonic()
+        values = {"weights": diffusion.state_dict(), "ema_step": diffusion.ema_step, "training": training}
+        checkpoint = replace(self.context.about, path=self.folder / name, **values)
+        written = self.attempt(name, lambda: save_checkpoint(checkpoint))
         if name == LAST:  # best.pth or an epoch file does not put it off
             self.saved, self.seconds = time.monotonic(), time.monotonic() - began
         return written

@@ -4,10 +4,11 @@ python -m utils.convert weights RUN FILE                       EMA weights in ha
 python -m utils.convert reference RUN FILE                     a state dict for the reference's code
 python -m utils.convert diffusers RUN FOLDER [--class_name X]  a folder for DDPMPipeline
 python -m utils.convert import FOLDER FILE                     a folder of diffusers -> a checkpoint
+
+RUN is a run's folder or a checkpoint. The last argument is what is written; it must not exist yet.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -36,10 +37,7 @@ REFERENCE_SETTINGS = {"channel": 128, "input_shape": (32, 32), "num_timesteps": 
 
 
 def export_weights(run, file):
-    """Write a run's EMA weights in half precision. They are enough to sample.
-
-    UserError where `file` exists, or where half precision cannot hold the weights.
-    """
+    """Write a run's EMA weights in half precision, which are enough to sample."""
     file, checkpoint, diffusion = open_run(run, file)
     weights = {
         name: value.half() if name.startswith("ema_model.") else value
@@ -55,20 +53,14 @@ def export_weights(run, file):
 def export_reference(run, file):
     """Write a run's weights as a bare float32 state dict with the reference's keys.
 
-    Prints what its code must be told about the network. UserError where `file` exists, or where
-    its code would sample wrong images without an error.
+    UserError where `file` exists, or where its code would sample wrong images without an error.
     """
     file, checkpoint, diffusion = open_run(run, file)
-    if diffusion.prediction != "eps":
-        raise UserError(
-            "the reference's code needs a network that predicts the noise: this one predicts "
-            f"{diffusion.prediction}; train one with --prediction eps"
-        )
     groups = getattr(diffusion.model.out_norm, "num_groups", MAX_GROUPS)
-    if groups != MAX_GROUPS:
+    if diffusion.prediction != "eps" or groups != MAX_GROUPS:
         raise UserError(
-            f"the reference's code builds group norms of {MAX_GROUPS} groups; this network has {groups}: "
-            f"train one with --num_groups {MAX_GROUPS}"
+            f"this network predicts {diffusion.prediction} and has {groups} groups in its norms; the reference's code "
+            f"needs another: train one with --prediction eps --num_groups {MAX_GROUPS}"
         )
     save_tensors(file, diffusion.state_dict())
     print_sizes(checkpoint.path, file)
@@ -87,8 +79,6 @@ def print_reference_advice(diffusion):
             f"arguments, in its ddpm.py and train.py: {arguments}. Or train the network that it builds (295.5 "
             f"million parameters with channel 128): python train.py {options}"
         )
-    if "num_classes" in other:
-        print("warning: the reference's scripts sample without classes: also pass y to sample")
     found = {"channel": network["base_channels"], "input_shape": tuple(diffusion.img_size), "num_timesteps": len(betas)}
     settings = [f"{name} = {found[name]}" for name, default in REFERENCE_SETTINGS.items() if found[name] != default]
     if settings:
@@ -107,34 +97,26 @@ def open_run(run, file):
 
 
 def print_sizes(source, file):
-    before, after = (Path(path).stat().st_size / 2**20 for path in (source, file))
+    before, after = (path.stat().st_size / 2**20 for path in (source, file))
     print(f"{source} ({before:.1f} MiB) -> {file} ({after:.1f} MiB)")
 
 
-RUN = ("run", "a run's folder, or a checkpoint")
-FILE, FOLDER = ((kind, f"the {kind} to write; it must not exist yet") for kind in ("file", "folder"))
 COMMANDS = {  # name: (the function, what it writes, its arguments)
-    "weights": (export_weights, "EMA weights in half precision, a small file", (RUN, FILE)),
-    "reference": (export_reference, "a bare state dict with the reference's keys", (RUN, FILE)),
-    "diffusers": (export_model, "a folder for diffusers' DDPMPipeline", (RUN, FOLDER)),
-    "import": (
-        import_model,
-        "a checkpoint from a folder of diffusers",
-        (("folder", "a folder that DDPMPipeline.save_pretrained wrote"), FILE),
-    ),
+    "weights": (export_weights, "EMA weights in half precision, a small file", ("run", "file")),
+    "reference": (export_reference, "a bare state dict with the reference's keys", ("run", "file")),
+    "diffusers": (export_model, "a folder for diffusers' DDPMPipeline", ("run", "folder")),
+    "import": (import_model, "a checkpoint from a folder of diffusers", ("folder", "file")),
 }
 
 
 def main(arguments=None):
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m utils.convert", description=__doc__, formatter_class=as_written, allow_abbrev=False
-    )
+    as_written = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog="python -m utils.convert", description=__doc__, **as_written)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, text, positional) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
-        for argument, meaning in positional:
-            command.add_argument(argument, metavar=argument.upper(), help=meaning)
+        for argument in positional:
+            command.add_argument(argument, metavar=argument.upper())
         if name == "diffusers":
             command.add_argument("--class_name", default="", help='the class that it samples; "": the null class')
     options = vars(parser.parse_args(arguments))

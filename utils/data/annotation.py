@@ -1,6 +1,5 @@
 """Read and write the list of images (train_lines.txt) and its class names (train_classes.txt)."""
 
-import contextlib
 import os
 import re
 from collections import Counter
@@ -15,7 +14,6 @@ LINE = re.compile(r"(?:([0-9]+);)?(.+)", re.DOTALL)  # an absolute path never st
 # File names are bytes on Linux: bytes that are not UTF-8 stay as they are. Only "\n" ends a line: a
 # name may hold the other characters that end a line for str.splitlines().
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n"}
-UTF16_STARTS = ("\udcff\udcfe", "\udcfe\udcff")  # the byte order marks of UTF-16, read as TEXT
 RUN_AGAIN = "run `python txt_annotation.py` (again) to list the images of datasets/"
 
 
@@ -39,9 +37,7 @@ def check_annotation_path(annotation_path, images=()):
     path = str(annotation_path)
     if "\0" in path or not Path(path).name or path.endswith(("/", os.sep)) or os.path.isdir(path):
         raise UserError(f"annotation_path {path!r} is no name of a file: give one such as train_lines.txt")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"annotation_path {path} is a device or a pipe: give the name of a file")
-    if os.path.realpath(path) in map(os.path.realpath, images):
+    if str(resolve_output(path)) in map(os.path.realpath, images):
         raise UserError(f"annotation_path {path} is one of the pictures: the list would replace it; give another name")
 
 
@@ -52,17 +48,15 @@ def write_annotation(annotation_path, paths, labels=None, classes=()):
     the path of the class names; None where there are none.
     """
     names_path = classes_path(annotation_path)
-    names = "".join(f"{name}\n" for name in classes) if labels is not None else None
-    changed = _read_text(names_path) != names
     with atomic_write(resolve_output(annotation_path), "w", **TEXT) as file:
         file.writelines(f"{path}\n" if labels is None else f"{labels[i]};{path}\n" for i, path in enumerate(paths))
         file.flush()  # a full disk fails here, while the older pair is whole
-        if changed:
-            names_path.unlink(missing_ok=True)
-    if changed and names is not None:
-        with atomic_write(names_path, "w", **TEXT) as file:
-            file.write(names)
-    return None if names is None else names_path
+        names_path.unlink(missing_ok=True)
+    if labels is None:
+        return None
+    with atomic_write(names_path, "w", **TEXT) as file:
+        file.writelines(f"{name}\n" for name in classes)
+    return names_path
 
 
 def read_annotation(annotation_path):
@@ -73,10 +67,8 @@ def read_annotation(annotation_path):
     labels, paths = map(list, zip(*(LINE.fullmatch(line).groups() for line in lines.values())))
     for number, label, path in zip(lines, labels, paths):
         if not os.path.isabs(path) or "\0" in path or (label is None) != (labels[0] is None):
-            raise UserError(
-                f"{annotation_path}, line {number}: expected '<absolute path>' on all lines, or "
-                f"'<class id>;<absolute path>' on all{_fault(path)}; {RUN_AGAIN}"
-            )
+            expected = "'<absolute path>' on all lines, or '<class id>;<absolute path>' on all, in UTF-8"
+            raise UserError(f"{annotation_path}, line {number}: {printable(path[:60])}, not {expected}; {RUN_AGAIN}")
     if labels[0] is None:
         return Annotation(paths, None, [])
     labels, classes = list(map(int, labels)), list((_lines(names_path) or {}).values())
@@ -89,30 +81,11 @@ def read_annotation(annotation_path):
     return Annotation(paths, labels, classes)
 
 
-def _fault(path):
-    """What is wrong with the path of a line, for the message; "" for a wrong label."""
-    if path[0] in "\"'":
-        return ", not a path in quotes"
-    if re.match(r"[A-Za-z]:[\\/]", path) and os.name != "nt":
-        return ", not a path of Windows"
-    if "\0" not in path and not os.path.isabs(path):
-        return f", not a relative path or another text ({printable(path[:60])})"
-    return ""
-
-
 def _lines(path):
-    """{number: line} without empty lines; None where there is no file. UserError for UTF-16."""
-    text = _read_text(path)
-    if text is None:
+    """{number: line} without empty lines; None where there is no file."""
+    if not os.path.isfile(path):
         return None
-    if text.startswith(UTF16_STARTS) or (text[:4].count("\0") == 2 and "\0\0" in (text[:4:2], text[1:4:2])):
-        raise UserError(f"{path} is saved as UTF-16: save it as UTF-8, or {RUN_AGAIN}")
-    # Windows editors write a byte order mark, and "\r\n" at the end of a line.
-    lines = (line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n"))
-    return {number: line for number, line in enumerate(lines, 1) if line}
-
-
-def _read_text(path):
-    with contextlib.suppress(FileNotFoundError, IsADirectoryError), open(path, **TEXT) as file:
-        return file.read()
-    return None
+    with open(path, **TEXT) as file:
+        text = file.read().removeprefix("\ufeff")  # of Windows editors, as is "\r" at the end of a line
+    lines = enumerate((line.removesuffix("\r") for line in text.split("\n")), 1)
+    return {number: line for number, line in lines if line}

@@ -32,7 +32,9 @@ def _transform(profile, mode):
         raise
     except Exception:  # a damaged profile, one of another color space, or a Pillow without its library
         return None
-    cube = (np.indices((18, 18, 18)) * 15).reshape(3, 1, -1).transpose(1, 2, 0).astype(np.uint8)
-    before = {"L": Image.linear_gradient("L"), "RGB": Image.fromarray(cube)}.get(mode)
-    after = before and np.asarray(transform.apply(before), dtype=int)
-    return None if before and np.abs(after - np.asarray(before.convert("RGB"))).max() <= SAME else transform
+    if mode == "CMYK":
+        return transform
+    cube = Image.fromarray((np.indices((18, 18, 18), np.uint8) * 15).reshape(3, 1, -1).transpose(1, 2, 0))
+    before = cube.convert(mode)
+    change = np.asarray(transform.apply(before), dtype=int) - np.asarray(before.convert("RGB"))
+    return None if np.abs(change).max() <= SAME else transform

@@ -9,7 +9,6 @@ import torch
 
 from utils.data.annotation import read_annotation
 from utils.data.cache import open_cache
-from utils.data.image_format import check_image_format
 from utils.errors import UserError
 
 BLOCK_BYTES = 2**23  # pixels in memory at once, where a measure reads a whole data set
@@ -19,10 +18,9 @@ def open_dataset(annotation_path, image_format, num_workers=0, cache_path=None):
     """The images of a list, decoded once into a cache on disk -> ImageDataset.
 
     Files that cannot be decoded are printed and left out. num_workers: threads that decode; 0: all
-    cores. cache_path: folder of the cache; None: one of `cache_folders`. UserError for a bad list
-    or format, OSError where the cache cannot be written.
+    cores. cache_path: folder of the cache; None: see `cache_folder`. UserError for a bad list,
+    OSError where the cache cannot be written.
     """
-    check_image_format(image_format)
     annotation = read_annotation(annotation_path)
     pixels, index = open_cache(annotation_path, annotation.paths, image_format, cache_path, num_workers)
     kept = np.delete(np.arange(len(annotation.paths)), [row for row, _ in index["bad"]])
@@ -46,7 +44,6 @@ class ImageDataset:
 
     def __post_init__(self):
         self.rows = np.arange(len(self.pixels)) if self.rows is None else self.rows
-        assert len(self.rows) == len(self.hashes) == len(self.labels) == len(self.paths)
 
     def __len__(self):
         return len(self.hashes)
@@ -79,10 +76,9 @@ class ImageDataset:
 
     def subset(self, numbers, remark=""):
         """The ImageDataset of these images, over the same pixels. Its name ends with `remark`."""
-        numbers = np.asarray(numbers, dtype=np.int64)
         hashes, paths = ([values[i] for i in numbers] for values in (self.hashes, self.paths))
-        name, labels = self.name + remark, self.labels[numbers]
-        return replace(self, name=name, hashes=hashes, labels=labels, paths=paths, rows=self.rows[numbers])
+        parts = {"hashes": hashes, "labels": self.labels[numbers], "paths": paths, "rows": self.rows[numbers]}
+        return replace(self, name=self.name + remark, **parts)
 
     def shuffled(self, count, seed):
         """`count` numbers (0: all) in random order. A folder's first images may be of one class."""
@@ -90,8 +86,8 @@ class ImageDataset:
 
     def key(self):
         """A digest of all pixels in their order, and of the classes."""
-        content = repr((self.shape, self.settings, self.classes, self.labels.tolist(), self.hashes))
-        return hashlib.sha256(content.encode()).hexdigest()
+        content = self.shape, self.settings, self.classes, self.labels.tolist(), self.hashes
+        return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def split_validation(dataset, share):
@@ -123,12 +119,10 @@ def epoch_batches(num_images, batch_size, seed, epoch, start=0, rank=0, world_si
 def fit_batch_size(num_images, batch_size, multiple=1):
     """`batch_size`, or less for fewer images: a multiple of `multiple`, processes x accumulate."""
     if batch_size < multiple or batch_size % multiple:
-        lower = max(batch_size, 0) // multiple * multiple
-        fit = f"use {lower} or {lower + multiple}" if lower else f"use {multiple}"
-        raise UserError(f"batch_size {batch_size} is no multiple of {multiple} (processes x accumulate): {fit}")
+        fit = max(multiple, batch_size // multiple * multiple)
+        raise UserError(f"batch_size {batch_size} is no multiple of {multiple} (processes x accumulate): use {fit}")
     if num_images < multiple:
-        needed = f"batches of at least {multiple} (processes x accumulate)"
-        raise UserError(f"{num_images} images are too few for {needed}: lower one of these, or add images")
+        raise UserError(f"{num_images} images are too few for batches of {multiple} (processes x accumulate)")
     shrunk = min(batch_size, num_images // multiple * multiple)
     if shrunk < batch_size:
         print(f"batch_size is {shrunk}, not {batch_size}: there are {num_images} images")

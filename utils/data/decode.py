@@ -1,6 +1,5 @@
 """One image file -> uint8 pixels."""
 
-import contextlib
 import struct
 
 import numpy as np
@@ -9,17 +8,15 @@ from PIL.ExifTags import Base
 
 from utils.data.color import to_srgb
 from utils.data.formats import open_image
-from utils.data.image_format import RESIZE_MODES, check_image_format
-from utils.data.threads import Budget
+from utils.data.image_format import RESIZE_MODES
+from utils.data.threads import one_if_large
 from utils.errors import UserError
 
-DECODE_BYTES = 1_430_000_000  # memory of all threads for decoding; one image that needs more is left out
+DECODE_BYTES = 1_430_000_000  # memory for decoding one image; one that needs more is left out
 BYTES_PER_PIXEL = 8  # Pillow's image and the converted one
 DECODER_BYTES = {"WEBP": 8, "AVIF": 8, "HEIF": 8}  # and for each pixel the copies of some decoders,
 VALUE_BYTES, COMPOSITE_BYTES, PROFILE_BYTES = 16, 5, 4  # floats, a background, colors converted to sRGB,
 PROGRESSIVE_BYTES = 6  # and the coefficients of a progressive JPEG at full size
-DECODING = Budget(DECODE_BYTES)
-LARGEST_PASS = 2**26  # pixels between the two passes of a resize, where the image itself has fewer
 # (scale of a JPEG, how much the image must at least shrink for it). 4 and 2 change a few levels of
 # 255. 8 is the mean of 8x8 pixels and shows on thin lines: it leaves four times the pixels needed.
 DRAFT_SCALES = ((8, 32), (4, 8), (2, 4))
@@ -32,16 +29,15 @@ def load_image(path, image_format):
     path: a path, or a binary file, which is closed. Any Exception for damage. A JPEG that shrinks
     much is decoded at a reduced scale: nearly the same pixels, two to five times faster.
     """
-    check_image_format(image_format)
-    (height, width), channels, resize_mode, background, _ = image_format
+    (height, width), channels, resize_mode, background, icc = image_format
     mode = "L" if channels == 1 else "RGB"
     with open_image(path) as file:
         stored_size = file.size
         extent = _draft(file, mode, (width, height), resize_mode)
-        with _memory_for(file, stored_size):
-            image = _flatten(file, background, image_format.icc)
+        with _memory_for(file, stored_size, max(width, height)):
+            image = _flatten(file, background, icc)
+            image = image if image.mode == mode else image.convert(mode)  # which would copy it
             orientation = _orientation(file)  # after loading: Pillow turns TIFF files by itself
-            image = image if image.mode == mode else image.convert(mode)
             image = _resize(image, extent or file.size, orientation, (width, height), resize_mode)
     canvas = Image.new("RGB", (width, height), tuple(background)).convert(mode)
     canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
@@ -62,39 +58,30 @@ def check_image(path, full=True):
         return size[::-1] if orientation >= 5 else size
 
 
-@contextlib.contextmanager
-def _memory_for(image, stored_size):
-    """Hold the memory for decoding within the block, once other threads have freed enough."""
-    needed = _bytes_to_decode(image, stored_size)
-    with DECODING.take(needed):
-        try:
-            yield
-        except Exception:
-            np.empty(needed, dtype=np.uint8)  # MemoryError where so much is not free: decoders call it damage
-            raise
+def _memory_for(image, stored_size, side=0):
+    """A context to decode an image and resize it to at most `side` pixels: large ones take turns.
 
-
-def _bytes_to_decode(image, stored_size):
-    """The memory that decoding takes. UserError where it exceeds DECODE_BYTES."""
+    UserError where that takes more than DECODE_BYTES, MemoryError where so much is not free.
+    """
     pixels = stored_size[0] * stored_size[1]  # in the file, before a JPEG is reduced
     per_pixel = BYTES_PER_PIXEL + DECODER_BYTES.get(image.format, 0) + VALUE_BYTES * (image.mode[0] in "IF")
     per_pixel += COMPOSITE_BYTES * image.has_transparency_data + PROFILE_BYTES * ("icc_profile" in image.info)
     needed = image.width * image.height * per_pixel
+    needed += 4 * side * image.height  # Pillow resizes the width first
     needed += pixels * PROGRESSIVE_BYTES * bool(image.info.get("progressive"))
     needed += image.buffer_bytes() if image.format == "TIFF" else 0
     if needed > DECODE_BYTES:
-        raise UserError(
-            f"its {pixels / 1e6:.0f} million pixels take {needed / 1e9:.1f} GB to decode, "
-            f"more than the {DECODE_BYTES / 1e9:.1f} GB that one image may take: make it smaller"
-        )
-    return needed
+        fault = f"its {pixels / 1e6:.0f} million pixels take {needed / 1e9:.1f} GB to decode"
+        raise UserError(f"{fault}, more than the {DECODE_BYTES / 1e9:.1f} GB that one image may take: make it smaller")
+    np.empty(needed, dtype=np.uint8)  # here, as decoders call it damage where they get no memory
+    return one_if_large(needed)
 
 
 def _orientation(image):
     """EXIF orientation, 1 (upright) to 8; 1 where there is none or it is not one of these."""
     try:
         orientation = image.getexif().get(Base.Orientation)
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error):
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):
         return 1  # broken metadata does not make the pixels worse
     return int(orientation) if orientation in range(1, 9) else 1
 
@@ -137,8 +124,8 @@ def _flatten(image, background, icc):
 
 def _scale_transparency(image):
     """Scale the one transparent value of a PNG to 8 bits, as Pillow will scale the pixels."""
-    arguments, value = image.tile[0][3] if getattr(image, "tile", None) else "", image.info.get("transparency")
-    raw_mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    raw_mode = image.tile[0][3] if image.format == "PNG" and image.tile else ""
+    value = image.info.get("transparency")
     if raw_mode in ("L;2", "L;4") and isinstance(value, int):
         image.info["transparency"] = value * {"L;2": 85, "L;4": 17}[raw_mode]
     elif raw_mode == "RGB;16B" and isinstance(value, tuple):
@@ -148,22 +135,17 @@ def _scale_transparency(image):
 def _scale_values(image, negative):
     """Integers or floats as mode L, or LA where one value is transparent; NaN is black."""
     values = np.asarray(image)
-    levels = np.clip(values.astype(np.float32) / _full_range(image, values), 0, 1)
-    levels = np.nan_to_num(1 - levels if negative else levels)
-    scaled = Image.fromarray(np.rint(255 * levels).astype(np.uint8))
+    largest = float(np.max(values, initial=0, where=np.isfinite(values)))
+    # White: by the format, or the least that holds all values; resampling overshoots a little.
+    known = (255, 65535, np.iinfo(np.int32).max) if image.mode == "I" else (1, 255, 65535, largest)
+    by_format = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
+    white = 65535 if by_format else next(white for white in known if largest <= white * 1.01)
+    levels = np.clip(values.astype(np.float32) / white, 0, 1)
+    scaled = Image.fromarray(np.rint(255 * np.nan_to_num(1 - levels if negative else levels)).astype(np.uint8))
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         scaled.putalpha(Image.fromarray(values != transparent))
     return scaled
-
-
-def _full_range(image, values):
-    """The value of white: by the format, or the least of 1 (floats), 255, 65535 that holds all."""
-    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
-        return 65535
-    largest = float(np.max(values, initial=0, where=np.isfinite(values)))
-    known = (255, 65535, np.iinfo(np.int32).max) if image.mode == "I" else (1, 255, 65535, largest)
-    return next(white for white in known if largest <= white * 1.01)  # resampling overshoots a little
 
 
 def _resize(image, extent, orientation, size, resize_mode):
@@ -171,11 +153,6 @@ def _resize(image, extent, orientation, size, resize_mode):
     box, inner = RESIZE_MODES[resize_mode](extent, size[::-1] if orientation >= 5 else size)
     margins = [max((whole - part) / 2, 0) for whole, part in zip(extent, box)]
     corners = (*margins, *(min(whole - margin, whole) for whole, margin in zip(extent, margins)))
-    if inner[0] * image.height > max(LARGEST_PASS, image.width * image.height):
-        # Pillow resizes the width first: a thin image of many rows would take all memory.
-        rows = (0, corners[1], image.width, corners[3])
-        image = image.resize((image.width, inner[1]), Image.Resampling.BICUBIC, box=rows)
-        corners = (corners[0], 0, corners[2], inner[1])
     image = image.resize(inner, Image.Resampling.BICUBIC, box=corners)
     image.info.clear()
     image.getexif()[Base.Orientation] = orientation

@@ -8,7 +8,7 @@ import stat
 import struct
 import zlib
 
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 from PIL import TiffImagePlugin as tiff
 
 from utils.errors import UserError
@@ -23,44 +23,32 @@ EXIF_TEXTS = (b"Raw profile type exif\0", b"Raw profile type APP1\0", b"XML:com.
 SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "float"}  # of the values of a TIFF
 TIFF_VALUES = {(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (32, 2), (32, 3)}  # (bits, sample format) that Pillow reads
 
-# Formats that some installations read: their extensions, the module for it, where to get it.
+# Formats that some installations read: the module for it, and the extensions.
 OPTIONAL_FORMATS = {
-    "AVIF": ((".avif", ".avifs"), "PIL.AvifImagePlugin", "Pillow 11.3 or newer, built with AVIF, reads it"),
-    "HEIF": ((".heic", ".heif", ".hif"), "pillow_heif", "`pip install pillow-heif` to read it"),
+    "AVIF": ("PIL.AvifImagePlugin", ".avif", ".avifs"),
+    "HEIF": ("pillow_heif", ".heic", ".heif", ".hif"),
 }
 
 
-def _fault(module_name, advice):
-    """Why an optional format is not read; "" where it is."""
-    try:
-        module = importlib.import_module(module_name)
-        if module_name == "pillow_heif":
-            module.register_heif_opener()
-        return "" if getattr(module, "SUPPORTED", True) else advice
-    except ModuleNotFoundError:
-        return advice
-    except Exception as error:  # a broken extra must not end the run
-        return f"{module_name.replace('_', '-')} is installed but broken: {type(error).__name__}"
-
-
 def _readable():
-    """(formats, file extensions, {extension: why not}) of what this installation reads."""
+    """(formats, file extensions) of what this installation reads."""
     Image.preinit()  # registers the common formats except WebP
     importlib.import_module("PIL.WebPImagePlugin")
-    formats, unread = ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "DIB"], {}
+    formats = ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "DIB"]
     extensions = [".bmp", ".dib", ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif"]
     extensions += [".pbm", ".pgm", ".ppm", ".tif", ".tiff"]
-    for name, (optional, *module) in OPTIONAL_FORMATS.items():
-        if fault := _fault(*module):
-            unread.update(dict.fromkeys(optional, fault))
-        else:
-            formats.append(name)
-            extensions += optional
-    return tuple(formats), tuple(extensions), unread
+    for name, (module_name, *endings) in OPTIONAL_FORMATS.items():
+        with contextlib.suppress(Exception):  # missing, or broken, which must not end the run
+            module = importlib.import_module(module_name)
+            getattr(module, "register_heif_opener", bool)()
+            if getattr(module, "SUPPORTED", True):
+                formats.append(name)
+                extensions += endings
+    return tuple(formats), tuple(extensions)
 
 
 # Other decoders (EPS) start programs of their own. MPO, two JPEGs in one file, comes with JPEG.
-FORMATS, EXTENSIONS, UNREAD_EXTENSIONS = _readable()
+FORMATS, EXTENSIONS = _readable()
 
 
 @contextlib.contextmanager
@@ -68,13 +56,24 @@ def open_image(source, whole=True):
     """Pillow's image of a file, not decoded yet.
 
     source: a path, or a binary file, which is closed. whole: False to read only the header.
-    UserError as `check_regular`, UnidentifiedImageError for none of FORMATS, others for damage.
+    UserError as `check_regular` and for none of FORMATS, other exceptions for damage.
     """
     if not hasattr(source, "read"):
         check_regular(source)
         source = open(source, "rb")  # noqa: SIM115 (the next line closes it)
-    with source, _identify(source, whole) as image:
-        yield image
+    with source:
+        # Not Image.open: it refuses images above a limit that all users of Pillow share.
+        prefix = source.read(16).ljust(16, b"\0")
+        source.seek(0)
+        for name in FORMATS:
+            factory, accept = Image.OPEN[name]
+            if accept(prefix) in (True, 1):  # a text says why the format is not supported
+                break
+        else:
+            raise UserError("not a picture, or of an unknown format")
+        factory = {"PNG": lambda file, _: _open_png(file, whole), "TIFF": _Tiff}.get(name, factory)
+        with factory(source, "") as image:
+            yield image
 
 
 def check_regular(path):
@@ -85,18 +84,6 @@ def check_regular(path):
     if size > FILE_BYTES:
         raise UserError(f"a file of {size / 1e9:.1f} GB; at most {FILE_BYTES / 1e9:.1f} GB are read")
     return size
-
-
-def _identify(file, whole):
-    """The image by the first of FORMATS that accepts its first bytes."""
-    # Not Image.open: it refuses images above a limit that all users of Pillow share.
-    prefix = file.read(16).ljust(16, b"\0")
-    file.seek(0)
-    for name in FORMATS:
-        factory, accept = Image.OPEN[name]
-        if accept(prefix) in (True, 1):  # a text says why the format is not supported
-            return _open_png(file, whole) if name == "PNG" else _Tiff(file) if name == "TIFF" else factory(file, "")
-    raise UnidentifiedImageError("cannot identify the image")
 
 
 def _open_png(file, whole):

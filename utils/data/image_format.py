@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-from utils.errors import UserError
-
 
 # Each takes the (width, height) of the image and the wanted one. It returns the size of the box in
 # the center that is resized, and the size that it is resized to.
@@ -35,16 +33,3 @@ class ImageFormat(NamedTuple):
         values = config | {name: value for name, value in changes.items() if value is not None}
         found = {name: values[name] for name in cls._fields if name in values}
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
-
-
-def check_image_format(image_format):
-    """UserError, with what is known, for a format that `load_image` cannot make."""
-    input_shape, img_channels, resize_mode, background, _ = image_format
-    if len(input_shape) != 2 or any(int(side) != side or side < 1 for side in input_shape):
-        raise UserError(f"input_shape {tuple(input_shape)}: give height and width in pixels, such as 32,32")
-    if img_channels not in (1, 3):
-        raise UserError(f"img_channels {img_channels}: use 3 (RGB) or 1 (gray)")
-    if resize_mode not in RESIZE_MODES:
-        raise UserError(f"resize_mode {resize_mode!r} is not known: use one of {', '.join(RESIZE_MODES)}")
-    if len(background) != 3 or any(int(level) != level or not 0 <= level <= 255 for level in background):
-        raise UserError(f"background {tuple(background)}: give red, green and blue from 0 to 255, such as 255,255,255")

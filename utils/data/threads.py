@@ -10,30 +10,14 @@ from itertools import islice
 
 from tqdm import tqdm
 
-from utils.errors import UserError
-
 CHUNK = 16  # items a task: a future costs about 40 us, decoding a small image 150 us
+LARGE = 2**27  # bytes
+LARGE_JOB = threading.RLock()
 
 
-class Budget:
-    """A number of bytes that threads share: a large job waits until the others have left enough."""
-
-    def __init__(self, size):
-        self.size, self.taken, self.changed = size, 0, threading.Condition()
-
-    @contextlib.contextmanager
-    def take(self, amount):
-        """Hold `amount` bytes within the block, at most the whole budget."""
-        amount = min(amount, self.size)
-        with self.changed:
-            self.changed.wait_for(lambda: self.taken + amount <= self.size)
-            self.taken += amount
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.taken -= amount
-                self.changed.notify_all()
+def one_if_large(size):
+    """A context for a job that takes `size` bytes: of large ones, one runs at a time."""
+    return LARGE_JOB if size > LARGE else contextlib.nullcontext()
 
 
 def map_in_threads(function, items, num_workers=0, description=None):
@@ -42,8 +26,6 @@ def map_in_threads(function, items, num_workers=0, description=None):
     num_workers: threads; 0: one for each core that this process may use. They help where the work
     releases the interpreter (Pillow's decoders, hashing, reading). What it raises is raised here.
     """
-    if num_workers < 0:
-        raise UserError(f"num_workers {num_workers}: use 0 for all cores, or a positive number")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = num_workers or cores
     executor, starts = ThreadPoolExecutor(workers), range(0, len(items), CHUNK)

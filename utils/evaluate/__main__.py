@@ -5,7 +5,6 @@ python -m utils.evaluate --samples logs/<run> --features classifier --num_images
 
 import json
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from nets import GaussianDiffusion, SamplingOptions, build
 from nets.samplers import SAMPLERS, SEEDS, SPACINGS
-from nets.sampling import check_guiding_model, check_interval, interval_predicate, sampling_schedule
+from nets.sampling import check_guiding_model, check_interval, sampling_schedule
 from utils.checkpoint.file import Checkpoint
 from utils.checkpoint.integrity import weights_digest
 from utils.checkpoint.runs import newest_in, open_weights
@@ -46,7 +45,7 @@ class Config:
     held_out: str = ""                            # a folder, annotation file or .npz, not trained on; "": val_split's
     num_images: int = 0                           # samples; 0: all, of a checkpoint 10,000
     input_shape: tuple[int, int] | None = None    # height and width to compare at; None: the samples' most frequent
-    img_channels: int = 0                         # 3: color, 1: gray, 0: color if any image has it
+    img_channels: int = 0                         # of images: 3: color, 1: gray, 0: color if any has it
     resize_mode: str = ""                         # how images of other shapes are made to fit; "": as in training
     background: tuple[int, int, int] | None = None  # what transparent pixels are composited on; None: as in training
     icc: bool | None = None                       # convert embedded color profiles to sRGB; None: as in training
@@ -66,7 +65,6 @@ class Config:
     sampler: str = "sde-dpm++"                    # solver
     steps: int = 0                                # sampling steps; 0: 25, ddpm all timesteps
     spacing: str = ""                             # spacing of the timesteps; "": what suits the sampler
-    eta: float = 0.0                              # fraction of new noise in ddim
     guidance_scale: float = 1.0                   # guidance; above 1: more typical of its class, less diverse
     guidance_interval: tuple[float, float] | None = None  # lambdas between which guidance acts; None: at each step
     guiding_path: str = ""                        # autoguidance: a weaker checkpoint; "": classifier-free guidance
@@ -82,75 +80,62 @@ class Config:
 # fmt: on
 
 
+TEXTS = ("samples", "reference", "held_out", "features", "inception_weights", "guiding_path", "save_dir", "cache_dir")
 SETTINGS = {
-    "samples": text(),
-    "reference": text(),
-    "held_out": text(),
+    **dict.fromkeys((*TEXTS, "device"), text()),
+    **dict.fromkeys(("distances", "nearest", "bits", "use_ema"), flag()),
     "num_images": whole(0, SEEDS),
     "input_shape": whole(1, 2**14, None, count=PAIR),
     "img_channels": choice((0, 1, 3)),
     "resize_mode": choice(("", *RESIZE_MODES)),
     "background": whole(0, 255, None, count=range(3, 4)),
     "icc": flag(None),
-    "distances": flag(),
-    "features": text(),
-    "inception_weights": text(),
     "max_features": whole(NEIGHBORS + 2),
-    "nearest": flag(),
     "nearest_images": whole(1),
     "nearest_by": choice(("pixels", "features")),
-    "bits": flag(),
     "bits_images": whole(0),
     "sampler": choice(SAMPLERS),
     "steps": whole(0),
     "spacing": choice(("", *SPACINGS)),
-    "eta": number(0, 1),
     "guidance_scale": number(0, 1000),
     "guidance_interval": number(-1000, 1000, None, count=PAIR),
-    "guiding_path": text(),
     "seed": whole(0, SEEDS - 1),
-    "use_ema": flag(),
-    "save_dir": text(),
-    "cache_dir": text(),
     "batch_size": whole(1, 2**16),
-    "device": text(),
     "precision": choice(("auto", *DTYPES)),
 }
 
 
-class Model(NamedTuple):
-    """A checkpoint to sample from."""
-
+class Model(NamedTuple):  # that samples
     diffusion: GaussianDiffusion
     classes: list[str]
     checkpoint: Checkpoint
     guide: GaussianDiffusion | None = None  # of --guiding_path
 
 
-class Samples(NamedTuple):
-    count: int
-    blocks: Iterable[torch.Tensor]  # (b, H, W, C) uint8, to be read once
-    name: str
-
-
 def main(arguments=None):
     config = parse(Config, SETTINGS, __doc__, arguments)
-    check(config)
-    start = time.time()
-    device = choose_device(config.device)
+    check_guidance(config)
+    if (config.bits or config.guidance_scale != 1) and not is_checkpoint(config.samples):
+        raise UserError(f"--bits and --guidance_scale need a checkpoint, and {config.samples} holds images")
+    start, device = time.time(), choose_device(config.device)
     precision = choose_precision(config.precision, device)
     model = load_model(config, device, precision) if is_checkpoint(config.samples) else None
     print(f"{describe_device(device)}, precision {precision}")
     open_set, results = make_opener(config, model)
     reference, held_out = open_references(config, model, open_set)
-    samples = generate(config, model, reference, device, precision) if model else read_samples(config, open_set)
-    print_line("samples", samples.name)
-    results |= {"settings": asdict(config), "weights": digest_of(config, model and model.diffusion)}
-    results |= {"guiding_weights": digest_of(config, model and model.guide)}
-    results |= {"samples": samples.name, "num_samples": samples.count}
+    if model:
+        count, blocks, name = generate(config, model, reference, device, precision)
+    else:
+        dataset = open_set(config.samples)
+        order = dataset.shuffled(config.num_images, config.seed)
+        count, blocks, name = len(order), dataset.blocks(order), f"{len(order):,} images, {dataset.name}"
+    print_line("samples", name)
+    results |= {"settings": asdict(config), "samples": name, "num_samples": count}
+    for name, part in {"weights": model and model.diffusion, "guiding_weights": model and model.guide}.items():
+        results[name] = part and weights_digest(part.network(config.use_ema).state_dict())
     results |= {"reference": reference.name, "num_reference": len(reference), "held_out": held_out and held_out.name}
     if config.distances or config.nearest:
-        results |= compare(config, samples, reference, held_out, device)
+        results |= compare(config, with_progress(blocks, count, "samples"), count, reference, held_out, device)
     if config.bits:
         results["bits"] = measure_bits(config, model, held_out, device, precision)
     results["minutes"] = (time.time() - start) / 60
@@ -160,31 +145,18 @@ def main(arguments=None):
     print(path.resolve())
 
 
-def check(config):
-    """UserError for settings that exclude or need each other."""
-    if config.seed + config.num_images > SEEDS:
-        raise UserError(f"the last of {config.num_images} samples from seed {config.seed} would lie beyond {SEEDS - 1}")
-    if config.eta and config.sampler != "ddim":
-        raise UserError("--eta is an option of ddim: add --sampler ddim, or leave it out")
-    interval_predicate(config.guidance_interval)  # before anything is loaded
-    check_guidance(config)
-    for name, used in (("bits", config.bits), ("guidance_scale", config.guidance_scale != 1)):
-        if used and not is_checkpoint(config.samples):
-            raise UserError(f"--{name} needs a checkpoint, and {config.samples} holds images: name one with --samples")
-
-
-def compare(config, samples, reference, held_out, device):
-    """The measures without a model that the settings ask for: a dict of distances and nearest."""
+def compare(config, blocks, count, reference, held_out, device):
+    """A dict of the distances and nearest images of `count` samples, in blocks (b, H, W, C)."""
     results, cache, extract = {}, FeatureCache(config.cache_dir, config.reference), None
-    if config.distances and min(samples.count, len(reference)) < NEIGHBORS + 2:
-        counts = f"{samples.count} samples and {len(reference)} reference images"
-        raise UserError(f"{counts} are too few: distances need {NEIGHBORS + 2} of both; or set --distances False")
-    if config.distances and samples.count < ENOUGH:
+    if config.distances and min(count, len(reference)) < NEIGHBORS + 2:
+        raise UserError(
+            f"{count} samples, {len(reference)} reference images are too few: distances need {NEIGHBORS + 2}"
+        )
+    if config.distances and count < ENOUGH:
         print(f"warning: FID is biased upward below {ENOUGH:,} samples; compare only equal sample counts")
     if config.distances or config.nearest_by == "features":
         extract = load_extractor(config.features, reference, cache, device, config.batch_size, config.inception_weights)
         print_line("features", extract.name)
-    blocks = with_progress(samples.blocks, samples.count, "samples")
     sampled = collect(blocks, extract, config.max_features, config.nearest_images)
     if config.distances:
         known = cache.collected(reference, extract, config.max_features)
@@ -196,29 +168,19 @@ def compare(config, samples, reference, held_out, device):
 
 def is_checkpoint(path: str) -> bool:
     """Whether `path` is a file of weights, a run's folder, or "" (the newest run)."""
-    if not path or path.lower().endswith(WEIGHTS):
-        return True
-    return newest_in(Path(path)) is not None
+    return not path or path.lower().endswith(WEIGHTS) or newest_in(Path(path)) is not None
 
 
 def load_model(config, device: torch.device, precision: str) -> Model:
     """The Model of config.samples, on the device. UserError for settings that it cannot serve."""
     checkpoint = open_weights(config.samples, "weights")
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
-    if config.img_channels not in (0, diffusion.img_channels):
-        raise UserError(f"--img_channels {config.img_channels}: the model has images of {diffusion.img_channels}")
-    guide = None
-    if config.guiding_path:
-        weaker = open_weights(config.guiding_path, "guiding model")
-        guide = build.guiding_model(weaker, checkpoint, diffusion, config.use_ema)
+    weaker = open_weights(config.guiding_path, "guiding model") if config.guiding_path else None
+    guide = weaker and build.guiding_model(weaker, checkpoint, diffusion)
     check_guiding_model(diffusion, config.guidance_scale, guide)
     for part in filter(None, (diffusion, guide)):
         part.to(device=device, memory_format=memory_format(device, precision))
     return Model(diffusion, classes, checkpoint, guide)
-
-
-def digest_of(config, diffusion: GaussianDiffusion | None) -> str | None:
-    return diffusion and weights_digest(diffusion.network(config.use_ema).state_dict())
 
 
 def open_references(config, model: Model | None, open_set) -> tuple[ImageDataset, ImageDataset | None]:
@@ -240,60 +202,39 @@ def open_references(config, model: Model | None, open_set) -> tuple[ImageDataset
 
 def make_opener(config, model: Model | None):
     """(function path -> ImageDataset, decoded as in training; a dict of what the sizes are)."""
+    names = None
     if model:
-        (height, width), channels, sizes = model.diffusion.img_size, model.diffusion.img_channels, None
-    else:
-        height, width, channels, sizes = choose_shape(config)
+        (height, width), channels = model.diffusion.img_size, model.diffusion.img_channels
+    else:  # the most frequent size, and color if any image has it
+        sizes, color = scan_sizes(config.samples)
+        channels = config.img_channels or (3 if color or scan_sizes(config.reference)[1] else 1)
+        height, width = config.input_shape or sizes.most_common(1)[0][0]
+        names = {"{}x{}".format(*size): count for size, count in sizes.most_common(5)}
+        if len(sizes) > 1:
+            print(f"warning: {len(sizes)} sizes of samples, {names}: all are made {height}x{width}")
     print_line("compared at", f"{height}x{width} (height x width), {'color' if channels == 3 else 'gray'}")
-    own = {"input_shape": (height, width), "img_channels": channels, "resize_mode": config.resize_mode or None}
-    own |= {"background": config.background, "icc": config.icc}
+    own = {"resize_mode": config.resize_mode or None, "background": config.background, "icc": config.icc}
+    own |= {"input_shape": (height, width), "img_channels": channels}
     image_format = ImageFormat.from_config(model.checkpoint.config if model else {}, **own)
     open_set = partial(open_images, image_format=image_format, cache_path=config.cache_dir or None)
-    return open_set, {"compared_at": [height, width, channels], "sample_sizes": sizes}
-
-
-def choose_shape(config):
-    """(H, W, C, {"HxW": samples}) to compare at: the most frequent size, color if any has it."""
-    sizes, color = scan_sizes(config.samples)
-    channels = config.img_channels or (3 if color or scan_sizes(config.reference)[1] else 1)
-    height, width = config.input_shape or sizes.most_common(1)[0][0]
-    names = {"{}x{}".format(*size): count for size, count in sizes.most_common(5)}
-    if len(sizes) > 1:
-        found = ", ".join(f"{count} of {name}" for name, count in names.items())
-        print(f"warning: {len(sizes)} sizes of samples ({found}): all are made {height}x{width}, or see --input_shape")
-    return height, width, channels, names
-
-
-def read_samples(config, open_set) -> Samples:
-    """Samples that were generated before, in random order."""
-    dataset = open_set(config.samples)
-    order = dataset.shuffled(config.num_images, config.seed)
-    fewer = f" of {config.num_images:,} asked for" if len(order) < config.num_images else ""
-    return Samples(len(order), dataset.blocks(order), f"{len(order):,} images{fewer}, {dataset.name}")
+    return open_set, {"compared_at": [height, width, channels], "sample_sizes": names}
 
 
 def labels_like(reference: ImageDataset, model: Model, seed: int) -> torch.Tensor | None:
     """Class ids (n,) as often as in the reference, of other classes each once; None without."""
-    if not model.classes:
-        return None
-    if reference.classes != model.classes:
-        return torch.arange(len(model.classes))
+    if not model.classes or reference.classes != model.classes:
+        return torch.arange(len(model.classes)) if model.classes else None
     return reference.labels[torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))]
 
 
-def generate(config, model: Model, reference: ImageDataset, device, precision) -> Samples:
-    """Samples equal to those of predict.py, made on demand: sample i has the seed `seed` + i."""
+def generate(config, model: Model, reference: ImageDataset, device, precision):
+    """(count, blocks, name) of the samples of predict.py, made on demand: i has `seed` + i."""
     count = config.num_images or (ENOUGH if config.distances else config.nearest_images if config.nearest else 0)
-    options = SamplingOptions(config.sampler, config.steps or None, config.spacing or None, config.use_ema)
+    same = {name: getattr(config, name) for name in ("sampler", "use_ema", "guidance_scale", "guidance_interval")}
+    same |= {"steps": config.steps or None, "spacing": config.spacing or None, "guiding_model": model.guide}
+    options = SamplingOptions(**same)
     schedule = sampling_schedule(model.diffusion.alpha_bars, options)
     check_interval(config.guidance_interval, schedule)
-    options = options.override(
-        steps=len(schedule),
-        guidance_scale=config.guidance_scale,
-        guidance_interval=config.guidance_interval,
-        guiding_model=model.guide,
-        **({"eta": config.eta} if config.sampler == "ddim" else {}),
-    )
     labels = labels_like(reference, model, config.seed)
 
     def blocks():
@@ -306,7 +247,7 @@ def generate(config, model: Model, reference: ImageDataset, device, precision) -
 
     guidance = describe_guidance(config) + (f" by {config.guiding_path}" if model.guide else "")
     how = f"{config.sampler}, {len(schedule)} steps{guidance}, seeds from {config.seed}"
-    return Samples(count, blocks(), f"{count:,} generated, {how}, {model.checkpoint.path.resolve()}")
+    return count, blocks(), f"{count:,} generated, {how}, {model.checkpoint.path.resolve()}"
 
 
 if __name__ == "__main__":

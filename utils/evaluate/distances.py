@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
-
 BLOCK = 2**23  # numbers in a block of distances: 64 MiB
 
 
@@ -22,28 +20,22 @@ class FeatureStatistics:
     def add(self, features: Tensor) -> "FeatureStatistics":
         features = as_features(features)
         count, total = len(features), self.count + len(features)
-        if count:
-            mean = features.mean(0)
-            centered, shift = features - mean, mean - self.mean
-            self.scatter += centered.T @ centered + torch.outer(shift, shift) * (self.count * count / total)
-            self.mean += shift * (count / total)
-            self.count = total
+        mean = features.mean(0)
+        centered, shift = features - mean, mean - self.mean
+        self.scatter += centered.T @ centered + torch.outer(shift, shift) * (self.count * count / total)
+        self.mean += shift * (count / total)
+        self.count = total
         return self
 
     @property
     def covariance(self) -> Tensor:
-        """(d, d), unbiased (divided by n - 1), as is usual for FID."""
-        if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 images, not {self.count}")
+        """(d, d), unbiased, as is usual for FID; of at least 2 images."""
         return self.scatter / (self.count - 1)
 
 
 def as_features(features: Tensor) -> Tensor:
-    """(n, d) of any type as float64 on the CPU (Apple GPUs have none). UserError: shape, NaN."""
-    features = torch.as_tensor(features, dtype=torch.float64, device="cpu")
-    if features.ndim != 2 or not features.isfinite().all():
-        raise UserError(f"features must be finite and (images, numbers), not of shape {tuple(features.shape)}")
-    return features
+    """(n, d) of any type as float64 on the CPU: Apple GPUs have none."""
+    return torch.as_tensor(features, dtype=torch.float64, device="cpu")
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
@@ -53,70 +45,51 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     values of L_1^T L_2: also of singular covariances nothing turns complex.
     """
     cov_1, cov_2 = first.covariance, second.covariance
-    overlap = torch.linalg.svdvals(matrix_root(cov_1).T @ matrix_root(cov_2)).sum()
+    eigen = [torch.linalg.eigh((covariance + covariance.T) / 2) for covariance in (cov_1, cov_2)]
+    root_1, root_2 = (vectors * values.clamp(min=0).sqrt() for values, vectors in eigen)  # L; rounding goes below 0
+    overlap = torch.linalg.svdvals(root_1.T @ root_2).sum()
     distance = (first.mean - second.mean).square().sum() + cov_1.trace() + cov_2.trace() - 2 * overlap
     return max(distance.item(), 0.0)
 
 
-def matrix_root(covariance: Tensor) -> Tensor:
-    """L with L L^T = covariance, (d, d); eigenvalues that rounding made negative count as 0."""
-    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    return vectors * values.clamp(min=0).sqrt()
-
-
 def kernel_distance(x: Tensor, y: Tensor, subsets=100, subset_size=1000, seed=0) -> tuple[float, float]:
-    """KID: (mean, standard deviation over subsets) of the squared MMD (Binkowski et al. 2018).
+    """KID: (mean, standard deviation over subsets) of the squared MMD of features (n, d).
 
-    Features x (n, d) and y (m, d). Unbiased: it may fall below 0. Two sets of one size, at most
-    subset_size, are taken whole, once.
+    Binkowski et al. 2018, equation 4; unbiased: it may be below 0. Equal small sets: one subset.
     """
     x, y = as_features(x), as_features(y)
     size = min(subset_size, len(x), len(y))
-    if size < 2:
-        raise UserError(f"a kernel distance needs at least 2 images on both sides, not {len(x)} and {len(y)}")
     generator, values = torch.Generator().manual_seed(seed), []
     for _ in range(1 if size == len(x) == len(y) else subsets):
-        rows = [torch.randperm(len(features), generator=generator)[:size] for features in (x, y)]
-        values.append(squared_mmd(x[rows[0]], y[rows[1]]))
+        a, b = (part[torch.randperm(len(part), generator=generator)[:size]] for part in (x, y))
+        k_aa, k_bb, k_ab = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
+        within = sum(k.sum() - k.trace() for k in (k_aa, k_bb)) / (size * (size - 1))
+        values.append(within - 2 * k_ab.mean())
     values = torch.stack(values)
     return values.mean().item(), values.std(correction=0).item()
-
-
-def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
-    """Binkowski et al. 2018, equation 4, of x and y, (n, d): no image is paired with itself."""
-    k_xx, k_yy, k_xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    within = sum(k.sum() - k.trace() for k in (k_xx, k_yy)) / (len(x) * (len(x) - 1))
-    return within - 2 * k_xy.mean()
 
 
 def precision_and_recall(samples: Tensor, reference: Tensor, k: int = 3) -> tuple[float, float]:
     """(precision, recall), 0 to 1 each (Kynkaanniemi et al. 2019, equations 1 and 2).
 
-    Precision is the fraction of samples (n, d) in the union of balls around the reference (m, d),
-    each as large as the distance to its k-th nearest neighbor there; recall the converse. Both
-    depend on n and m: compare equal counts only.
+    Precision: the fraction of samples (n, d) in a ball around a reference (m, d) that reaches its
+    k-th nearest neighbor; recall: the converse. They depend on n and m: compare equal counts only.
     """
     samples, reference = as_features(samples), as_features(reference)
     # Float32 features of a copy differ in their last digits: it shall be in a ball of copies too.
     slack = 1e-6 * reference.square().sum(1).mean().sqrt()
     center = reference.mean(0)  # distances of centered features lose fewer digits
-    samples, reference = samples - center, reference - center
-    return fraction_inside(samples, reference, k, slack), fraction_inside(reference, samples, k, slack)
-
-
-def fraction_inside(queries: Tensor, centers: Tensor, k: int, slack: Tensor) -> float:
-    """The fraction of queries (n, d) in the ball of a center (m, d), or at most `slack` outside."""
-    radii = nearest(centers, [centers], k + 1)[0][:, -1] + slack  # the nearest is the center itself
-    parts = queries.split(max(BLOCK // max(centers.shape), 1))
-    inside = [(torch.cdist(part, centers) <= radii).any(1) for part in parts]
-    return torch.cat(inside).double().mean().item()
+    samples, reference, fractions = samples - center, reference - center, []
+    for queries, centers in ((samples, reference), (reference, samples)):
+        radii = nearest(centers, [centers], k + 1)[0][:, -1] + slack  # the nearest is the center itself
+        parts = queries.split(max(BLOCK // max(centers.shape), 1))
+        inside = torch.cat([(torch.cdist(part, centers) <= radii).any(1) for part in parts])
+        fractions.append(inside.double().mean().item())
+    return tuple(fractions)
 
 
 def nearest(queries: Tensor, bank: Iterable[Tensor], k: int = 1) -> tuple[Tensor, Tensor]:
-    """The k nearest of a bank: (distances (n, k) float64, positions (n, k)), nearest first.
-
-    queries: (n, d). bank: blocks (b, d), read once. Both of any type; parts become float64.
-    """
+    """Distances (float64) and positions, (n, k), of the k nearest in blocks (b, d), in order."""
     queries, position = torch.as_tensor(queries), 0
     best = torch.full((len(queries), k), torch.inf, dtype=torch.float64)
     found = torch.full((len(queries), k), -1)
@@ -127,6 +100,4 @@ def nearest(queries: Tensor, bank: Iterable[Tensor], k: int = 1) -> tuple[Tensor
             best[rows], order = distances.topk(k, largest=False)
             found[rows] = torch.cat((found[rows], positions.expand(len(rows), -1)), 1).gather(1, order)
         position += len(block)
-    if position < k:
-        raise UserError(f"the {k} nearest of {position} images cannot be found")
     return best, found

@@ -1,6 +1,7 @@
 """Features of image sets for FID, KID, precision and recall, computed in one pass and cached."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +11,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.checkpoint.integrity import load_tensors, weights_digest
-from utils.data.cache import cache_folders, writable_folder
+from utils.checkpoint.integrity import load_tensors, save_tensors, weights_digest
+from utils.data.cache import cache_folder
 from utils.data.dataset import ImageDataset, split_validation
 from utils.errors import UserError
 from utils.evaluate.classifier import load_feature_net, save_feature_net, train_feature_net
 from utils.evaluate.distances import FeatureStatistics
 from utils.evaluate.inception import load_inception
-from utils.files import atomic_write
 
 CACHE_VERSION = 1  # part of the keys: raise it when features or their files change
-KEPT_FILES = 16  # statistics and classifiers in the cache
+KEPT_FILES = 8  # of statistics, and of classifiers, in the cache
 
 
 class Extractor:
@@ -36,9 +36,7 @@ class Extractor:
         return torch.cat([self.network(part.to(self.device)).float().cpu() for part in parts])
 
 
-class FeatureSet(NamedTuple):
-    """What one pass over images keeps. Its size does not grow with the number of images."""
-
+class FeatureSet(NamedTuple):  # its size does not grow with the number of images
     statistics: FeatureStatistics  # of all images
     features: Tensor  # (at most max_features, d) float32; (0, 0) without an extractor
     images: Tensor | None = None  # (at most max_images, H, W, C) uint8
@@ -69,12 +67,15 @@ class FeatureCache:
     """Feature statistics and classifiers on disk, by a key of the images and the network."""
 
     def __init__(self, cache_dir: str = "", annotation_path: str = "train_lines.txt"):
-        self.folders = [Path(cache_dir)] if cache_dir else cache_folders(annotation_path)
+        self.place = annotation_path, cache_dir
 
-    def path(self, ending: str, *parts) -> Path:
-        """The file for a function of `parts`, there or not. OSError where none can be written."""
+    def path(self, kind: str, *parts) -> Path:
+        """The file for a function of `parts`, there or not; old ones go. OSError: none can be."""
         digest = hashlib.sha256(repr((CACHE_VERSION, *parts)).encode()).hexdigest()
-        return writable_folder(self.folders) / f"{digest[:24]}.{ending}.pth"
+        folder = cache_folder(*self.place)
+        for old in sorted(folder.glob(f"{'[0-9a-f]' * 24}.{kind}.pth"), key=os.path.getmtime)[:-KEPT_FILES]:
+            old.unlink(missing_ok=True)
+        return folder / f"{digest[:24]}.{kind}.pth"
 
     def collected(self, dataset: ImageDataset, extractor: Extractor, max_features: int) -> FeatureSet:
         """The FeatureSet of a whole dataset, read from its file, or computed and written to it."""
@@ -85,31 +86,22 @@ class FeatureCache:
         except Exception:  # none yet, or damaged, for which torch.load raises all kinds
             blocks = dataset.blocks(dataset.shuffled(0, seed=0))
             found = collect(with_progress(blocks, len(dataset), "reference"), extractor, max_features)
-        with atomic_write(path) as file:
-            torch.save({**vars(found.statistics), "features": found.features}, file)
-        self.prune(path.parent)
+        save_tensors(path, {**vars(found.statistics), "features": found.features})
         return found
 
     def classifier(self, dataset: ImageDataset, device: torch.device | str) -> Path:
         """The file of a FeatureNet of its classes, trained on 90 % of the images where missing."""
-        if len(dataset.classes) < 2 or len(set(dataset.hashes)) < 100:
-            found = f"{len(dataset.classes)} classes and {len(set(dataset.hashes))} different images"
-            advice = "sort more images into class folders, name a classifier's file, or use --features inception"
-            raise UserError(f"--features classifier needs 2 classes and 100 images, not {found}: {advice}")
+        classes, different = len(dataset.classes), len(set(dataset.hashes))
+        if classes < 2 or different < 100:
+            found = f"{classes} classes and {different} different images"
+            raise UserError(f"--features classifier needs 2 class folders and 100 images, not {found}: name its file")
         path = self.path("classifier", dataset.key())
-        if path.is_file():
-            return path
-        # Digits from the end: the first ones decided already what val_split kept aside.
-        parts = split_validation(replace(dataset, hashes=[digest[::-1] for digest in dataset.hashes]), 0.1)
-        labeled = [value for part in parts for value in part.batch(range(len(part)))]
-        save_feature_net(path, train_feature_net(*labeled, num_classes=len(dataset.classes), device=device))
-        self.prune(path.parent)
+        if not path.is_file():
+            # Digits from the end: the first ones decided already what val_split kept aside.
+            parts = split_validation(replace(dataset, hashes=[digest[::-1] for digest in dataset.hashes]), 0.1)
+            labeled = [value for part in parts for value in part.batch(range(len(part)))]
+            save_feature_net(path, train_feature_net(*labeled, classes, device=device))
         return path
-
-    def prune(self, folder: Path) -> None:
-        found = [path for ending in ("features", "classifier") for path in folder.glob(f"*.{ending}.pth")]
-        for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)[:-KEPT_FILES]:
-            path.unlink(missing_ok=True)
 
 
 def load_extractor(features, dataset, cache, device, batch_size=100, inception_weights="") -> Extractor:
@@ -117,8 +109,8 @@ def load_extractor(features, dataset, cache, device, batch_size=100, inception_w
     if features == "inception":
         return Extractor(load_inception(inception_weights, device), "Inception, 2048 numbers", device, batch_size, 3)
     path = cache.classifier(dataset, device) if features == "classifier" else Path(features)
-    network, channels = load_feature_net(path, device), dataset.shape[2]
-    if network.img_channels != channels:
-        raise UserError(f"{path}: a feature net for {network.img_channels} channels, and the images have {channels}")
+    network = load_feature_net(path, device)
+    if network.img_channels != dataset.shape[2]:
+        raise UserError(f"{path}: a feature net of {network.img_channels} channels, for images of {dataset.shape[2]}")
     name = f"classifier of {network.num_classes} classes, test accuracy {network.accuracy}, {path.resolve()}"
     return Extractor(network, name, device, batch_size)

@@ -18,7 +18,6 @@ from utils.data.dataset import ImageDataset, open_dataset
 from utils.data.decode import check_image
 from utils.data.formats import open_image
 from utils.data.image_format import ImageFormat
-from utils.data.read_errors import is_about_the_file
 from utils.data.search import find_images, label_by_folder
 from utils.data.threads import map_in_threads
 from utils.errors import UserError, one_line
@@ -28,13 +27,14 @@ OVERVIEW = re.compile(r"predict_(1x1|5x5|interpolation|trajectory)_results\.(png
 MAX_RATIO, ALWAYS_ALLOWED = 20, 2**26  # an .npz that unpacks to more than both may be made to fill the disk
 
 
-def scan_sizes(path: str | Path) -> tuple[Counter, bool]:
+def scan_sizes(path) -> tuple[Counter, bool]:
     """(Counter of (height, width), whether an image has color) of a folder, list or .npz."""
     path = Path(path)
     if path.suffix.lower() == ".npz":
         count, height, width, channels = _read_npz(path).shape
         return Counter({(height, width): count}), channels == 3
-    found = list(filter(None, map_in_threads(_header, _listed(path)[0], description="sizes")))
+    paths = _samples_in(path) if path.is_dir() else read_annotation(path).paths
+    found = list(filter(None, map_in_threads(_header, paths, description="sizes")))
     if not found:
         raise UserError(f"no image of {printable(path)} can be decoded")
     return Counter(size for size, _ in found), any(has_color for _, has_color in found)
@@ -46,36 +46,26 @@ def _header(path):
         width, height = check_image(path, full=False)
         with open_image(path, whole=False) as image:
             return (height, width), Image.getmodebase(image.mode) != "L"
-    except Exception as error:  # Pillow's decoders raise all kinds
-        if not is_about_the_file(error):
-            raise
+    except Exception:  # Pillow's decoders raise all kinds
         return None
 
 
-def _listed(path):
-    """(paths, number left out) of a list, or of a folder without what predict.py puts together."""
-    if not path.is_dir():
-        return read_annotation(path).paths, 0
-    found = find_images(path)
-    paths = [name for name in found if not OVERVIEW.fullmatch(os.path.basename(name))]
+def _samples_in(folder):
+    """The paths of its images, without what predict.py puts together."""
+    paths = [path for path in find_images(folder) if not OVERVIEW.fullmatch(os.path.basename(path))]
     if not paths:
-        raise UserError(f"{printable(path.resolve())} holds no images (grids and animations of predict.py are none)")
-    return paths, len(found) - len(paths)
+        raise UserError(f"{printable(folder.resolve())} holds no images (grids and animations of predict.py are none)")
+    return paths
 
 
-def open_images(path: str | Path, image_format: ImageFormat, cache_path: str | None = None) -> ImageDataset:
-    """The ImageDataset of a folder (whose folders are classes), a list or an .npz.
-
-    An .npz holds `arr_0`, uint8 (N, H, W, C), which has this format already.
-    """
+def open_images(path, image_format: ImageFormat, cache_path=None) -> ImageDataset:
+    """The ImageDataset of a folder (whose folders are classes), a list or an .npz of this size."""
     path = Path(path)
     if path.suffix.lower() == ".npz":
         return _open_npz(path, (*image_format.input_shape, image_format.img_channels))
     if not path.is_dir():
         return open_dataset(path, image_format, cache_path=cache_path)
-    paths, left_out = _listed(path)
-    if left_out:
-        print(f"left out {left_out} grids and animations of predict.py in {path}")
+    paths = _samples_in(path)
     with TemporaryDirectory() as folder:
         annotation = os.path.join(folder, "lines.txt")
         write_annotation(annotation, paths, *label_by_folder(paths))
@@ -90,23 +80,18 @@ def _open_npz(path, shape):
     pixels = np.broadcast_to(pixels, (len(pixels), *shape))  # gray ones as color
     hashes = [hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest() for image in pixels]
     name, labels = printable(path.resolve()), torch.zeros(len(pixels), dtype=torch.int64)
-    return ImageDataset(name, pixels, hashes, labels, [], [f"{name}[{number}]" for number in range(len(pixels))])
+    return ImageDataset(name, pixels, hashes, labels, [], [f"{name}[{i}]" for i in range(len(pixels))])
 
 
 def _read_npz(path):
-    """arr_0, uint8 (N, H, W, 1 or 3), unpacked and mapped: it may not fit into memory."""
+    """arr_0, uint8 (N, H, W, 1 or 3), unpacked and mapped (Windows keeps open files)."""
     try:
-        # Windows keeps open files.
         with zipfile.ZipFile(path) as archive, TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            packed, unpacked = path.stat().st_size, archive.getinfo("arr_0.npy").file_size
-            if unpacked > max(MAX_RATIO * packed, ALWAYS_ALLOWED):
-                sizes = f"{unpacked / 1e6:,.0f} MB packed into {packed / 1e6:,.1f} MB, more than {MAX_RATIO} to 1"
-                raise UserError(f"{sizes}: save it without compression, by numpy.savez")
+            if archive.getinfo("arr_0.npy").file_size > max(MAX_RATIO * path.stat().st_size, ALWAYS_ALLOWED):
+                raise UserError(f"packed by more than {MAX_RATIO} to 1: save it without compression, by numpy.savez")
             pixels = np.load(archive.extract("arr_0.npy", folder), mmap_mode="r", allow_pickle=False)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
             raise UserError(f"it must be uint8 (N, H, W, 1 or 3), not {pixels.dtype} {pixels.shape}")
-    except OSError:
-        raise
     except Exception as error:  # zipfile and numpy raise all kinds
         raise UserError(f"{path}: no .npz with images as arr_0 ({one_line(error, 200)})") from None
     return np.asarray(pixels)

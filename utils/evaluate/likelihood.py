@@ -6,30 +6,24 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
-
 
 @torch.no_grad()
 def variational_bound(denoise: Callable, alpha_bars: Sequence[float], x: Tensor, generator=None) -> Tensor:
-    """The terms of the bound for images x (b, c, h, w) in [-1, 1]: (b, T + 1), bits per dim.
+    """The terms of the bound for 8-bit images x (b, c, h, w) in [-1, 1]: (b, T + 1), bits per dim.
 
     Column t is L_t: L_0 the discretized decoder (equation 13), L_1 ... L_{T-1} the steps between
     (equation 8), L_T the prior (equation 5). The sum of a row is an upper bound of
     -log2 p(x) / (c h w). The variance of steps and decoder is beta_t. denoise: (x_t, t) -> x_0.
     """
-    if ((x + 1) * 127.5 - ((x + 1) * 127.5).round()).abs().max() > 1e-2 or x.abs().max() > 1 + 1e-4:
-        raise UserError("bits per dimension need 8-bit images: x must be on the 256 levels -1, -1 + 2/255, ... 1")
     nats = []
     for t, alpha_bar in enumerate(alpha_bars):
         noise = torch.randn(x.shape, generator=generator, device=x.device)
-        x_0 = denoise(math.sqrt(alpha_bar) * x + math.sqrt(1 - alpha_bar) * noise, t)
-        if t == 0:
-            term = -decoder_log_likelihood(x, x_0, math.sqrt(1 - alpha_bar))
-        else:
-            term = step_divergence(x, x_0, alpha_bars[t - 1], alpha_bar)
-        nats.append(term.flatten(1).mean(1))
-    nats.append(prior_divergence(x, alpha_bars[-1]).flatten(1).mean(1))
-    return torch.stack(nats, 1).cpu().double() / math.log(2)
+        sigma = math.sqrt(1 - alpha_bar)
+        x_0 = denoise(math.sqrt(alpha_bar) * x + sigma * noise, t)
+        term = step_divergence(x, x_0, alpha_bars[t - 1], alpha_bar) if t else -decoder_log_likelihood(x, x_0, sigma)
+        nats.append(term.flatten(1).mean(1).cpu().double())
+    nats.append(prior_divergence(x, alpha_bars[-1]).flatten(1).mean(1).cpu().double())
+    return torch.stack(nats, 1) / math.log(2)
 
 
 def prior_divergence(x: Tensor, alpha_bar: float) -> Tensor:
@@ -50,8 +44,7 @@ def step_divergence(x: Tensor, x_0: Tensor, alpha_bar_s: float, alpha_bar_t: flo
 
 def decoder_log_likelihood(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
     """log P(N(mean, sigma^2) gives the level x), elementwise, in nats (equation 13)."""
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64  # Apple GPUs have no float64
-    x, mean, half = x.to(dtype), mean.to(dtype), 1 / 255  # half the way to the neighboring level
+    x, mean, half = x.cpu().double(), mean.cpu().double(), 1 / 255  # Apple GPUs have no float64
     # A level owns the values half the way to its neighbors; the first and the last all beyond.
     lower = torch.where(x < -1 + half, -math.inf, (x - half - mean) / sigma)
     upper = torch.where(x > 1 - half, math.inf, (x + half - mean) / sigma)

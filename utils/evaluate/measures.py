@@ -10,12 +10,11 @@ from tqdm import tqdm
 
 from utils.data.dataset import ImageDataset, normalize
 from utils.device import autocast
-from utils.errors import UserError
 from utils.evaluate.distances import frechet_distance, kernel_distance, nearest, precision_and_recall
 from utils.evaluate.features import Extractor, FeatureSet, with_progress
 from utils.evaluate.likelihood import variational_bound
 from utils.images import make_grid, save_png
-from utils.terminal import first_few, printable
+from utils.terminal import printable
 
 NEIGHBORS = 3  # k of precision and recall, as in the paper
 QUANTILES = torch.tensor((0.01, 0.05, 0.25, 0.5, 0.75), dtype=torch.float64)
@@ -29,16 +28,15 @@ def print_line(name: str, text: str) -> None:
 def measure_distances(config, sampled: FeatureSet, known: FeatureSet, extractor: Extractor) -> dict:
     """Frechet distance (FID), kernel distance (KID), precision and recall."""
     fid, kid = ("FID", "KID") if config.features == "inception" else ("Frechet distance", "kernel distance")
-    results = {"features": extractor.name, "features_digest": extractor.key, "kept_features": len(sampled.features)}
     frechet = frechet_distance(sampled.statistics, known.statistics)
-    results |= {"frechet_distance": frechet}
     print_line(fid, f"{frechet:.4f}   ({sampled.statistics.count:,} against {known.statistics.count:,})")
     counts = f"{len(sampled.features):,} against {len(known.features):,}"
     kernel, spread = kernel_distance(sampled.features, known.features, seed=config.seed)
-    results |= {"kernel_distance": kernel, "kernel_distance_std": spread}
     print_line(f"{kid} x 1000", f"{1000 * kernel:.3f} +- {1000 * spread:.3f} over subsets   ({counts})")
     precision, recall = precision_and_recall(sampled.features, known.features, NEIGHBORS)
     print_line("precision, recall", f"{precision:.3f}, {recall:.3f}   (k = {NEIGHBORS}, {counts})")
+    results = {"features": extractor.name, "features_digest": extractor.key, "kept_features": len(sampled.features)}
+    results |= {"frechet_distance": frechet, "kernel_distance": kernel, "kernel_distance_std": spread}
     return results | {"precision": precision, "recall": recall, "k": NEIGHBORS}
 
 
@@ -72,26 +70,21 @@ def nearest_images(images: Tensor, reference: ImageDataset, extractor=None, k=1)
 def save_pairs(config, images: Tensor, reference: ImageDataset, distances: Tensor, found: Tensor) -> list[dict]:
     """Saves a grid of samples next to their nearest reference images. Returns the pairs."""
     order = distances.argsort().tolist()
-    rest = order[PAIRS:]
-    shown = order[:PAIRS] + [rest[i] for i in np.linspace(0, len(rest) - 1, min(PAIRS, len(rest))).astype(int)]
+    spread = np.linspace(PAIRS, len(order) - 1, min(PAIRS, max(len(order) - PAIRS, 0))).astype(int)
+    shown = order[:PAIRS] + [order[i] for i in spread]
     path = Path(config.save_dir) / "evaluate_nearest_results.png"
     pairs = np.concatenate((images[shown].numpy(), reference.images(found[shown]).numpy()), axis=2)
     save_png(path, make_grid(pairs, COLUMNS, padding=4))
     print(f"{path.resolve()}: sample, nearest image; the {min(PAIRS, len(order))} closest first, then farther ones")
-    return [
-        {"sample": i, "distance": distances[i].item(), "reference": printable(reference.paths[found[i]])} for i in shown
-    ]
+    names = [printable(reference.paths[number]) for number in found[shown]]
+    return [{"sample": i, "distance": distances[i].item(), "reference": name} for i, name in zip(shown, names)]
 
 
 def measure_bits(config, model, held_out: ImageDataset, device: torch.device, precision: str) -> dict:
     """Bits per dimension of held-out images, at most, term by term."""
     diffusion, order = model.diffusion, torch.from_numpy(held_out.shuffled(config.bits_images, config.seed))
     labels = held_out.labels if model.classes and held_out.classes == model.classes else None
-    if labels is None and model.classes and diffusion.null_class is None:
-        names = first_few(model.classes)
-        raise UserError(f"--bits: the held-out images are not sorted into folders of the model's classes ({names})")
-    generator = torch.Generator(device).manual_seed(config.seed)
-    terms = []
+    generator, terms = torch.Generator(device).manual_seed(config.seed), []
     for numbers in tqdm(order.split(config.batch_size), desc="bits", leave=False):
         y = None if labels is None else labels[numbers].to(device)
         with autocast(device, precision):
@@ -99,11 +92,10 @@ def measure_bits(config, model, held_out: ImageDataset, device: torch.device, pr
             terms.append(variational_bound(diffusion.denoiser(y, config.use_ema), diffusion.alpha_bars, x, generator))
     terms = torch.cat(terms)
     total, curve = terms.sum(1), terms.mean(0)
-    error = (total.std() / math.sqrt(len(total))).item() if len(total) > 1 else math.nan
+    error = (total.std() / math.sqrt(len(total))).item()
     L_0, L_between, L_T = curve[0].item(), curve[1:-1].sum().item(), curve[-1].item()
     counts = f"at most; {len(total):,} held-out images, T = {len(curve) - 1}"
     print_line("bits per dimension", f"{total.mean():.4f} +- {error:.4f} (standard error)   ({counts})")
     print_line("  L_0, L_1..T-1, L_T", f"{L_0:.4f}, {L_between:.4f}, {L_T:.6f}")
-    results = {"bits_per_dimension": total.mean().item(), "standard_error": None if math.isnan(error) else error}
-    results |= {"num_images": len(total), "L_0": L_0, "L_between": L_between, "L_T": L_T}
-    return results | {"terms": curve.tolist(), "precision": precision}
+    results = {"bits_per_dimension": total.mean().item(), "standard_error": error, "num_images": len(total)}
+    return results | {"L_0": L_0, "L_between": L_between, "L_T": L_T, "terms": curve.tolist(), "precision": precision}

@@ -6,7 +6,6 @@ import torch
 
 from utils import distributed
 from utils.device import autocast
-from utils.errors import UserError
 from utils.terminal import plural
 
 USABLE = 0.9  # fraction of a device's memory that training can fill: the rest goes to libraries and gaps
@@ -34,31 +33,19 @@ def advice_for_training(config, context) -> str:
         return SETTINGS
     there = device_memory(context.device)
     fitting = (there * USABLE - fixed) / per_image  # images of a micro-batch
-    accumulate = accumulate_that_fits(fitting, context.batch_size, distributed.world_size(), config.accumulate)
+    accumulate = accumulate_that_fits(fitting, size * config.accumulate, config.accumulate)
     instead = f"--accumulate {accumulate} would fit. Else " if accumulate else ""
     need = f"training on {plural(size, 'image')} at a time needs about {mebibytes(fixed + size * per_image)}"
     return f"{need}, {context.device} has {mebibytes(there)} in all; {instead}{SETTINGS}"
 
 
+def accumulate_that_fits(images: float, share: int, now: int) -> int | None:
+    """The least `accumulate` above `now` that cuts `share` images into parts that fit."""
+    return next((n for n in range(now + 1, share + 1) if share % n == 0 and share // n <= images), None)
+
+
 def mebibytes(count: float) -> str:
     return f"{count / 2**20:,.0f} MiB"
-
-
-def check_network_fits(num_parameters: int, device: torch.device) -> None:
-    """UserError where training needs more than the device's memory. No network is built."""
-    needed, there = COPIES * 4 * num_parameters, device_memory(device)
-    if there and needed > there:
-        raise UserError(
-            f"a network of {num_parameters / 1e9:.2f} billion parameters needs {mebibytes(needed)} to train; "
-            f"{device} has {mebibytes(there)}: lower --channel, --channel_mults or --num_res_blocks"
-        )
-
-
-def accumulate_that_fits(images: float, batch_size: int, world_size: int, now: int) -> int | None:
-    """The least `accumulate` above `now` with micro-batches of at most so many images, or None."""
-    share = batch_size // world_size
-    found = (n for n in range(now + 1, share + 1) if batch_size % (world_size * n) == 0 and share // n <= images)
-    return next(found, None)
 
 
 def device_memory(device: torch.device) -> int:
@@ -78,7 +65,7 @@ def memory_needs(config, context) -> tuple[int, int, int]:
     return size, COPIES * weights, two - one  # the weights are kept once for any number of images
 
 
-def bytes_kept(config, context, number: int) -> int:
+def bytes_kept(config, context, number):
     """What the forward pass of `number` images keeps for the backward pass."""
     kept = {}
 

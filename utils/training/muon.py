@@ -1,8 +1,5 @@
 """Muon: orthogonal steps for the weights of convolutions, AdamW for everything else."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -20,14 +17,13 @@ class Muon(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> Tensor | None:
-        loss = torch.enable_grad()(closure)() if closure else None
-        with full_precision():
-            for group in self.param_groups:
-                for weights in by_shape(group["params"]):
-                    self.step_matrices(weights, group["lr"], group["betas"][0], group["weight_decay"])
+    def step(self) -> None:
+        for group in self.param_groups:
+            convolutions = [weight for weight in group["params"] if weight.ndim == 4 and weight.grad is not None]
+            for shape in {weight.shape: None for weight in convolutions}:
+                weights = [weight for weight in convolutions if weight.shape == shape]
+                self.step_matrices(weights, group["lr"], group["betas"][0], group["weight_decay"])
         super().step()  # of the weights that still have their gradients
-        return loss
 
     def step_matrices(self, weights, lr, momentum, weight_decay):
         """One step of weights of one shape. It uses up their gradients."""
@@ -39,45 +35,11 @@ class Muon(torch.optim.AdamW):
                 state.update(step=weight.new_zeros(()), exp_avg=torch.zeros_like(weight))
             ema = state["exp_avg"].lerp_(gradient, good * (1 - momentum))
             state["step"] = state["step"].to(good.device) + good  # a file's is on the CPU
-            matrices.append(as_matrix(gradient.lerp_(ema, momentum), weight))
+            matrices.append(gradient.lerp_(ema, momentum).flatten(1))
             weight.grad = None
         size = ADAM_SIZE * max(matrices[0].shape) ** 0.5
         for weight, step in zip(weights, orthogonal(torch.stack(matrices), good * lr * size)):
-            if weight_decay:
-                weight.mul_(1 - good * lr * weight_decay)
-            weight.sub_(as_weight(step, weight))
-
-
-def by_shape(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    """The weights of convolutions that have a gradient, in a list for each shape."""
-    shapes = {}
-    for parameter in parameters:
-        if parameter.ndim == 4 and parameter.grad is not None:
-            shapes.setdefault(parameter.shape, []).append(parameter)
-    return shapes.values()
-
-
-def as_matrix(tensor: Tensor, weight: Tensor) -> Tensor:
-    """(out, in, h, w) -> (out, in*h*w), columns as in memory: no copy, and U V' has them so."""
-    return (tensor if weight.is_contiguous() else tensor.permute(0, 2, 3, 1)).reshape(len(tensor), -1)
-
-
-def as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
-    """The inverse of `as_matrix`."""
-    if weight.is_contiguous():
-        return matrix.view_as(weight)
-    return matrix.view(weight.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Products of float32 in float32: `orthogonal` amplifies what bf16 would round off."""
-    chosen = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(chosen)
+            weight.mul_(1 - good * lr * weight_decay).sub_(step.view_as(weight))
 
 
 def orthogonal(matrices: Tensor, size: float | Tensor = 1.0) -> Tensor:

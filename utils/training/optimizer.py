@@ -1,7 +1,6 @@
 """The optimizers, the learning rate, and a step that a bad gradient cannot reach."""
 
 import math
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -13,9 +12,7 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon
 MAX_WARMUP_STEPS = 1000
 
 
-def make_optimizer(
-    name: str, parameters: Iterable, device: torch.device, momentum: float = 0.9, weight_decay: float = 0.0
-) -> Optimizer:
+def make_optimizer(name, parameters, device, momentum=0.9, weight_decay=0.0) -> Optimizer:
     """A fused one. momentum is beta 1. `train_step` sets the learning rate."""
     fused = device.type in ("cpu", "cuda")
     return OPTIMIZERS[name](parameters, lr=0.0, betas=(momentum, 0.999), weight_decay=weight_decay, fused=fused)
@@ -53,22 +50,14 @@ def choose_learning_rate(init_lr: float | Literal["auto"], channel: int) -> floa
     return min(2e-4 * 128 / channel, 1e-3) if init_lr == "auto" else init_lr
 
 
-def cosine_decay(progress: float, low: float, high: float) -> float:
-    return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
+DECAYS = {  # of (progress from 0 to 1, lowest, highest)
+    "cos": lambda progress, low, high: low + (high - low) * (1 + math.cos(math.pi * progress)) / 2,
+    # Ten equal stages, each lower by the same factor, as the reference's "step" has.
+    "step": lambda progress, low, high: high * (low / high) ** (min(math.floor(progress * 10 + 1e-9), 9) / 9),
+}
 
 
-def step_decay(progress: float, low: float, high: float) -> float:
-    """Ten equal stages, each lower by the same factor, as the reference's "step" has."""
-    stage = math.floor(progress * 10 + 1e-9) if progress < 1 else 9
-    return high * (low / high) ** (stage / 9)
-
-
-DECAYS = {"cos": cosine_decay, "step": step_decay}
-
-
-def learning_rate(
-    step: int, total_steps: int, init_lr: float, min_lr: float, warmup: float = 0.05, decay: str = "cos"
-) -> float:
+def learning_rate(step: int, total_steps: int, init_lr, min_lr, warmup=0.05, decay="cos") -> float:
     """Of step 0 ... total_steps - 1: linear warm-up to init_lr, for at most 1,000 steps, and decay.
 
     warmup: its fraction of all steps. decay: a name from DECAYS.

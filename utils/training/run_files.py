@@ -14,13 +14,11 @@ from tqdm import tqdm
 from utils import distributed
 from utils.checkpoint.runs import BEST, LAST, LOGS
 from utils.checkpoint.saving import CheckpointWriter
-from utils.errors import UserError, is_out_of_memory
+from utils.errors import UserError, explain_out_of_memory
 from utils.files import TolerantWriter, atomic_write, locked, remove_leftovers
 from utils.images import save_png
 from utils.training.loss_history import LossHistory
 from utils.training.preview import sample_preview
-
-BAR = {"unit": "img", "unit_scale": True, "dynamic_ncols": True}
 
 
 class RunWriter:
@@ -34,19 +32,18 @@ class RunWriter:
     def __enter__(self) -> "RunWriter":
         if self.main:
             self.open_folder()
-        images, pause = len(self.context.dataset), 0.2 if sys.stderr.isatty() else 10  # seconds
-        images -= images % self.context.batch_size  # per epoch
+        images, pause = self.context.steps_per_epoch * self.context.batch_size, 0.2 if sys.stderr.isatty() else 10
+        bar = {"unit": "img", "unit_scale": True, "dynamic_ncols": True}
         done, total = self.start.epoch * images + self.start.images, self.config.epochs * images
-        self.bar = tqdm(total=total, initial=done, disable=not self.main, mininterval=pause, **BAR)
+        self.bar = tqdm(total=total, initial=done, disable=not self.main, mininterval=pause, **bar)
         self.epoch_began, self.epoch_images = time.monotonic(), 0
         return self
 
     def open_folder(self):
         folder = self.folder.resolve()
-        busy = f"another training writes to {folder}: wait for its end, or stop it"
-        self.lock.enter_context(locked(self.folder, busy))
-        remove_leftovers(self.folder)
-        with atomic_write(self.folder / "config.json", "w", encoding="utf-8") as file:
+        self.lock.enter_context(locked(folder, f"another training writes to {folder}: wait for its end, or stop it"))
+        remove_leftovers(folder)
+        with atomic_write(folder / "config.json", "w", encoding="utf-8") as file:
             json.dump(self.context.about.config, file, indent=2)
         print(f"this run writes to {folder}")
         if self.start.epoch >= self.config.epochs:
@@ -63,9 +60,8 @@ class RunWriter:
     def show(self, epoch: int, images: int, loss: float, lr: float) -> None:
         """Moves the progress bar by a batch of `images`. loss: the mean of the epoch, or NaN."""
         self.epoch_images += images
-        known = "" if math.isnan(loss) else f"loss {loss:.4f}, "
         self.bar.set_description(f"epoch {epoch + 1}/{self.config.epochs}", refresh=False)
-        self.bar.set_postfix_str(f"{known}learning rate {lr:.1e}", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, learning rate {lr:.1e}", refresh=False)
         self.bar.update(images)
 
     def save_due(self) -> bool:
@@ -90,19 +86,17 @@ class RunWriter:
         raise SystemExit(128 + number)
 
     def end_epoch(self, row: dict, seconds: float, memory: float) -> None:
-        """Tables, checkpoints, preview, curves of an epoch. row: see LossHistory. memory: MiB."""
+        """Writes all files of an epoch. row: see LossHistory. memory: MiB."""
         epoch, final, period = row["epoch"], row["epoch"] == self.config.epochs, self.config.preview_period
-        speed = {"epoch": epoch, "seconds": round(seconds, 3)}
-        speed["images_per_second"] = round(self.epoch_images / max(seconds, 1e-6), 2)
-        speed["memory_mib"] = round(memory)
+        rate = round(self.epoch_images / max(seconds, 1e-6), 2)
+        speed = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": rate, "memory_mib": round(memory)}
         best = row.get("val_loss", math.inf) < self.history.lowest("val_loss")[0]
         self.attempt("the tables", lambda: self.history.add(row, speed))
-        due = final or self.checkpoints.is_cheap()
         if epoch % self.config.save_period == 0 or final:  # before last.pth: a resumed run does not write it again
             self.checkpoints.save_epoch(epoch)
         if best:
             self.checkpoints.write(BEST)
-        if due:
+        if final or self.checkpoints.is_cheap():
             self.checkpoints.save_last(epoch, 0, None)
         if period and (epoch % period == 0 or epoch == 1 or final):
             self.attempt("the preview", lambda: self.preview(epoch, row["step"]))
@@ -111,39 +105,30 @@ class RunWriter:
         if final:
             self.finish("" if row["loss"] is None else f", loss {row['loss']:.4f}")
 
-    def finish(self, loss: str) -> None:
-        """Says that the run is over, and how to sample. UserError: something is not written."""
-        self.bar.close()
-        folder, last = self.folder.resolve(), self.folder / LAST
-        if missing := self.attempt.failed:
-            older = "" if LAST not in missing else "an older " if last.is_file() else "no "
-            raise UserError(
-                f"the epochs are done{loss}, but {', '.join(sorted(missing))} could not be written; "
-                f"{older}{LAST} is in {folder}: the lines above say why; mend that and resume it"
-            )
-        model = "" if folder.parent == Path(LOGS).resolve() else f" --model_path {self.folder}"
-        print(f"done{loss}: weights in {last.resolve()}; `python predict.py{model}` samples with them")
-        if epoch := self.history.lowest("val_loss")[1]:
-            command = f"python predict.py --model_path {self.folder / BEST}"
-            print(f"the validation loss was lowest after epoch {epoch}: `{command}` samples from that checkpoint")
-        print(f"`python -m utils.report {self.folder}` makes an HTML report of this run")
-
     def preview(self, epoch: int, step: int) -> None:
-        """Samples the preview into a file and TensorBoard. Too little memory ends no run."""
-        try:
+        """Samples the preview into a file and TensorBoard."""
+        with explain_out_of_memory(lambda: "a preview samples 25 images at once, --preview_period 0 does without"):
             image = sample_preview(self.config, self.context)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            tqdm.write("no preview: there is not enough memory to sample 25 images at once; training continues")
-            return
         path = Path("results/train_out") / self.folder.name / f"epoch_{epoch:04d}.png"
         save_png(path, image)
         self.history.add_image(image, step)
         tqdm.write(f"preview: {path.resolve()}")
 
+    def finish(self, loss: str) -> None:
+        """Says that the run is over, and how to sample. UserError: something is not written."""
+        self.bar.close()
+        folder = self.folder.resolve()
+        if missing := ", ".join(sorted(self.attempt.failed)):
+            why = "the lines above say why; mend that and resume it"
+            raise UserError(f"the epochs are done{loss}, but {missing} could not be written to {folder}: {why}")
+        model = "" if folder.parent == Path(LOGS).resolve() else f" --model_path {self.folder}"
+        print(f"done{loss}: weights in {folder / LAST}; `python predict.py{model}` samples with them")
+        if epoch := self.history.lowest("val_loss")[1]:
+            command = f"python predict.py --model_path {self.folder / BEST}"
+            print(f"the validation loss was lowest after epoch {epoch}: `{command}` samples from that checkpoint")
+        print(f"`python -m utils.report {self.folder}` makes an HTML report of this run")
+
     def advice(self) -> str:
         """What to do after too many bad steps."""
-        last = self.folder / LAST
-        kept = f"The last good state is {last.resolve()}: resume it" if last.exists() else "Start again"
+        kept = f"Resume the last good state, {self.folder / LAST}, or start again"
         return f"{kept} with a lower --init_lr, --grad_clip 1, or --precision fp32, and look for broken images."

@@ -10,10 +10,9 @@ NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 
 class StopSignal:
-    """`number` is 0, or the signal that asks for a stop. A second signal ends the process at once.
+    """`number` is 0, or the signal that asks for a stop. A second one ends the process at once.
 
-    A signal within a second of the first is the same one: torchrun passes it on to processes that
-    have it from the terminal already.
+    Within a second it is the same: torchrun passes on what the processes have from the terminal.
     """
 
     number, seen = 0, 0.0
@@ -33,8 +32,7 @@ class StopSignal:
     def _handle(self, number, _frame):
         if not self.number:
             self.number, self.seen = number, time.monotonic()
-            text = f"\n{signal.Signals(number).name}: saving after this step (press again to quit now)\n"
             with contextlib.suppress(OSError):  # os.write, as print is not safe inside a handler
-                os.write(2, text.encode())
+                os.write(2, f"\n{signal.Signals(number).name}: saving after this step (again: quit now)\n".encode())
         elif time.monotonic() - self.seen > 1:
             os._exit(128 + number)

@@ -4,7 +4,7 @@ import hashlib
 from typing import NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 
 def derive_seed(*parts: object) -> int:
@@ -25,15 +25,9 @@ class StepNoise(NamedTuple):
         return StepNoise(*(rows[rank * size : (rank + 1) * size] for rows in self))
 
 
-def sample_step_noise(
-    generator: Generator, seed: int, shape: tuple, num_timesteps: int, flip: float = 0.0, drop: float = 0.0
-) -> StepNoise:
-    """For the whole batch of shape (B, C, H, W). flip, drop: probabilities.
-
-    The order of the calls is fixed: no option changes the numbers of another.
-    """
+def sample_step_noise(generator, seed, shape, num_timesteps, flip=0.0, drop=0.0) -> StepNoise:
+    """For a whole batch (B, C, H, W). flip, drop: probabilities; no one changes other numbers."""
     generator.manual_seed(seed)
-    arguments = {"generator": generator, "device": generator.device}
-    t = torch.randint(num_timesteps, shape[:1], **arguments)
-    noise = torch.randn(shape, **arguments)
-    return StepNoise(t, noise, *(torch.rand(shape[:1], **arguments) < chance for chance in (flip, drop)))
+    on = {"generator": generator, "device": generator.device}
+    t, noise = torch.randint(num_timesteps, shape[:1], **on), torch.randn(shape, **on)
+    return StepNoise(t, noise, *(torch.rand(shape[:1], **on) < chance for chance in (flip, drop)))

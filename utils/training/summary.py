@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 
 from utils import distributed
-from utils.data.dataset import epoch_batches
 from utils.device import describe_device
 from utils.terminal import plural
 from utils.training.memory import print_memory
@@ -23,33 +23,25 @@ def print_summary(config, context, preset: dict) -> None:
         print(f"preset     {config.preset}: {', '.join(values)}")
     device, processes = describe_device(context.device), plural(distributed.world_size(), "process", "es")
     print(f"device     {device}, precision {config.precision}, compile {config.compile}, {processes}")
-    print(f"images     {describe_images(config, context)}")
+    height, width = config.input_shape
+    aside, classes = len(context.validation), plural(len(context.dataset.classes), "class", "es")
+    print(
+        f"images     {len(context.dataset):,} of {height}x{width}, {plural(config.img_channels, 'channel')}, "
+        f"{aside:,} held out for validation; {classes}, {'used' if config.class_conditional else 'not used'}"
+    )
     count = sum(parameter.numel() for parameter in context.diffusion.model.parameters())
-    shifted = f" shifted by {config.schedule_shift:g}" if config.schedule_shift else ""
     print(
         f"network    {count / 1e6:.2f} million parameters, {plural(config.num_groups, 'group')}; {config.prediction}, "
-        f"{config.schedule} schedule{shifted}, T = {config.num_timesteps}"
+        f"{config.schedule} schedule shifted by {config.schedule_shift:g}, T = {config.num_timesteps}"
     )
-    print_steps(config, context)
-
-
-def describe_images(config, context) -> str:
-    classes, (height, width) = context.dataset.classes, config.input_shape
-    words = f"{len(context.dataset):,} of {height}x{width}, {plural(config.img_channels, 'channel')}"
-    if len(context.validation):
-        words += f", {len(context.validation):,} held out for validation"
-    unused = "" if config.class_conditional else " (not used: --class_conditional True learns them)"
-    return words + (f", {plural(len(classes), 'class', 'es')}{unused}" if classes else "")
-
-
-def print_steps(config, context) -> None:
-    steps, total = len(context.dataset) // context.batch_size, total_steps(config, context)
-    views = total * context.batch_size / len(context.dataset)
+    total = config.epochs * context.steps_per_epoch
     print(
-        f"training   {plural(config.epochs, 'epoch')} of {plural(steps, 'step')} of {context.batch_size}, {total:,} "
-        f"steps in all, {config.optimizer_type}, learning rate up to {config.init_lr:g}\n"
-        f"           each image is seen about {views:,.0f} times"
+        f"training   {plural(config.epochs, 'epoch')} of {plural(context.steps_per_epoch, 'step')} of "
+        f"{context.batch_size}, {total:,} steps in all, {config.optimizer_type}, "
+        f"learning rate up to {config.init_lr:g}"
     )
+    views = total * context.batch_size / len(context.dataset)
+    print(f"           each image is seen about {views:,.0f} times")
     if views > MEMORIZATION_VIEWS:
         print(
             "warning: a network may memorize so small a training set (the onset scales with its size): hold some out "
@@ -58,43 +50,25 @@ def print_steps(config, context) -> None:
     print(f"EMA        over about the last {ema_span(config, total):,} of {total:,} steps at the end")
 
 
-def total_steps(config, context) -> int:
-    return config.epochs * (len(context.dataset) // context.batch_size)
-
-
-def print_dry_run(config, context, flops: int, step: Callable) -> None:
-    """The run's memory and time. flops: of an image's forward pass. step(images, labels) trains."""
-    print_memory(config, context)
-    seconds, steps = seconds_per_step(config, context, step), total_steps(config, context)
-    slower = " (not compiled: the run is faster)" if config.compile else ""
-    print(
-        f"time       {seconds:.3g} s a step{slower}, {plural(steps, 'step')}: {duration(seconds * steps)}, "
-        f"without saves and previews; {flops / 1e9:.3g} billion operations per image, forward"
-    )
-
-
-def seconds_per_step(config, context, step: Callable) -> float:
-    """Of the second step, as the first allocates memory. Not compiled."""
-    size, batch_size = len(context.dataset), context.batch_size
-    batches = epoch_batches(size, batch_size, config.seed, 0, 0, distributed.rank(), distributed.world_size())
-    images, labels = next(iter(context.dataset.batches(batches)))
-    for _ in range(2):
-        began = time.perf_counter()
-        step(images, labels)
-        context.meter.sums.cpu()  # waits for the device
-    return time.perf_counter() - began
-
-
-def duration(seconds: float) -> str:
-    """Seconds as text, such as 45 s, 12 min or 3 h 20 min."""
-    minutes = round(seconds / 60)
-    if minutes >= 100:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min" if seconds >= 100 else f"{seconds:.0f} s"
-
-
 def ema_span(config, steps: int) -> int:
     """Steps that the EMA spans after `steps`: 1 / (1 - decay), with a warm-up at most a ninth."""
     counted = max(0, steps - config.ema_start)
     warmup = (10 + counted) / 9 if config.ema_warmup else counted  # the decay is (1 + n) / (10 + n)
     return max(1, round(min(1 / max(1 - config.ema_decay, 1e-9), warmup, counted)))
+
+
+def print_dry_run(config, context, flops: int, step: Callable) -> None:
+    """The run's memory and time. flops: of an image's forward pass. step(images, labels) trains."""
+    print_memory(config, context)
+    images, labels = context.dataset.batch(range(context.batch_size // distributed.world_size()))
+    for _ in range(2):  # the first step allocates memory
+        began = time.perf_counter()
+        step(images, labels)
+        context.meter.sums.cpu()  # waits for the device
+    seconds, steps = time.perf_counter() - began, config.epochs * context.steps_per_epoch
+    whole = timedelta(seconds=round(seconds * steps))
+    slower = " (not compiled: the run is faster)" if config.compile else ""
+    print(
+        f"time       {seconds:.3g} s a step{slower}, {plural(steps, 'step')}: {whole}, "
+        f"without saves and previews; {flops / 1e9:.3g} billion operations per image, forward"
+    )

@@ -27,10 +27,9 @@ def validation_loss(config, context) -> float:
         pixels, labels = images.batch(np.arange(first, first + size)[mine])
         if len(pixels):
             x = normalize(pixels, device, memory_format=context.layout)
-            y = labels.to(device) if config.class_conditional else None
+            y, t = labels.to(device) if config.class_conditional else None, t[mine].to(device)
             with autocast(device, config.precision):
-                inputs = {"t": t[mine].to(device), "noise": noise[mine]}
-                losses = context.diffusion(x, y, **inputs, use_ema=True, reduction="none")
+                losses = context.diffusion(x, y, t=t, noise=noise[mine], use_ema=True, reduction="none")
             total += torch.stack([losses.sum(), losses.new_tensor(len(x))])
     loss, count = distributed.sum_over_ranks(total).tolist()
     return loss / count
