@@ -132,9 +132,9 @@ def check_sizes(weights: Weights, config: Mapping[str, Any], num_classes: int) -
     It comes before the network is built, on the meta device: a small file may claim any size.
     """
     arguments, T = unet_arguments(config, num_classes), arguments_of(make_betas, config)["num_timesteps"]
-    held, levels = sum(map(Tensor.numel, weights.values())), len(arguments["channel_mults"])
-    width = max(arguments["base_channels"] * max(arguments["channel_mults"]), arguments["img_channels"], num_classes)
-    if width > held or arguments["num_res_blocks"] * levels > len(weights):
+    mults, held = arguments["channel_mults"], sum(map(Tensor.numel, weights.values()))
+    width = max(arguments["base_channels"] * max(mults), arguments["img_channels"], num_classes)
+    if width > held or arguments["num_res_blocks"] * len(mults) > len(weights):
         raise SettingError("the weights do not fit this network: its settings are for far more than the file holds")
     with torch.device("meta"):
         network, tables = UNet(**arguments).state_dict(), {name: torch.zeros(T) for name in TABLES}
