@@ -31,9 +31,8 @@ from utils.evaluate.distances import (
     nearest,
     precision_and_recall,
 )
-from utils.evaluate.features import Extractor, FeatureCache, collect
+from utils.evaluate.features import Extractor, FeatureCache, collect, load_inception
 from utils.evaluate.image_sets import open_images, scan_sizes
-from utils.evaluate.inception import load_inception
 from utils.images import save_png
 
 
@@ -75,9 +74,8 @@ def net():
 
 
 def train_on_shapes(count, test_count, epochs, seed=0):
-    parts = (shapes(count), shapes(test_count, seed=1))
-    labeled = [torch.as_tensor(value) for part in parts for value in part]
-    return train_feature_net(*labeled, KINDS, epochs=epochs, batch_size=50, seed=seed)
+    parts = (map(torch.as_tensor, part) for part in (shapes(count), shapes(test_count, seed=1)))
+    return train_feature_net(*map(tuple, parts), KINDS, epochs=epochs, batch_size=50, seed=seed)
 
 
 def features(net, pictures):
@@ -152,7 +150,7 @@ def test_running_statistics_are_those_of_the_whole():
         running.add(part)
     assert running.count == 501
     assert_close(running.mean, torch.from_numpy(whole.numpy().mean(0)), rtol=1e-12, atol=0)
-    assert_close(running.covariance, torch.from_numpy(np.cov((whole.numpy() - 1e6).T)), rtol=1e-7, atol=1e-7)
+    assert_close(running.scatter / 500, torch.from_numpy(np.cov((whole.numpy() - 1e6).T)), rtol=1e-7, atol=1e-7)
     with pytest.raises(RuntimeError, match="size of tensor"):
         running.add(torch.zeros(2, 6))
 

@@ -33,7 +33,7 @@ from utils.sampling.summary import describe_guidance
 from utils.settings import PAIR, choice, flag, number, parse, settings, text, whole
 
 ENOUGH = 10_000  # below so many samples FID's upward bias is larger than the differences of interest
-WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors", ".pth.tar")  # names of checkpoints end so
+WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors", ".pth.tar")
 
 
 # fmt: off
@@ -85,6 +85,7 @@ TEXTS = ("samples", "reference", "held_out", "features", "inception_weights", "g
 SETTINGS = {
     **dict.fromkeys((*TEXTS, "device"), text()),
     **dict.fromkeys(("distances", "nearest", "bits", "use_ema"), flag()),
+    **dict.fromkeys(("bits_images", "steps"), whole(0)),
     "num_images": whole(0, SEEDS),
     "input_shape": whole(1, 2**14, None, count=PAIR),
     "img_channels": choice((0, 1, 3)),
@@ -94,9 +95,7 @@ SETTINGS = {
     "max_features": whole(NEIGHBORS + 2),
     "nearest_images": whole(1),
     "nearest_by": choice(("pixels", "features")),
-    "bits_images": whole(0),
     "sampler": choice(SAMPLERS),
-    "steps": whole(0),
     "spacing": choice(("", *SPACINGS)),
     "eta": number(0, 1),
     "guidance_scale": number(0, 1000),
@@ -151,9 +150,8 @@ def compare(config, blocks, count, reference, held_out, device):
     """A dict of the distances and nearest images of `count` samples, in blocks (b, H, W, C)."""
     results, cache, extract = {}, FeatureCache(config.cache_dir, config.reference), None
     if config.distances and min(count, len(reference)) < NEIGHBORS + 2:
-        raise UserError(
-            f"{count} samples, {len(reference)} reference images are too few: distances need {NEIGHBORS + 2}"
-        )
+        counts = f"{count} samples, {len(reference)} reference images"
+        raise UserError(f"{counts} are too few: distances need {NEIGHBORS + 2}")
     if config.distances and count < ENOUGH:
         print(f"warning: FID is biased upward below {ENOUGH:,} samples; compare only equal sample counts")
     if config.distances or config.nearest_by == "features":

@@ -34,13 +34,12 @@ class FeatureNet(nn.Module):
         return self.layers(images.to(self.head.weight.dtype) / 127.5 - 1).mean((2, 3))
 
 
-def train_feature_net(
-    images, labels, test_images, test_labels, num_classes, *, epochs=None, batch_size=128, seed=0, device="cpu"
-) -> FeatureNet:
-    """A FeatureNet in eval mode, trained on images (n, h, w, c) uint8 with labels (n,), tensors.
+def train_feature_net(training, test, num_classes, *, epochs=None, batch_size=128, seed=0, device="cpu"):
+    """A FeatureNet in eval mode. training, test: tensors, images (n, h, w, c) uint8, labels (n,).
 
     Adam with one cycle of the learning rate (Smith & Topin 2018). epochs: None: about STEPS steps.
     """
+    images, labels = training
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):  # the global generator belongs to the caller
         torch.manual_seed(seed)
@@ -59,9 +58,9 @@ def train_feature_net(
             optimizer.step()
             schedule.step()
     net.eval().requires_grad_(False)
-    parts = test_images.permute(0, 3, 1, 2).split(500)
+    parts = test[0].permute(0, 3, 1, 2).split(500)
     found = torch.cat([net.head(net(part.to(device))).argmax(1).cpu() for part in parts])
-    net.accuracy = round((found == test_labels).double().mean().item(), 4)
+    net.accuracy = round((found == test[1]).double().mean().item(), 4)
     return net
 
 

@@ -27,11 +27,6 @@ class FeatureStatistics:
         self.count = total
         return self
 
-    @property
-    def covariance(self) -> Tensor:
-        """(d, d), unbiased, as is usual for FID; of at least 2 images."""
-        return self.scatter / (self.count - 1)
-
 
 def as_features(features: Tensor) -> Tensor:
     """(n, d) of any type as float64 on the CPU: Apple GPUs have none."""
@@ -44,7 +39,7 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     Heusel et al. 2017, equation 6. With C = L L^T the trace of the root is the sum of the singular
     values of L_1^T L_2: also of singular covariances nothing turns complex.
     """
-    cov_1, cov_2 = first.covariance, second.covariance
+    cov_1, cov_2 = (part.scatter / (part.count - 1) for part in (first, second))  # unbiased, as is usual for FID
     eigen = [torch.linalg.eigh((covariance + covariance.T) / 2) for covariance in (cov_1, cov_2)]
     root_1, root_2 = (vectors * values.clamp(min=0).sqrt() for values, vectors in eigen)  # L; rounding goes below 0
     overlap = torch.linalg.svdvals(root_1.T @ root_2).sum()
@@ -70,10 +65,10 @@ def kernel_distance(x: Tensor, y: Tensor, subsets=100, subset_size=1000, seed=0)
 
 
 def precision_and_recall(samples: Tensor, reference: Tensor, k: int = 3) -> tuple[float, float]:
-    """(precision, recall), 0 to 1 each (Kynkaanniemi et al. 2019, equations 1 and 2).
+    """(precision, recall) of samples (n, d), references (m, d): Kynkaanniemi et al. 2019, eq. 1, 2.
 
-    Precision: the fraction of samples (n, d) in a ball around a reference (m, d) that reaches its
-    k-th nearest neighbor; recall: the converse. They depend on n and m: compare equal counts only.
+    Precision: the fraction of samples in a ball around a reference that reaches its k-th nearest
+    neighbor; recall: the converse. They depend on n and m.
     """
     samples, reference = as_features(samples), as_features(reference)
     # Float32 features of a copy differ in their last digits: it shall be in a ball of copies too.

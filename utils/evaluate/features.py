@@ -1,9 +1,11 @@
 """Features of image sets for FID, KID, precision and recall, computed in one pass and cached."""
 
 import hashlib
+import io
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.checkpoint.integrity import load_tensors, save_tensors, weights_digest
+from utils.checkpoint.integrity import check_tensors, load_tensors, save_tensors, weights_digest
 from utils.data.cache import cache_folder
 from utils.data.dataset import ImageDataset, split_validation
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.evaluate.classifier import load_feature_net, save_feature_net, train_feature_net
 from utils.evaluate.distances import FeatureStatistics
-from utils.evaluate.inception import load_inception
 
 CACHE_VERSION = 1  # part of the keys: raise it when features or their files change
 KEPT_FILES = 8  # of statistics, and of classifiers, in the cache
+ADVICE = "pip install torchmetrics torch-fidelity, or set --inception_weights FILE or --features classifier"
 
 
 class Extractor:
@@ -63,16 +65,16 @@ def with_progress(blocks: Iterable[Tensor], count: int, description: str) -> Ite
             bar.update(len(block))
 
 
-class FeatureCache:
+class FeatureCache(NamedTuple):
     """Feature statistics and classifiers on disk, by a key of the images and the network."""
 
-    def __init__(self, cache_dir: str = "", annotation_path: str = "train_lines.txt"):
-        self.place = annotation_path, cache_dir
+    cache_dir: str = ""
+    annotation_path: str = "train_lines.txt"
 
     def path(self, kind: str, *parts) -> Path:
         """The file for a function of `parts`, there or not; old ones go. OSError: none can be."""
         digest = hashlib.sha256(repr((CACHE_VERSION, *parts)).encode()).hexdigest()
-        folder = cache_folder(*self.place)
+        folder = cache_folder(self.annotation_path, self.cache_dir)
         for old in sorted(folder.glob(f"{'[0-9a-f]' * 24}.{kind}.pth"), key=os.path.getmtime)[:-KEPT_FILES]:
             old.unlink(missing_ok=True)
         return folder / f"{digest[:24]}.{kind}.pth"
@@ -99,8 +101,8 @@ class FeatureCache:
         if not path.is_file():
             # Digits from the end: the first ones decided already what val_split kept aside.
             parts = split_validation(replace(dataset, hashes=[digest[::-1] for digest in dataset.hashes]), 0.1)
-            labeled = [value for part in parts for value in part.batch(range(len(part)))]
-            save_feature_net(path, train_feature_net(*labeled, classes, device=device))
+            batches = (part.batch(range(len(part))) for part in parts)
+            save_feature_net(path, train_feature_net(*batches, classes, device=device))
         return path
 
 
@@ -110,7 +112,26 @@ def load_extractor(features, dataset, cache, device, batch_size=100, inception_w
         return Extractor(load_inception(inception_weights, device), "Inception, 2048 numbers", device, batch_size, 3)
     path = cache.classifier(dataset, device) if features == "classifier" else Path(features)
     network = load_feature_net(path, device)
-    if network.img_channels != dataset.shape[2]:
-        raise UserError(f"{path}: a feature net of {network.img_channels} channels, for images of {dataset.shape[2]}")
+    if network.img_channels != dataset.pixels.shape[3]:
+        raise UserError(f"{path}: a feature net of {network.img_channels} channels does not fit these images")
     name = f"classifier of {network.num_classes} classes, test accuracy {network.accuracy}, {path.resolve()}"
     return Extractor(network, name, device, batch_size)
+
+
+def load_inception(weights_path: str = "", device: torch.device | str = "cpu") -> nn.Module:
+    """torchmetrics' Inception of FID: (b, 3, h, w) uint8 -> (b, 2048). "": weights of torch.hub."""
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3 as library  # torchmetrics imports it only when needed
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        # 91 MB, in torch.hub's cache; the name ends with digits of the SHA-256.
+        download = partial(library.load_state_dict_from_url, map_location="cpu", weights_only=True, check_hash=True)
+        weights = load_tensors(weights_path) if weights_path else download(library.URL_INCEPTION_V3)
+        check_tensors(weights)
+        copy = io.BytesIO()  # no file for the library's loader: it would run code hidden in one
+        torch.save(weights, copy)
+        copy.seek(0)
+        metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=copy)
+    except Exception as error:  # a broken package, urllib, torch.load and load_state_dict raise all kinds
+        raise UserError(f"no Inception features ({type(error).__name__}: {one_line(error, 300)}): {ADVICE}") from None
+    return metric.inception.to(device).eval().requires_grad_(False)
