@@ -23,7 +23,6 @@ from utils.checkpoint.integrity import save_tensors, weights_digest
 from utils.data.image_format import ImageFormat
 from utils.evaluate import __main__ as evaluate
 from utils.evaluate import image_sets
-from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net, train_feature_net
 from utils.evaluate.distances import (
     FeatureStatistics,
     frechet_distance,
@@ -31,7 +30,16 @@ from utils.evaluate.distances import (
     nearest,
     precision_and_recall,
 )
-from utils.evaluate.features import Extractor, FeatureCache, collect, load_inception
+from utils.evaluate.features import (
+    Extractor,
+    FeatureCache,
+    FeatureNet,
+    collect,
+    load_feature_net,
+    load_inception,
+    save_feature_net,
+    train_feature_net,
+)
 from utils.evaluate.image_sets import open_images, scan_sizes
 from utils.images import save_png
 
@@ -74,8 +82,8 @@ def net():
 
 
 def train_on_shapes(count, test_count, epochs, seed=0):
-    parts = (map(torch.as_tensor, part) for part in (shapes(count), shapes(test_count, seed=1)))
-    return train_feature_net(*map(tuple, parts), KINDS, epochs=epochs, batch_size=50, seed=seed)
+    parts = [tuple(map(torch.as_tensor, part)) for part in (shapes(count), shapes(test_count, seed=1))]
+    return train_feature_net(*parts, KINDS, epochs=epochs, batch_size=50, seed=seed)
 
 
 def features(net, pictures):

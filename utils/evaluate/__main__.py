@@ -18,7 +18,7 @@ from nets.sampling import check_guiding_model, check_interval, sampling_schedule
 from utils.checkpoint.file import Checkpoint
 from utils.checkpoint.integrity import weights_digest
 from utils.checkpoint.runs import newest_in, open_weights
-from utils.data.dataset import ImageDataset, split_validation
+from utils.data.dataset import split_validation
 from utils.data.image_format import RESIZE_MODES, ImageFormat
 from utils.device import DTYPES, autocast, choose_device, choose_precision, describe_device, memory_format
 from utils.errors import UserError, run_script
@@ -166,12 +166,12 @@ def compare(config, blocks, count, reference, held_out, device):
     return results
 
 
-def is_checkpoint(path: str) -> bool:
+def is_checkpoint(path):
     """Whether `path` is a file of weights, a run's folder, or "" (the newest run)."""
     return not path or path.lower().endswith(WEIGHTS) or newest_in(Path(path)) is not None
 
 
-def load_model(config, device: torch.device, precision: str) -> Model:
+def load_model(config, device, precision):
     """The Model of config.samples, on the device. UserError for settings that it cannot serve."""
     checkpoint = open_weights(config.samples, "weights")
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
@@ -183,7 +183,7 @@ def load_model(config, device: torch.device, precision: str) -> Model:
     return Model(diffusion, classes, checkpoint, guide)
 
 
-def open_references(config, model: Model | None, open_set) -> tuple[ImageDataset, ImageDataset | None]:
+def open_references(config, model, open_set):
     """(reference, held-out images), of the samples' size and channels."""
     reference, held_out, trained = open_set(config.reference), None, model.checkpoint.config if model else {}
     listed, share = trained.get("annotation_path"), trained.get("val_split", 0)
@@ -200,7 +200,7 @@ def open_references(config, model: Model | None, open_set) -> tuple[ImageDataset
     return reference, held_out
 
 
-def make_opener(config, model: Model | None):
+def make_opener(config, model):
     """(function path -> ImageDataset, decoded as in training; a dict of what the sizes are)."""
     names = None
     if model:
@@ -220,14 +220,14 @@ def make_opener(config, model: Model | None):
     return open_set, {"compared_at": [height, width, channels], "sample_sizes": names}
 
 
-def labels_like(reference: ImageDataset, model: Model, seed: int) -> torch.Tensor | None:
+def labels_like(reference, model, seed):
     """Class ids (n,) as often as in the reference, of other classes each once; None without."""
     if not model.classes or reference.classes != model.classes:
         return torch.arange(len(model.classes)) if model.classes else None
     return reference.labels[torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))]
 
 
-def generate(config, model: Model, reference: ImageDataset, device, precision):
+def generate(config, model, reference, device, precision):
     """(count, blocks, name) of the samples of predict.py, made on demand: i has `seed` + i."""
     count = config.num_images or (ENOUGH if config.distances else config.nearest_images if config.nearest else 0)
     same = {name: getattr(config, name) for name in ("sampler", "use_ema", "guidance_scale", "guidance_interval")}

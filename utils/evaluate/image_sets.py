@@ -17,7 +17,6 @@ from utils.data.annotation import read_annotation, write_annotation
 from utils.data.dataset import ImageDataset, open_dataset
 from utils.data.decode import attempt, check_image
 from utils.data.formats import open_image
-from utils.data.image_format import ImageFormat
 from utils.data.search import find_images, label_by_folder
 from utils.data.threads import map_in_threads
 from utils.errors import UserError, one_line
@@ -27,7 +26,7 @@ OVERVIEW = re.compile(r"predict_(1x1|5x5|interpolation|trajectory)_results\.(png
 MAX_RATIO, ALWAYS_ALLOWED = 20, 2**26  # an .npz that unpacks to more than both may be made to fill the disk
 
 
-def scan_sizes(path) -> tuple[Counter, bool]:
+def scan_sizes(path):
     """(Counter of (height, width), whether an image has color) of a folder, list or .npz."""
     path = Path(path)
     if path.suffix.lower() == ".npz":
@@ -55,7 +54,7 @@ def _samples_in(folder):
     return paths
 
 
-def open_images(path, image_format: ImageFormat, cache_path=None) -> ImageDataset:
+def open_images(path, image_format, cache_path=None):
     """The ImageDataset of a folder (whose folders are classes), a list or an .npz of this size."""
     path = Path(path)
     if path.suffix.lower() == ".npz":
