@@ -21,9 +21,8 @@ from torchvision.transforms.v2 import functional as F
 
 from utils.data import decode as images
 from utils.data import threads
-from utils.data.decode import check_image
+from utils.data.decode import check_image, describe_error, is_about_the_file, is_damage
 from utils.data.image_format import RESIZE_MODES, ImageFormat
-from utils.data.read_errors import describe_error, is_about_the_file, is_damage
 from utils.data.threads import map_in_threads
 from utils.images import make_grid, save_animation, save_png, to_uint8
 

@@ -2,8 +2,7 @@
 
 import torch
 
-from utils.data.decode import check_image, load_image
-from utils.data.read_errors import describe_error
+from utils.data.decode import check_image, describe_error, load_image
 from utils.errors import UserError
 
 
