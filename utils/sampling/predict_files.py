@@ -25,8 +25,7 @@ class PredictFiles:
     """Writes images that come in any order and from any process, in bounded memory.
 
     config: predict.py's, resolved. shape: (H, W, C) of an image. rows: of the grid, one per class;
-    0: no classes. text_of: number -> dict of what an image depends on, the text of its single
-    file. UserError where the folder cannot be written to.
+    0: no classes. text_of: see `image_texts`. UserError where the folder cannot be written to.
     """
 
     def __init__(self, config, shape, rows, text_of):
@@ -65,8 +64,7 @@ class PredictFiles:
                 image.load()
                 text, pixels = dict(image.text), np.asarray(image)
         except (OSError, SyntaxError, ValueError) as error:
-            what = f"{path.resolve()} cannot be read ({one_line(error)})"
-            raise UserError(f"{what}: delete it, it is sampled again") from None
+            raise UserError(f"{path.resolve()} cannot be read ({one_line(error)}): delete it") from None
         differing = [name for name in {**wanted, **text} if text.get(name) != wanted.get(name)]
         if differing:
             what = f"{path.resolve()} is there already and differs in {', '.join(differing)}"
@@ -135,15 +133,14 @@ def check_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        what = f"{folder.resolve()} cannot be written to ({error.strerror})"
-        raise UserError(f"{what}: choose another --save_dir") from None
+        fault = f"{folder.resolve()} cannot be written to ({error.strerror})"
+        raise UserError(f"{fault}: choose another --save_dir") from None
 
 
 def open_spool(folder, shape):
-    """A (N, H, W, C) uint8 array in a file; every process writes its own images into it.
+    """A (N, H, W, C) uint8 array in a file without a name; each process writes its images into it.
 
-    The file loses its name once all processes have it open, so its space comes back however they
-    end. OSError where the disk has too little space.
+    Its space comes back however they end. OSError where the disk has too little.
     """
     file = None
     if distributed.is_main():
@@ -162,9 +159,9 @@ def open_spool(folder, shape):
 
 
 def image_texts(config, networks, shape, classes, labels, options):
-    """The function number -> dict of all that this image depends on, for its single file.
+    """The function number -> dict of all that an image depends on, the text of its single file.
 
-    networks: the one that samples and, with a guiding model, that one's. options: SamplingOptions.
+    networks: the one that samples, and the guiding one. options: SamplingOptions.
     """
     names = ["sampler", "steps", "spacing", "guidance_scale", "use_ema"]
     names += ["guidance_interval"] * bool(options.guidance_interval) + ["clip"] * (not options.clip)
