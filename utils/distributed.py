@@ -100,10 +100,7 @@ def wrap(module):
 
 
 class LaggedMax:
-    """The maximum over all processes of whole numbers, two steps late: no process ever waits.
-
-    All processes get the same numbers at the same step; a single process gets its own at once.
-    """
+    """The maximum over all processes of whole numbers, two steps late, so that none waits."""
 
     def __init__(self):
         self.pending = []

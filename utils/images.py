@@ -11,11 +11,8 @@ from utils.files import atomic_write
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """(B, C, H, W) floats in [-1, 1] on any device -> (B, H, W, C) uint8 array.
-
-    Clamped and rounded: a cast alone wraps 256 to 0. NaN becomes mid-gray.
-    """
-    pixels = x.detach().float().nan_to_num(nan=0.0, posinf=1.0, neginf=-1.0).clamp(-1, 1).add(1).mul(127.5).round()
+    """(B, C, H, W) floats in [-1, 1] -> (B, H, W, C) uint8 array, rounded. NaN becomes mid-gray."""
+    pixels = x.detach().float().nan_to_num(nan=0.0).clamp(-1, 1).add(1).mul(127.5).round()
     return pixels.byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 

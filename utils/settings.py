@@ -118,9 +118,8 @@ def defaults(config_class: type, declared: dict[str, Setting]) -> dict[str, Any]
 
 def preset_values(presets: dict[str, dict], name: str, declared: dict[str, Setting]) -> dict[str, Any]:
     """The settings of a preset. UserError for an unknown preset, setting or value."""
-    preset = presets[fitted(f"preset {name!r}", name, choice(presets))]
     values = {}
-    for setting, value in preset.items():
+    for setting, value in presets[fitted(f"preset {name!r}", name, choice(presets))].items():
         check_known(setting, declared, f"PRESETS[{name!r}]: {setting}")
         if isinstance(value, list):
             raise UserError(f"PRESETS[{name!r}]: {setting} is the list {value}: write it as a tuple, {tuple(value)}")
@@ -206,7 +205,6 @@ def source_comments(config_class: type) -> tuple[dict[str, str], dict[str, str]]
         if alone := re.match(r" +# (.*)", line):
             heading = alone[1]
         elif found := re.match(r" +(\w+): .*?(?:  # (.*))?$", line):
-            name, comments[found[1]] = found[1], found[2] or ""
-            headings |= {name: heading} if heading else {}
-            heading = ""
+            headings |= {found[1]: heading} if heading else {}
+            heading, comments[found[1]] = "", found[2] or ""
     return headings, comments

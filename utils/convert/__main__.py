@@ -81,10 +81,7 @@ def print_reference_advice(diffusion):
     if settings:
         print(f"settings to change in the reference's ddpm.py: {', '.join(settings)}")
     if not torch.allclose(betas, torch.from_numpy(make_betas(num_timesteps=len(betas))).float(), rtol=1e-4):
-        print(
-            "the schedule is not the reference's linear one: its code takes the schedule from this file, and its own "
-            "schedule settings do nothing"
-        )
+        print("the schedule is not the reference's linear one: its code takes the schedule from this file")
 
 
 def open_run(run, file):
@@ -98,17 +95,12 @@ def print_sizes(source, file):
     print(f"{source} ({before:.1f} MiB) -> {file} ({after:.1f} MiB)")
 
 
-COMMANDS = {
-    "weights": export_weights,
-    "reference": export_reference,
-    "diffusers": export_model,
-    "import": import_model,
-}
+COMMANDS = {"weights": export_weights, "reference": export_reference, "diffusers": export_model, "import": import_model}
 
 
 def main(arguments=None):
-    as_written = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(prog="python -m utils.convert", description=__doc__, **as_written)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m utils.convert", description=__doc__, formatter_class=as_written)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("source", help="RUN, or the FOLDER to import")
     parser.add_argument("target", help="what is written")

@@ -1,9 +1,8 @@
 """Models as folders of the library diffusers (DDPMPipeline), and back.
 
-diffusers' own classes check the settings and write the folders. Our UNet is a UNet2DModel with
-other names, so its weights are only renamed. Classes differ: we add a class after the activation,
-diffusers adds it before, and DDPMPipeline passes none. One class, by default the null class, is
-therefore added to the biases of the time embedding.
+Our UNet is a UNet2DModel with other names, so its weights are only renamed. Classes differ: we add
+a class after the activation, diffusers adds it before, and DDPMPipeline passes none. One class, by
+default the null class, is therefore added to the biases of the time embedding.
 """
 
 import contextlib
