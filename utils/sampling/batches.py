@@ -6,7 +6,7 @@ import torch
 def sample_batches(diffusion, firsts, batch_size, seed, labels=None, noise=None, options=None):
     """Yields (first, steps) for each of `firsts`: the batch of images first, first + 1, ...
 
-    steps: yields (x, x_0), (batch_size, c, h, w). Image i has the noise of seed + i, and all batches
+    steps: yields (x, x_0), (batch_size, c, h, w). Image i has the noise of seed + i. All batches
     have one size, so the number of images changes no image. labels: (n,) class ids, taken in turn,
     or None. noise: a function of the numbers (batch_size,) that replaces the seeds, or None.
     """
