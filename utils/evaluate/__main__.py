@@ -91,7 +91,7 @@ SETTINGS = {
     "img_channels": choice((0, 1, 3)),
     "resize_mode": choice(("", *RESIZE_MODES)),
     "background": whole(0, 255, None, count=range(3, 4)),
-    "icc": flag(None),
+    "icc": flag(choices=(None,)),
     "max_features": whole(NEIGHBORS + 2),
     "nearest_images": whole(1),
     "nearest_by": choice(("pixels", "features")),
