@@ -111,19 +111,17 @@ class Config:
 # Precedence: command line > preset > defaults in Config.
 # benchmarks/recipes.py and benchmarks/time_to_quality.py measure them (benchmarks/NOTES.md).
 PRESETS = {
-    # The article's settings, the defaults in Config.
-    "": {},
+    "": {},  # the article's settings, the defaults in Config
     # Minutes without a GPU. v with the cosine schedule learns soonest, Muon makes most of a step,
-    # and a narrow network and small batches leave time for many. The EMA begins early, as the run
-    # is short.
+    # and a narrow network and small batches leave time for many. Short runs need an early EMA.
     "quick": {
         "channel": 32, "num_res_blocks": 1, "dropout": 0.0, "prediction": "v", "schedule": "cosine",
         "epochs": 8, "batch_size": 16, "init_lr": 1.2e-3, "warmup": 0.01,
         "optimizer_type": "muon", "ema_start": 100,
     },
-    # An hour on one core, minutes on a GPU: more channels where the images are small, which cost
-    # little there, and batches that make Muon's part of the time small. Its network is that of the
-    # bundled checkpoint. 60 epochs suit a few thousand images.
+    # An hour on one core, minutes on a GPU: more channels where the images are small, and batches
+    # that make Muon's part of the time small. It trained the bundled checkpoint. 60 epochs suit a
+    # few thousand images.
     "small": {
         "channel": 32, "channel_mults": (1, 2, 4, 4), "num_res_blocks": 1, "attention_resolutions": (2,),
         "dropout": 0.0, "prediction": "v", "schedule": "cosine",
@@ -148,7 +146,6 @@ class TrainContext(NamedTuple):
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     meter: Meter
-    generator: torch.Generator  # seeded again at each step
     about: Checkpoint  # what all checkpoints of the run share: settings and classes
 
 
@@ -238,28 +235,24 @@ def prepare(config, device, checkpoint, about):
         diffusion.ema_step = config.ema_start if checkpoint.ema_step is None else checkpoint.ema_step
     layout = memory_format(device, config.precision)
     diffusion = diffusion.to(device=device, memory_format=layout).train()
-    trained = [parameter for parameter in diffusion.parameters() if parameter.requires_grad]
+    model = distributed.wrap(diffusion)
+    trained = diffusion.model.parameters()  # the EMA's copy needs no optimizer
+    optimizer = make_optimizer(config.optimizer_type, trained, device, config.momentum, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    meter, about = Meter(device, config.num_timesteps), replace(about, classes=list(dataset.classes))
+    steps = len(dataset) // batch_size
     return TrainContext(
-        device,
-        layout,
-        dataset,
-        validation,
-        batch_size,
-        steps_per_epoch=len(dataset) // batch_size,
-        diffusion=diffusion,
-        model=distributed.wrap(diffusion),
-        optimizer=make_optimizer(config.optimizer_type, trained, device, config.momentum, config.weight_decay),
-        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        meter=Meter(device, config.num_timesteps),
-        generator=torch.Generator(device),
-        about=replace(about, classes=list(dataset.classes)),
+        device, layout, dataset, validation, batch_size, steps, diffusion, model, optimizer, scaler, meter, about
     )
 
 
 def train(config, context, folder, start):
     """The training loop, from the position in `start` to the last epoch, or to a signal."""
     rank, world_size, batch_size = distributed.rank(), distributed.world_size(), context.batch_size
-    compile_network(config, context.diffusion)
+    if config.compile:
+        # Older versions split the network for DDP and then refuse recomputed activations.
+        torch._dynamo.config.optimize_ddp = not config.activation_checkpointing
+        context.diffusion.model.compile()  # in place: the keys of its state dict stay the same
     lagged_max = distributed.LaggedMax()
     with StopSignal() as stop, RunWriter(folder, config, context, start) as files:
         for epoch in range(start.epoch, config.epochs):
@@ -288,14 +281,6 @@ def learning_rate_at(config, context, step):
     return learning_rate(step, total, config.init_lr, config.min_lr, config.warmup, config.lr_decay_type)
 
 
-def compile_network(config, diffusion):
-    """Compiles the network in place where the settings say so: its keys stay the same."""
-    if config.compile:
-        # Older versions split the network for DDP and then refuse recomputed activations.
-        torch._dynamo.config.optimize_ddp = not config.activation_checkpointing
-        diffusion.model.compile()
-
-
 def train_step(config, context, images, labels, epoch, consumed, lr):
     """One update of weights, EMA and meter from a batch.
 
@@ -322,11 +307,11 @@ def make_batch(config, context, images, labels, epoch, consumed):
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     torch.manual_seed(derive_seed(config.seed, epoch, consumed, "dropout", rank))
+    generator, seed = torch.Generator(context.device), derive_seed(config.seed, epoch, consumed)
     shape = (context.batch_size, config.img_channels, *config.input_shape)
     flip, drop = config.horizontal_flip / 2, config.label_dropout if config.class_conditional else 0.0
-    seed = derive_seed(config.seed, epoch, consumed)
-    step_noise = sample_step_noise(context.generator, seed, shape, config.num_timesteps, flip, drop)
-    step_noise = step_noise.of_rank(rank, world_size)
+    whole_batch = sample_step_noise(generator, seed, shape, config.num_timesteps, flip, drop)
+    step_noise = whole_batch.of_rank(rank, world_size)
     x = normalize(images, context.device, step_noise.flip if config.horizontal_flip else None, context.layout)
     y = None
     if config.class_conditional:

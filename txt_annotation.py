@@ -9,15 +9,7 @@ from pathlib import Path
 from utils.data.annotation import check_annotation_path, write_annotation
 from utils.data.downloads import DATASETS, download
 from utils.data.formats import EXTENSIONS
-from utils.data.search import (
-    SHIPPED,
-    check_images,
-    describe_classes,
-    in_words,
-    label_by_folder,
-    search,
-    without_shipped,
-)
+from utils.data.search import check_images, describe_classes, in_words, label_by_folder, search, without_shipped
 from utils.errors import UserError, run_script
 from utils.settings import choice, flag, parse, settings, text, whole
 from utils.terminal import printable
@@ -66,7 +58,7 @@ def main(arguments=None):
     labels, classes = label_by_folder(paths)
     names_path = write_annotation(config.annotation_path, paths, labels, classes)
     if num_shipped:
-        print(f"your own images are used; the {num_shipped} shipped ones in {SHIPPED}/ are left out")
+        print(f"your own images are used; the {num_shipped} shipped ones in noto_emoji/ are left out")
     sizes = Counter(f"{width}x{height}" for width, height in sizes).most_common()
     print(f"{len(paths)} images, width x height: {in_words(sizes, 5)}; {len(bad)} bad files left out")
     print(describe_classes(paths, labels, classes))

@@ -52,7 +52,8 @@ def prepare_training(asked):
     with quiet():
         config, device = train.resolve(asked)
         context = train.prepare(config, device, None, train.saved_settings(asked, config, []))
-    train.compile_network(config, context.diffusion)
+    if config.compile:
+        context.diffusion.model.compile()
     return config, context
 
 

@@ -15,7 +15,7 @@ from nets import SAMPLERS
 from utils.data.dataset import normalize
 from utils.device import DTYPES, AsyncHostCopy
 from utils.evaluate.features import Extractor, FeatureNet
-from utils.training import preview, validation
+from utils.training import run_files, validation
 from utils.training.meter import Meter
 from utils.training.optimizer import make_optimizer
 
@@ -104,7 +104,6 @@ def parts(workplace, gpu, monkeypatch):
             model=diffusion,
             optimizer=optimizer,
             meter=meter,
-            generator=NoGenerator(CUDA),
             layout=torch.channels_last if config.precision != "fp32" else torch.contiguous_format,
         )
 
@@ -158,11 +157,11 @@ def test_validation_and_preview_stay_on_the_gpu(parts, gpu, monkeypatch):
         return np.ones(2)
 
     monkeypatch.setattr(validation.distributed, "sum_over_ranks", take_sums)
-    monkeypatch.setattr(preview, "to_uint8", lambda x: images.append(x))
-    monkeypatch.setattr(preview, "make_grid", lambda pixels, columns: None)
+    monkeypatch.setattr(run_files, "to_uint8", lambda x: images.append(x))
+    monkeypatch.setattr(run_files, "make_grid", lambda pixels, columns: None)
     with gpu:
         validation.validation_loss(config, built)
-        preview.sample_preview(config, built)
+        run_files.sample_preview(config, built)
     assert sums[0].device == images[0].device == CUDA and images[0].shape == (25, 3, 8, 8)
 
 

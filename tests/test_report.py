@@ -44,7 +44,7 @@ def finished(workplace, capsys, curves):
         "train_lines.txt",
     )
     folder = newest_run(workplace)
-    assert f"`python -m utils.report {folder.relative_to(workplace)}` makes a page" in capsys.readouterr().out
+    assert f"`python -m utils.report {folder.relative_to(workplace)}` makes an HTML report" in capsys.readouterr().out
     run_main("predict.py", "--steps", "2")
     pixels = np.zeros((8, 16, 3), np.uint8)
     save_png(Path("results/evaluate_out/evaluate_nearest_results.png"), pixels)

@@ -14,11 +14,13 @@ from tqdm import tqdm
 from utils import distributed
 from utils.checkpoint.runs import BEST, LAST, LOGS
 from utils.checkpoint.saving import CheckpointWriter
+from utils.device import autocast
 from utils.errors import UserError, explain_out_of_memory
 from utils.files import TolerantWriter, atomic_write, locked, remove_leftovers
-from utils.images import save_png
+from utils.images import make_grid, save_png, to_uint8
 from utils.training.loss_history import LossHistory
-from utils.training.preview import sample_preview
+
+COUNT, COLUMNS = 25, 5  # of a preview
 
 
 class RunWriter:
@@ -136,3 +138,12 @@ class RunWriter:
         """What to do after too many bad steps."""
         kept = f"Resume the last good state, {self.folder / LAST}, or start again"
         return f"{kept} with a lower --init_lr, --grad_clip 1, or --precision fp32, and look for broken images."
+
+
+def sample_preview(config, context):
+    """A 5x5 grid (H, W, C) uint8 by the EMA, all classes in turn, always from the same noise."""
+    y = torch.arange(COUNT) % len(context.dataset.classes) if config.class_conditional else None
+    steps, seeds = min(config.preview_steps, config.num_timesteps), list(range(config.seed, config.seed + COUNT))
+    with autocast(context.device, config.precision):
+        x = context.diffusion.sample(COUNT, context.device, y, sampler=config.preview_sampler, steps=steps, seeds=seeds)
+    return make_grid(to_uint8(x), COLUMNS)

@@ -16,13 +16,13 @@ def validation_loss(config, context) -> float:
     The timesteps of a batch spread evenly over 0 ... T - 1. Each process takes every n-th image,
     and all get the same result.
     """
-    device, images = context.device, context.validation
+    device, images, generator = context.device, context.validation, torch.Generator(context.device)
     total = torch.zeros(2, dtype=context.meter.dtype, device=device)
     mine = slice(distributed.rank(), None, distributed.world_size())
     for number, first in enumerate(range(0, len(images), context.batch_size)):
         size = min(context.batch_size, len(images) - first)
         shape = (size, config.img_channels, *config.input_shape)
-        noise = sample_step_noise(context.generator, derive_seed(config.seed, "validation", number), shape, 1).noise
+        noise = sample_step_noise(generator, derive_seed(config.seed, "validation", number), shape, 1).noise
         t = ((torch.arange(size) + 0.5) / size * config.num_timesteps).long()
         pixels, labels = images.batch(np.arange(first, first + size)[mine])
         if len(pixels):
