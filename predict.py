@@ -11,18 +11,9 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from nets import build
+from nets import SAMPLERS, SPACINGS, build
 from nets.errors import check_choice
-from nets.samplers import (
-    DEFAULT_RESAMPLINGS,
-    DEFAULT_SPACING,
-    SAMPLERS,
-    SEEDS,
-    SPACINGS,
-    VARIANCES,
-    seeded_noise,
-    slerp,
-)
+from nets.samplers import DEFAULT_RESAMPLINGS, DEFAULT_SPACING, SEEDS, VARIANCES, seeded_noise, slerp
 from nets.sampling import SamplingOptions, check_guiding_model, check_interval, interval_predicate, sampling_schedule
 from utils import distributed
 from utils.checkpoint.runs import open_weights
@@ -89,34 +80,25 @@ class Config:
 # fmt: on
 
 
+TEXTS = ("model_path", "class_name", "guiding_path", "init_image", "mask", "save_dir", "device")
 SETTINGS = {
-    "model_path": text(),
+    **dict.fromkeys(TEXTS, text()),
+    **dict.fromkeys(("use_ema", "clip", "individual_files", "npz", "trajectory"), flag()),
     "input_shape": whole(1, 2**14, None, count=PAIR),
-    "use_ema": flag(),
     "num_images": whole(1, SEEDS),
     "batch_size": whole(1, 2**16),
     "seed": whole(-1, SEEDS - 1),
-    "class_name": text(),
     "guidance_scale": number(0, 1000),
     "guidance_interval": number(-1000, 1000, None, count=PAIR),
-    "guiding_path": text(),
     "sampler": choice(SAMPLERS),
     "steps": whole(0),
     "spacing": choice(("", *SPACINGS)),
     "eta": number(0, 1),
     "variance": choice(VARIANCES),
-    "clip": flag(),
-    "init_image": text(),
     "strength": number(0, 1, None),
-    "mask": text(),
     "resamplings": whole(0, 10**6),
     "interpolate": whole(2, 10**4, 0),
     "seed_to": whole(-1, SEEDS - 1),
-    "individual_files": flag(),
-    "npz": flag(),
-    "trajectory": flag(),
-    "save_dir": text(),
-    "device": text(),
     "precision": choice(("auto", *DTYPES)),
     "compile": flag("auto"),
 }
@@ -195,38 +177,23 @@ def resolve(config, given, diffusion, classes):
         num_images = COLUMNS * grid_rows(config, classes)
     if not config.interpolate and seed + num_images > SEEDS:
         raise UserError(
-            f"seed {seed}: the last of {num_images} images would have the seed {seed + num_images - 1}, "
-            f"and they end at {SEEDS - 1}: lower --seed or --num_images"
+            f"{num_images} images from seed {seed} on: they end at {SEEDS - 1}; lower --seed or --num_images"
         )
-    return replace(
-        config,
-        seed=seed,
-        seed_to=config.seed_to if config.seed_to >= 0 else seed + 1,
-        sampler=sampler,
-        spacing=spacing,
-        strength=strength,
-        steps=steps,
-        num_images=num_images,
-        input_shape=diffusion.img_size,
-        resamplings=config.resamplings or DEFAULT_RESAMPLINGS,
-    )
+    chosen = {"seed": seed, "sampler": sampler, "spacing": spacing, "strength": strength, "steps": steps}
+    chosen |= {"num_images": num_images, "resamplings": config.resamplings or DEFAULT_RESAMPLINGS}
+    chosen["seed_to"] = config.seed_to if config.seed_to >= 0 else seed + 1
+    return replace(config, **chosen, input_shape=diffusion.img_size)
 
 
 def sampling_options(config, checkpoint, diffusion, guide):
     """The SamplingOptions of the resolved settings."""
     solver = {name: getattr(config, name) for name, sampler in SOLVER_OPTIONS.items() if sampler == config.sampler}
     solver |= {"resamplings": config.resamplings} if config.mask else {}
-    trained = ImageFormat.from_config(
-        checkpoint.config, input_shape=diffusion.img_size, img_channels=diffusion.img_channels
-    )
-    return SamplingOptions(
-        *(getattr(config, name) for name in ("sampler", "steps", "spacing", "use_ema", "clip")),
-        config.guidance_scale,
-        config.guidance_interval,
-        guide,
-        **init_options(config, trained),
-        solver_options=solver,
-    )
+    size = {"input_shape": diffusion.img_size, "img_channels": diffusion.img_channels}
+    start = init_options(config, ImageFormat.from_config(checkpoint.config, **size))
+    names = ("sampler", "steps", "spacing", "use_ema", "clip", "guidance_scale", "guidance_interval")
+    own = {name: getattr(config, name) for name in names}
+    return SamplingOptions(**own, guiding_model=guide, **start, solver_options=solver)
 
 
 def move_networks(config, models, device, precision):
@@ -268,9 +235,7 @@ def sample(config, diffusion, labels, options, files):
     batches = range(0, config.num_images, size)[rank::processes]
     noise = (lambda numbers: noise_between_seeds(config, diffusion, numbers)) if config.interpolate else None
     pause = 0.1 if sys.stderr.isatty() else 10  # seconds between two states of the progress bar
-    with tqdm(
-        total=len(batches) * config.steps, unit="step", disable=rank > 0, dynamic_ncols=True, mininterval=pause
-    ) as bar:
+    with tqdm(total=len(batches) * config.steps, unit="step", disable=rank > 0, mininterval=pause) as bar:
         firsts = list(unfinished(batches, config, files, bar))  # a file that is not ours ends it before the first step
         done, began = 0, time.monotonic()
         for first, steps in sample_batches(diffusion, firsts, size, config.seed, labels, noise, options):

@@ -67,12 +67,6 @@ def check_input_shape(input_shape: Sequence[int], levels: int) -> None:
         raise SettingError(f"{found}: height and width must be multiples of {factor}")
 
 
-def count_parameters(arguments: Mapping[str, Any]) -> int:
-    """The number of parameters of UNet(**arguments), without memory for them."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in UNet(**arguments).parameters())
-
-
 def count_flops(arguments: Mapping[str, Any], input_shape: Sequence[int]) -> int:
     """Floating-point operations of UNet(**arguments) for one image (height, width), forward."""
     from torch.utils.flop_counter import FlopCounterMode  # it imports triton, a fifth of a second at each start
@@ -132,9 +126,9 @@ def check_sizes(weights: Weights, config: Mapping[str, Any], num_classes: int) -
     It comes before the network is built, on the meta device: a small file may claim any size.
     """
     arguments, T = unet_arguments(config, num_classes), arguments_of(make_betas, config)["num_timesteps"]
-    held, levels = sum(map(Tensor.numel, weights.values())), len(arguments["channel_mults"])
-    width = max(arguments["base_channels"] * max(arguments["channel_mults"]), arguments["img_channels"], num_classes)
-    if width > held or arguments["num_res_blocks"] * levels > len(weights):
+    mults, held = arguments["channel_mults"], sum(map(Tensor.numel, weights.values()))
+    width = max(arguments["base_channels"] * max(mults), arguments["img_channels"], num_classes)
+    if width > held or arguments["num_res_blocks"] * len(mults) > len(weights):
         raise SettingError("the weights do not fit this network: its settings are for far more than the file holds")
     with torch.device("meta"):
         network, tables = UNet(**arguments).state_dict(), {name: torch.zeros(T) for name in TABLES}

@@ -48,8 +48,7 @@ def norm_act_conv(norm, activation, x: Tensor, conv, dropout=None) -> Tensor:
     """conv(dropout(activation(norm(x)))) for x (b, c, h, w). activation and dropout may be None."""
     fits = x.device.type == "cpu" and isinstance(norm, nn.GroupNorm) and activation in (None, F.silu)
     if not fits or torch.compiler.is_compiling():  # a compiler fuses them itself
-        x = norm(x)
-        x = x if activation is None else activation(x)
+        x = norm(x) if activation is None else activation(norm(x))
         return conv(x if dropout is None else dropout(x))
     rate = dropout.p if dropout is not None and dropout.training else 0.0
     settings = norm.num_groups, norm.eps, activation is not None, rate, conv.padding
@@ -57,10 +56,7 @@ def norm_act_conv(norm, activation, x: Tensor, conv, dropout=None) -> Tensor:
 
 
 class NormActDropoutConv(torch.autograd.Function):
-    """conv(dropout(silu(group_norm(x)))) with stride 1, for x (b, c, h, w) of any memory format.
-
-    scale, shift: group norm's, (c,). silu: False leaves the SiLU out. rate: dropout's probability.
-    """
+    """norm_act_conv with stride 1. scale, shift (c,): group norm's. rate: dropout's probability."""
 
     @staticmethod
     def forward(ctx, x, scale, shift, weight, bias, groups, eps, silu, rate, padding):

@@ -91,9 +91,8 @@ class GaussianDiffusion(nn.Module):
         self.loss_weight = torch.tensor(weight, dtype=torch.float32, device=self.betas.device)
 
     def _load_from_state_dict(self, *args, **kwargs):
-        """Derives the tables again: the loaded betas may be other ones."""
         super()._load_from_state_dict(*args, **kwargs)
-        self.derive_tables()
+        self.derive_tables()  # the loaded betas may be other ones
 
     def _apply(self, fn, recurse=True):
         """Keeps the dtype of the tables: in bf16 they would add no noise at the first timesteps."""
@@ -113,10 +112,7 @@ class GaussianDiffusion(nn.Module):
         return self.ema_model if use_ema else self.model
 
     def forward(self, x: Tensor, y: Labels = None, *, t: Tensor | None = None, **settings: Any) -> Tensor:
-        """The loss of images x (b, c, h, w) in [-1, 1] at random timesteps, or at `t` (b,).
-
-        settings: those of get_losses.
-        """
+        """get_losses of images x (b, c, h, w) in [-1, 1] at random timesteps, or at `t` (b,)."""
         if t is None:
             t = torch.randint(0, self.num_timesteps, (len(x),), device=x.device)
         return self.get_losses(x, t, y, **settings)
@@ -186,9 +182,6 @@ class GaussianDiffusion(nn.Module):
     def sample_steps(
         self, batch_size: int, device: Device, y: Labels = None, *, seeds=None, noise=None, **settings: Any
     ) -> Trajectory:
-        """Yields (x, x_0) after each step, see sampling.sample_steps.
-
-        settings: `options`, a SamplingOptions; fields of it and the solver's own options by name.
-        """
+        """sampling.sample_steps. settings: `options`; fields of it and solver options by name."""
         options = settings.pop("options", SamplingOptions()).override(**settings)
         return sampling.sample_steps(self, batch_size, device, y, options, seeds, noise)

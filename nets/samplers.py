@@ -1,9 +1,8 @@
 """Solvers, which turn noise into images step by step, and the spacing of the timesteps.
 
-A solver is a generator over `steps` (see Solver). After each step from timestep t to an earlier
-timestep s it yields (x_s, predicted x_0); the last x_s is the image. Everywhere
-x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps. alpha_bars are Python floats (float64).
-A new solver needs an entry in SAMPLERS.
+A solver is a generator (see Solver). After each step from timestep t to an earlier timestep s it
+yields (x_s, predicted x_0); the last x_s is the image. x_t = sqrt(alpha_bar_t) x_0 +
+sqrt(1 - alpha_bar_t) eps; alpha_bars are Python floats (float64). SAMPLERS lists the solvers.
 """
 
 import math
@@ -72,8 +71,7 @@ def ddim(denoise, x, steps, noise, *, eta: float = 0.0) -> Trajectory:
 
 
 def dpm_solver_pp(denoise, x, steps, noise, *, order: int = 2, eta: float = 0.0) -> Trajectory:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2). eta 1: SDE-DPM-Solver++(2M), whose new noise
-    reduces earlier errors.
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2). eta 1: SDE-DPM-Solver++(2M).
 
     order 2 takes x_0 as linear in lambda, order 1 as constant. The first step has no earlier x_0,
     and the last step ends at infinite lambda: both are of order 1.
@@ -137,13 +135,8 @@ def half_log_snr(alpha_bar: float) -> float:
     return 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar)) if alpha_bar < 1 else math.inf
 
 
-SAMPLERS = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "dpm++": dpm_solver_pp,
-    "sde-dpm++": partial(dpm_solver_pp, eta=1.0),
-    "heun": heun,
-}
+sde_dpm_solver_pp = partial(dpm_solver_pp, eta=1.0)
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp, "sde-dpm++": sde_dpm_solver_pp, "heun": heun}
 # The best with 25 network calls, or close to it (benchmarks/results/solvers_cpu.md).
 DEFAULT_SPACING = {name: "trailing" if name in ("ddpm", "ddim") else "clipped_logsnr" for name in SAMPLERS}
 # For all solvers but ddpm, which takes every timestep. The Frechet distance of sde-dpm++ with 25

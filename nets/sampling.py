@@ -1,8 +1,7 @@
 """Sampling: from the network to `denoise(x_t, t) -> x_0`, guided or not, and from there to images.
 
-Guidance leads a prediction away from that of a weaker model: the network without a class (Ho &
-Salimans 2022, "classifier-free guidance"), or an earlier state of its training (Karras et al. 2024,
-"autoguidance"). `diffusion` and the guiding model are GaussianDiffusions (diffusion.py).
+Guidance leads a prediction away from a weaker one: the network's without a class (Ho & Salimans
+2022), or that of an earlier GaussianDiffusion of the same run (Karras et al. 2024, "autoguidance").
 """
 
 import itertools
@@ -172,10 +171,9 @@ def sampling_schedule(alpha_bars: Sequence[float], options: SamplingOptions) -> 
 def sample_steps(diffusion, batch_size: int, device: Device, y, options: SamplingOptions, seeds, noise) -> Trajectory:
     """Yields (x, x_0) after each step of the solver, each (batch_size, c, h, w).
 
-    diffusion: a GaussianDiffusion. y: None, or class ids (batch_size,). seeds: one integer per
-    image, which determines its noise; None is torch's global generator. noise: None, or an endless
-    iterator of (batch_size, c, h, w) that replaces seeds; its first item is x_T. ValueError: an
-    unknown name, shape or range.
+    y: None, or class ids (batch_size,). seeds: an integer per image, which determines its noise;
+    None is torch's global generator. noise: None, or an endless iterator of (batch_size, c, h, w)
+    that replaces seeds, x_T first. ValueError: settings that do not fit.
     """
     for name, given in (("y", y), ("seeds", seeds)):
         if given is not None and len(given) != batch_size:

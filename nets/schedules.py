@@ -53,8 +53,7 @@ SCHEDULES = {
 def shift_betas(betas: np.ndarray, shift: float) -> np.ndarray:
     """Betas whose lambda, half the log-SNR, is `shift` higher at every timestep but those at 0.999.
 
-    Hoogeboom et al. 2023 ("simple diffusion", section 3.1) lower it for large images, which need
-    more noise. The SNR is alpha_bar / (1 - alpha_bar).
+    Hoogeboom et al. 2023 ("simple diffusion", section 3.1) lower it for large images.
     """
     alpha_bar = np.cumprod(np.concatenate(([1.0], 1 - betas)))
     factor = np.exp(2 * shift)
@@ -93,10 +92,7 @@ def check_betas(betas: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def schedule_tables(betas: np.ndarray) -> dict[str, np.ndarray]:
-    """The tables that a state dict stores, (T,) float64 each (letters of Ho et al. 2020).
-
-    remove_noise_coeff and reciprocal_sqrt_alphas: the factors of equation 11. sigma: algorithm 2.
-    """
+    """The tables that a state dict stores, (T,) float64 each (letters of Ho et al. 2020)."""
     alphas = 1 - betas
     alphas_cumprod = np.cumprod(alphas)
     return {

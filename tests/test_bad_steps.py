@@ -92,15 +92,16 @@ def test_too_many_in_a_row_end_the_run_with_its_last_good_state(workplace, monke
     assert state["bad_in_row"] == 2
 
 
-def test_bad_steps_before_a_stop_count_after_it(workplace, monkeypatch, capsys):
-    """A run that is restarted every few steps ends too."""
+@pytest.mark.parametrize(("options", "left"), [((), 4), (("--init_lr", "1e-5"), 6)])
+def test_bad_steps_before_a_stop_count_after_it(workplace, monkeypatch, capsys, options, left):
+    """A run that is restarted every few steps ends too; another learning rate has a new chance."""
     with monkeypatch.context() as patch:
         poison(patch, {1: float("nan"), 2: float("nan")})
         run_main("train.py", *RUN, "--epochs", "1", "--max_bad_steps", "6")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         taken = poison(patch, dict.fromkeys(range(100), float("nan")))
-        run_main("train.py", "--resume", newest_run(workplace), "--epochs", "50")
-    assert "6 steps in a row" in capsys.readouterr().err and len(taken) == 4
+        run_main("train.py", "--resume", newest_run(workplace), "--epochs", "50", *options)
+    assert "6 steps in a row" in capsys.readouterr().err and len(taken) == left
 
 
 def test_bad_steps_with_good_ones_between_do_not_end_it(workplace, monkeypatch):

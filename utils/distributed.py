@@ -53,9 +53,7 @@ def is_main():
 
 
 def barrier():
-    if dist.is_initialized():
-        # A reduction over the CPU: NCCL's own barrier would want to know the GPU.
-        dist.all_reduce(torch.zeros(1))
+    sum_over_ranks(torch.zeros(1))  # over the CPU: NCCL's own barrier would want to know the GPU
 
 
 @contextmanager
@@ -86,11 +84,7 @@ def gather(value):
 
 def from_main(value=None):
     """Rank 0's value, on every process."""
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+    return gather(value)[0]
 
 
 def wrap(module):

@@ -61,11 +61,10 @@ class Setting(NamedTuple):
         """What it may be, in words: `a whole number from 1 to 64`, `one of 'l1', 'l2'`."""
         if self.kind is None:
             return f"one of {', '.join(map(repr, self.choices))}"
-        number = self.kind in (int, float)
-        span = f" from {self.lowest} to {self.highest}" if self.highest < LARGEST else f" of at least {self.lowest}"
-        noun = NOUNS[self.kind] + "s" * (self.count is not None) + span * (number and self.lowest > -LARGEST)
+        limits = f" from {self.lowest} to {self.highest}" if self.highest < LARGEST else f" of at least {self.lowest}"
+        noun = NOUNS[self.kind] + "s" * (self.count is not None) + limits * (self.lowest > -LARGEST)
         if self.count is None:
-            noun = f"a {noun}" if number else noun
+            noun = f"a {noun}" if self.kind in (int, float) else noun
         elif len(self.count) > 1:
             noun += " with commas between them, one alone as 1,"
         else:
@@ -186,10 +185,9 @@ def fitted(what: str, value: Any, setting: Setting, typed: str | None = None) ->
 def shown(value: Any) -> str:
     """A value of a file as text for a message. Python prints no number of more than 4300 digits."""
     try:
-        shortened = ascii(value)
+        return ascii(value)[:60]
     except ValueError:
         return "a number of thousands of digits"
-    return shortened if len(shortened) <= 60 else f"{shortened[:60]}..."
 
 
 def check_saved(config: dict, declared: dict[str, Setting]) -> dict[str, Any]:

@@ -51,8 +51,10 @@ class Checkpoint:
 def save_checkpoint(checkpoint: Checkpoint) -> None:
     """Writes the file at `checkpoint.path`, whole or not at all. OSError: the disk refuses."""
     check_finite(checkpoint)
-    names = ("config", "classes", "weights", "resolved", "given", "ema_step")
+    names = ("config", "classes", "weights", "resolved", "given")
     values = {"format": FORMAT, "weights_kind": checkpoint.kind, **{name: getattr(checkpoint, name) for name in names}}
+    if checkpoint.ema_step is not None:
+        values["ema_step"] = checkpoint.ema_step
     if checkpoint.training is not None:
         state = dict(zip((*POSITION, *STATE), checkpoint.training))
         values["position"] = {name: state.pop(name) for name in POSITION}

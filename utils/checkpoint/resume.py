@@ -110,7 +110,9 @@ def restore(checkpoint, context, config):
         print(f"the optimizer is now {config.optimizer_type}: its state was reset")
     if state.scaler:
         context.scaler.load_state_dict(state.scaler)
-    context.meter.bad_in_row.fill_(state.bad_in_row)
+    cause = ("init_lr", "grad_clip", "precision", "optimizer_type")  # of a bad gradient: with another it starts at 0
+    if all(before.get(name) == getattr(config, name) for name in cause):
+        context.meter.bad_in_row.fill_(state.bad_in_row)
     return resume_point(checkpoint, context)
 
 

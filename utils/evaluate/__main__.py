@@ -65,6 +65,7 @@ class Config:
     sampler: str = "sde-dpm++"                    # solver
     steps: int = 0                                # sampling steps; 0: 25, ddpm all timesteps
     spacing: str = ""                             # spacing of the timesteps; "": what suits the sampler
+    eta: float = 0.0                              # fraction of new noise in ddim
     guidance_scale: float = 1.0                   # guidance; above 1: more typical of its class, less diverse
     guidance_interval: tuple[float, float] | None = None  # lambdas between which guidance acts; None: at each step
     guiding_path: str = ""                        # autoguidance: a weaker checkpoint; "": classifier-free guidance
@@ -97,6 +98,7 @@ SETTINGS = {
     "sampler": choice(SAMPLERS),
     "steps": whole(0),
     "spacing": choice(("", *SPACINGS)),
+    "eta": number(0, 1),
     "guidance_scale": number(0, 1000),
     "guidance_interval": number(-1000, 1000, None, count=PAIR),
     "seed": whole(0, SEEDS - 1),
@@ -232,7 +234,7 @@ def generate(config, model: Model, reference: ImageDataset, device, precision):
     count = config.num_images or (ENOUGH if config.distances else config.nearest_images if config.nearest else 0)
     same = {name: getattr(config, name) for name in ("sampler", "use_ema", "guidance_scale", "guidance_interval")}
     same |= {"steps": config.steps or None, "spacing": config.spacing or None, "guiding_model": model.guide}
-    options = SamplingOptions(**same)
+    options = SamplingOptions(**same, solver_options={"eta": config.eta} if config.eta else {})
     schedule = sampling_schedule(model.diffusion.alpha_bars, options)
     check_interval(config.guidance_interval, schedule)
     labels = labels_like(reference, model, config.seed)

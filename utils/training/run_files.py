@@ -107,12 +107,16 @@ class RunWriter:
 
     def preview(self, epoch: int, step: int) -> None:
         """Samples the preview into a file and TensorBoard."""
-        with explain_out_of_memory(lambda: "a preview samples 25 images at once, --preview_period 0 does without"):
-            image = sample_preview(self.config, self.context)
-        path = Path("results/train_out") / self.folder.name / f"epoch_{epoch:04d}.png"
-        save_png(path, image)
-        self.history.add_image(image, step)
-        tqdm.write(f"preview: {path.resolve()}")
+        try:
+            with explain_out_of_memory(lambda: "a preview samples 25 images at once, --preview_period 0 does without"):
+                image = sample_preview(self.config, self.context)
+        except UserError as error:
+            tqdm.write(f"no preview: {error}")
+        else:
+            path = Path("results/train_out") / self.folder.name / f"epoch_{epoch:04d}.png"
+            save_png(path, image)
+            self.history.add_image(image, step)
+            tqdm.write(f"preview: {path.resolve()}")
 
     def finish(self, loss: str) -> None:
         """Says that the run is over, and how to sample. UserError: something is not written."""
