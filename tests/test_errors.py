@@ -219,7 +219,10 @@ def test_checkpoint_of_another_architecture(place, capsys):
         ("--samples 3", "--help lists every setting"),
         ("--seed 4294967296", "--seed 4294967296: expected a whole number from -1 to 4294967295"),
         ("--seed_to 1099511627776", "--seed_to 1099511627776: expected a whole number from -1 to 4294967295"),
-        ("--seed 4294967294 --num_images 3", "they end at 4294967295: lower --seed or --num_images"),
+        (
+            "--seed 4294967294 --num_images 3",
+            "3 images from seed 4294967294 on: they end at 4294967295; lower --seed or --num_images",
+        ),
         ("--num_images 1000000000000", "--num_images 1000000000000: expected a whole number from 1 to 4294967296"),
         ("--batch_size 1000000000", "--batch_size 1000000000: expected a whole number from 1 to 65536"),
         ("--num_image 3", "--num_image is no setting (did you mean num_images?); --help lists every setting"),
