@@ -80,7 +80,7 @@ def test_lists(place, capsys):
     listed, texts = place / "train_lines.txt", {}
     texts["no_lines.txt"] = ("is not there: run `python txt_annotation.py`", None)
     texts["empty_lines.txt"] = ("lists no image: run `python txt_annotation.py`", "\n")
-    texts["relative_lines.txt"] = ("line 1: expected '<absolute path>'", "datasets/even/000.png\n")
+    texts["relative_lines.txt"] = ("line 1: datasets/even/000.png, not '<absolute path>'", "datasets/even/000.png\n")
     texts["gone_lines.txt"] = ("run `python txt_annotation.py`", f"{place / 'datasets/gone.png'}\n")
     for name, (words, text) in texts.items():
         if text is not None:
@@ -120,7 +120,7 @@ def foreign_checkpoints(good):
         return lambda path: path.write_bytes(pickle.dumps(value))
 
     return {
-        "missing.pth": (None, "there is no such checkpoint"),
+        "missing.pth": (None, "there is no such PyTorch checkpoint"),
         "empty.pth": (b"", "damaged, or no PyTorch checkpoint"),
         "cut.pth": (good[: len(good) // 2], "damaged, or no PyTorch checkpoint"),
         "cut_at_the_end.pth": (good[:-1], "damaged, or no PyTorch checkpoint"),
@@ -175,7 +175,8 @@ def test_no_weights_at_all(tmp_path, monkeypatch, capsys):
     line = refused(capsys, "predict.py", *PREDICT)
     assert "holds no weights: run `python train.py` first, or name a checkpoint with --model_path" in line
     (tmp_path / "logs" / "empty_run").mkdir(parents=True)
-    assert "there is no such checkpoint" in refused(capsys, "predict.py", "--model_path", "logs/empty_run", *PREDICT)
+    line = refused(capsys, "predict.py", "--model_path", "logs/empty_run", *PREDICT)
+    assert "logs/empty_run/last.pth: there is no such PyTorch checkpoint" in line
 
 
 def test_checkpoint_of_another_architecture(place, capsys):
@@ -183,12 +184,15 @@ def test_checkpoint_of_another_architecture(place, capsys):
     cases = (
         ({"channel": 64}, "of another shape"),
         ({"channel_mults": (1, 2)}, "missing"),
-        ({"num_res_blocks": 0}, "unknown"),
+        ({"class_conditional": False}, "unknown"),
     )
     for changed, words in cases:
         save_tensors("other.pth", {**checkpoint, "config": {**checkpoint["config"], **changed}})
         line = refused(capsys, "predict.py", "--model_path", "other.pth", *PREDICT)
         assert "the weights do not fit this network" in line and words in line
+    save_tensors("other.pth", {**checkpoint, "config": {**checkpoint["config"], "num_res_blocks": 0}})
+    line = refused(capsys, "predict.py", "--model_path", "other.pth", *PREDICT)
+    assert "other.pth: damaged, or edited: num_res_blocks is 0: expected a whole number from 1 to 1024" in line
     for option, value in (
         ("--channel", "64"),
         ("--channel_mults", "1,2"),
@@ -206,27 +210,30 @@ def test_checkpoint_of_another_architecture(place, capsys):
         ("--spacing karras", "--spacing karras: expected one of '', 'uniform', 'trailing', 'logsnr'"),
         ("--steps 21", "steps must be from 1 to 20"),
         ("--sampler ddpm --steps 1000", "steps must be from 1 to 20"),
-        ("--num_images 0", "num_images is 0: it must be at least 1"),
-        ("--batch_size -4", "batch_size is -4: it must be at least 1"),
-        ("--eta 1.5 --sampler ddim", "eta is 1.5: it must be between 0 and 1"),
+        ("--num_images 0", "--num_images 0: expected a whole number from 1 to 4294967296"),
+        ("--batch_size -4", "--batch_size -4: expected a whole number from 1 to 65536"),
+        ("--eta 1.5 --sampler ddim", "--eta 1.5: expected a number from 0 to 1"),
         ("--eta 0.5", "--eta is an option of ddim: add --sampler ddim"),
         ("--variance posterior", "--variance is an option of ddpm: add --sampler ddpm"),
         ("--variance large", "expected one of 'beta', 'posterior'"),
         ("--samples 3", "--help lists every setting"),
-        ("--seed 4294967296", "seed is 4294967296: it must be between -1 and 4294967295"),
-        ("--seed_to 1099511627776", "seed_to is"),
-        ("--seed 4294967294 --num_images 3", "they end at 4294967295: lower --seed or --num_images"),
-        ("--num_images 1000000000000", "they end at"),
-        ("--batch_size 1000000000", "fit nowhere"),
-        ("--num_image 3", "did you mean --num_images?"),
-        ("--input_shape 8", "--input_shape 8: expected 2 int values"),
-        ("--input_shape 0,8", "must be multiples of 1"),
+        ("--seed 4294967296", "--seed 4294967296: expected a whole number from -1 to 4294967295"),
+        ("--seed_to 1099511627776", "--seed_to 1099511627776: expected a whole number from -1 to 4294967295"),
+        (
+            "--seed 4294967294 --num_images 3",
+            "3 images from seed 4294967294 on: they end at 4294967295; lower --seed or --num_images",
+        ),
+        ("--num_images 1000000000000", "--num_images 1000000000000: expected a whole number from 1 to 4294967296"),
+        ("--batch_size 1000000000", "--batch_size 1000000000: expected a whole number from 1 to 65536"),
+        ("--num_image 3", "--num_image is no setting (did you mean num_images?); --help lists every setting"),
+        ("--input_shape 8", "--input_shape 8: expected 2 whole numbers from 1 to 16384 with commas"),
+        ("--input_shape 0,8", "--input_shape 0,8: expected 2 whole numbers from 1 to 16384"),
         ("--class_name fruit", "unknown class_name 'fruit'; known: even, odd"),
         (
             "--guidance_scale 3",
             "needs a model with a null class: train with --class_conditional True and label_dropout above 0",
         ),
-        ("--guidance_scale -1", "guidance_scale is -1.0"),
+        ("--guidance_scale -1", "--guidance_scale -1: expected a number from 0 to 1000"),
         (
             "--guidance_interval 0,1",
             "guidance_interval does nothing with a guidance_scale of 1: add --guidance_scale 2",
@@ -235,23 +242,23 @@ def test_checkpoint_of_another_architecture(place, capsys):
         ("--guidance_scale 2 --guidance_interval 1,0", "from the lower lambda to the higher, not (1.0, 0.0)"),
         ("--guidance_scale 2 --guidance_interval 1", "--guidance_interval 1: expected 2"),
         ("--guidance_scale 2 --guiding_path gone.pth", "gone.pth"),
-        ("--interpolate 4", "--interpolate is the number of pictures: leave out --num_images"),
+        ("--interpolate 4", "--interpolate is the number of images: leave out --num_images"),
         ("--seed_to 4", "--seed_to does nothing without --interpolate"),
         ("--strength 0.4", "--strength does nothing without --init_image"),
         ("--mask m.png", "--mask does nothing without --init_image"),
         ("--init_image p.png --resamplings 3", "--resamplings does nothing without --mask"),
-        ("--init_image p.png --strength 0", "strength is 0.0: it must be above 0"),
-        ("--init_image p.png --strength 1.2", "and at most 1"),
+        ("--init_image p.png --strength 0", "strength is 0: it must be above 0 and at most 1"),
+        ("--init_image p.png --strength 1.2", "--strength 1.2: expected a number from 0 to 1 or None"),
         ("--init_image p.png --strength 0.1 --steps 9", "steps must be from 1 to 2"),
-        ("--init_image gone.png", "gone.png: cannot be read as a picture (No such file or directory)"),
-        ("--init_image train_lines.txt", "train_lines.txt: cannot be read as a picture (not a picture"),
-        ("--init_image p.png --mask gone.png", "gone.png: cannot be read as a picture"),
+        ("--init_image gone.png", "gone.png: cannot be read as an image (No such file or directory)"),
+        ("--init_image train_lines.txt", "train_lines.txt: cannot be read as an image (not a picture"),
+        ("--init_image p.png --mask gone.png", "gone.png: cannot be read as an image"),
         ("--init_image p.png --mask black.png", "the mask is all black: paint white"),
         ("--init_image p.png --mask white.png", "the mask is all white: paint white"),
         ("--init_image p.png --mask wide.png", "the mask is 16x8 and p.png 8x8"),
         (
             "--init_image p.png --mask m.png --sampler ddim",
-            "--mask is drawn with ddpm's steps: --sampler ddim cannot do it",
+            "--mask needs the sampler ddpm: --sampler ddim cannot inpaint",
         ),
         ("--device gpu", "device 'gpu' is unknown"),
         ("--device cuda:99", "cuda:99"),
@@ -284,7 +291,7 @@ def test_settings_of_predict(place, capsys, options, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--interpolate 1", "a strip has at least 2 pictures"),
+        ("--interpolate 1", "--interpolate 1: expected a whole number from 2 to 10000 or 0"),
         ("--interpolate 3", "--interpolate stays within one class: name it with --class_name; known: even, odd"),
         ("--interpolate 3 --init_image p.png", "leave out --init_image"),
     ],
@@ -309,9 +316,9 @@ def test_class_of_a_model_without_classes(place, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--batchsize 4", "did you mean --batch_size?"),
+        ("--batchsize 4", "--batchsize is no setting (did you mean batch_size?); --help lists every setting"),
         ("--epochs many", "--epochs many: expected a whole number"),
-        ("--channel_mults 1,x", "one alone as '1,'"),
+        ("--channel_mults 1,x", "expected whole numbers from 1 to 1024 with commas between them, one alone as 1,"),
         ("--input_shape 9,8 --channel_mults 1,1", "multiples of 2"),
         ("--schedule quadratic", "quadratic"),
         ("--prediction noise", "one of 'eps', 'x0', 'v'"),
@@ -323,12 +330,12 @@ def test_class_of_a_model_without_classes(place, capsys):
         ("--resize_mode fit", "'crop', 'stretch', 'pad'"),
         ("--attention_resolutions 3,", "attention_resolutions"),
         ("--num_groups 12", "not a multiple of 12 groups"),
-        ("--dropout 1", "dropout is 1.0"),
+        ("--dropout 1", "--dropout 1: expected a number from 0 to 0.99"),
         ("--device tpu", "device 'tpu' is unknown"),
-        ("--accumulate 3", "no positive multiple of 3"),
-        ("--resume nowhere.pth", "nowhere.pth: there is no such checkpoint"),
+        ("--accumulate 3", "batch_size 8 is no multiple of 3 (processes x accumulate): use 6"),
+        ("--resume nowhere.pth", "nowhere.pth: there is no such PyTorch checkpoint"),
         ("--save_dir train_lines.txt", "train_lines.txt"),
-        ("--num_timesteps 0", "num_timesteps is 0"),
+        ("--num_timesteps 0", "--num_timesteps 0: expected a whole number from 1 to 1000000"),
         ("--schedule_high 0", "beta"),
         ("--img_channels 4", "expected one of 3, 1"),
     ],

@@ -209,7 +209,9 @@ def test_guidance_within_an_interval_and_by_a_weaker_model(runs, classy, plain, 
             for value in (value for value in weak["weights"].values() if value.ndim > 1):
                 value *= factor
             save_tensors(file, weak)
-        guide = build.from_checkpoint(weak)[0].to(memory_format=memory_format(torch.device("cpu"), "fp32"))
+        guide = build.from_checkpoint(load_checkpoint("weak.pth"))[0].to(
+            memory_format=memory_format(torch.device("cpu"), "fp32")
+        )
         common = [
             "--seed",
             "4",
@@ -265,10 +267,10 @@ def test_a_guiding_model_that_leads_elsewhere_is_refused(runs, plain, capsys):
             draw(plain, "--guidance_scale", "2", "--guiding_path", path)
         assert words in capsys.readouterr().err.splitlines()[-1], path
     draw(plain, "--guidance_scale", "2", "--guiding_path", "deep.pth")  # a smaller network is fine
-    assert "3 steps, guidance 2; 25 pictures" in capsys.readouterr().out
+    assert "3 steps, guidance 2; 25 images" in capsys.readouterr().out
     raw = ["--guidance_scale", "2", "--guiding_path", "deep.pth", "--use_ema", "False", "--guidance_interval"]
     draw(plain, *raw, "-9,9")
-    assert "guidance 2 for lambda from -9 to 9; 25 pictures" in capsys.readouterr().out
+    assert "guidance 2 for lambda from -9 to 9; 25 images" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         draw(plain, *raw, "50,60")
     assert "no step is in the guidance_interval (50.0, 60.0)" in capsys.readouterr().err.splitlines()[-1]
@@ -582,7 +584,7 @@ def test_bare_state_dict(runs, tmp_path, monkeypatch, capsys, number):
     )
     out = draw("bare.pth", "--seed", "5", "--num_images", "1", "--batch_size", "1", "--steps", "1")
     printed = capsys.readouterr().out
-    assert "drawing 32,32; --input_shape sets another" in printed
+    assert "these weights do not say their size: sampling 32,32; --input_shape sets another" in printed
     assert ("a row of each class, from the top: 0, 1, 2" in printed) == number
     assert pixels(out / "predict_1x1_results.png").shape == (32, 32, 3)
     label = ["--class_name", "1"] if number else []
@@ -609,11 +611,11 @@ def test_shipped_weights_where_there_is_no_run(plain, capsys):
     """A file of one's own in logs/ goes first, and is not called the project's."""
     export_weights(plain, "logs/emoji.pth")
     draw("", "--seed", "5", "--num_images", "1", "--batch_size", "1")
-    assert "emoji.pth, which come with this project" in capsys.readouterr().out
+    assert "emoji.pth (bundled; your newest run in logs/ takes precedence)" in capsys.readouterr().out
     export_weights(plain, "logs/ddpm.pth")
     draw("", "--seed", "5", "--num_images", "1", "--batch_size", "1")
     said = capsys.readouterr().out
-    assert "ddpm.pth, a file in logs: a run of your own goes first" in said and "come with this project" not in said
+    assert "ddpm.pth (a file in logs; your newest run in logs/ takes precedence)" in said and "bundled" not in said
     wanted = expected(plain, [5], sampler="sde-dpm++", steps=3)[0].astype(int)
     assert np.abs(pixels("out/predict_1x1_results.png") - wanted).max() <= 4  # half precision
 
@@ -663,8 +665,8 @@ def test_network_calls_decide_whether_compiling_pays():
 def test_the_weights_in_the_box_draw_their_classes():
     path = PROJECT / "logs" / "emoji.pth"
     assert path.stat().st_size < 24e6
-    checkpoint = read_file(path)
-    assert checkpoint["weights_kind"] == "ema" and "optimizer" not in checkpoint
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.kind == "ema" and checkpoint.training is None and "optimizer" not in read_file(path)
     diffusion, classes = build.from_checkpoint(checkpoint)
     assert classes == sorted(path.name for path in (PROJECT / "datasets" / "noto_emoji").glob("*") if path.is_dir())
     drawn = {}
