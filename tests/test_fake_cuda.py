@@ -86,11 +86,11 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def parts(workplace, gpu, monkeypatch):
-    """A function of settings -> (config, Parts on the fake GPU)."""
+    """A function of settings -> (config, TrainContext on the fake GPU)."""
 
     def make(keep=(), **settings):
         config = train.Config(**{**SMALL, "precision": "fp32", **settings})
-        built = train.prepare(config, torch.device("cpu"))
+        built = train.prepare(config, torch.device("cpu"), None, train.saved_settings(config, config, []))
         diffusion = to_fake_module(gpu, built.diffusion, keep)
         trained = [parameter for parameter in diffusion.parameters() if parameter.requires_grad]
         with gpu:
