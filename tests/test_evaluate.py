@@ -21,6 +21,7 @@ from torch.testing import assert_close
 from nets import build
 from utils.checkpoint.integrity import save_tensors, weights_digest
 from utils.data.image_format import ImageFormat
+from utils.errors import UserError
 from utils.evaluate import __main__ as evaluate
 from utils.evaluate import image_sets
 from utils.evaluate.distances import (
@@ -771,9 +772,16 @@ def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
         load_inception()
     assert "\n" not in str(error.value)
     (tmp_path / "weights.pth").write_text("text")
-    for name, message in (("none.pth", "no such"), ("weights.pth", "a text file")):
-        with pytest.raises(ValueError, match=message):
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
+    messages = {
+        "none.pth": "none.pth: there is no such PyTorch checkpoint",
+        "weights.pth": "weights.pth: damaged, or no PyTorch checkpoint",
+        "page.pth": "page.pth: a text file, a web page instead of the weights",
+    }
+    for name, message in messages.items():
+        with pytest.raises(UserError, match=message) as error:
             load_inception(str(tmp_path / name))
+        assert "\n" not in str(error.value)
 
 
 def test_inception_from_a_file_of_weights(monkeypatch, tmp_path):
