@@ -24,6 +24,7 @@ from utils.data.image_format import ImageFormat
 from utils.errors import UserError
 from utils.evaluate import __main__ as evaluate
 from utils.evaluate import image_sets
+from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net, train_feature_net
 from utils.evaluate.distances import (
     FeatureStatistics,
     frechet_distance,
@@ -31,16 +32,7 @@ from utils.evaluate.distances import (
     nearest,
     precision_and_recall,
 )
-from utils.evaluate.features import (
-    Extractor,
-    FeatureCache,
-    FeatureNet,
-    collect,
-    load_feature_net,
-    load_inception,
-    save_feature_net,
-    train_feature_net,
-)
+from utils.evaluate.features import Extractor, FeatureCache, collect, load_inception
 from utils.evaluate.image_sets import open_images, scan_sizes
 from utils.images import save_png
 

@@ -1,0 +1,26 @@
+"""Presets of train.py: sets of settings by one name. Precedence: command line > preset > Config.
+
+benchmarks/recipes.py and benchmarks/time_to_quality.py measure them (benchmarks/NOTES.md).
+"""
+
+# fmt: off
+PRESETS = {
+    "": {},  # the article's settings, the defaults in Config
+    # Minutes without a GPU. v with the cosine schedule learns soonest, Muon makes most of a step,
+    # and a narrow network and small batches leave time for many. Short runs need an early EMA.
+    "quick": {
+        "channel": 32, "num_res_blocks": 1, "dropout": 0.0, "prediction": "v", "schedule": "cosine",
+        "epochs": 8, "batch_size": 16, "init_lr": 1.2e-3, "warmup": 0.01,
+        "optimizer_type": "muon", "ema_start": 100,
+    },
+    # An hour on one core, minutes on a GPU: more channels where the images are small, and batches
+    # that make Muon's part of the time small. It trained the bundled checkpoint. 60 epochs suit a
+    # few thousand images.
+    "small": {
+        "channel": 32, "channel_mults": (1, 2, 4, 4), "num_res_blocks": 1, "attention_resolutions": (2,),
+        "dropout": 0.0, "prediction": "v", "schedule": "cosine",
+        "epochs": 60, "batch_size": 32, "init_lr": 1.4e-3, "optimizer_type": "muon", "ema_start": 100,
+        "ema_decay": 0.999,
+    },
+}
+# fmt: on
