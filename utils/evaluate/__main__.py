@@ -33,7 +33,7 @@ from utils.sampling.summary import describe_guidance
 from utils.settings import PAIR, choice, flag, number, parse, settings, text, whole
 
 ENOUGH = 10_000  # below so many samples FID's upward bias is larger than the differences of interest
-WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors", ".pth.tar")
+WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors", ".pth.tar")  # names of checkpoints end so
 
 
 # fmt: off
