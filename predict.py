@@ -100,7 +100,7 @@ SETTINGS = {
     "interpolate": whole(2, 10**4, 0),
     "seed_to": whole(-1, SEEDS - 1),
     "precision": choice(("auto", *DTYPES)),
-    "compile": flag("auto"),
+    "compile": flag(choices=("auto",)),
 }
 
 

@@ -106,7 +106,7 @@ SETTINGS = {
     "clock": choice(CLOCKS),
     "device": text(),
     "precision": choice(("auto", *DTYPES)),
-    "compile": flag("auto"),
+    "compile": flag(choices=("auto",)),
     "name": text(),
 }
 

@@ -208,6 +208,8 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """x (b, c, h, w), time (b,) timesteps, y (b,) class ids -> (b, c, h, w)."""
+        if self.num_classes is not None and y is None:
+            raise ValueError("this network is conditioned on classes: pass y")
         time_emb = None if self.time_mlp is None else self.time_mlp(time)
         pad = self.initial_pad
         x = self.init_conv(F.pad(x, (pad,) * 4) if pad else x)

@@ -186,7 +186,7 @@ def read_options(target, words):
             if typed.get("download", "mnist") not in DATASETS:
                 raise ValueError(f"no data set {typed['download']}")
     elif target == "utils.convert":
-        nothing = {name: (lambda **_: None, *rest) for name, (_, *rest) in module.COMMANDS.items()}
+        nothing = dict.fromkeys(module.COMMANDS, lambda *_: None)
         with unittest.mock.patch.object(module, "COMMANDS", nothing):
             module.main(words or ["import", "FOLDER", "FILE"])
     elif len(words) > 1 or any(word.startswith("--") for word in words):

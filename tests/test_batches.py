@@ -3,7 +3,7 @@
 import torch
 from torch.testing import assert_close
 
-from nets import GaussianDiffusion, generate_linear_schedule
+from nets import GaussianDiffusion, SamplingOptions, generate_linear_schedule
 from utils.sampling.batches import last_images, sample_batches
 
 
@@ -20,7 +20,7 @@ LABELS = torch.tensor([2, 0, 1, 1])
 def sampled(firsts, batch_size, **settings):
     """{first: the batch's images}."""
     diffusion = GaussianDiffusion(Tinted(), (4, 6), 3, num_classes=3, betas=generate_linear_schedule(20, 0.005, 0.5))
-    batches = sample_batches(diffusion, firsts, batch_size, 7, LABELS, sampler="ddpm", **settings)
+    batches = sample_batches(diffusion, firsts, batch_size, 7, LABELS, options=SamplingOptions("ddpm"), **settings)
     return diffusion, {first: last_images(steps) for first, steps in batches}
 
 

@@ -22,7 +22,7 @@ from nets import build
 from nets.samplers import half_log_snr
 from utils.checkpoint.file import Checkpoint, save_checkpoint
 from utils.data.annotation import read_annotation
-from utils.evaluate.classifier import FeatureNet, save_feature_net
+from utils.evaluate.features import FeatureNet, save_feature_net
 
 T = 1000
 

@@ -18,8 +18,7 @@ from nets import build
 from utils.checkpoint.file import load_checkpoint
 from utils.checkpoint.integrity import load_tensors, save_tensors
 from utils.checkpoint.runs import find_weights, newest_last
-from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net
-from utils.evaluate.features import Extractor, FeatureCache
+from utils.evaluate.features import Extractor, FeatureCache, FeatureNet, load_feature_net, save_feature_net
 
 PREDICT = [
     "--device",

@@ -23,7 +23,6 @@ from utils.checkpoint.integrity import save_tensors, weights_digest
 from utils.data.image_format import ImageFormat
 from utils.evaluate import __main__ as evaluate
 from utils.evaluate import image_sets
-from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net, train_feature_net
 from utils.evaluate.distances import (
     FeatureStatistics,
     frechet_distance,
@@ -31,9 +30,17 @@ from utils.evaluate.distances import (
     nearest,
     precision_and_recall,
 )
-from utils.evaluate.features import Extractor, FeatureCache, collect
+from utils.evaluate.features import (
+    Extractor,
+    FeatureCache,
+    FeatureNet,
+    collect,
+    load_feature_net,
+    load_inception,
+    save_feature_net,
+    train_feature_net,
+)
 from utils.evaluate.image_sets import open_images, scan_sizes
-from utils.evaluate.inception import load_inception
 from utils.images import save_png
 
 
@@ -75,9 +82,8 @@ def net():
 
 
 def train_on_shapes(count, test_count, epochs, seed=0):
-    parts = (shapes(count), shapes(test_count, seed=1))
-    labeled = [torch.as_tensor(value) for part in parts for value in part]
-    return train_feature_net(*labeled, KINDS, epochs=epochs, batch_size=50, seed=seed)
+    parts = [tuple(map(torch.as_tensor, part)) for part in (shapes(count), shapes(test_count, seed=1))]
+    return train_feature_net(*parts, KINDS, epochs=epochs, batch_size=50, seed=seed)
 
 
 def features(net, pictures):
@@ -152,7 +158,7 @@ def test_running_statistics_are_those_of_the_whole():
         running.add(part)
     assert running.count == 501
     assert_close(running.mean, torch.from_numpy(whole.numpy().mean(0)), rtol=1e-12, atol=0)
-    assert_close(running.covariance, torch.from_numpy(np.cov((whole.numpy() - 1e6).T)), rtol=1e-7, atol=1e-7)
+    assert_close(running.scatter / 500, torch.from_numpy(np.cov((whole.numpy() - 1e6).T)), rtol=1e-7, atol=1e-7)
     with pytest.raises(RuntimeError, match="size of tensor"):
         running.add(torch.zeros(2, 6))
 

@@ -298,7 +298,7 @@ def test_what_a_killed_export_left_goes_with_the_next_one_of_that_name(tmp_path,
     if format == "import":
         export_model(tmp_path / "run", tmp_path / "folder")
         source = tmp_path / "folder"
-    export = convert.COMMANDS[format][0]
+    export = convert.COMMANDS[format]
     killed_export(export, source, target)
     left = os.listdir(target.parent)
     assert len(left) == 1 and left[0].startswith(".small[1].pth.")

@@ -14,8 +14,7 @@ import train
 from nets import SAMPLERS
 from utils.data.dataset import normalize
 from utils.device import DTYPES, AsyncHostCopy
-from utils.evaluate.classifier import FeatureNet
-from utils.evaluate.features import Extractor
+from utils.evaluate.features import Extractor, FeatureNet
 from utils.training import run_files, validation
 from utils.training.meter import Meter
 from utils.training.optimizer import make_optimizer

@@ -15,9 +15,8 @@ from conftest import load_as
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from utils.data import formats
-from utils.data.decode import DECODE_BYTES, check_image
+from utils.data.decode import DECODE_BYTES, check_image, describe_error
 from utils.data.formats import open_image
-from utils.data.read_errors import describe_error
 from utils.data.search import check_images
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from nets import GaussianDiffusion, generate_linear_schedule
-from utils.evaluate.likelihood import (
+from utils.evaluate.measures import (
     decoder_log_likelihood,
     log_normal_probability,
     prior_divergence,

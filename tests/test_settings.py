@@ -61,7 +61,7 @@ DECLARED = {
     "batch_size": whole(-10),
     "init_lr": number(-1000, 1000),
     "loss_type": text(),
-    "compile": flag("auto"),
+    "compile": flag(choices=("auto",)),
     "shape": whole(-1, 64, count=PAIR),
     "mults": whole(-5, 64, count=range(33)),
     "limit": whole(-5, LARGEST, None),
@@ -269,7 +269,7 @@ def test_each_default_of_the_scripts_can_be_typed(script):
         (2.0, number(0, 1), "a number from 0 to 1"),
         (float("nan"), number(0), "a number of at least 0"),
         (float("inf"), number(0), "a number"),
-        ("maybe", flag("auto"), "True or False or 'auto'"),
+        ("maybe", flag(choices=("auto",)), "True or False or 'auto'"),
         ("64", whole(1), "a whole number"),
         (2, text(), "text"),
         ("c", choice("ab"), "one of 'a', 'b'"),
@@ -397,7 +397,7 @@ def test_an_edited_default_is_applied(line, value):
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ("size: int = 3\nchannel = 64", "channel = 64 in the settings of .* has no type: write channel: int = 64"),
+        ("size: int = 3\nchannel = 64", "channel in the settings of .* has no type: write channel: int = 64"),
         ("size: int = 3\nprediction = 'v'", "write prediction: str = 'v'"),
         ("size: int = 3\nchanel: int = 64", r"chanel in the settings of .* is no setting \(did you mean channel\?\)"),
         ("size: int = 3\nchanel = 64", r"is no setting \(did you mean channel\?\); --help"),

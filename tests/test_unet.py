@@ -141,3 +141,9 @@ def test_get_norm_names_what_is_wrong():
         get_norm("ln", 64, 32)
     with pytest.raises(ValueError, match="48 channels are not a multiple of 32"):
         get_norm("gn", 48, 32)
+
+
+def test_a_network_with_classes_asks_for_them():
+    network = UNet(3, 32, (1,), num_res_blocks=1, num_classes=4)
+    with pytest.raises(ValueError, match="pass y"):
+        network(torch.zeros(1, 3, 8, 8), torch.zeros(1))

@@ -17,19 +17,16 @@ def choose_device(name, local_rank=0, processes=1):
     device = find_device(name, local_rank, processes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # Shapes never change within a run, so the search for the fastest convolution pays.
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = True  # shapes never change, so the search for fast convolutions pays
     return device
 
 
 def find_device(name, local_rank=0, processes=1):
-    """torch.device for a name, or for "auto": CUDA, else Apple's MPS, else the CPU.
-
-    Each of several processes takes the GPU of its local rank. UserError: there is no such device.
-    """
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The torch.device of a name; "auto": CUDA (the local rank's GPU), Apple's MPS, or the CPU."""
+    mps = processes == 1 and torch.backends.mps.is_available()
+    here = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
-        name = next(kind for kind in here if here[kind] and (kind != "mps" or processes == 1))
+        name = next(kind for kind in here if here[kind])
     if not re.fullmatch(r"(cuda|mps|cpu)(:(0|[1-9][0-9]{0,2}))?", name):
         raise UserError(f"device {name!r} is unknown: choose auto, cuda, cuda:1, mps or cpu")
     device = torch.device(name)
@@ -44,25 +41,17 @@ def find_device(name, local_rank=0, processes=1):
     return device
 
 
-def is_here(name, processes):
-    """Whether a run on this device ("auto", "cuda", "cuda:1", ...) can go on here."""
-    with contextlib.suppress(UserError):
-        return bool(find_device(name, processes=processes))
-    return False
-
-
 def choose_precision(name, device):
     """A name from DTYPES. "auto": bf16 where the processor multiplies in it, fp16 on old GPUs."""
-    if name == "auto" and device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    slow = device.type != "cpu" or not cpu_has_bf16()
-    if name == "auto":
-        return "fp32" if slow else "bf16"
-    if name == "fp16" and device.type == "cpu":
+    if device.type == "cuda":
+        best = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    else:
+        best = "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+    if device.type == "cpu" and name == "fp16":
         raise UserError("precision 'fp16' is for GPUs: on the CPU choose 'fp32' or 'bf16'")
-    if name == "bf16" and device.type == "cpu" and slow:
+    if device.type == "cpu" and name == "bf16" != best:
         print("this processor emulates bf16, several times slower than fp32: --precision fp32")
-    return name
+    return best if name == "auto" else name
 
 
 def cpu_has_bf16():
@@ -95,10 +84,7 @@ def memory_format(device, precision):
 
 
 def peak_memory(device):
-    """The peak memory of this process so far in MiB: the GPU's on CUDA, else its own.
-
-    Without a GPU it is known on Linux alone, else 0.
-    """
+    """The peak memory of this process in MiB: the GPU's on CUDA, else its own on Linux, else 0."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(OSError, AttributeError):
@@ -114,35 +100,26 @@ def describe_device(device):
 
 
 def choose_compile(setting, device):
-    """Whether to compile the network. "auto" does on CUDA, where it pays within an epoch.
-
-    Without a working compiler it says so in a line and returns False.
-    """
-    if setting == "auto":
-        setting = device.type == "cuda"
-    if setting:
-        try:
-            torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-        except Exception as error:  # whatever a compiler may throw
-            print(f"not compiled, as no compiler works here ({one_line(error, 120)})")
-            return False
-    return bool(setting)
+    """Whether to compile the network: "auto" does on CUDA, where it pays within an epoch."""
+    if not (device.type == "cuda" if setting == "auto" else setting):
+        return False
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+    except Exception as error:  # whatever a compiler may throw
+        print(f"not compiled, as no compiler works here ({one_line(error, 120)})")
+        return False
+    return True
 
 
 class AsyncHostCopy:
     """The newest value of a device tensor on the host. It never waits for the device."""
 
     def __init__(self, device):
-        self.value, self.device, self.arrived = None, device, None
+        self.device, self.value, self.coming, self.arrived = device, None, None, None
 
     def push(self, tensor):
         if self.device.type != "cuda":
             self.value = tensor
         elif self.arrived is None or self.arrived.query():
-            if self.arrived is not None:
-                self.value = self.landing.clone()
-            else:
-                self.landing = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                self.arrived = torch.cuda.Event()
-            self.landing.copy_(tensor, non_blocking=True)
-            self.arrived.record()
+            self.value, self.coming = self.coming, tensor.to("cpu", non_blocking=True)  # PyTorch pins its memory
+            self.arrived = torch.cuda.current_stream().record_event()

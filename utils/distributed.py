@@ -88,25 +88,19 @@ def from_main(value=None):
 
 
 def wrap(module):
-    """The module with gradients averaged over all processes. Buffers never differ: none is sent.
-
-    DistributedDataParallel never lets go of its group, so it gets one of its own: threads of the
-    other one, which free tensors of Python, would abort a process that ends meanwhile.
-    """
+    """The module with gradients averaged over all processes. Buffers never differ: none is sent."""
     if not dist.is_initialized():
         return module
     # 1x1 kernels have two equal layouts: a gradient in the other one is a small copy, no warning.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     known = inspect.signature(DistributedDataParallel).parameters  # newer versions renamed the option
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    # DDP never lets go of its group, and threads of the main one would abort a process that ends.
     return DistributedDataParallel(module, process_group=dist.new_group(timeout=TIMEOUT), **{option: False})
 
 
 class LaggedMax:
-    """The maximum over all processes of whole numbers, two steps late: no process ever waits.
-
-    All processes get the same numbers at the same step; a single process gets its own at once.
-    """
+    """The maximum over all processes of whole numbers, two steps late, so that none waits."""
 
     def __init__(self):
         self.pending = []

@@ -24,18 +24,14 @@ def run_script(main):
             print("stopped", file=sys.stderr)
             raise SystemExit(130) from None
         except Exception as error:
-            message = user_message(error)
-            if message is None:
+            if not (message := user_message(error)):
                 raise
             print(f"error: {printable(' '.join(message.splitlines()))}", file=sys.stderr)
             raise SystemExit(1) from None
 
 
 def user_message(error):
-    """The text for the user: errors that are `for_user`, the system's refusals, too little memory.
-
-    None for a mistake of ours.
-    """
+    """The text for the user of what the user can mend; None for a mistake of ours."""
     if is_out_of_memory(error):
         return "out of memory: lower --batch_size, or the size of the pictures or of the network"
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -56,7 +52,7 @@ def is_out_of_memory(error):
 
 @contextlib.contextmanager
 def explain_out_of_memory(advice):
-    """Turns memory that runs out in the block into a ValueError with advice(): what to lower."""
+    """Turns memory that runs out in the block into a UserError with advice(): what to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

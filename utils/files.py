@@ -135,8 +135,7 @@ class TolerantWriter:
                 raise OSError(f"{self.folder} was removed or renamed")
             write()
         except (OSError, UserError) as error:
-            reason = error if getattr(error, "filename", error) else f"{name}: {error}"
-            tqdm.write(f"NOT SAVED: {reason}; training continues, and the next save tries again")
+            tqdm.write(f"NOT SAVED: {name}: {error}; training continues, and the next save tries again")
             return False
         self.failed.discard(name)
         return True

@@ -11,27 +11,18 @@ from utils.files import atomic_write
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """(B, C, H, W) floats in [-1, 1] on any device -> (B, H, W, C) uint8 array.
-
-    Clamped and rounded: a cast alone wraps 256 to 0. NaN becomes mid-gray.
-    """
-    pixels = x.detach().float().nan_to_num(nan=0.0, posinf=1.0, neginf=-1.0).clamp(-1, 1).add(1).mul(127.5).round()
+    """(B, C, H, W) floats in [-1, 1] -> (B, H, W, C) uint8 array, rounded. NaN becomes mid-gray."""
+    pixels = x.detach().float().nan_to_num(nan=0.0).clamp(-1, 1).add(1).mul(127.5).round()
     return pixels.byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def make_grid(images: np.ndarray, columns: int, padding: int = 2, pad_value: int = 255) -> np.ndarray:
-    """(N, H, W, C) uint8 pixels -> one image (rows, cols, C), row by row, every pixel as it is.
-
-    `padding` pixels of `pad_value` lie between the images and around them.
-    """
-    from torchvision.utils import make_grid as tile  # here: it takes a second to import
-
-    tiles = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)  # a copy: a cache's pixels are read-only
-    if len(tiles) == 1:  # torchvision leaves a single image without its frame
-        grid = torch.nn.functional.pad(tiles[0], (padding,) * 4, value=pad_value)
-    else:
-        grid = tile(tiles, nrow=columns, padding=padding, pad_value=pad_value)[: tiles.shape[1]]  # it makes gray RGB
-    return np.ascontiguousarray(grid.permute(1, 2, 0).numpy())
+def make_grid(images: np.ndarray, columns: int, padding: int = 2) -> np.ndarray:
+    """(N, H, W, C) uint8 pixels -> one image, row by row, white between them and around them."""
+    columns = min(columns, len(images))
+    frame = ((0, -len(images) % columns), (padding, 0), (padding, 0), (0, 0))  # also whole white images, at the end
+    tiles = np.pad(images, frame, constant_values=255)
+    rows = [np.concatenate(tiles[first : first + columns], axis=1) for first in range(0, len(tiles), columns)]
+    return np.pad(np.concatenate(rows), ((0, padding), (0, padding), (0, 0)), constant_values=255)
 
 
 def _to_pillow(image: np.ndarray) -> Image.Image:
@@ -49,10 +40,7 @@ def save_png(path: str | Path, image: np.ndarray, text: dict | None = None) -> N
 
 
 def save_animation(path: str | Path, frames: np.ndarray, milliseconds: list[int]) -> None:
-    """Write uint8 frames (N, H, W, C) as an endless GIF, whole or not at all.
-
-    milliseconds: a list, the time of each frame. GIF has 256 colors a frame.
-    """
+    """Write uint8 frames (N, H, W, C), each shown for its milliseconds, as an endless GIF."""
     first, *others = map(_to_pillow, frames)
     with atomic_write(path) as file:
         first.save(file, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)

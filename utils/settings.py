@@ -1,8 +1,7 @@
 """Settings: the dataclass at the top of a script, and one declaration (`Setting`) for each field.
 
-The dataclass has a setting's type, default and help text. The declaration says what it may be, and
-whether a resumed run may change it. The command line, --help, the dataclass itself, presets and
-saved checkpoints are all held against it.
+The dataclass has its type, default and help text, the declaration what it may be. The command line,
+--help, the dataclass itself, presets and saved checkpoints are all held against the declaration.
 """
 
 import ast
@@ -13,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,10 +35,7 @@ class Setting(NamedTuple):
     fixed: str = ""  # "run": a resumed run keeps it; "weights": so does a run that starts from its weights
 
     def fit(self, value: Any, typed: str | None = None) -> Any:
-        """`value` as the setting has it (3 is a fine float, True is no number), or MISFIT.
-
-        typed: the text of a command line that `value` was read from.
-        """
+        """`value` (from the text `typed` of a command line) as the setting has it, or MISFIT."""
         for choice in self.choices:
             if any(type(choice) is type(found) and choice == found for found in (value, typed or value)):
                 return choice
@@ -80,26 +77,18 @@ def number(lowest: float, highest: float = LARGEST, *choices: Any, **more: Any) 
     return Setting(float, lowest, highest, choices, **more)
 
 
-def flag(*choices: Any, **more: Any) -> Setting:
-    return Setting(bool, choices=choices, **more)
-
-
-def text(**more: Any) -> Setting:
-    return Setting(str, **more)
-
-
 def choice(choices: Iterable, **more: Any) -> Setting:
     return Setting(None, choices=tuple(choices), **more)
 
 
+text, flag = partial(Setting, str), partial(Setting, bool)
 PAIR, SEVERAL = range(2, 3), range(1, 33)  # counts of a tuple's values
 
 
 def settings(config_class: type) -> type:
     """Decorator: a dataclass of settings. It refuses nothing, as an import must not fail."""
-    for name in config_class.__annotations__:
+    for name in config_class.__annotations__:  # a dataclass refuses lists and the like as defaults
         value = vars(config_class).get(name)
-        # A dataclass refuses lists and the like as defaults.
         setattr(config_class, name, tuple(value) if isinstance(value, (list, set, dict)) else value)
     return dataclass(config_class)
 
@@ -117,8 +106,7 @@ def defaults(config_class: type, declared: dict[str, Setting]) -> dict[str, Any]
         if name in typed or not (name.startswith("_") or callable(value)):
             check_known(name, declared, f"{name} {place}")
             if name not in typed:
-                fix = f"{name}: {type(value).__name__} = {value!r}"
-                raise UserError(f"{name} = {value!r} {place} has no type: write {fix}")
+                raise UserError(f"{name} {place} has no type: write {name}: {type(value).__name__} = {value!r}")
     for name in declared:
         if name not in typed:
             raise UserError(f"{name} is missing {place}: put its line back, with the value that you want")
@@ -130,9 +118,8 @@ def defaults(config_class: type, declared: dict[str, Setting]) -> dict[str, Any]
 
 def preset_values(presets: dict[str, dict], name: str, declared: dict[str, Setting]) -> dict[str, Any]:
     """The settings of a preset. UserError for an unknown preset, setting or value."""
-    preset = presets[fitted(f"preset {name!r}", name, choice(presets))]
     values = {}
-    for setting, value in preset.items():
+    for setting, value in presets[fitted(f"preset {name!r}", name, choice(presets))].items():
         check_known(setting, declared, f"PRESETS[{name!r}]: {setting}")
         if isinstance(value, list):
             raise UserError(f"PRESETS[{name!r}]: {setting} is the list {value}: write it as a tuple, {tuple(value)}")
@@ -176,8 +163,7 @@ def read_literal(typed):
 
 def fitted(what: str, value: Any, setting: Setting, typed: str | None = None) -> Any:
     """`value` as the setting has it. UserError, with `what`, where it does not fit."""
-    found = setting.fit(value, typed)
-    if found is MISFIT:
+    if (found := setting.fit(value, typed)) is MISFIT:
         raise UserError(f"{what}: expected {setting}")
     return found
 
@@ -219,7 +205,6 @@ def source_comments(config_class: type) -> tuple[dict[str, str], dict[str, str]]
         if alone := re.match(r" +# (.*)", line):
             heading = alone[1]
         elif found := re.match(r" +(\w+): .*?(?:  # (.*))?$", line):
-            name, comments[found[1]] = found[1], found[2] or ""
-            headings |= {name: heading} if heading else {}
-            heading = ""
+            headings |= {found[1]: heading} if heading else {}
+            heading, comments[found[1]] = "", found[2] or ""
     return headings, comments

@@ -14,10 +14,10 @@ def printable(text, keep=""):
     return RAW_CHARACTERS.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], str(text))
 
 
-def first_few(words, limit=3, others="more"):
+def first_few(words, limit):
     """The first `limit` words, and how many others there are, as text."""
     words = list(map(str, words))
-    return ", ".join(words[:limit]) + (f" and {len(words) - limit} {others}" if len(words) > limit else "")
+    return ", ".join(words[:limit]) + (f" and {len(words) - limit} more" if len(words) > limit else "")
 
 
 def plural(count, noun, ending="s"):

@@ -2,13 +2,14 @@
 
 import hashlib
 import math
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 
 from utils import distributed
 from utils.checkpoint.file import Checkpoint
-from utils.device import is_here
+from utils.device import find_device
 from utils.errors import UserError
 from utils.training.loss_history import TABLES, read_table
 from utils.training.optimizer import restore_optimizer
@@ -52,7 +53,8 @@ def machine(checkpoint, options):
     if checkpoint.training is None:  # a run of its own, on whatever is here
         return {**dict.fromkeys(MACHINE, "auto"), "start_from": ""}
     device = checkpoint.config.get("device", "auto")
-    if "device" in options or is_here(device, distributed.world_size()):
+    with suppress(UserError):
+        find_device(options.get("device", device), processes=distributed.world_size())
         # Older files have the device that "auto" became: it holds on one machine.
         return {} if checkpoint.resolved else {"device": "auto"}
     if distributed.is_main():

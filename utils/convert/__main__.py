@@ -51,10 +51,7 @@ def export_weights(run, file):
 
 
 def export_reference(run, file):
-    """Write a run's weights as a bare float32 state dict with the reference's keys.
-
-    UserError where `file` exists, or where its code would sample wrong images without an error.
-    """
+    """Write a run's weights as a bare float32 state dict, where the reference's code can use it."""
     file, checkpoint, diffusion = open_run(run, file)
     groups = getattr(diffusion.model.out_norm, "num_groups", MAX_GROUPS)
     if diffusion.prediction != "eps" or groups != MAX_GROUPS:
@@ -73,7 +70,7 @@ def print_reference_advice(diffusion):
     other = [name for name, (default, _) in REFERENCE_UNET.items() if network[name] != default]
     if other:
         arguments = ", ".join(f"{name}={network[name]!r} instead of {REFERENCE_UNET[name][0]!r}" for name in other)
-        options = " ".join(REFERENCE_UNET[name][1] for name in other).strip()
+        options = " ".join(filter(None, (REFERENCE_UNET[name][1] for name in other)))
         print(
             "warning: the reference's unchanged code cannot load these weights. Either give its UNet these "
             f"arguments, in its ddpm.py and train.py: {arguments}. Or train the network that it builds (295.5 "
@@ -84,10 +81,7 @@ def print_reference_advice(diffusion):
     if settings:
         print(f"settings to change in the reference's ddpm.py: {', '.join(settings)}")
     if not torch.allclose(betas, torch.from_numpy(make_betas(num_timesteps=len(betas))).float(), rtol=1e-4):
-        print(
-            "the schedule is not the reference's linear one: its code takes the schedule from this file, and its own "
-            "schedule settings do nothing"
-        )
+        print("the schedule is not the reference's linear one: its code takes the schedule from this file")
 
 
 def open_run(run, file):
@@ -101,26 +95,21 @@ def print_sizes(source, file):
     print(f"{source} ({before:.1f} MiB) -> {file} ({after:.1f} MiB)")
 
 
-COMMANDS = {  # name: (the function, what it writes, its arguments)
-    "weights": (export_weights, "EMA weights in half precision, a small file", ("run", "file")),
-    "reference": (export_reference, "a bare state dict with the reference's keys", ("run", "file")),
-    "diffusers": (export_model, "a folder for diffusers' DDPMPipeline", ("run", "folder")),
-    "import": (import_model, "a checkpoint from a folder of diffusers", ("folder", "file")),
-}
+COMMANDS = {"weights": export_weights, "reference": export_reference, "diffusers": export_model, "import": import_model}
 
 
 def main(arguments=None):
-    as_written = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(prog="python -m utils.convert", description=__doc__, **as_written)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (_, text, positional) in COMMANDS.items():
-        command = commands.add_parser(name, help=text)
-        for argument in positional:
-            command.add_argument(argument, metavar=argument.upper())
-        if name == "diffusers":
-            command.add_argument("--class_name", default="", help='the class that it samples; "": the null class')
-    options = vars(parser.parse_args(arguments))
-    COMMANDS[options.pop("command")][0](**options)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m utils.convert", description=__doc__, formatter_class=as_written)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("source", help="RUN, or the FOLDER to import")
+    parser.add_argument("target", help="what is written")
+    parser.add_argument("--class_name", help="the class that the folder for DDPMPipeline samples; the null class")
+    options = parser.parse_args(arguments)
+    if options.class_name is not None and options.command != "diffusers":
+        parser.error("--class_name is an option of diffusers")
+    more = [options.class_name] if options.class_name else []
+    COMMANDS[options.command](options.source, options.target, *more)
 
 
 if __name__ == "__main__":

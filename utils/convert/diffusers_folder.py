@@ -1,9 +1,8 @@
 """Models as folders of the library diffusers (DDPMPipeline), and back.
 
-diffusers' own classes check the settings and write the folders. Our UNet is a UNet2DModel with
-other names, so its weights are only renamed. Classes differ: we add a class after the activation,
-diffusers adds it before, and DDPMPipeline passes none. One class, by default the null class, is
-therefore added to the biases of the time embedding.
+Our UNet is a UNet2DModel with other names, so its weights are only renamed. Classes differ: we add
+a class after the activation, diffusers adds it before, and DDPMPipeline passes none. One class, by
+default the null class, is therefore added to the biases of the time embedding.
 """
 
 import contextlib
@@ -70,7 +69,6 @@ def export_model(run, folder, class_name=""):
     """Write a run's EMA network as a folder for DDPMPipeline.from_pretrained.
 
     class_name: the class that it samples; "" is the null class, for a network that has one.
-    UserError where `folder` exists, or where a UNet2DModel cannot express the network.
     """
     UNet2DModel, DDPMScheduler, DDPMPipeline = import_diffusers()
     folder = begin_export(folder)
@@ -101,10 +99,7 @@ def choose_label(diffusion, classes, class_name):
 
 
 def to_unet2d(network, input_shape, label=None):
-    """(settings, weights) of the UNet2DModel that computes `network`, a UNet, for class `label`.
-
-    label: None without classes. UserError that names what a UNet2DModel cannot express.
-    """
+    """(settings, weights) of the UNet2DModel that computes `network` for the class id `label`."""
     weights, renamed = dict(network.state_dict()), {}
     found = read_architecture({**weights, "betas": torch.zeros(1)}, "")
     widths = tuple(found["base_channels"] * mult for mult in found["channel_mults"])
@@ -155,8 +150,7 @@ def diffusers_keys(key, num_res_blocks):
 def import_model(folder, file):
     """Write a checkpoint from a folder of diffusers, where train.py could have built its network.
 
-    predict.py samples with it, and train.py starts from it. No code of the folder runs, and nothing
-    is downloaded. UserError that names what is missing, damaged or not ours.
+    No code of the folder runs, and nothing is downloaded.
     """
     UNet2DModel, DDPMScheduler, _ = import_diffusers()
     file = begin_export(file)
@@ -210,20 +204,19 @@ def to_schedule(scheduler, DDPMScheduler):
 def to_config(given, weights, UNet2DModel):
     """The settings of a UNet2DModel -> those of train.py, by field name.
 
-    Our network of these settings, as a UNet2DModel, must have all given settings and the shapes of
-    the weights. UserError that names each part that is not ours.
+    UserError unless our network of these settings has all given settings and the weights' shapes.
     """
     damaged = "its network's config.json is damaged, or not of one of our networks"
     with as_user_error(damaged), torch.device("meta"):  # no memory yet
         widths, size = given["block_out_channels"], given["sample_size"] or 32
-        attention = [level for level, kind in enumerate(given["down_block_types"]) if kind.startswith("Attn")]
+        kinds = enumerate(given["down_block_types"])
         nearest = {  # of our networks
             "input_shape": size if isinstance(size, tuple) else (size, size),
             "img_channels": given["in_channels"],
             "channel": widths[0],
             "channel_mults": tuple(width // widths[0] for width in widths),
             "num_res_blocks": given["layers_per_block"],
-            "attention_resolutions": tuple(attention),
+            "attention_resolutions": tuple(level for level, kind in kinds if kind.startswith("Attn")),
             "num_groups": given["norm_num_groups"],
             "dropout": given["dropout"],
             "class_conditional": False,

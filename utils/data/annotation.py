@@ -42,10 +42,9 @@ def check_annotation_path(annotation_path, images=()):
 
 
 def write_annotation(annotation_path, paths, labels=None, classes=()):
-    """Write the list and, with labels, its class names; delete the class names of an older list.
+    """Write the list and, with labels, its class names -> the path of the class names, or None.
 
-    A kill in between leaves a list without class names, which `read_annotation` refuses. Returns
-    the path of the class names; None where there are none.
+    A kill in between leaves a list without class names, which `read_annotation` refuses.
     """
     names_path = classes_path(annotation_path)
     with atomic_write(resolve_output(annotation_path), "w", **TEXT) as file:

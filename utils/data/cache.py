@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.annotation import RUN_AGAIN
-from utils.data.decode import load_image
+from utils.data.decode import attempt, is_damage, load_image
 from utils.data.formats import check_regular
-from utils.data.read_errors import attempt, is_damage
 from utils.data.threads import map_in_threads, one_if_large
 from utils.errors import UserError
 from utils.files import PROJECT, atomic_write
@@ -29,17 +28,13 @@ OWN_NAME = re.compile(r"[0-9a-f]{24}\.(json|pixels)|\.[0-9a-f]{24}\.(json|pixels
 
 
 def open_cache(annotation_path, paths, image_format, cache_path=None, num_workers=0):
-    """(pixels, index) of these files in this ImageFormat, decoded or cached.
+    """(pixels, index) of these files in this ImageFormat, cached in `cache_folder`'s folder.
 
     pixels: (N, H, W, C) uint8, memory-mapped. index: a dict of shape, hashes, bad ([row, reason]).
     UserError for missing files or none that can be decoded, OSError where nothing can be written.
     """
     place = cache_folder(annotation_path, cache_path) / f"{_cache_key(image_format, paths)}.pixels"
-    cache = _read_cache(place, len(paths))
-    if cache is None:
-        _build_cache(place, paths, image_format, num_workers)
-        _prune(place)
-        cache = _read_cache(place, len(paths))
+    cache = _read_cache(place, len(paths)) or _build_cache(place, paths, image_format, num_workers)
     if bad := [f"{paths[row]} ({reason})" for row, reason in cache[1]["bad"]]:
         print(f"left out {len(bad)} of {len(paths)} listed images, which cannot be decoded: {first_few(bad, 10)}")
     return cache
@@ -90,7 +85,7 @@ def _read_cache(pixels_path, num_listed):
 
 
 def _build_cache(pixels_path, paths, image_format, num_workers):
-    """Decode all files into the cache. The index comes last: it makes the pixels valid."""
+    """Decode all files into the cache; read it. The index comes last: it makes the pixels valid."""
     shape = height, width, _ = (*image_format.input_shape, image_format.img_channels)
     megabytes, hashes, bad = math.prod(shape) * len(paths) / 1e6, [], []
     print(f"decoding {len(paths)} images to {height}x{width} (height x width), {megabytes:.1f} MB: {pixels_path}")
@@ -112,6 +107,8 @@ def _build_cache(pixels_path, paths, image_format, num_workers):
     except OSError as error:
         fault = f"the cache of decoded images could not be written ({error.strerror or error})"
         raise OSError(f"{fault}: {pixels_path} needs {megabytes:.0f} MB; free some space") from error
+    _prune(pixels_path)
+    return _read_cache(pixels_path, len(paths))
 
 
 def _decode(path, image_format):

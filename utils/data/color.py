@@ -11,10 +11,7 @@ NO_OPTIMIZATION = 0x0100  # a flag of LittleCMS: it would interpolate grays betw
 
 
 def to_srgb(image, profile):
-    """An image of mode L, RGB or CMYK as sRGB (L or RGB), by the content of its ICC profile.
-
-    It stays as it is where the profile is damaged, of another color space than it, or sRGB.
-    """
+    """An image of mode L, RGB or CMYK as sRGB (L or RGB) by its ICC profile, or as it is."""
     transform = _transform(profile, image.mode)
     if transform is None:
         return image
@@ -28,9 +25,7 @@ def _transform(profile, mode):
     try:
         source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
         transform = ImageCms.buildTransform(source, target, mode, "RGB", flags=NO_OPTIMIZATION * (mode == "L"))
-    except MemoryError:
-        raise
-    except Exception:  # a damaged profile, one of another color space, or a Pillow without its library
+    except (ImageCms.PyCMSError, OSError, ImportError):  # damaged, of another color space; no LittleCMS
         return None
     if mode == "CMYK":
         return transform

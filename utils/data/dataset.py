@@ -15,12 +15,7 @@ BLOCK_BYTES = 2**23  # pixels in memory at once, where a measure reads a whole d
 
 
 def open_dataset(annotation_path, image_format, num_workers=0, cache_path=None):
-    """The images of a list, decoded once into a cache on disk -> ImageDataset.
-
-    Files that cannot be decoded are printed and left out. num_workers: threads that decode; 0: all
-    cores. cache_path: folder of the cache; None: see `cache_folder`. UserError for a bad list,
-    OSError where the cache cannot be written.
-    """
+    """The ImageDataset of a list. Arguments, errors: `open_cache`; UserError for a bad list."""
     annotation = read_annotation(annotation_path)
     pixels, index = open_cache(annotation_path, annotation.paths, image_format, cache_path, num_workers)
     kept = np.delete(np.arange(len(annotation.paths)), [row for row, _ in index["bad"]])
@@ -48,17 +43,12 @@ class ImageDataset:
     def __len__(self):
         return len(self.hashes)
 
-    @property
-    def shape(self):
-        """(H, W, C)."""
-        return tuple(self.pixels.shape[1:])
-
     def images(self, numbers):
         """Images by their numbers, 0 to N - 1, in one gather: (B, H, W, C) uint8 tensor."""
         return torch.from_numpy(self.pixels[self.rows[np.asarray(numbers, dtype=np.int64)]])
 
     def batch(self, numbers):
-        """A batch: images (B, H, W, C) uint8 and labels (B,) int64."""
+        """Images (B, H, W, C) uint8 and labels (B,) int64."""
         return self.images(numbers), self.labels[np.asarray(numbers, dtype=np.int64)]
 
     def batches(self, numbers, pin_memory=False):
@@ -70,7 +60,7 @@ class ImageDataset:
     def blocks(self, numbers=None):
         """Yields all images, or those of these numbers, in order, in blocks (b, H, W, C) uint8."""
         numbers = np.arange(len(self)) if numbers is None else np.asarray(numbers)
-        size = max(1, min(256, BLOCK_BYTES // int(np.prod(self.shape))))
+        size = max(1, min(256, BLOCK_BYTES // int(np.prod(self.pixels.shape[1:]))))
         for start in range(0, len(numbers), size):
             yield self.images(numbers[start : start + size])
 
@@ -86,16 +76,13 @@ class ImageDataset:
 
     def key(self):
         """A digest of all pixels in their order, and of the classes."""
-        content = self.shape, self.settings, self.classes, self.labels.tolist(), self.hashes
+        content = self.pixels.shape[1:], self.settings, self.classes, self.labels.tolist(), self.hashes
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def split_validation(dataset, share):
-    """(training, validation) ImageDatasets: about this share of the images goes to validation.
-
-    The content alone decides. So no image changes sides when the list grows or files are renamed,
-    and copies of an image stay together.
-    """
+    """(training, validation) ImageDatasets: about this share of the images goes to validation."""
+    # By content: no image changes sides when the list grows, and copies of an image stay together.
     aside = np.array([int(digest[:8], 16) < share * 2**32 for digest in dataset.hashes], dtype=bool)
     if share and (aside.all() or not aside.any()):
         raise UserError(f"val_split {share} of {len(dataset)} pictures leaves one side empty: choose another, or 0")
@@ -104,16 +91,14 @@ def split_validation(dataset, share):
 
 
 def epoch_batches(num_images, batch_size, seed, epoch, start=0, rank=0, world_size=1):
-    """The image numbers of one epoch's batches, an array (batches, batch_size / world_size).
+    """Image numbers of a rank's slice of each batch: (batches, batch_size / world_size).
 
-    The order is a function of (seed, epoch). Each rank gets a slice of every whole batch. start:
-    images of this epoch that earlier steps used, a multiple of batch_size (over all ranks).
+    The order is a function of (seed, epoch). start: images of this epoch that earlier steps used.
     """
     assert batch_size % world_size == 0 and start % batch_size == 0, (batch_size, world_size, start)
     order = np.random.default_rng([seed % 2**64, epoch]).permutation(num_images)
     whole = order[: num_images // batch_size * batch_size].reshape(-1, batch_size)[start // batch_size :]
-    per_rank = batch_size // world_size
-    return whole[:, rank * per_rank : (rank + 1) * per_rank]
+    return np.split(whole, world_size, axis=1)[rank]
 
 
 def fit_batch_size(num_images, batch_size, multiple=1):
@@ -130,10 +115,7 @@ def fit_batch_size(num_images, batch_size, multiple=1):
 
 
 def normalize(images, device, flip=None, memory_format=torch.contiguous_format):
-    """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [-1, 1] on the device.
-
-    flip: (B,) bool, the images to mirror left to right; None: no image.
-    """
+    """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [-1, 1]. flip: (B,) bool, what to mirror."""
     on_cuda = torch.device(device).type == "cuda"  # elsewhere a copy that is not waited for may be read too early
     pixels = images.to(device, non_blocking=on_cuda)  # bytes: a quarter of the memory of floats
     if flip is not None:

@@ -1,5 +1,6 @@
-"""One image file -> uint8 pixels."""
+"""One image file -> uint8 pixels, and what an exception on the way means."""
 
+import errno
 import struct
 
 import numpy as np
@@ -10,7 +11,7 @@ from utils.data.color import to_srgb
 from utils.data.formats import open_image
 from utils.data.image_format import RESIZE_MODES
 from utils.data.threads import one_if_large
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 DECODE_BYTES = 1_430_000_000  # memory for decoding one image; one that needs more is left out
 BYTES_PER_PIXEL = 8  # Pillow's image and the converted one
@@ -21,13 +22,15 @@ PROGRESSIVE_BYTES = 6  # and the coefficients of a progressive JPEG at full size
 # 255. 8 is the mean of 8x8 pixels and shows on thin lines: it leaves four times the pixels needed.
 DRAFT_SCALES = ((8, 32), (4, 8), (2, 4))
 JPEG_FORMATS = ("JPEG", "MPO")
+# Errors of the system that are about one file: it is gone, or may not be read.
+ABOUT_THE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def load_image(path, image_format):
-    """One image file -> uint8 array (height, width, channels) of this ImageFormat.
+    """A path or binary file -> uint8 (height, width, channels) of this format. It closes the file.
 
-    path: a path, or a binary file, which is closed. Any Exception for damage. A JPEG that shrinks
-    much is decoded at a reduced scale: nearly the same pixels, two to five times faster.
+    Any Exception for damage. A JPEG that shrinks much is decoded at a reduced scale: nearly the
+    same pixels, two to five times faster.
     """
     (height, width), channels, resize_mode, background, icc = image_format
     mode = "L" if channels == 1 else "RGB"
@@ -59,15 +62,11 @@ def check_image(path, full=True):
 
 
 def _memory_for(image, stored_size, side=0):
-    """A context to decode an image and resize it to at most `side` pixels: large ones take turns.
-
-    UserError where that takes more than DECODE_BYTES, MemoryError where so much is not free.
-    """
+    """A context to decode an image, and resize it to at most `side` pixels: of large ones, one."""
     pixels = stored_size[0] * stored_size[1]  # in the file, before a JPEG is reduced
     per_pixel = BYTES_PER_PIXEL + DECODER_BYTES.get(image.format, 0) + VALUE_BYTES * (image.mode[0] in "IF")
     per_pixel += COMPOSITE_BYTES * image.has_transparency_data + PROFILE_BYTES * ("icc_profile" in image.info)
-    needed = image.width * image.height * per_pixel
-    needed += 4 * side * image.height  # Pillow resizes the width first
+    needed = image.height * (image.width * per_pixel + 4 * side)  # Pillow resizes the width first
     needed += pixels * PROGRESSIVE_BYTES * bool(image.info.get("progressive"))
     needed += image.buffer_bytes() if image.format == "TIFF" else 0
     if needed > DECODE_BYTES:
@@ -157,3 +156,35 @@ def _resize(image, extent, orientation, size, resize_mode):
     image.info.clear()
     image.getexif()[Base.Orientation] = orientation
     return ImageOps.exif_transpose(image)
+
+
+def is_damage(error):
+    """Whether the file's content is the cause. Too little memory, EIO, EACCES, ... may pass."""
+    if isinstance(error, OSError):  # Pillow's own have no number
+        return error.errno in (None, errno.EINVAL)  # EINVAL: the content names a place before the file's start
+    return not isinstance(error, MemoryError)
+
+
+def is_about_the_file(error):
+    """Whether a failure concerns this file alone: it is damaged, gone, or may not be read."""
+    return is_damage(error) or getattr(error, "errno", None) in ABOUT_THE_FILE
+
+
+def attempt(read, path, is_bad=is_about_the_file):
+    """(read(path), None), or (None, reason) for a bad file. UserError where the system fails."""
+    try:
+        return read(path), None
+    except Exception as error:  # Pillow's decoders raise all kinds
+        if is_bad(error):
+            return None, describe_error(error)
+        fault = f"{path} cannot be read now ({describe_error(error)})"
+        raise UserError(f"{fault}: see to the system, or lower num_workers, and run this again") from error
+
+
+def describe_error(error):
+    """Why an image file could not be decoded, in one line for the user."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return getattr(error, "strerror", None) or f"damaged ({one_line(error)})"

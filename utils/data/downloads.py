@@ -2,14 +2,7 @@
 
 They become files datasets/<name>/<class>/<image>. What was fetched stays in
 datasets/.downloads/<name>/, the `root` of torchvision's class, until you delete it. Where a server
-is out of reach, put the archives, or what they unpack to, there by hand. All training data:
-
-    mnist, fashion_mnist  "train": 60,000 of 28x28, gray, 10 classes
-    cifar10               "train": 50,000 of 32x32, 10 classes
-    flowers102            all splits, as "train" alone has 10 a class: 8,189 JPEGs, 102 classes
-    oxford_pets           "trainval": 3,680 JPEGs, 37 breeds
-    stl10                 "train", the labeled part: 5,000 of 96x96, 10 classes
-    celeba                "train": 162,770 JPEGs of 178x218, without classes
+is out of reach, put the archives, or what they unpack to, there by hand.
 """
 
 import importlib.util
@@ -31,10 +24,7 @@ def folder_name(class_name):
     return re.sub(r"[^\w.-]+", "-", re.sub(r"['?]", "", class_name.strip()).replace(" ", "_"))
 
 
-# Readers: torchvision.datasets and its root -> (number of images, pairs of a name to write and a
-# Pillow image or its file).
-
-
+# torchvision.datasets, root -> (number of images, pairs of a name to write and an image or a file).
 def from_arrays(kind, datasets, root):
     """A class of torchvision that holds arrays: numbered PNG files."""
     dataset = getattr(datasets, kind)(root, download=True)
@@ -51,13 +41,12 @@ def from_files(paths, labels, classes):
 def flowers102(datasets, root):
     if importlib.util.find_spec("scipy") is None:  # before 330 MB are fetched
         raise UserError("it needs the package scipy: pip install scipy")
+    # All splits, as "train" alone has 10 images a class.
     splits = [datasets.Flowers102(root, split=split, download=True) for split in ("train", "val", "test")]
     paths = [path for split in splits for path in split._image_files]  # torchvision has no public name for them
     labels = [label for split in splits for label in split._labels]
-    classes = getattr(
-        datasets.Flowers102, "classes", [f"{number:03d}" for number in range(1, 103)]
-    )  # older versions: none
-    return from_files(paths, labels, classes)
+    numbers = [f"{number:03d}" for number in range(1, 103)]  # of older versions, without names
+    return from_files(paths, labels, getattr(datasets.Flowers102, "classes", numbers))
 
 
 def oxford_pets(datasets, root):

@@ -23,11 +23,8 @@ EXIF_TEXTS = (b"Raw profile type exif\0", b"Raw profile type APP1\0", b"XML:com.
 SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "float"}  # of the values of a TIFF
 TIFF_VALUES = {(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (32, 2), (32, 3)}  # (bits, sample format) that Pillow reads
 
-# Formats that some installations read: the module for it, and the extensions.
-OPTIONAL_FORMATS = {
-    "AVIF": ("PIL.AvifImagePlugin", ".avif", ".avifs"),
-    "HEIF": ("pillow_heif", ".heic", ".heif", ".hif"),
-}
+# Formats that some installations read, the module for each, and the extensions.
+OPTIONAL = (("AVIF", "PIL.AvifImagePlugin", ".avif", ".avifs"), ("HEIF", "pillow_heif", ".heic", ".heif", ".hif"))
 
 
 def _readable():
@@ -37,7 +34,7 @@ def _readable():
     formats = ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "DIB"]
     extensions = [".bmp", ".dib", ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif"]
     extensions += [".pbm", ".pgm", ".ppm", ".tif", ".tiff"]
-    for name, (module_name, *endings) in OPTIONAL_FORMATS.items():
+    for name, module_name, *endings in OPTIONAL:
         with contextlib.suppress(Exception):  # missing, or broken, which must not end the run
             module = importlib.import_module(module_name)
             getattr(module, "register_heif_opener", bool)()
@@ -53,9 +50,8 @@ FORMATS, EXTENSIONS = _readable()
 
 @contextlib.contextmanager
 def open_image(source, whole=True):
-    """Pillow's image of a file, not decoded yet.
+    """Pillow's image of a path or a binary file, which it closes. whole: False: the header alone.
 
-    source: a path, or a binary file, which is closed. whole: False to read only the header.
     UserError as `check_regular` and for none of FORMATS, other exceptions for damage.
     """
     if not hasattr(source, "read"):

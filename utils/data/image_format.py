@@ -3,8 +3,7 @@
 from typing import NamedTuple
 
 
-# Each takes the (width, height) of the image and the wanted one. It returns the size of the box in
-# the center that is resized, and the size that it is resized to.
+# (width, height) of an image and the wanted one -> the box in its center, and its size afterwards.
 def _crop(extent, size):
     scale = min(extent[0] / size[0], extent[1] / size[1])
     return (scale * size[0], scale * size[1]), size

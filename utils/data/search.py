@@ -3,9 +3,8 @@
 import os
 from collections import Counter
 
-from utils.data.decode import check_image
+from utils.data.decode import attempt, check_image
 from utils.data.formats import EXTENSIONS
-from utils.data.read_errors import attempt
 from utils.data.threads import map_in_threads
 from utils.errors import UserError
 from utils.terminal import first_few
@@ -22,7 +21,6 @@ def search(root):
     """(sorted absolute paths of the images, Counter of the extensions of other files) below `root`.
 
     Names that start with a dot are left out. Links are followed; each folder is visited once.
-    Folders that cannot be read and images that are no regular files are printed and left out.
     """
     root = os.path.abspath(root)
     if not os.path.isdir(root):
@@ -57,8 +55,7 @@ def without_shipped(paths, root):
 def check_images(paths, full=True, num_workers=0):
     """Decode all images -> (good, bad), lists of (path, (width, height)) and of (path, reason).
 
-    full: False reads the headers only. This is much faster and misses damage behind them.
-    UserError where the system fails, not the file: too little memory, or a broken disk.
+    full: False reads the headers only, faster. UserError where the system fails, not the file.
     """
 
     def check(path):

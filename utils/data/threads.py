@@ -23,8 +23,7 @@ def one_if_large(size):
 def map_in_threads(function, items, num_workers=0, description=None):
     """Yield `function(item)` for each item of the list, in order, with a progress bar.
 
-    num_workers: threads; 0: one for each core that this process may use. They help where the work
-    releases the interpreter (Pillow's decoders, hashing, reading). What it raises is raised here.
+    num_workers: threads; 0: one for each core. What `function` raises is raised here.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = num_workers or cores

@@ -18,7 +18,7 @@ from nets.sampling import check_guiding_model, check_interval, sampling_schedule
 from utils.checkpoint.file import Checkpoint
 from utils.checkpoint.integrity import weights_digest
 from utils.checkpoint.runs import newest_in, open_weights
-from utils.data.dataset import ImageDataset, split_validation
+from utils.data.dataset import split_validation
 from utils.data.image_format import RESIZE_MODES, ImageFormat
 from utils.device import DTYPES, autocast, choose_device, choose_precision, describe_device, memory_format
 from utils.errors import UserError, run_script
@@ -33,7 +33,7 @@ from utils.sampling.summary import describe_guidance
 from utils.settings import PAIR, choice, flag, number, parse, settings, text, whole
 
 ENOUGH = 10_000  # below so many samples FID's upward bias is larger than the differences of interest
-WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors", ".pth.tar")  # names of checkpoints end so
+WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors", ".pth.tar")
 
 
 # fmt: off
@@ -85,18 +85,17 @@ TEXTS = ("samples", "reference", "held_out", "features", "inception_weights", "g
 SETTINGS = {
     **dict.fromkeys((*TEXTS, "device"), text()),
     **dict.fromkeys(("distances", "nearest", "bits", "use_ema"), flag()),
+    **dict.fromkeys(("bits_images", "steps"), whole(0)),
     "num_images": whole(0, SEEDS),
     "input_shape": whole(1, 2**14, None, count=PAIR),
     "img_channels": choice((0, 1, 3)),
     "resize_mode": choice(("", *RESIZE_MODES)),
     "background": whole(0, 255, None, count=range(3, 4)),
-    "icc": flag(None),
+    "icc": flag(choices=(None,)),
     "max_features": whole(NEIGHBORS + 2),
     "nearest_images": whole(1),
     "nearest_by": choice(("pixels", "features")),
-    "bits_images": whole(0),
     "sampler": choice(SAMPLERS),
-    "steps": whole(0),
     "spacing": choice(("", *SPACINGS)),
     "eta": number(0, 1),
     "guidance_scale": number(0, 1000),
@@ -151,9 +150,8 @@ def compare(config, blocks, count, reference, held_out, device):
     """A dict of the distances and nearest images of `count` samples, in blocks (b, H, W, C)."""
     results, cache, extract = {}, FeatureCache(config.cache_dir, config.reference), None
     if config.distances and min(count, len(reference)) < NEIGHBORS + 2:
-        raise UserError(
-            f"{count} samples, {len(reference)} reference images are too few: distances need {NEIGHBORS + 2}"
-        )
+        counts = f"{count} samples, {len(reference)} reference images"
+        raise UserError(f"{counts} are too few: distances need {NEIGHBORS + 2}")
     if config.distances and count < ENOUGH:
         print(f"warning: FID is biased upward below {ENOUGH:,} samples; compare only equal sample counts")
     if config.distances or config.nearest_by == "features":
@@ -168,12 +166,12 @@ def compare(config, blocks, count, reference, held_out, device):
     return results
 
 
-def is_checkpoint(path: str) -> bool:
+def is_checkpoint(path):
     """Whether `path` is a file of weights, a run's folder, or "" (the newest run)."""
     return not path or path.lower().endswith(WEIGHTS) or newest_in(Path(path)) is not None
 
 
-def load_model(config, device: torch.device, precision: str) -> Model:
+def load_model(config, device, precision):
     """The Model of config.samples, on the device. UserError for settings that it cannot serve."""
     checkpoint = open_weights(config.samples, "weights")
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
@@ -185,7 +183,7 @@ def load_model(config, device: torch.device, precision: str) -> Model:
     return Model(diffusion, classes, checkpoint, guide)
 
 
-def open_references(config, model: Model | None, open_set) -> tuple[ImageDataset, ImageDataset | None]:
+def open_references(config, model, open_set):
     """(reference, held-out images), of the samples' size and channels."""
     reference, held_out, trained = open_set(config.reference), None, model.checkpoint.config if model else {}
     listed, share = trained.get("annotation_path"), trained.get("val_split", 0)
@@ -202,7 +200,7 @@ def open_references(config, model: Model | None, open_set) -> tuple[ImageDataset
     return reference, held_out
 
 
-def make_opener(config, model: Model | None):
+def make_opener(config, model):
     """(function path -> ImageDataset, decoded as in training; a dict of what the sizes are)."""
     names = None
     if model:
@@ -222,14 +220,14 @@ def make_opener(config, model: Model | None):
     return open_set, {"compared_at": [height, width, channels], "sample_sizes": names}
 
 
-def labels_like(reference: ImageDataset, model: Model, seed: int) -> torch.Tensor | None:
+def labels_like(reference, model, seed):
     """Class ids (n,) as often as in the reference, of other classes each once; None without."""
     if not model.classes or reference.classes != model.classes:
         return torch.arange(len(model.classes)) if model.classes else None
     return reference.labels[torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))]
 
 
-def generate(config, model: Model, reference: ImageDataset, device, precision):
+def generate(config, model, reference, device, precision):
     """(count, blocks, name) of the samples of predict.py, made on demand: i has `seed` + i."""
     count = config.num_images or (ENOUGH if config.distances else config.nearest_images if config.nearest else 0)
     same = {name: getattr(config, name) for name in ("sampler", "use_ema", "guidance_scale", "guidance_interval")}

@@ -1,6 +1,5 @@
 """Frechet distance (FID), kernel distance (KID), precision and recall, nearest neighbors."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ class FeatureStatistics:
     mean: Tensor | float = 0.0  # (d,)
     scatter: Tensor | float = 0.0  # (d, d), the sum of (x - mean)(x - mean)^T
 
-    def add(self, features: Tensor) -> "FeatureStatistics":
+    def add(self, features):
         features = as_features(features)
         count, total = len(features), self.count + len(features)
         mean = features.mean(0)
@@ -27,24 +26,16 @@ class FeatureStatistics:
         self.count = total
         return self
 
-    @property
-    def covariance(self) -> Tensor:
-        """(d, d), unbiased, as is usual for FID; of at least 2 images."""
-        return self.scatter / (self.count - 1)
 
-
-def as_features(features: Tensor) -> Tensor:
+def as_features(features):
     """(n, d) of any type as float64 on the CPU: Apple GPUs have none."""
     return torch.as_tensor(features, dtype=torch.float64, device="cpu")
 
 
-def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """FID: |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), never below 0.
-
-    Heusel et al. 2017, equation 6. With C = L L^T the trace of the root is the sum of the singular
-    values of L_1^T L_2: also of singular covariances nothing turns complex.
-    """
-    cov_1, cov_2 = first.covariance, second.covariance
+def frechet_distance(first, second):
+    """FID: |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)) (Heusel et al. 2017, equation 6)."""
+    # With C = L L^T the trace of the root is the sum of the singular values of L_1^T L_2.
+    cov_1, cov_2 = (part.scatter / (part.count - 1) for part in (first, second))  # unbiased, as is usual for FID
     eigen = [torch.linalg.eigh((covariance + covariance.T) / 2) for covariance in (cov_1, cov_2)]
     root_1, root_2 = (vectors * values.clamp(min=0).sqrt() for values, vectors in eigen)  # L; rounding goes below 0
     overlap = torch.linalg.svdvals(root_1.T @ root_2).sum()
@@ -52,15 +43,12 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     return max(distance.item(), 0.0)
 
 
-def kernel_distance(x: Tensor, y: Tensor, subsets=100, subset_size=1000, seed=0) -> tuple[float, float]:
-    """KID: (mean, standard deviation over subsets) of the squared MMD of features (n, d).
-
-    Binkowski et al. 2018, equation 4; unbiased: it may be below 0. Equal small sets: one subset.
-    """
+def kernel_distance(x, y, subsets=100, subset_size=1000, seed=0):
+    """KID of features (n, d): unbiased mean, standard deviation (Binkowski et al. 2018, eq. 4)."""
     x, y = as_features(x), as_features(y)
     size = min(subset_size, len(x), len(y))
     generator, values = torch.Generator().manual_seed(seed), []
-    for _ in range(1 if size == len(x) == len(y) else subsets):
+    for _ in range(1 if size == len(x) == len(y) else subsets):  # small sets: one subset, of all
         a, b = (part[torch.randperm(len(part), generator=generator)[:size]] for part in (x, y))
         k_aa, k_bb, k_ab = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
         within = sum(k.sum() - k.trace() for k in (k_aa, k_bb)) / (size * (size - 1))
@@ -69,11 +57,10 @@ def kernel_distance(x: Tensor, y: Tensor, subsets=100, subset_size=1000, seed=0)
     return values.mean().item(), values.std(correction=0).item()
 
 
-def precision_and_recall(samples: Tensor, reference: Tensor, k: int = 3) -> tuple[float, float]:
-    """(precision, recall), 0 to 1 each (Kynkaanniemi et al. 2019, equations 1 and 2).
+def precision_and_recall(samples, reference, k=3):
+    """(precision, recall) of samples (n, d), references (m, d): Kynkaanniemi et al. 2019, eq. 1, 2.
 
-    Precision: the fraction of samples (n, d) in a ball around a reference (m, d) that reaches its
-    k-th nearest neighbor; recall: the converse. They depend on n and m: compare equal counts only.
+    Precision: the share of samples nearer to a reference than its k-th neighbor; recall: converse.
     """
     samples, reference = as_features(samples), as_features(reference)
     # Float32 features of a copy differ in their last digits: it shall be in a ball of copies too.
@@ -88,7 +75,7 @@ def precision_and_recall(samples: Tensor, reference: Tensor, k: int = 3) -> tupl
     return tuple(fractions)
 
 
-def nearest(queries: Tensor, bank: Iterable[Tensor], k: int = 1) -> tuple[Tensor, Tensor]:
+def nearest(queries, bank, k=1):
     """Distances (float64) and positions, (n, k), of the k nearest in blocks (b, d), in order."""
     queries, position = torch.as_tensor(queries), 0
     best = torch.full((len(queries), k), torch.inf, dtype=torch.float64)

@@ -15,9 +15,8 @@ from PIL import Image
 
 from utils.data.annotation import read_annotation, write_annotation
 from utils.data.dataset import ImageDataset, open_dataset
-from utils.data.decode import check_image
+from utils.data.decode import attempt, check_image
 from utils.data.formats import open_image
-from utils.data.image_format import ImageFormat
 from utils.data.search import find_images, label_by_folder
 from utils.data.threads import map_in_threads
 from utils.errors import UserError, one_line
@@ -27,27 +26,24 @@ OVERVIEW = re.compile(r"predict_(1x1|5x5|interpolation|trajectory)_results\.(png
 MAX_RATIO, ALWAYS_ALLOWED = 20, 2**26  # an .npz that unpacks to more than both may be made to fill the disk
 
 
-def scan_sizes(path) -> tuple[Counter, bool]:
+def scan_sizes(path):
     """(Counter of (height, width), whether an image has color) of a folder, list or .npz."""
     path = Path(path)
     if path.suffix.lower() == ".npz":
         count, height, width, channels = _read_npz(path).shape
         return Counter({(height, width): count}), channels == 3
     paths = _samples_in(path) if path.is_dir() else read_annotation(path).paths
-    found = list(filter(None, map_in_threads(_header, paths, description="sizes")))
+    headers = map_in_threads(lambda path: attempt(_header, path), paths, description="sizes")
+    found = [header for header, _ in headers if header]
     if not found:
         raise UserError(f"no image of {printable(path)} can be decoded")
     return Counter(size for size, _ in found), any(has_color for _, has_color in found)
 
 
 def _header(path):
-    """((height, width), whether it has color) of an image; None for a broken one."""
-    try:
-        width, height = check_image(path, full=False)
-        with open_image(path, whole=False) as image:
-            return (height, width), Image.getmodebase(image.mode) != "L"
-    except Exception:  # Pillow's decoders raise all kinds
-        return None
+    """((height, width), whether it has color) of an image."""
+    with open_image(path, whole=False) as image:
+        return check_image(path, full=False)[::-1], Image.getmodebase(image.mode) != "L"
 
 
 def _samples_in(folder):
@@ -58,7 +54,7 @@ def _samples_in(folder):
     return paths
 
 
-def open_images(path, image_format: ImageFormat, cache_path=None) -> ImageDataset:
+def open_images(path, image_format, cache_path=None):
     """The ImageDataset of a folder (whose folders are classes), a list or an .npz of this size."""
     path = Path(path)
     if path.suffix.lower() == ".npz":

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from utils.data.dataset import ImageDataset, normalize
+from utils.data.dataset import normalize
 from utils.device import autocast
 from utils.evaluate.distances import frechet_distance, kernel_distance, nearest, precision_and_recall
-from utils.evaluate.features import Extractor, FeatureSet, with_progress
-from utils.evaluate.likelihood import variational_bound
+from utils.evaluate.features import with_progress
 from utils.images import make_grid, save_png
 from utils.terminal import printable
 
@@ -21,11 +19,11 @@ QUANTILES = torch.tensor((0.01, 0.05, 0.25, 0.5, 0.75), dtype=torch.float64)
 PAIRS, COLUMNS = 20, 5  # of nearest images: so many of the closest, and so many spread over the rest
 
 
-def print_line(name: str, text: str) -> None:
+def print_line(name, text):
     print(f"{name:<24}{text}")
 
 
-def measure_distances(config, sampled: FeatureSet, known: FeatureSet, extractor: Extractor) -> dict:
+def measure_distances(config, sampled, known, extractor):
     """Frechet distance (FID), kernel distance (KID), precision and recall."""
     fid, kid = ("FID", "KID") if config.features == "inception" else ("Frechet distance", "kernel distance")
     frechet = frechet_distance(sampled.statistics, known.statistics)
@@ -40,7 +38,7 @@ def measure_distances(config, sampled: FeatureSet, known: FeatureSet, extractor:
     return results | {"precision": precision, "recall": recall, "k": NEIGHBORS}
 
 
-def measure_nearest(config, images: Tensor, reference: ImageDataset, held_out, extractor) -> dict:
+def measure_nearest(config, images, reference, held_out, extractor):
     """Are samples (n, H, W, C) copies? Distances to the nearest reference images, and others'."""
     extractor = extractor if config.nearest_by == "features" else None
     distances, found = nearest_images(images, reference, extractor)
@@ -59,7 +57,7 @@ def measure_nearest(config, images: Tensor, reference: ImageDataset, held_out, e
     return results | {"pairs": save_pairs(config, images, reference, distances, found)}
 
 
-def nearest_images(images: Tensor, reference: ImageDataset, extractor=None, k=1) -> tuple[Tensor, Tensor]:
+def nearest_images(images, reference, extractor=None, k=1):
     """The k-th nearest reference images of images (n, H, W, C): (distances, numbers), (n,) each."""
     describe = extractor or (lambda block: block.flatten(1))
     blocks = with_progress(reference.blocks(), len(reference), "nearest")
@@ -67,7 +65,7 @@ def nearest_images(images: Tensor, reference: ImageDataset, extractor=None, k=1)
     return distances[:, -1] / (1 if extractor else math.sqrt(images[0].numel())), found[:, -1]
 
 
-def save_pairs(config, images: Tensor, reference: ImageDataset, distances: Tensor, found: Tensor) -> list[dict]:
+def save_pairs(config, images, reference, distances, found):
     """Saves a grid of samples next to their nearest reference images. Returns the pairs."""
     order = distances.argsort().tolist()
     spread = np.linspace(PAIRS, len(order) - 1, min(PAIRS, max(len(order) - PAIRS, 0))).astype(int)
@@ -80,7 +78,7 @@ def save_pairs(config, images: Tensor, reference: ImageDataset, distances: Tenso
     return [{"sample": i, "distance": distances[i].item(), "reference": name} for i, name in zip(shown, names)]
 
 
-def measure_bits(config, model, held_out: ImageDataset, device: torch.device, precision: str) -> dict:
+def measure_bits(config, model, held_out, device, precision):
     """Bits per dimension of held-out images, at most, term by term."""
     diffusion, order = model.diffusion, torch.from_numpy(held_out.shuffled(config.bits_images, config.seed))
     labels = held_out.labels if model.classes and held_out.classes == model.classes else None
@@ -99,3 +97,52 @@ def measure_bits(config, model, held_out: ImageDataset, device: torch.device, pr
     print_line("  L_0, L_1..T-1, L_T", f"{L_0:.4f}, {L_between:.4f}, {L_T:.6f}")
     results = {"bits_per_dimension": total.mean().item(), "standard_error": error, "num_images": len(total)}
     return results | {"L_0": L_0, "L_between": L_between, "L_T": L_T, "terms": curve.tolist(), "precision": precision}
+
+
+@torch.no_grad()
+def variational_bound(denoise, alpha_bars, x, generator=None):
+    """The bound of Ho et al. 2020, for 8-bit images x (b, c, h, w) in [-1, 1]: (b, T + 1) bits/dim.
+
+    Column t is L_t: the decoder (equation 13), the steps (8), the prior (5). The sum of a row is at
+    least -log2 p(x) / (c h w). Steps and decoder have variance beta_t. denoise: (x_t, t) -> x_0.
+    """
+    nats = []
+    for t, alpha_bar in enumerate(alpha_bars):
+        noise = torch.randn(x.shape, generator=generator, device=x.device)
+        sigma = math.sqrt(1 - alpha_bar)
+        x_0 = denoise(math.sqrt(alpha_bar) * x + sigma * noise, t)
+        term = step_divergence(x, x_0, alpha_bars[t - 1], alpha_bar) if t else -decoder_log_likelihood(x, x_0, sigma)
+        nats.append(term.flatten(1).mean(1).cpu().double())
+    nats.append(prior_divergence(x, alpha_bars[-1]).flatten(1).mean(1).cpu().double())
+    return torch.stack(nats, 1) / math.log(2)
+
+
+def prior_divergence(x, alpha_bar):
+    """KL(q(x_T | x) || N(0, 1)) in nats, elementwise (the first term of equation 5)."""
+    return 0.5 * (alpha_bar * x**2 - alpha_bar - math.log1p(-alpha_bar))
+
+
+def step_divergence(x, x_0, alpha_bar_s, alpha_bar_t):
+    """KL(q(x_s | x_t, x) || p(x_s | x_t)) in nats, elementwise, neighbors s < t (equation 5)."""
+    # q has the mean and variance beta~ of equation 7, p that mean with x_0 for x, and beta.
+    beta = 1 - alpha_bar_t / alpha_bar_s
+    ratio = (1 - alpha_bar_s) / (1 - alpha_bar_t)  # beta~ / beta
+    x_0_factor = math.sqrt(alpha_bar_s) * beta / (1 - alpha_bar_t)
+    return 0.5 * (ratio - 1 - math.log(ratio) + (x_0_factor * (x - x_0)) ** 2 / beta)
+
+
+def decoder_log_likelihood(x, mean, sigma):
+    """log P(N(mean, sigma^2) gives the level x), elementwise, in nats (equation 13)."""
+    x, mean, half = x.cpu().double(), mean.cpu().double(), 1 / 255  # Apple GPUs have no float64
+    # A level owns the values half the way to its neighbors; the first and the last all beyond.
+    lower = torch.where(x < -1 + half, -math.inf, (x - half - mean) / sigma)
+    upper = torch.where(x > 1 - half, math.inf, (x + half - mean) / sigma)
+    return log_normal_probability(lower, upper)
+
+
+def log_normal_probability(lower, upper):
+    """log(Phi(upper) - Phi(lower)), also where both are far out and the difference rounds to 0."""
+    flipped = lower + upper > 0  # Phi(u) - Phi(l) = Phi(-l) - Phi(-u): on the lower side logarithms keep their digits
+    lower, upper = torch.where(flipped, -upper, lower), torch.where(flipped, -lower, upper)
+    log_lower, log_upper = torch.special.log_ndtr(lower), torch.special.log_ndtr(upper)
+    return log_upper + torch.log(-torch.expm1(log_lower - log_upper))

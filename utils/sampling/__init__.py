@@ -1,4 +1,1 @@
-"""New images: equal batches with a seed for each image, starting images, the files of predict.py.
-
-predict.py, training and evaluate may import from it.
-"""
+"""New images for predict.py, training and evaluate: batches, starting images, output files."""

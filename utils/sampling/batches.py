@@ -6,10 +6,9 @@ import torch
 def sample_batches(diffusion, firsts, batch_size, seed, labels=None, noise=None, options=None):
     """Yields (first, steps) for each of `firsts`: the batch of images first, first + 1, ...
 
-    steps: `diffusion.sample_steps`, which yields (x, x_0), each (batch_size, c, h, w). All batches
-    have one size, so the number of images changes no image. Image i has the noise of seed + i.
-    labels: (n,) class ids that the images take in turn, or None. noise: None, or a function of the
-    numbers (batch_size,) that replaces the seeds. options: SamplingOptions.
+    steps: yields (x, x_0), (batch_size, c, h, w). Image i has the noise of seed + i. All batches
+    have one size, so the number of images changes no image. labels: (n,) class ids, taken in turn,
+    or None. noise: a function of the numbers (batch_size,) that replaces the seeds, or None.
     """
     device = diffusion.betas.device
     for first in firsts:
@@ -30,5 +29,4 @@ def advice_for_sampling(config):
     """The setting to lower where memory runs out: what a batch needs grows with batch_size."""
     if config.batch_size == 1:
         return "one image at a time is too much: lower --input_shape, or sample with a smaller network"
-    half = config.batch_size // 2
-    return f"{config.batch_size} images at a time are too many; --batch_size {half} needs about half"
+    return f"{config.batch_size} images at a time are too many; --batch_size {config.batch_size // 2} needs about half"

@@ -2,16 +2,12 @@
 
 import torch
 
-from utils.data.decode import check_image, load_image
-from utils.data.read_errors import describe_error
+from utils.data.decode import check_image, describe_error, load_image
 from utils.errors import UserError
 
 
 def init_options(config, image_format):
-    """The SamplingOptions of predict.py's init_image and mask, a dict; {} without them.
-
-    image_format: the ImageFormat of the training. UserError where a file cannot be read.
-    """
+    """The SamplingOptions of predict.py's init_image and mask, a dict; {} without them."""
     if not config.init_image:
         return {}
     image = read_image(config.init_image, image_format) / 127.5 - 1
@@ -21,13 +17,10 @@ def init_options(config, image_format):
 
 
 def load_mask(config, image_format):
-    """A mask (1, 1, H, W), cropped as the image is: 1.0 (sampled) above mid-gray, else 0.0 (kept).
-
-    UserError where it cannot be read, has another shape than the image, or is of one value.
-    """
+    """A mask (1, 1, H, W), cropped as the image is: 1.0 (sampled) above mid-gray, 0.0 (kept)."""
     mask = (read_image(config.mask, image_format._replace(img_channels=1, background=(0, 0, 0))) > 127.5).float()
-    sizes = [check_image(path, full=False) for path in (config.mask, config.init_image)]
-    (width, height), (image_width, image_height) = sizes
+    width, height = check_image(config.mask, full=False)
+    image_width, image_height = check_image(config.init_image, full=False)
     if width * image_height != height * image_width:
         theirs = f"the mask is {width}x{height} and {config.init_image} {image_width}x{image_height}"
         raise UserError(f"{config.mask}: {theirs}: they must have the same shape, so that one lies on the other")

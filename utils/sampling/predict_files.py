@@ -17,16 +17,14 @@ from utils.images import make_grid, save_animation, save_png, to_uint8
 
 COLUMNS = 5
 SHOWN = 25  # images in the grid
-STRIP_IMAGES, STRIP_STEPS, FRAMES = 4, 10, 40
-FRAME_MS, LAST_FRAME_MS = 80, 2000
+STRIP_IMAGES, STRIP_STEPS, FRAMES, FRAME_MS, LAST_FRAME_MS = 4, 10, 40, 80, 2000
 
 
 class PredictFiles:
     """Writes images that come in any order and from any process, in bounded memory.
 
     config: predict.py's, resolved. shape: (H, W, C) of an image. rows: of the grid, one per class;
-    0: no classes. text_of: number -> dict of what an image depends on, the text of its single
-    file. UserError where the folder cannot be written to.
+    0: no classes. text_of: see `image_texts`. UserError where the folder cannot be written to.
     """
 
     def __init__(self, config, shape, rows, text_of):
@@ -37,7 +35,12 @@ class PredictFiles:
         self.trajectories = {}  # number -> [(x_t, x_0), ...], (H, W, C) each: the same, as they form
         kept = np.linspace(0, config.steps - 1, min(FRAMES, config.steps)) if config.trajectory else []
         self.kept_steps = {round(step) for step in kept}
-        check_folder(self.folder)
+        try:  # before hours of sampling
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
+        except OSError as error:
+            fault = f"{self.folder.resolve()} cannot be written to ({error.strerror})"
+            raise UserError(f"{fault}: choose another --save_dir") from None
         self.spool = open_spool(self.folder, (config.num_images, *self.shape)) if config.npz else None
 
     def reuse(self, first, size):
@@ -65,8 +68,7 @@ class PredictFiles:
                 image.load()
                 text, pixels = dict(image.text), np.asarray(image)
         except (OSError, SyntaxError, ValueError) as error:
-            what = f"{path.resolve()} cannot be read ({one_line(error)})"
-            raise UserError(f"{what}: delete it, it is sampled again") from None
+            raise UserError(f"{path.resolve()} cannot be read ({one_line(error)}): delete it") from None
         differing = [name for name in {**wanted, **text} if text.get(name) != wanted.get(name)]
         if differing:
             what = f"{path.resolve()} is there already and differs in {', '.join(differing)}"
@@ -129,21 +131,10 @@ class PredictFiles:
         save_animation(self.named("predict_trajectory_results.gif"), frames, times)
 
 
-def check_folder(folder):
-    """UserError before hours of sampling where the images cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        what = f"{folder.resolve()} cannot be written to ({error.strerror})"
-        raise UserError(f"{what}: choose another --save_dir") from None
-
-
 def open_spool(folder, shape):
-    """A (N, H, W, C) uint8 array in a file; every process writes its own images into it.
+    """A (N, H, W, C) uint8 array in a file without a name; each process writes its images into it.
 
-    The file loses its name once all processes have it open, so its space comes back however they
-    end. OSError where the disk has too little space.
+    Its space comes back however they end. OSError where the disk has too little.
     """
     file = None
     if distributed.is_main():
@@ -162,18 +153,18 @@ def open_spool(folder, shape):
 
 
 def image_texts(config, networks, shape, classes, labels, options):
-    """The function number -> dict of all that this image depends on, for its single file.
+    """The function number -> dict of all that an image depends on, the text of its single file.
 
-    networks: the one that samples and, with a guiding model, that one's. options: SamplingOptions.
+    networks: the one that samples, and the guiding one. options: SamplingOptions.
     """
     names = ["sampler", "steps", "spacing", "guidance_scale", "use_ema"]
     names += ["guidance_interval"] * bool(options.guidance_interval) + ["clip"] * (not options.clip)
     names += ["strength"] * (options.init is not None)
-    text = {name: getattr(options, name) for name in names} | options.solver_options
+    text = {"size": "x".join(map(str, shape)), **options.solver_options}
+    text |= {name: getattr(options, name) for name in names}
     for name in ("init", "mask"):  # by their values: the name of a file plays no part
         if (image := getattr(options, name)) is not None:
             text[name] = hashlib.blake2b(image[:1].contiguous().numpy(), digest_size=8).hexdigest()
-    text["size"] = "x".join(map(str, shape))
     if config.individual_files:  # reading all weights takes a moment
         text |= {name: weights_digest(net.state_dict()) for name, net in zip(("weights", "guiding weights"), networks)}
 

@@ -39,7 +39,9 @@ class Muon(torch.optim.AdamW):
             weight.grad = None
         size = ADAM_SIZE * max(matrices[0].shape) ** 0.5
         for weight, step in zip(weights, orthogonal(torch.stack(matrices), good * lr * size)):
-            weight.mul_(1 - good * lr * weight_decay).sub_(step.view_as(weight))
+            if weight_decay:
+                weight.mul_(1 - good * lr * weight_decay)
+            weight.sub_(step.view_as(weight))
 
 
 def orthogonal(matrices: Tensor, size: float | Tensor = 1.0) -> Tensor:

@@ -60,7 +60,7 @@ RUN_SETTINGS = {
     # Machine
     "device": text(),
     "precision": choice(("auto", *DTYPES)),
-    "compile": flag("auto"),
+    "compile": flag(choices=("auto",)),
     "seed": whole(-LARGEST),
     # Output
     "save_dir": text(),
