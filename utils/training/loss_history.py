@@ -58,8 +58,7 @@ class LossHistory:
     def _open_board(self):
         from torch.utils.tensorboard import SummaryWriter
 
-        # Steps after the position are hidden: the run repeats them.
-        purge_step = int(self.losses[-1].get("step") or 0) + 1 if self.losses else 0
+        purge_step = int(self.losses[-1].get("step") or 0) + 1 if self.losses else 0  # hides steps that come again
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step, flush_secs=30)
 
     def log(self, method: str, *arguments, **options) -> None:

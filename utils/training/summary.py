@@ -21,9 +21,8 @@ def print_summary(config, context, preset: dict) -> None:
         print(f"preset     {config.preset}: {', '.join(values)}")
     device, processes = describe_device(context.device), plural(distributed.world_size(), "process", "es")
     print(f"device     {device}, precision {config.precision}, compile {config.compile}, {processes}")
-    height, width = config.input_shape
     aside, classes = len(context.validation), plural(len(context.dataset.classes), "class", "es")
-    kind = f"{height}x{width}, {plural(config.img_channels, 'channel')}"
+    kind = "{}x{}, ".format(*config.input_shape) + plural(config.img_channels, "channel")
     used = "used" if config.class_conditional else "not used"
     print(f"images     {len(context.dataset):,} of {kind}, {aside:,} held out for validation; {classes}, {used}")
     count = sum(parameter.numel() for parameter in context.diffusion.model.parameters())
