@@ -164,7 +164,7 @@ def test_whatever_tensorboard_raises_later_costs_only_its_curves(tmp_path, monke
     history = LossHistory(tmp_path)
     for epoch in (1, 2):
         history.add({"epoch": epoch, "step": epoch, "loss": 0.5}, {"epoch": epoch, "seconds": 1.0})
-        history.add_image(np.zeros((2, 2, 3), np.uint8), epoch)
+        history.log("add_image", "preview", np.zeros((2, 2, 3), np.uint8), epoch, dataformats="HWC")
     history.close()
     assert [len(read_table(tmp_path / name, 9)) for name in ("epoch_loss.csv", "speed.csv")] == [2, 2]
     assert capsys.readouterr().out.count("tensorboard is here, but fails (TypeError: another protobuf)") == 1

@@ -51,22 +51,19 @@ class Checkpoint:
 def save_checkpoint(checkpoint: Checkpoint) -> None:
     """Writes the file at `checkpoint.path`, whole or not at all. OSError: the disk refuses."""
     check_finite(checkpoint)
-    names = ("config", "classes", "weights", "resolved", "given")
-    values = {"format": FORMAT, "weights_kind": checkpoint.kind, **{name: getattr(checkpoint, name) for name in names}}
-    if checkpoint.ema_step is not None:
-        values["ema_step"] = checkpoint.ema_step
-    if checkpoint.training is not None:
-        state = dict(zip((*POSITION, *STATE), checkpoint.training))
-        values["position"] = {name: state.pop(name) for name in POSITION}
-        values |= state
+    values = {"format": FORMAT, "weights_kind": checkpoint.kind}
+    for name in ("config", "classes", "weights", "resolved", "given", "ema_step"):
+        if (value := getattr(checkpoint, name)) is not None:
+            values[name] = value
+    if (state := checkpoint.training) is not None:
+        values |= {"position": dict(zip(POSITION, state)), **dict(zip(STATE, state[len(POSITION) :]))}
     save_tensors(checkpoint.path, values)
 
 
 def load_checkpoint(path: Path | str, lazily: bool = False) -> Checkpoint:
     """A checkpoint of this project, or a bare state dict such as the reference saves, on the CPU.
 
-    lazily: maps the file, so that what is never used (the optimizer's state) takes no memory.
-    UserError for another file, a damaged one, and weights that hold NaN or infinity.
+    lazily: maps it. UserError for another file, a damaged one, and weights with NaN or infinity.
     """
     path, loaded = Path(path), load_tensors(path, lazily)
     if isinstance(loaded, dict) and loaded and all(map(torch.is_tensor, loaded.values())):

@@ -31,8 +31,7 @@ def save_tensors(path: Path, values: dict) -> None:
 def load_tensors(path: Path, lazily: bool = False, what: str = "PyTorch checkpoint") -> Any:
     """Tensors and plain values of a file, on the CPU.
 
-    It compares all checksums (files older than PyTorch 1.6 have none), also `lazily`, which maps
-    the tensors. what: the noun in messages. UserError for a damaged file or one of another kind.
+    It compares all checksums, also where it maps them `lazily`. UserError: damaged, or no `what`.
     """
     path = Path(path)
     if not path.is_file():
@@ -43,8 +42,7 @@ def load_tensors(path: Path, lazily: bool = False, what: str = "PyTorch checkpoi
         if start.startswith(beginning):
             raise UserError(f"{path}: a text file, {kind}")
     try:
-        zipped = zipfile.is_zipfile(path)
-        if zipped:
+        if zipped := zipfile.is_zipfile(path):
             compare_checksums(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily and zipped)
     except pickle.UnpicklingError:
@@ -67,11 +65,8 @@ def compare_checksums(path: Path) -> None:
 
 
 def check_plain(value: Any, name: str) -> None:
-    """UserError unless a value is made of plain values, and of tensors that its file really holds.
-
-    A tensor of a few bytes can claim any shape by repeating them.
-    """
-    if torch.is_tensor(value):
+    """UserError unless a value is made of plain values and tensors that its file really holds."""
+    if torch.is_tensor(value):  # one of a few bytes can claim any shape by repeating them
         plain = value.layout == torch.strided and value.device.type == "cpu" and value.dtype in (*NUMBERS, torch.bool)
         if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(f"{shown(name)} is no tensor of plain numbers")

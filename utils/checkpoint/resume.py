@@ -15,44 +15,34 @@ from utils.training.loss_history import TABLES, read_table
 from utils.training.optimizer import restore_optimizer
 from utils.training.run_settings import RUN_SETTINGS
 
-BEGINNING = ("preset", "start_from")  # how a run began; a bare state dict has neither
 MACHINE = ("device", "precision", "compile")
-THIS_START = ("resume", "dry_run", "save_dir")  # of this start of the script alone
 WEIGHTS = tuple(name for name, setting in RUN_SETTINGS.items() if setting.fixed == "weights")
 
 
 def merge_settings(defaults: dict, options: dict, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The settings to resume with: the checkpoint's, and over them only the options.
-
-    defaults: of train.py's Config. options: of the command line. It prints which edited defaults
-    are ignored. UserError for an option that the run is built from.
-    """
-    saved = {name: value for name, value in checkpoint.config.items() if name not in THIS_START}
+    """The checkpoint's settings, and over them the options. UserError: it cannot change."""
+    this_start = ("resume", "dry_run", "save_dir")  # of this start of the script alone
+    saved = {name: value for name, value in checkpoint.config.items() if name not in this_start}
     options = {name: value for name, value in options.items() if not (RUN_SETTINGS[name].fixed and value == "auto")}
     # Without a counter the EMA is finished: a warm-up would replace most of it in a few steps.
     merged = {**defaults, **saved, **({"ema_warmup": False} if checkpoint.ema_step is None else {})}
     for name, value in options.items():
         there = checkpoint.resolved.get(name, merged[name])
-        fixed = RUN_SETTINGS[name].fixed and name in {*saved, *BEGINNING} and there != value
+        # The last two are how a run began: a bare state dict has neither.
+        fixed = RUN_SETTINGS[name].fixed and name in {*saved, "preset", "start_from"} and there != value
         # label_dropout above 0 adds the null class: it cannot come or go either.
         if fixed or (name == "label_dropout" and name in saved and (there > 0) != (value > 0)):
             raise cannot_change(checkpoint, name, value, there, "a fresh run")
-    ignored = [
-        name
-        for name in sorted(saved.keys() - options.keys() - set(checkpoint.given))
-        if not RUN_SETTINGS[name].fixed and defaults[name] not in ("auto", saved[name])
-    ]
-    if ignored and distributed.is_main():
+    edited = {name for name in saved if not RUN_SETTINGS[name].fixed and defaults[name] not in ("auto", saved[name])}
+    if (ignored := sorted(edited - options.keys() - set(checkpoint.given))) and distributed.is_main():
         print(f"ignored when resuming (pass on the command line to override): {', '.join(ignored)}")
     return {**merged, **machine(checkpoint, options), **options}
 
 
 def cannot_change(checkpoint, name, value, there, instead):
     """The UserError for a setting that weights or a run determine."""
-    return UserError(
-        f"--{name} {value}: {checkpoint.path} was built with {name} = {there if there != '' else repr(there)}, which "
-        f"cannot change; set that, or start {instead}"
-    )
+    built = f"{checkpoint.path} was built with {name} = {there if there != '' else repr(there)}"
+    return UserError(f"--{name} {value}: {built}, which cannot change; set that, or start {instead}")
 
 
 def machine(checkpoint, options):

@@ -1,6 +1,5 @@
 """Which checkpoint: the runs in logs/, the newest of them, its weights, its epoch files."""
 
-import itertools
 import time
 from pathlib import Path
 
@@ -42,10 +41,7 @@ def newest_last(save_dir: str | Path = LOGS) -> Checkpoint | None:
 
 
 def find_resumed(resume: str, save_dir: str) -> Checkpoint | None:
-    """The checkpoint of `resume`: "" None, "latest" the newest run's, else a path's.
-
-    Rank 0 searches, so that all processes resume the same one. Each reads it for itself.
-    """
+    """The checkpoint of `resume`: "" None, "latest" the newest run's, by rank 0; else a path's."""
     if resume not in ("", "latest"):
         return open_weights(resume, lazily=False)
     found = newest_last(save_dir) if resume and distributed.is_main() else None
@@ -69,21 +65,19 @@ def find_weights(path: str | Path, save_dir: str | Path = LOGS) -> tuple[Path, s
     path: a run's folder or a file; "": the newest run's, or else in `save_dir`, the bundled last.
     """
     given = Path(path)
-    if path and given.is_dir():
-        if newest_in(given) is None and ((given / "model_index.json").is_file() or (given / "unet").is_dir()):
-            raise UserError(
-                f"{given}: a folder of diffusers; convert it: python -m utils.convert import {given} FILE.pth"
-            )
-        return newest_in(given) or given / LAST, ""
     if path:
-        return given, ""
+        weights = newest_in(given)
+        if weights is None and ((given / "model_index.json").is_file() or (given / "unet").is_dir()):
+            raise UserError(
+                f"{given}: a folder of diffusers: `python -m utils.convert import {given} FILE.pth` reads it"
+            )
+        return weights or (given / LAST if given.is_dir() else given), ""
     if found := newest_weights(save_dir):
         return found[0], ", the newest run's"
     files = sorted(Path(save_dir).glob("*.pth"), key=lambda path: (path.name != SHIPPED, path.stat().st_mtime_ns))
     if not files:
-        raise UserError(
-            f"{save_dir} holds no weights: run `python train.py` first, or name a checkpoint with --model_path"
-        )
+        cure = "run `python train.py` first, or name a checkpoint with --model_path"
+        raise UserError(f"{save_dir} holds no weights: {cure}")
     what = "bundled" if files[-1].name == SHIPPED else f"a file in {save_dir}"
     return files[-1], f" ({what}; your newest run in {save_dir}/ takes precedence)"
 
@@ -93,14 +87,9 @@ def run_folder(checkpoint: Checkpoint | None, save_dir: str) -> Path:
     resumed = checkpoint is not None and checkpoint.training is not None and checkpoint.path.name == LAST
     if resumed and (checkpoint.path.parent / "config.json").exists():
         return checkpoint.path.parent  # a copy elsewhere, or under another name, starts a folder of its own
-    return distributed.from_main(new_folder(save_dir) if distributed.is_main() else None)
-
-
-def new_folder(save_dir):
-    """An empty folder logs/<time>/ that no other run has."""
-    folder = first = Path(save_dir) / time.strftime("%Y_%m_%d_%H_%M_%S")
-    numbers = itertools.count(2)
-    while folder.exists():
-        folder = first.with_name(f"{first.name}_{next(numbers)}")
-    folder.mkdir(parents=True)
-    return folder
+    folder = Path(save_dir) / time.strftime("%Y_%m_%d_%H_%M_%S")
+    if distributed.is_main():
+        while folder.exists():  # another run of this second
+            folder = folder.with_name(f"{folder.name}_2")
+        folder.mkdir(parents=True)
+    return distributed.from_main(folder)

@@ -21,8 +21,7 @@ class CheckpointWriter:
     def is_due(self):
         """Whether `save_minutes` are over. True once: other processes hear of it later."""
         due = time.monotonic() - self.saved >= self.config.save_minutes * 60
-        if due:
-            self.saved = time.monotonic()
+        self.saved = time.monotonic() if due else self.saved
         return due
 
     def is_cheap(self):

@@ -58,12 +58,11 @@ class LossHistory:
     def _open_board(self):
         from torch.utils.tensorboard import SummaryWriter
 
-        # Steps after the position are hidden: the run repeats them.
-        purge_step = int(self.losses[-1].get("step") or 0) + 1 if self.losses else 0
+        purge_step = int(self.losses[-1].get("step") or 0) + 1 if self.losses else 0  # hides steps that come again
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step, flush_secs=30)
 
-    def _log(self, method, *arguments, **options):
-        """Calls a method of the SummaryWriter, which is dropped where that raises."""
+    def log(self, method: str, *arguments, **options) -> None:
+        """Calls a method of TensorBoard's SummaryWriter, which is dropped where that raises."""
         if self.board:
             call, words = getattr(self.board, method), "no more TensorBoard curves are written"
             self.board = try_optional("tensorboard", words, lambda: call(*arguments, **options) or self.board)
@@ -75,11 +74,7 @@ class LossHistory:
         self.write()
         for name, value in {**row, **speed_row}.items():
             if name not in WHOLE and value is not None:
-                self._log("add_scalar", name, value, row["step"])
-
-    def add_image(self, image, step: int) -> None:
-        """image: (H, W, C) uint8 array, into TensorBoard."""
-        self._log("add_image", "preview", image, step, dataformats="HWC")
+                self.log("add_scalar", name, value, row["step"])
 
     def lowest(self, column: str) -> tuple:
         """(value, epoch) of the lowest cell of a loss; infinity and None without any."""
@@ -110,4 +105,4 @@ class LossHistory:
 
     def close(self) -> None:
         self.plot(final=True)
-        self._log("close")
+        self.log("close")

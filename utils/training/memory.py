@@ -10,19 +10,14 @@ from utils.terminal import plural
 
 USABLE = 0.9  # fraction of a device's memory that training can fill: the rest goes to libraries and gaps
 COPIES = 5  # of the weights: themselves, EMA, gradients, two moments (Muon's one needs as much: it computes more)
-SETTINGS = (
-    "raise --accumulate (the same update in smaller parts), set --activation_checkpointing True (slower), "
-    "or lower --batch_size, --channel or --input_shape"
-)
+SETTINGS = "raise --accumulate, set --activation_checkpointing True, or lower --batch_size, --channel or --input_shape"
 
 
 def print_memory(config, context) -> None:
     """An estimate of what training holds in memory at once, from the forward pass of one image."""
     size, fixed, per_image = memory_needs(config, context)
-    print(
-        f"memory     {mebibytes(fixed)} for weights, EMA, gradients and moments, {mebibytes(per_image * size)} for "
-        f"activations of {plural(size, 'image')} at a time; --accumulate N divides the activations by N"
-    )
+    activations = f"{mebibytes(per_image * size)} for activations of {plural(size, 'image')} at a time"
+    print(f"memory     {mebibytes(fixed)} for weights, EMA, gradients and moments, {activations} (--accumulate N: 1/N)")
 
 
 def advice_for_training(config, context) -> str:

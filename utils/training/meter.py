@@ -13,10 +13,7 @@ SIZE = 2 * QUARTERS + 3
 
 
 class Meter:
-    """Losses by quarter of the timesteps, gradient norms, and counts of good and skipped steps.
-
-    A step with a gradient that is not finite counts as skipped and adds nothing else.
-    """
+    """The sums. A step with a gradient that is not finite is counted, and adds nothing else."""
 
     def __init__(self, device: torch.device, num_timesteps: int) -> None:
         # Apple's GPUs have no float64; elsewhere it keeps long epochs exact.

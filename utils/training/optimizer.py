@@ -1,7 +1,6 @@
 """The optimizers, the learning rate, and a step that a bad gradient cannot reach."""
 
 import math
-from typing import Literal
 
 import torch
 from torch.optim import Optimizer
@@ -41,12 +40,9 @@ def step_unless_bad(optimizer: Optimizer, scaler: torch.amp.GradScaler, bad: tor
     optimizer.zero_grad(set_to_none=True)
 
 
-def choose_learning_rate(init_lr: float | Literal["auto"], channel: int) -> float:
-    """For "auto" 2e-4 * 128 / channel, at most 1e-3.
-
-    Adam moves each weight by about the learning rate, so the output of a layer moves by that times
-    its width: the rate goes as 1/width (Yang et al. 2021, "Tensor Programs V").
-    """
+def choose_learning_rate(init_lr: float | str, channel: int) -> float:
+    """For "auto" 2e-4 * 128 / channel, at most 1e-3."""
+    # Adam moves a layer's output by the rate times its width (Yang et al. 2021, Tensor Programs V).
     return min(2e-4 * 128 / channel, 1e-3) if init_lr == "auto" else init_lr
 
 
@@ -58,10 +54,7 @@ DECAYS = {  # of (progress from 0 to 1, lowest, highest)
 
 
 def learning_rate(step: int, total_steps: int, init_lr, min_lr, warmup=0.05, decay="cos") -> float:
-    """Of step 0 ... total_steps - 1: linear warm-up to init_lr, for at most 1,000 steps, and decay.
-
-    warmup: its fraction of all steps. decay: a name from DECAYS.
-    """
+    """Of a step from 0: linear warm-up for a fraction of all, at most 1,000, then one of DECAYS."""
     warmup_steps = min(round(warmup * total_steps), MAX_WARMUP_STEPS)
     if step < warmup_steps:
         return init_lr * (step + 1) / warmup_steps

@@ -33,25 +33,23 @@ class RunWriter:
 
     def __enter__(self) -> "RunWriter":
         if self.main:
-            self.open_folder()
+            folder = self.folder.resolve()
+            refusal = f"another training writes to {folder}: wait for its end, or stop it"
+            self.lock.enter_context(locked(folder, refusal))
+            remove_leftovers(folder)
+            with atomic_write(folder / "config.json", "w", encoding="utf-8") as file:
+                json.dump(self.context.about.config, file, indent=2)
+            print(f"this run writes to {folder}")
+            if self.start.epoch >= self.config.epochs:
+                print(f"its {self.config.epochs} epochs are done already: --epochs with a higher number resumes it")
+            self.history = LossHistory(self.folder, *self.start.tables)
+            self.checkpoints = CheckpointWriter(self.folder, self.config, self.context, self.attempt)
         images, pause = self.context.steps_per_epoch * self.context.batch_size, 0.2 if sys.stderr.isatty() else 10
         bar = {"unit": "img", "unit_scale": True, "dynamic_ncols": True}
         done, total = self.start.epoch * images + self.start.images, self.config.epochs * images
         self.bar = tqdm(total=total, initial=done, disable=not self.main, mininterval=pause, **bar)
         self.epoch_began, self.epoch_images = time.monotonic(), 0
         return self
-
-    def open_folder(self):
-        folder = self.folder.resolve()
-        self.lock.enter_context(locked(folder, f"another training writes to {folder}: wait for its end, or stop it"))
-        remove_leftovers(folder)
-        with atomic_write(folder / "config.json", "w", encoding="utf-8") as file:
-            json.dump(self.context.about.config, file, indent=2)
-        print(f"this run writes to {folder}")
-        if self.start.epoch >= self.config.epochs:
-            print(f"its {self.config.epochs} epochs are done already: --epochs with a higher number resumes it")
-        self.history = LossHistory(self.folder, *self.start.tables)
-        self.checkpoints = CheckpointWriter(self.folder, self.config, self.context, self.attempt)
 
     def __exit__(self, *_) -> None:
         self.bar.close()
@@ -117,7 +115,7 @@ class RunWriter:
         else:
             path = Path("results/train_out") / self.folder.name / f"epoch_{epoch:04d}.png"
             save_png(path, image)
-            self.history.add_image(image, step)
+            self.history.log("add_image", "preview", image, step, dataformats="HWC")
             tqdm.write(f"preview: {path.resolve()}")
 
     def finish(self, loss: str) -> None:

@@ -1,7 +1,7 @@
 """The settings of a training run, one declaration each: what it may be, and whether it is fixed.
 
-train.py's Config has their defaults and help texts. The settings in checkpoints are held against
-the same declarations. utils imports nets here alone, for the names of its choices.
+train.py's Config has defaults and help texts. Settings in checkpoints are checked here as well.
+utils imports nets here alone, for the names of its choices.
 """
 
 from nets import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, SAMPLERS, SCHEDULES

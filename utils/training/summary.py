@@ -10,9 +10,7 @@ from utils.terminal import plural
 from utils.training.memory import print_memory
 
 # How often an image may be seen before a warning. The onset of memorization grows in proportion to
-# the number of images (Bonnaire et al. 2025, arXiv 2505.17638). With 1,296 emoji, seen 375, 543 and
-# 899 times by 5.1 million parameters, the samples' median distance to the nearest was 0.84, 0.69
-# and 0.42 of that between emoji (logs/emoji.md). Ho et al. 2020: no copies after 2,048 x CIFAR-10.
+# the number of images (Bonnaire et al. 2025, arXiv 2505.17638); logs/emoji.md measures it at 1,296.
 MEMORIZATION_VIEWS = 500
 
 
@@ -23,23 +21,18 @@ def print_summary(config, context, preset: dict) -> None:
         print(f"preset     {config.preset}: {', '.join(values)}")
     device, processes = describe_device(context.device), plural(distributed.world_size(), "process", "es")
     print(f"device     {device}, precision {config.precision}, compile {config.compile}, {processes}")
-    height, width = config.input_shape
     aside, classes = len(context.validation), plural(len(context.dataset.classes), "class", "es")
-    print(
-        f"images     {len(context.dataset):,} of {height}x{width}, {plural(config.img_channels, 'channel')}, "
-        f"{aside:,} held out for validation; {classes}, {'used' if config.class_conditional else 'not used'}"
-    )
+    kind = "{}x{}, ".format(*config.input_shape) + plural(config.img_channels, "channel")
+    used = "used" if config.class_conditional else "not used"
+    print(f"images     {len(context.dataset):,} of {kind}, {aside:,} held out for validation; {classes}, {used}")
     count = sum(parameter.numel() for parameter in context.diffusion.model.parameters())
-    print(
-        f"network    {count / 1e6:.2f} million parameters, {plural(config.num_groups, 'group')}; {config.prediction}, "
-        f"{config.schedule} schedule shifted by {config.schedule_shift:g}, T = {config.num_timesteps}"
-    )
+    noise = f"{config.schedule} schedule shifted by {config.schedule_shift:g}, T = {config.num_timesteps}"
+    groups = plural(config.num_groups, "group")
+    print(f"network    {count / 1e6:.2f} million parameters, {groups}; {config.prediction}, {noise}")
     total = config.epochs * context.steps_per_epoch
-    print(
-        f"training   {plural(config.epochs, 'epoch')} of {plural(context.steps_per_epoch, 'step')} of "
-        f"{context.batch_size}, {total:,} steps in all, {config.optimizer_type}, "
-        f"learning rate up to {config.init_lr:g}"
-    )
+    epochs = f"{plural(config.epochs, 'epoch')} of {plural(context.steps_per_epoch, 'step')} of {context.batch_size}"
+    optimizer = f"{config.optimizer_type}, learning rate up to {config.init_lr:g}"
+    print(f"training   {epochs}, {total:,} steps in all, {optimizer}")
     views = total * context.batch_size / len(context.dataset)
     print(f"           each image is seen about {views:,.0f} times")
     if views > MEMORIZATION_VIEWS:
@@ -66,9 +59,8 @@ def print_dry_run(config, context, flops: int, step: Callable) -> None:
         step(images, labels)
         context.meter.sums.cpu()  # waits for the device
     seconds, steps = time.perf_counter() - began, config.epochs * context.steps_per_epoch
-    whole = timedelta(seconds=round(seconds * steps))
+    whole = f"{plural(steps, 'step')}: {timedelta(seconds=round(seconds * steps))}, without saves and previews"
     slower = " (not compiled: the run is faster)" if config.compile else ""
     print(
-        f"time       {seconds:.3g} s a step{slower}, {plural(steps, 'step')}: {whole}, "
-        f"without saves and previews; {flops / 1e9:.3g} billion operations per image, forward"
+        f"time       {seconds:.3g} s a step{slower}, {whole}; {flops / 1e9:.3g} billion operations per image, forward"
     )

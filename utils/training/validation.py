@@ -11,19 +11,15 @@ from utils.training.step_rng import derive_seed, sample_step_noise
 
 @torch.no_grad()
 def validation_loss(config, context) -> float:
-    """The mean loss of the EMA over `context.validation`, always at the same timesteps and noise.
-
-    The timesteps of a batch spread evenly over 0 ... T - 1. Each process takes every n-th image,
-    and all get the same result.
-    """
+    """The EMA's mean loss over `context.validation`, always at the same timesteps and noise."""
     device, images, generator = context.device, context.validation, torch.Generator(context.device)
     total = torch.zeros(2, dtype=context.meter.dtype, device=device)
-    mine = slice(distributed.rank(), None, distributed.world_size())
+    mine = slice(distributed.rank(), None, distributed.world_size())  # of a batch's images: every n-th
     for number, first in enumerate(range(0, len(images), context.batch_size)):
         size = min(context.batch_size, len(images) - first)
         shape = (size, config.img_channels, *config.input_shape)
         noise = sample_step_noise(generator, derive_seed(config.seed, "validation", number), shape, 1).noise
-        t = ((torch.arange(size) + 0.5) / size * config.num_timesteps).long()
+        t = ((torch.arange(size) + 0.5) / size * config.num_timesteps).long()  # evenly over 0 ... T - 1
         pixels, labels = images.batch(np.arange(first, first + size)[mine])
         if len(pixels):
             x = normalize(pixels, device, memory_format=context.layout)
