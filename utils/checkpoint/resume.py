@@ -20,7 +20,7 @@ WEIGHTS = tuple(name for name, setting in RUN_SETTINGS.items() if setting.fixed 
 
 
 def merge_settings(defaults: dict, options: dict, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The checkpoint's settings, and over them the options. UserError: it cannot change."""
+    """The checkpoint's settings, and over them the options. UserError: one cannot change."""
     this_start = ("resume", "dry_run", "save_dir")  # of this start of the script alone
     saved = {name: value for name, value in checkpoint.config.items() if name not in this_start}
     options = {name: value for name, value in options.items() if not (RUN_SETTINGS[name].fixed and value == "auto")}
