@@ -12,7 +12,6 @@ import io
 import json
 import os
 import random
-import re
 import resource
 import select
 import shutil
@@ -21,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import typing
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +34,9 @@ from utils.checkpoint.file import load_checkpoint
 from utils.convert import __main__ as convert
 from utils.errors import run_script
 from utils.evaluate import __main__ as evaluate
+from utils.settings import choice
 from utils.terminal import printable
+from utils.training.run_settings import RUN_SETTINGS
 
 SECONDS, MEMORY, ADDRESS_SPACE = 20, 2.5 * 2**30, 6 * 2**30
 CASES_A_WORKER = 50
@@ -211,12 +211,11 @@ def lists(draw, base):
     return [(train, [*TINY, "--dry_run", "True", "--class_conditional", draw.choice(["True", "False"])])]
 
 
-def options(module, common):
+def options(module, declared, common):
     def prepare(draw, base):
         shutil.copytree(base / "workplace", ".", dirs_exist_ok=True)
-        kinds = typing.get_type_hints(module.Config)
-        names = [draw.choice(sorted(kinds)) for _ in range(draw.choice([1, 1, 2, 3]))]
-        pairs = {name: draw.choice(nasty(draw, str(kinds[name]))) for name in names}
+        names = [draw.choice(sorted(declared)) for _ in range(draw.choice([1, 1, 2, 3]))]
+        pairs = {name: draw.choice(nasty(draw, declared[name])) for name in names}
         pairs.pop("download", None)  # it would ask the network
         if pairs.get("num_images") == str(10**9):  # legitimate, and endless
             del pairs["num_images"]
@@ -229,13 +228,12 @@ def options(module, common):
     return prepare
 
 
-def nasty(draw, kind):
-    """Values to type for a setting: mostly such as its type lets through."""
+def nasty(draw, setting):
+    """Values to type for a setting: mostly such as its declaration lets through."""
     if draw.random() < 0.3:
         return NASTY
-    if "int" in kind or "float" in kind:
-        return NUMBERS
-    return ("True", "False", *re.findall(r"'([^']+)'", kind), *NASTY)
+    choices = tuple(map(str, setting.choices))
+    return (*choices, *NUMBERS) if setting.kind in (int, float) else ("True", "False", *choices, *NASTY)
 
 
 def as_pairs(words):
@@ -313,7 +311,8 @@ def flips(draw, base):
     Path("last.pth").write_bytes(bytes(content))
 
     def main(_):
-        assert same(load_checkpoint("last.pth"), load_checkpoint(path)), f"bit {bit} changes what is read"
+        read, written = (vars(load_checkpoint(name)) | {"path": None} for name in ("last.pth", path))
+        assert same(read, written), f"bit {bit} changes what is read"
 
     return [(argparse.Namespace(main=main), [])]
 
@@ -321,9 +320,11 @@ def flips(draw, base):
 KINDS = {
     "pictures": pictures,
     "lists": lists,
-    "options_txt_annotation": options(txt_annotation, {}),
-    "options_train": options(train, {**as_pairs(TINY), "dry_run": "True"}),
-    "options_predict": options(predict, as_pairs(DRAW)),
+    "options_txt_annotation": options(txt_annotation, txt_annotation.SETTINGS, {}),
+    "options_train": options(
+        train, {**RUN_SETTINGS, "preset": choice(train.PRESETS)}, {**as_pairs(TINY), "dry_run": "True"}
+    ),
+    "options_predict": options(predict, predict.SETTINGS, as_pairs(DRAW)),
     "checkpoints": checkpoints,
     "folders": folders,
     "npz": npz,
@@ -567,7 +568,8 @@ def make_fixtures(base):
     os.chdir(workplace)
     run_command(txt_annotation, [])
     settings = [*TINY, "--num_groups", "32", "--epochs", "1", "--precision", "fp32", "--class_conditional", "True"]
-    assert run_command(train, settings) == (None, False)
+    ended = run_command(train, settings)
+    assert ended == (None, False), ended
     run = str(next(Path("logs").glob("*")))
     with contextlib.suppress(ImportError):
         assert run_command(convert, ["diffusers", run, str(base / "folder")]) == (None, False)
