@@ -195,7 +195,7 @@ def saved_settings(asked, config, given):
     return Checkpoint(path=None, weights={}, config=before, resolved=resolved, given=given)
 
 
-def prepare(config, device, checkpoint, about):
+def prepare(config, device, checkpoint=None, about=None):
     """The TrainContext, with the checkpoint's weights where there is one."""
     image_format = ImageFormat(*(getattr(config, name) for name in ImageFormat._fields))
     with distributed.one_per_machine_first():
@@ -217,7 +217,10 @@ def prepare(config, device, checkpoint, about):
     trained = diffusion.model.parameters()  # the EMA's copy needs no optimizer
     optimizer = make_optimizer(config.optimizer_type, trained, device, config.momentum, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    meter, about = Meter(device, config.num_timesteps), replace(about, classes=list(dataset.classes))
+    meter, about = (
+        Meter(device, config.num_timesteps),
+        replace(about or saved_settings(config, config, []), classes=list(dataset.classes)),
+    )
     steps = len(dataset) // batch_size
     return TrainContext(
         device, layout, dataset, validation, batch_size, steps, diffusion, model, optimizer, scaler, meter, about
@@ -227,10 +230,7 @@ def prepare(config, device, checkpoint, about):
 def train(config, context, folder, start):
     """The training loop, from the position in `start` to the last epoch, or to a signal."""
     rank, world_size, batch_size = distributed.rank(), distributed.world_size(), context.batch_size
-    if config.compile:
-        # Older versions split the network for DDP and then refuse recomputed activations.
-        torch._dynamo.config.optimize_ddp = not config.activation_checkpointing
-        context.diffusion.model.compile()  # in place: the keys of its state dict stay the same
+    compile_network(config, context.diffusion)
     lagged_max = distributed.LaggedMax()
     with StopSignal() as stop, RunWriter(folder, config, context, start) as files:
         for epoch in range(start.epoch, config.epochs):
@@ -252,6 +252,13 @@ def train(config, context, folder, start):
                 if number:
                     files.stop(number, saved)
             finish_epoch(config, context, files, epoch)
+
+
+def compile_network(config, diffusion):
+    if config.compile:
+        # Older versions split the network for DDP and then refuse recomputed activations.
+        torch._dynamo.config.optimize_ddp = not config.activation_checkpointing
+        diffusion.model.compile()  # in place: the keys of its state dict stay the same
 
 
 def learning_rate_at(config, context, step):
