@@ -2,7 +2,8 @@
 
 They become files datasets/<name>/<class>/<image>. What was fetched stays in
 datasets/.downloads/<name>/, the `root` of torchvision's class, until you delete it. Where a server
-is out of reach, put the archives, or what they unpack to, there by hand.
+is out of reach, put the archives, or what they unpack to, there by hand. Two need a package more:
+flowers102 scipy, celeba gdown.
 """
 
 import importlib.util
