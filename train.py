@@ -23,7 +23,7 @@ from utils.data.image_format import ImageFormat
 from utils.device import autocast, choose_compile, choose_device, choose_precision, memory_format, peak_memory
 from utils.errors import UserError, explain_out_of_memory, run_script
 from utils.settings import choice, defaults, preset_values, settings, typed_options
-from utils.training.memory import advice_for_training
+from utils.training.memory import advice_for_training, check_network_fits
 from utils.training.meter import Meter, counts_as_bad, epoch_means
 from utils.training.optimizer import choose_learning_rate, learning_rate, make_optimizer, step_unless_bad
 from utils.training.presets import PRESETS
@@ -206,6 +206,8 @@ def prepare(config, device, checkpoint=None, about=None):
     check_classes(config, images.classes, checkpoint)
     dataset, validation = split_validation(images, config.val_split)
     batch_size = fit_batch_size(len(dataset), config.batch_size, distributed.world_size() * config.accumulate)
+    arguments = architecture.unet_arguments(asdict(config), len(images.classes))
+    check_network_fits(architecture.count_parameters(arguments), device)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     diffusion = build.from_config(asdict(config), len(images.classes))
     if checkpoint:

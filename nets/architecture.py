@@ -67,6 +67,12 @@ def check_input_shape(input_shape: Sequence[int], levels: int) -> None:
         raise SettingError(f"{found}: height and width must be multiples of {factor}")
 
 
+def count_parameters(arguments: Mapping[str, Any]) -> int:
+    """The number of parameters of UNet(**arguments), without memory for them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in UNet(**arguments).parameters())
+
+
 def count_flops(arguments: Mapping[str, Any], input_shape: Sequence[int]) -> int:
     """Floating-point operations of UNet(**arguments) for one image (height, width), forward."""
     from torch.utils.flop_counter import FlopCounterMode  # it imports triton, a fifth of a second at each start

@@ -10,7 +10,7 @@ import torch
 from . import architecture
 from .architecture import Weights, arguments_of, check_sizes, clean_keys, prefixes
 from .diffusion import GaussianDiffusion
-from .errors import SettingError
+from .errors import SettingError, check_choice
 from .sampling import check_guiding_model
 from .schedules import find_schedule, make_betas
 from .unet import UNet
@@ -68,6 +68,11 @@ def guiding_model(checkpoint: Checkpoint, own: Checkpoint, diffusion: GaussianDi
     except ValueError as error:
         raise SettingError(f"the guiding model: {error}") from None
     check_guiding_model(diffusion, 1.0, guide)
+    weights, others = ([value.half() for value in part.ema_model.parameters()] for part in (diffusion, guide))
+    if len(weights) == len(others) and all(
+        map(torch.equal, weights, others)
+    ):  # in half precision, as exports have them
+        raise SettingError("the guiding model has the same weights: take an earlier file of the same run")
     return guide
 
 
@@ -125,6 +130,7 @@ def load_weights(diffusion: GaussianDiffusion, state_dict: Weights, kind: str = 
 
     Half precision and wrappers' prefixes are fine. ValueError: keys or shapes that do not fit.
     """
+    check_choice("kind of weights", kind, ("full", "ema"))
     weights = clean_keys(state_dict)
     if kind == "ema":
         weights |= {key.removeprefix("ema_"): value for key, value in weights.items() if key.startswith("ema_model.")}

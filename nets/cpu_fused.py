@@ -47,7 +47,8 @@ def install(network: nn.Module) -> nn.Module:
 def norm_act_conv(norm, activation, x: Tensor, conv, dropout=None) -> Tensor:
     """conv(dropout(activation(norm(x)))) for x (b, c, h, w). activation and dropout may be None."""
     fits = x.device.type == "cpu" and isinstance(norm, nn.GroupNorm) and activation in (None, F.silu)
-    if not fits or torch.compiler.is_compiling():  # a compiler fuses them itself
+    plain = conv.bias is not None and conv.stride == conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    if not (fits and plain) or torch.compiler.is_compiling():  # a compiler fuses them itself
         x = norm(x) if activation is None else activation(norm(x))
         return conv(x if dropout is None else dropout(x))
     rate = dropout.p if dropout is not None and dropout.training else 0.0

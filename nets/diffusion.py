@@ -113,6 +113,8 @@ class GaussianDiffusion(nn.Module):
 
     def forward(self, x: Tensor, y: Labels = None, *, t: Tensor | None = None, **settings: Any) -> Tensor:
         """get_losses of images x (b, c, h, w) in [-1, 1] at random timesteps, or at `t` (b,)."""
+        if (size := tuple(x.shape[2:])) != self.img_size:
+            raise ValueError(f"images are {size} (height, width), this model was built for {self.img_size}")
         if t is None:
             t = torch.randint(0, self.num_timesteps, (len(x),), device=x.device)
         return self.get_losses(x, t, y, **settings)

@@ -178,6 +178,8 @@ def sample_steps(diffusion, batch_size: int, device: Device, y, options: Samplin
     for name, given in (("y", y), ("seeds", seeds)):
         if given is not None and len(given) != batch_size:
             raise SettingError(f"{name} has {len(given)} entries for a batch of {batch_size}")
+    if not (0 < options.strength <= 1 and 0 <= options.solver_options.get("eta", 0) <= 1):
+        raise SettingError("strength must be above 0 and at most 1, and eta from 0 to 1")
     solver, solver_options = choose_solver(options, device)
     options = options if options.init is not None else options._replace(strength=1.0)
     schedule = sampling_schedule(diffusion.alpha_bars, options)

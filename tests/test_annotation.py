@@ -358,7 +358,7 @@ def test_a_list_saved_by_a_windows_editor_is_read(tmp_path):
         ("0;/d/a.png\n/d/b.png\n", "cats\n", "line 2:"),
         ("\n/d/a.png\nb.png\n", None, "line 3:"),
         ("/d/a.png 1,2,3\nsome text\n", None, "line 2:"),
-        ("\0\1\2binary", None, "line 1:"),
+        ("\0\1\2binary", None, "is no text"),
         ("2;/d/a.png\n", "cats\ndogs\n", "uses class id 2, but .* names 2 classes only"),
         ("0;/d/a.png\n", None, "is missing or empty: run"),
         ("0;/d/a.png\n", "cats\ndogs\r\ncats\n", "names cats twice: run"),
@@ -379,13 +379,25 @@ def test_a_list_that_cannot_be_used_is_one_clear_line(tmp_path, text, classes, m
         (b"images/a.png", "line 1: images/a.png, not '<absolute path>' on all lines, or"),
         (b"/d/a.png\n0;'/d/a.png'", "line 2: '/d/a.png', not"),
         (b"evil\x1b[31m.png", r"line 1: evil\\x1b\[31m.png, not"),
-        ("0;/d/a.png\r\n".encode("utf-16"), "line 1: .*, in UTF-8"),
+        ("0;/d/a.png\r\n".encode("utf-16"), "is saved as UTF-16"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_shown(tmp_path, text, fault):
     (tmp_path / "train_lines.txt").write_bytes(text)
     with pytest.raises(ValueError, match=fault):
         read_annotation(tmp_path / "train_lines.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_list_in_utf_16_is_named_as_one(tmp_path, encoding):
+    path = tmp_path / "train_lines.txt"
+    path.write_bytes("0;/d/a.png\r\n".encode(encoding))
+    with pytest.raises(UserError, match=r"train_lines\.txt is saved as UTF-16, or is no text: save it as UTF-8"):
+        read_annotation(path)
+    write_annotation(path, ["/d/a.png"], [0], ["cats"])
+    classes_path(path).write_bytes("cats\r\n".encode(encoding))
+    with pytest.raises(UserError, match=r"train_classes\.txt is saved as UTF-16"):
+        read_annotation(path)
 
 
 @pytest.mark.parametrize("name", [".", "..", "", "/", "logs/", "logs", "./", "a\0b"])

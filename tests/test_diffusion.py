@@ -389,3 +389,8 @@ def test_nothing_waits_for_the_gpu():
             pass
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"\(6, 4\) \(height, width\), this model was built for \(4, 6\)"):
+        small()(torch.zeros(1, 3, 6, 4))

@@ -564,8 +564,9 @@ def test_too_few_pictures_are_refused_before_any_work(folder, tmp_path, monkeypa
 
 
 def test_seeds_beyond_the_last_are_refused(folder, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="seed"):
-        run(monkeypatch, tmp_path, "--samples", folder, "--reference", folder, "--seed", 2**32)
+    for options in (("--seed", 2**32), ("--seed", 2**32 - 5, "--num_images", 6)):
+        with pytest.raises(ValueError, match="seed"):
+            run(monkeypatch, tmp_path, "--samples", folder, "--reference", folder, *options)
 
 
 def test_nearest_beside_held_out_pictures(folder, net_file, tmp_path, monkeypatch, capsys):
@@ -728,6 +729,9 @@ def test_what_does_not_fit_is_said_in_one_line(checkpoint, folder, net_file, tmp
         ),
         (("--samples", folder, "--img_channels", 3, "--reference", folder, "--features", net_file), "1 channels"),
         (("--samples", packed, "--sampler", "magic"), "ddim"),
+        (("--samples", packed, "--eta", "0.5"), "--eta is an option of ddim"),
+        (("--samples", checkpoint, "--sampler", "ddpm", "--eta", "0.5"), "--eta is an option of ddim"),
+        (("--samples", checkpoint, "--img_channels", 3), "the model has images of 1"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             run(monkeypatch, tmp_path, *arguments)

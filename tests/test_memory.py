@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import TINY, run_main
 
 import predict
 import train
@@ -150,3 +151,12 @@ def test_train_and_predict_end_in_the_line(workplace, monkeypatch, capsys):
         assert raised.value.code == 1 and error.startswith("error: out of memory"), error
         assert "--batch_size" in error
     assert "--batch_size 3 needs about half" in error
+
+
+@pytest.mark.parametrize("settings", [("--channel", "32768"), ("--num_res_blocks", "1024", "--channel", "2048")])
+def test_a_network_that_no_memory_holds_is_refused_before_it_is_built(workplace, capsys, settings):
+    with pytest.raises(SystemExit) as end:
+        run_main("train.py", *TINY, "--num_groups", "1", *settings, "--dry_run", "True")
+    assert end.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: a network of") and "lower --channel" in error

@@ -246,7 +246,9 @@ def test_guidance_within_an_interval_and_by_a_weaker_model(runs, classy, plain, 
             assert ("guiding weights" in differs) == (name != "interval")
 
 
-def test_a_guiding_model_that_leads_elsewhere_is_refused(runs, plain, capsys):
+def test_a_guiding_model_that_leads_nowhere_or_elsewhere_is_refused(runs, plain, capsys):
+    """Also the model's own half-precision copy."""
+    export_weights(plain, "half.pth")
     checkpoint = read_file(plain / "last.pth")
     for file, config in (
         ("large.pth", {"input_shape": (16, 16)}),
@@ -258,6 +260,8 @@ def test_a_guiding_model_that_leads_elsewhere_is_refused(runs, plain, capsys):
     save_tensors("short.pth", {**checkpoint, "weights": dict(list(checkpoint["weights"].items())[:-9])})
     for path, words in (
         (runs[1], "the guiding model has another number of classes"),
+        (plain, "has the same weights"),
+        ("half.pth", "has the same weights"),
         ("gone.pth", "gone.pth"),
         ("large.pth", "the guiding model learned another input_shape"),
         ("linear.pth", "the guiding model has another schedule"),

@@ -14,7 +14,8 @@ from conftest import with_defaults
 import predict
 import train
 import txt_annotation
-from nets import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, SAMPLERS, SCHEDULES, SPACINGS
+from nets import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, SAMPLERS, SCHEDULES, SPACINGS, build
+from nets.errors import SettingError
 from utils.checkpoint.file import load_checkpoint
 from utils.data.image_format import RESIZE_MODES
 from utils.device import DTYPES
@@ -217,19 +218,30 @@ def test_each_setting_of_the_scripts_is_declared_once_and_explains_itself(script
     assert " ".join(capsys.readouterr().out.split()).count("default: ") == len(names)
 
 
+def undeclared(config_class, declared):
+    """The fields whose declaration has another kind than their annotation, or no least number.
+
+    A number may be as large as LARGEST, which every declaration has.
+    """
+    faults = []
+    for field in fields(config_class):
+        setting, annotation = declared[field.name], str(field.type)
+        kind = setting.kind or type(setting.choices[-1])
+        open_below = setting.kind in (int, float) and setting.lowest <= -LARGEST
+        if kind.__name__ not in annotation or (setting.count is not None) != ("tuple" in annotation) or open_below:
+            faults.append(field.name)
+    return faults
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_each_number_has_a_range_and_each_annotation_the_declared_kind(script):
-    for field in fields(script.Config):
-        setting, annotation = SCRIPTS[script][field.name], str(field.type)
-        kind = setting.kind or type(setting.choices[-1])
-        assert kind.__name__ in annotation, field.name
-        assert (setting.count is not None) == ("tuple" in annotation)
-        if setting.kind in (int, float):
-            assert setting.lowest > -LARGEST or field.name == "seed", f"{field.name} has no range"
+    assert undeclared(script.Config, SCRIPTS[script]) == (["seed"] if script is train else [])  # any seed will do
 
 
-def test_a_number_without_a_range_would_be_seen():
-    assert whole(1).lowest > -LARGEST and not whole(-LARGEST).lowest > -LARGEST
+def test_a_number_without_a_range_is_seen():
+    assert undeclared(Settings, DECLARED) == []
+    assert undeclared(Settings, {**DECLARED, "batch_size": whole(-LARGEST)}) == ["batch_size"]
+    assert undeclared(Settings, {**DECLARED, "mults": number(0, 1, count=SEVERAL)}) == ["mults"]
 
 
 @pytest.mark.parametrize(
@@ -335,17 +347,34 @@ def limits(setting):
     ]
 
 
-def test_what_train_accepts_every_reader_of_its_checkpoints_accepts(tmp_path):
-    """Each setting at each of its limits, in a file that resume, start_from, predict, evaluate and
-    convert open by `load_checkpoint`.
+def test_what_train_accepts_every_reader_of_its_checkpoints_accepts(tmp_path, monkeypatch):
+    """Each setting at each of its limits: typed, in a file that resume, start_from, predict,
+    evaluate and convert open by `load_checkpoint`, and where the network of the file is built.
     """
-    count = 0
+    monkeypatch.chdir(tmp_path)
+    count, tiny = 0, {"channel": 8, "channel_mults": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
+    tiny |= {"num_timesteps": 20, "num_groups": 1, "class_conditional": False, "schedule": "cosine"}
+    large = {"channel", "channel_mults", "num_res_blocks", "num_groups", "num_timesteps", "input_shape", "resume"}
     for name, setting in RUN_SETTINGS.items():
         for value in limits(setting):
             assert setting.fit(value) == value and type(setting.fit(value)) is type(value), name
             torch.save({"weights": {"a": torch.zeros(1)}, "config": {name: value}}, tmp_path / "file.pth")
-            assert load_checkpoint(tmp_path / "file.pth").config[name] == value
+            checkpoint = load_checkpoint(tmp_path / "file.pth")
+            assert checkpoint.config[name] == value
             count += 1
+            if name in large or name in ("preset", "start_from", "attention_resolutions", "class_conditional"):
+                continue
+            asked, *_ = train.read_settings([f"--{name}={value}"])
+            assert getattr(asked, name) == value
+            try:
+                train.check(asked)
+                diffusion = build.from_config({**tiny, name: value})
+            except SettingError as error:  # what does not fit together is refused before training, in one line
+                assert name in ("schedule_shift", "schedule_low", "schedule_high", "lr_decay_type", "schedule"), error
+                continue
+            weights = {"weights": diffusion.state_dict(), "config": {**tiny, name: value}}
+            torch.save(weights, tmp_path / "file.pth")
+            build.from_checkpoint(load_checkpoint(tmp_path / "file.pth"))
     assert count > 120
 
 

@@ -86,5 +86,7 @@ def _lines(path):
         return None
     with open(path, **TEXT) as file:
         text = file.read().removeprefix("\ufeff")  # of Windows editors, as is "\r" at the end of a line
+    if "\0" in text:
+        raise UserError(f"{path} is saved as UTF-16, or is no text: save it as UTF-8")
     lines = enumerate((line.removesuffix("\r") for line in text.split("\n")), 1)
     return {number: line for number, line in lines if line}

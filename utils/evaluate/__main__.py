@@ -116,6 +116,10 @@ class Model(NamedTuple):  # that samples
 def main(arguments=None):
     config = parse(Config, SETTINGS, __doc__, arguments)
     check_guidance(config)
+    if config.eta and config.sampler != "ddim":
+        raise UserError("--eta is an option of ddim: add --sampler ddim, or leave it out")
+    if config.seed + config.num_images > SEEDS:
+        raise UserError(f"{config.num_images} samples from seed {config.seed} on: seeds end at {SEEDS - 1}")
     if (config.bits or config.guidance_scale != 1) and not is_checkpoint(config.samples):
         raise UserError(f"--bits and --guidance_scale need a checkpoint, and {config.samples} holds images")
     start, device = time.time(), choose_device(config.device)
@@ -175,6 +179,8 @@ def load_model(config, device, precision):
     """The Model of config.samples, on the device. UserError for settings that it cannot serve."""
     checkpoint = open_weights(config.samples, "weights")
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
+    if config.img_channels not in (0, diffusion.img_channels):
+        raise UserError(f"--img_channels {config.img_channels}: the model has images of {diffusion.img_channels}")
     weaker = open_weights(config.guiding_path, "guiding model") if config.guiding_path else None
     guide = weaker and build.guiding_model(weaker, checkpoint, diffusion)
     check_guiding_model(diffusion, config.guidance_scale, guide)

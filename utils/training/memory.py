@@ -6,6 +6,7 @@ import torch
 
 from utils import distributed
 from utils.device import autocast
+from utils.errors import UserError
 from utils.terminal import plural
 
 USABLE = 0.9  # fraction of a device's memory that training can fill: the rest goes to libraries and gaps
@@ -32,6 +33,16 @@ def advice_for_training(config, context) -> str:
     instead = f"--accumulate {accumulate} would fit. Else " if accumulate else ""
     need = f"training on {plural(size, 'image')} at a time needs about {mebibytes(fixed + size * per_image)}"
     return f"{need}, {context.device} has {mebibytes(there)} in all; {instead}{SETTINGS}"
+
+
+def check_network_fits(num_parameters: int, device: torch.device) -> None:
+    """UserError where training needs more than the device's memory. No network is built."""
+    needed, there = COPIES * 4 * num_parameters, device_memory(device)
+    if there and needed > there:
+        size = f"a network of {num_parameters / 1e9:.2f} billion parameters needs {mebibytes(needed)}"
+        raise UserError(
+            f"{size}, {device} has {mebibytes(there)}: lower --channel, --channel_mults or --num_res_blocks"
+        )
 
 
 def accumulate_that_fits(images: float, share: int, now: int) -> int | None:
