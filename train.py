@@ -128,10 +128,10 @@ class TrainContext(NamedTuple):
 
 
 def main(arguments=None):
-    asked, given, checkpoint = read_settings(arguments)
+    asked, own, checkpoint = read_settings(arguments)
     check(asked)
     config, device = resolve(asked)
-    context = prepare(config, device, checkpoint, saved_settings(asked, config, given))
+    context = prepare(config, device, checkpoint, saved_settings(asked, config, own))
     print_summary(config, context, PRESETS.get(config.preset, {}))
     with explain_out_of_memory(lambda: advice_for_training(config, context)):
         if config.dry_run:
@@ -145,7 +145,7 @@ def main(arguments=None):
 
 
 def read_settings(arguments=None):
-    """(Config, names that the command line and the preset gave, Checkpoint or None).
+    """(Config, its defaults when the run began, Checkpoint or None).
 
     A resumed run has its own settings, a run that starts from weights their network and schedule.
     A bare state dict does not show its number of groups: it is the reference's.
@@ -154,16 +154,16 @@ def read_settings(arguments=None):
     own, options = defaults(Config, declared), typed_options(Config, declared, __doc__, arguments)
     distributed.start()
     preset = preset_values(PRESETS, options.get("preset", own["preset"]), declared)
-    config, given = {**own, **preset, **options}, {*preset, *options}
+    config = {**own, **preset, **options}
     checkpoint = find_resumed(config["resume"], config["save_dir"])
     if checkpoint:
         checkpoint.config = {"num_groups": MAX_GROUPS, **build.settings_of(checkpoint)}
-        config, given = merge_settings(own, options, checkpoint), {*checkpoint.given, *options}
+        config, own = merge_settings(own, options, checkpoint), {**own, **checkpoint.defaults}
     elif config["start_from"]:
         checkpoint = replace(open_weights(config["start_from"]), training=None, ema_step=None)
         checkpoint.config = {"num_groups": MAX_GROUPS, **build.settings_of(checkpoint)}
         config = start_settings(config, options, checkpoint)
-    return Config(**config), sorted(given), checkpoint
+    return Config(**config), own, checkpoint
 
 
 def check(config):
@@ -188,11 +188,11 @@ def resolve(config):
     return resolved, device
 
 
-def saved_settings(asked, config, given):
+def saved_settings(asked, config, own):
     """A Checkpoint without weights: the settings asked for and, apart from them, the resolved."""
     before, now = asdict(asked), asdict(config)
     resolved = {name: now[name] for name in now if now[name] != before[name] or name == "device"}
-    return Checkpoint(path=None, weights={}, config=before, resolved=resolved, given=given)
+    return Checkpoint(path=None, weights={}, config=before, resolved=resolved, defaults=own)
 
 
 def prepare(config, device, checkpoint=None, about=None):
@@ -221,7 +221,7 @@ def prepare(config, device, checkpoint=None, about=None):
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     meter, about = (
         Meter(device, config.num_timesteps),
-        replace(about or saved_settings(config, config, []), classes=list(dataset.classes)),
+        replace(about or saved_settings(config, config, {}), classes=list(dataset.classes)),
     )
     steps = len(dataset) // batch_size
     return TrainContext(

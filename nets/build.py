@@ -65,7 +65,7 @@ def guiding_model(checkpoint: Checkpoint, own: Checkpoint, diffusion: GaussianDi
             raise SettingError(f"the guiding model learned another {name}: take an earlier file of the same run")
     try:
         guide, _ = from_checkpoint(checkpoint, diffusion.img_size)
-    except ValueError as error:
+    except SettingError as error:
         raise SettingError(f"the guiding model: {error}") from None
     check_guiding_model(diffusion, 1.0, guide)
     weights, others = ([value.half() for value in part.ema_model.parameters()] for part in (diffusion, guide))

@@ -109,9 +109,9 @@ def test_the_export_holds_the_average_in_half_precision_and_nothing_of_the_train
         torch.load(tmp_path / "small.pth", weights_only=True),
         read_file(tmp_path / "run" / "last.pth"),
     )
-    about = ["classes", "config", "format", "given", "resolved", "weights", "weights_kind"]
+    about = ["classes", "config", "defaults", "format", "resolved", "weights", "weights_kind"]
     assert sorted(exported) == about
-    assert exported["given"] == [] and exported["resolved"] == {}
+    assert exported["defaults"] == {} and exported["resolved"] == {}
     assert exported["weights_kind"] == "ema" and exported["classes"] == CLASSES
     assert exported["config"] == original["config"]
     expected = [*TABLES, *(f"ema_model.{name}" for name in source.ema_model.state_dict())]

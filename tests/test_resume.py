@@ -206,11 +206,11 @@ def test_only_typed_settings_override_the_runs_own(workplace, capsys, monkeypatc
     assert saved["config"]["init_lr"] == saved["config"]["precision"] == "auto"
     assert saved["resolved"]["init_lr"] == 8e-4 and saved["resolved"]["precision"] in ("fp32", "bf16")
     capsys.readouterr()
-    edited = with_defaults(train.Config, grad_clip=0.5, channel=64, epochs=7, save_dir="elsewhere")
+    edited = with_defaults(train.Config, grad_clip=0.5, channel=64, batch_size=16, save_dir="elsewhere")
     monkeypatch.setattr(train, "Config", edited)
     run_main("train.py", "--resume", newest_run(workplace), "--epochs", "2", "--init_lr", "1e-3")
     ignored = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ignored when resuming"))
-    assert ignored.split(": ")[1] == "grad_clip"  # channel could not change, and the run was given its batch_size
+    assert ignored.split(": ")[1] == "batch_size, grad_clip"  # channel could not change; preview_period was typed
     config = read_file(newest_run(workplace) / "last.pth")["config"]
     assert (config["epochs"], config["init_lr"], config["channel"], config["batch_size"]) == (2, 1e-3, 32, 8)
 
@@ -327,3 +327,17 @@ def test_numbers_that_the_processor_emulates_are_said(workplace, monkeypatch, ca
     monkeypatch.setattr(device_module, "cpu_has_bf16", lambda: False)
     run_main("train.py", *RUN, "--precision", "bf16", "--dry_run", "True")
     assert "this processor emulates bf16" in capsys.readouterr().out
+
+
+def test_a_folder_that_lost_its_last_pth_does_not_begin_again(workplace, capsys):
+    run_main("train.py", *RUN, "--epochs", "1", "--save_period", "1")
+    run = newest_run(workplace)
+    (run / "last.pth").unlink()
+    with pytest.raises(SystemExit):
+        run_main("train.py", "--resume", run)
+    assert "last.pth: there is no such" in capsys.readouterr().err
+
+
+def test_peak_memory_is_known_without_the_systems_line(monkeypatch):
+    monkeypatch.setattr(device_module.Path, "read_text", lambda *_, **__: "Name: python")
+    assert device_module.peak_memory(torch.device("cpu")) > 50

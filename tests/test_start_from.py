@@ -194,3 +194,15 @@ def test_the_carried_settings_are_those_of_the_weights():
 
     assert set(WEIGHTS) <= set(train.Config.__dataclass_fields__)
     assert "channel" in WEIGHTS and "prediction" in WEIGHTS and "input_shape" not in WEIGHTS
+
+
+def test_a_preset_does_not_say_what_bare_weights_predict(given):
+    weights = read_file(given)["weights"]
+    torch.save(weights, "bare.pth")
+    config, *_ = train.read_settings(["--start_from", "bare.pth", "--preset", "quick", "--channel", "32"])
+    assert (config.prediction, config.schedule, config.num_groups, config.optimizer_type) == (
+        "eps",
+        "cosine",
+        32,
+        "muon",
+    )

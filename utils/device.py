@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -84,11 +85,15 @@ def memory_format(device, precision):
 
 
 def peak_memory(device):
-    """The peak memory of this process in MiB: the GPU's on CUDA, else its own on Linux, else 0."""
+    """The peak memory of this process in MiB: the GPU's on CUDA, else its own; 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, TypeError):
         return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(errors="replace"))[1]) / 2**10
+    with contextlib.suppress(ImportError):  # macOS, and sandboxes that leave that line out
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return 0.0
 
 

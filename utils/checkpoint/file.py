@@ -44,7 +44,7 @@ class Checkpoint:
     classes: list[str] = field(default_factory=list)  # their names
     ema_step: int | None = None  # optimizer steps that the EMA has counted
     resolved: dict[str, Any] = field(default_factory=dict)  # what "auto" was on the run's machine
-    given: list[str] = field(default_factory=list)  # the settings of the command line and the preset
+    defaults: dict[str, Any] = field(default_factory=dict)  # Config's, when the run began
     training: TrainingState | None = None
 
 
@@ -52,7 +52,7 @@ def save_checkpoint(checkpoint: Checkpoint) -> None:
     """Writes the file at `checkpoint.path`, whole or not at all. OSError: the disk refuses."""
     check_finite(checkpoint)
     values = {"format": FORMAT, "weights_kind": checkpoint.kind}
-    for name in ("config", "classes", "weights", "resolved", "given", "ema_step"):
+    for name in ("config", "classes", "weights", "resolved", "defaults", "ema_step"):
         if (value := getattr(checkpoint, name)) is not None:
             values[name] = value
     if (state := checkpoint.training) is not None:
@@ -70,7 +70,7 @@ def load_checkpoint(path: Path | str, lazily: bool = False) -> Checkpoint:
         loaded = {"weights": loaded}
     if not isinstance(loaded, dict) or "weights" not in loaded:
         raise UserError(f"{path}: neither a checkpoint of this project nor a state dict")
-    if loaded.get("format", FORMAT) != FORMAT:
+    if type(loaded.get("format", FORMAT)) is not int or loaded.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path}: written by a newer version of this project; update yours to read it")
     try:
         checkpoint = read_contents(path, loaded)
@@ -87,8 +87,8 @@ def check_finite(checkpoint):
 
 
 CONTAINERS = {  # the type of a value, and of its items or keys
-    **dict.fromkeys(("config", "resolved", "position"), (dict, str)),
-    **dict.fromkeys(("classes", "given"), (list, str)),
+    **dict.fromkeys(("config", "resolved", "defaults", "position"), (dict, str)),
+    "classes": (list, str),
     **dict.fromkeys(("history", "speed"), (list, dict)),  # of older versions
 }
 VALUES = {
@@ -106,14 +106,15 @@ def read_contents(path, loaded):
     check_plain({name: value for name, value in loaded.items() if name != "weights"}, "it")
     for name, (kind, item) in CONTAINERS.items():
         value = loaded.get(name, kind())
-        if not isinstance(value, kind) or not all(isinstance(each, item) for each in value):
+        named = isinstance(value, kind) and all(isinstance(each, item) for each in value)
+        if not named or (name == "classes" and len(set(value)) < len(value)):
             raise UserError(f"{name} cannot be {shown(value)}")
     values = loaded.get("position", {}) | loaded
     values |= check_saved(values, VALUES)
-    about = {name: values[name] for name in ("classes", "ema_step", "given") if name in values}
+    about = {name: values[name] for name in ("classes", "ema_step") if name in values}
     if values.get("config"):
         about["config"] = check_saved({**BEFORE, **values["config"]}, RUN_SETTINGS)
-    about["resolved"] = check_saved(values.get("resolved", {}), RUN_SETTINGS)
+    about |= {name: check_saved(values.get(name, {}), RUN_SETTINGS) for name in ("resolved", "defaults")}
     training = read_training(values) if "position" in loaded else None
     return Checkpoint(path, loaded["weights"], values.get("weights_kind", "full"), training=training, **about)
 

@@ -1,5 +1,6 @@
 """Files of torch.save: written whole, read without running code, compared with their checksums."""
 
+import errno
 import hashlib
 import pickle
 import zipfile
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from utils.errors import UserError, one_line
+from utils.errors import UserError, is_out_of_memory, one_line
 from utils.files import atomic_write
 from utils.settings import shown
 
@@ -48,7 +49,8 @@ def load_tensors(path: Path, lazily: bool = False, what: str = "PyTorch checkpoi
     except pickle.UnpicklingError:
         raise UserError(f"{path}: not tensors and plain values only: loading it could run code hidden in it") from None
     except Exception as error:  # the unpickler raises all kinds on a file of something else
-        if isinstance(error, MemoryError) or getattr(error, "filename", None):
+        passing = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # of the system
+        if passing or is_out_of_memory(error):
             raise
         raise UserError(f"{path}: damaged, or no {what} ({one_line(error)})") from None
 

@@ -16,6 +16,7 @@ from utils.training.optimizer import restore_optimizer
 from utils.training.run_settings import RUN_SETTINGS
 
 MACHINE = ("device", "precision", "compile")
+REFERENCE = {"prediction": "eps", "schedule_shift": 0.0}  # what a bare state dict does not show
 WEIGHTS = tuple(name for name, setting in RUN_SETTINGS.items() if setting.fixed == "weights")
 
 
@@ -33,8 +34,9 @@ def merge_settings(defaults: dict, options: dict, checkpoint: Checkpoint) -> dic
         # label_dropout above 0 adds the null class: it cannot come or go either.
         if fixed or (name == "label_dropout" and name in saved and (there > 0) != (value > 0)):
             raise cannot_change(checkpoint, name, value, there, "a fresh run")
-    edited = {name for name in saved if not RUN_SETTINGS[name].fixed and defaults[name] not in ("auto", saved[name])}
-    if (ignored := sorted(edited - options.keys() - set(checkpoint.given))) and distributed.is_main():
+    known = {name: ("auto", saved[name], checkpoint.defaults.get(name)) for name in saved.keys() - options.keys()}
+    edited = [name for name in known if not RUN_SETTINGS[name].fixed and defaults[name] not in known[name]]
+    if (ignored := sorted(edited)) and distributed.is_main():
         print(f"ignored when resuming (pass on the command line to override): {', '.join(ignored)}")
     return {**merged, **machine(checkpoint, options), **options}
 
@@ -52,8 +54,7 @@ def machine(checkpoint, options):
     device = checkpoint.config.get("device", "auto")
     with suppress(UserError):
         find_device(options.get("device", device), processes=distributed.world_size())
-        # Older files have the device that "auto" became: it holds on one machine.
-        return {} if checkpoint.resolved else {"device": "auto"}
+        return {}
     if distributed.is_main():
         print(f"the run was on {device}, which is not here: device, precision and compile are chosen again")
     return dict.fromkeys(MACHINE, "auto")
@@ -61,7 +62,7 @@ def machine(checkpoint, options):
 
 def start_settings(config: dict, options: dict, checkpoint: Checkpoint) -> dict[str, Any]:
     """`config` with the network and schedule of a checkpoint. UserError for what cannot hold."""
-    saved, asked = {**config, **checkpoint.config}, {**options, "img_channels": config["img_channels"]}
+    saved, asked = {**config, **REFERENCE, **checkpoint.config}, {**options, "img_channels": config["img_channels"]}
     for name in (*WEIGHTS, "img_channels"):
         if asked.get(name, "auto") not in ("auto", saved[name], checkpoint.resolved.get(name)):
             raise cannot_change(checkpoint, name, asked[name], saved[name], "without --start_from")

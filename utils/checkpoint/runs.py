@@ -42,8 +42,9 @@ def newest_last(save_dir: str | Path = LOGS) -> Checkpoint | None:
 
 def find_resumed(resume: str, save_dir: str) -> Checkpoint | None:
     """The checkpoint of `resume`: "" None, "latest" the newest run's, by rank 0; else a path's."""
-    if resume not in ("", "latest"):
-        return open_weights(resume, lazily=False)
+    if resume not in ("", "latest"):  # an older epoch file of the folder would begin again without a word
+        find_weights(resume)  # says what a folder of diffusers needs
+        return load_checkpoint(Path(resume, LAST) if Path(resume).is_dir() else resume)
     found = newest_last(save_dir) if resume and distributed.is_main() else None
     path = distributed.from_main(found and found.path)
     if resume and path is None and distributed.is_main():
@@ -51,12 +52,12 @@ def find_resumed(resume: str, save_dir: str) -> Checkpoint | None:
     return found or (path and load_checkpoint(path))
 
 
-def open_weights(path: str, label: str = "", lazily: bool = True) -> Checkpoint:
+def open_weights(path: str, label: str = "") -> Checkpoint:
     """The checkpoint that `find_weights` finds on rank 0, for all processes. label: printed."""
     path, remark = distributed.from_main(find_weights(path) if distributed.is_main() else None)
     if label and distributed.is_main():
         print(f"{label}: {path.resolve()}{remark}")
-    return load_checkpoint(path, lazily)
+    return load_checkpoint(path, lazily=True)
 
 
 def find_weights(path: str | Path, save_dir: str | Path = LOGS) -> tuple[Path, str]:
@@ -67,10 +68,9 @@ def find_weights(path: str | Path, save_dir: str | Path = LOGS) -> tuple[Path, s
     given = Path(path)
     if path:
         weights = newest_in(given)
-        if weights is None and ((given / "model_index.json").is_file() or (given / "unet").is_dir()):
-            raise UserError(
-                f"{given}: a folder of diffusers: `python -m utils.convert import {given} FILE.pth` reads it"
-            )
+        whole = given.parent if given.name == "unet" else given
+        if weights is None and ((whole / "model_index.json").is_file() or (whole / "unet").is_dir()):
+            raise UserError(f"{whole}: of diffusers: `python -m utils.convert import {whole} FILE.pth` reads it")
         return weights or (given / LAST if given.is_dir() else given), ""
     if found := newest_weights(save_dir):
         return found[0], ", the newest run's"
@@ -88,8 +88,12 @@ def run_folder(checkpoint: Checkpoint | None, save_dir: str) -> Path:
     if resumed and (checkpoint.path.parent / "config.json").exists():
         return checkpoint.path.parent  # a copy elsewhere, or under another name, starts a folder of its own
     folder = Path(save_dir) / time.strftime("%Y_%m_%d_%H_%M_%S")
-    if distributed.is_main():
-        while folder.exists():  # another run of this second
+    while distributed.is_main():
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:  # another run of this second, or a file in place of save_dir
+            if not folder.is_dir():
+                raise
             folder = folder.with_name(f"{folder.name}_2")
-        folder.mkdir(parents=True)
     return distributed.from_main(folder)

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from functools import partial
 
 from utils.checkpoint.file import TrainingState, save_checkpoint
 from utils.checkpoint.resume import images_fingerprint
@@ -39,7 +40,7 @@ class CheckpointWriter:
         """Writes epoch_XXXX.pth, weights alone, and deletes all but the newest `keep_last`."""
         self.write(f"epoch_{epoch:04d}.pth")
         for path in epoch_files(self.folder)[: -self.config.keep_last] if self.config.keep_last else []:
-            self.attempt("deleting old epoch files", path.unlink)
+            self.attempt("deleting old epoch files", partial(path.unlink, missing_ok=True))
 
     def write(self, name, training=None):
         """Writes what sampling needs, and a training state. Returns whether the file is there."""

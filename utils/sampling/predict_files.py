@@ -1,5 +1,6 @@
 """What predict.py writes, as whole files: images, grid, .npz, and how the images formed."""
 
+import errno
 import hashlib
 import math
 import os
@@ -142,8 +143,10 @@ def open_spool(folder, shape):
         try:
             if hasattr(os, "posix_fallocate"):  # a mapped file that gets no space later kills the process
                 os.posix_fallocate(file.fileno(), 0, math.prod(shape))
-        except OSError as error:
-            raise OSError(f"{folder.resolve()}: too little space for the .npz ({error.strerror})") from None
+        except OSError as error:  # others than these: a file system that cannot do this
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise OSError(f"{folder.resolve()}: too little space for the .npz ({error.strerror})") from None
+            os.truncate(file.fileno(), math.prod(shape))
     name = distributed.from_main(file and file.name)
     spool = np.memmap(file or name, np.uint8, "r+", shape=shape)
     distributed.barrier()

@@ -1,6 +1,7 @@
 """What a run has seen: a row per epoch as CSV, as curves in TensorBoard, and as an image."""
 
 import csv
+import io
 import math
 import os
 import time
@@ -85,7 +86,11 @@ class LossHistory:
         """Plots epoch_loss.png, at most every half minute: it takes longer than a small epoch."""
         if self.plotting and self.losses and (final or time.monotonic() - self.plotted >= SECONDS_BETWEEN_PLOTS):
             words = "no loss curve is drawn (epoch_loss.csv has the numbers)"
-            self.plotting, self.plotted = try_optional("matplotlib", words, self._plot), time.monotonic()
+            png, self.plotted = try_optional("matplotlib", words, self._plot), time.monotonic()
+            self.plotting = png is not None
+            if png:
+                with atomic_write(self.folder / "epoch_loss.png") as file:
+                    file.write(png)
 
     def _plot(self):
         os.environ["MPLBACKEND"] = "agg"  # notebooks hand on one of theirs, which need not exist here
@@ -99,9 +104,9 @@ class LossHistory:
                 if points := [(int(row["epoch"]), float(row[name])) for row in rows if row.get(name)]:
                     panel.plot(*zip(*points), label=name)
                     panel.legend()
-        with atomic_write(self.folder / "epoch_loss.png") as file:
-            figure.savefig(file, format="png", dpi=100)
-        return True
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=100)
+        return file.getvalue()
 
     def close(self) -> None:
         self.plot(final=True)
