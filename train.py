@@ -289,7 +289,7 @@ def train_step(config, context, images, labels, epoch, consumed, lr):
 def make_batch(config, context, images, labels, epoch, consumed):
     """(x (b, C, H, W) in [-1, 1], class ids (b,) or None, StepNoise) on the device.
 
-    The randomness is drawn for the whole batch on every process, so that the number of processes
+    The randomness is sampled for the whole batch on every process, so that the number of processes
     changes nothing but dropout.
     """
     rank, world_size = distributed.rank(), distributed.world_size()

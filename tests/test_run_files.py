@@ -140,7 +140,7 @@ def test_a_broken_backend_of_matplotlib_is_one_line(tmp_path, monkeypatch, capsy
     monkeypatch.delitem(sys.modules, "matplotlib.backends.backend_agg", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.backends._backend_agg", None)  # its compiled part
     history.plot(final=True)
-    assert "no loss curve is drawn" in capsys.readouterr().out and not (tmp_path / "epoch_loss.png").exists()
+    assert "no loss curve is plotted" in capsys.readouterr().out and not (tmp_path / "epoch_loss.png").exists()
 
 
 def test_the_backend_of_a_notebook_draws_the_curve_all_the_same(tmp_path):
@@ -179,7 +179,7 @@ def test_a_curve_that_cannot_be_plotted_costs_only_itself(tmp_path, monkeypatch,
     history.add({"epoch": 1, "step": 1, "loss": 0.5, "loss_t1": 0.5}, {"epoch": 1, "seconds": 1.0})
     history.plot(final=True)
     history.close()
-    assert capsys.readouterr().out.count("no loss curve is drawn") == 1
+    assert capsys.readouterr().out.count("no loss curve is plotted") == 1
     assert not (tmp_path / "epoch_loss.png").exists() and len(read_table(tmp_path / "epoch_loss.csv", 9)) == 1
 
 

@@ -10,7 +10,7 @@ REFERENCE_NAMES = {
     "Init_Epoch": "resume: a run goes on at the epoch where it was",
     "Epoch": "epochs",
     "Init_lr": "init_lr, the highest learning rate",
-    "Min_lr": "min_lr, the last learning rate itself, not a share of Init_lr",
+    "Min_lr": "min_lr, the last learning rate itself, not a fraction of Init_lr",
     "sample_size": "input_shape, height and width",
     "train_annotation_path": "annotation_path",
     "save_path_5x5": "save_dir of predict.py, a folder",

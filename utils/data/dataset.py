@@ -81,7 +81,7 @@ class ImageDataset:
 
 
 def split_validation(dataset, share):
-    """(training, validation) ImageDatasets: about this share of the images goes to validation."""
+    """(training, validation) ImageDatasets: about this fraction of the images is for validation."""
     # By content: no image changes sides when the list grows, and copies of an image stay together.
     aside = np.array([int(digest[:8], 16) < share * 2**32 for digest in dataset.hashes], dtype=bool)
     if share and (aside.all() or not aside.any()):

@@ -85,7 +85,7 @@ class LossHistory:
     def plot(self, final: bool = False) -> None:
         """Plots epoch_loss.png, at most every half minute: it takes longer than a small epoch."""
         if self.plotting and self.losses and (final or time.monotonic() - self.plotted >= SECONDS_BETWEEN_PLOTS):
-            words = "no loss curve is drawn (epoch_loss.csv has the numbers)"
+            words = "no loss curve is plotted (epoch_loss.csv has the numbers)"
             png, self.plotted = try_optional("matplotlib", words, self._plot), time.monotonic()
             self.plotting = png is not None
             if png:
