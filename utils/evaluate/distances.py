@@ -60,7 +60,7 @@ def kernel_distance(x, y, subsets=100, subset_size=1000, seed=0):
 def precision_and_recall(samples, reference, k=3):
     """(precision, recall) of samples (n, d), references (m, d): Kynkaanniemi et al. 2019, eq. 1, 2.
 
-    Precision: the fraction of samples nearer to a reference than its k-th neighbor; recall: reverse.
+    Precision is the fraction of samples nearer to a reference than its k-th neighbor.
     """
     samples, reference = as_features(samples), as_features(reference)
     # Float32 features of a copy differ in their last digits: it shall be in a ball of copies too.
