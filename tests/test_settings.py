@@ -2,6 +2,7 @@
 line.
 """
 
+import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -14,8 +15,9 @@ from conftest import with_defaults
 import predict
 import train
 import txt_annotation
-from nets import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, SAMPLERS, SCHEDULES, SPACINGS, build
+from nets import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, SAMPLERS, SCHEDULES, SPACINGS, GaussianDiffusion, UNet, build
 from nets.errors import SettingError
+from nets.schedules import make_betas
 from utils.checkpoint.file import load_checkpoint
 from utils.data.image_format import RESIZE_MODES
 from utils.device import DTYPES
@@ -355,6 +357,7 @@ def test_what_train_accepts_every_reader_of_its_checkpoints_accepts(tmp_path, mo
     count, tiny = 0, {"channel": 8, "channel_mults": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
     tiny |= {"num_timesteps": 20, "num_groups": 1, "class_conditional": False, "schedule": "cosine"}
     large = {"channel", "channel_mults", "num_res_blocks", "num_groups", "num_timesteps", "input_shape", "resume"}
+    built = {name for take in (UNet, make_betas, GaussianDiffusion) for name in inspect.signature(take).parameters}
     for name, setting in RUN_SETTINGS.items():
         for value in limits(setting):
             assert setting.fit(value) == value and type(setting.fit(value)) is type(value), name
@@ -368,6 +371,8 @@ def test_what_train_accepts_every_reader_of_its_checkpoints_accepts(tmp_path, mo
             assert getattr(asked, name) == value
             try:
                 train.check(asked)
+                if name not in built:
+                    continue
                 diffusion = build.from_config({**tiny, name: value})
             except SettingError as error:  # what does not fit together is refused before training, in one line
                 assert name in ("schedule_shift", "schedule_low", "schedule_high", "lr_decay_type", "schedule"), error
