@@ -28,7 +28,7 @@ from utils.training.meter import Meter, counts_as_bad, epoch_means
 from utils.training.optimizer import choose_learning_rate, learning_rate, make_optimizer, step_unless_bad
 from utils.training.presets import PRESETS
 from utils.training.run_files import RunWriter
-from utils.training.run_settings import RUN_SETTINGS
+from utils.training.settings_schema import RUN_SETTINGS
 from utils.training.signals import StopSignal
 from utils.training.step_rng import derive_seed, sample_step_noise
 from utils.training.summary import print_dry_run, print_summary

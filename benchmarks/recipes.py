@@ -29,7 +29,7 @@ from utils.data.dataset import normalize
 from utils.device import choose_device
 from utils.errors import run_script
 from utils.settings import choice, parse, settings, text, whole
-from utils.training.run_settings import RUN_SETTINGS
+from utils.training.settings_schema import RUN_SETTINGS
 from utils.training.step_rng import derive_seed
 
 EIGHTHS, REPEATS, HELD_OUT, CANDIDATES = 8, 16, 256, 4

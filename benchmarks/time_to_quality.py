@@ -35,7 +35,7 @@ from utils.images import save_png, to_uint8
 from utils.sampling.batches import last_images
 from utils.settings import SEVERAL, choice, fitted, number, parse, read_literal, settings, text, whole
 from utils.training.optimizer import learning_rate
-from utils.training.run_settings import RUN_SETTINGS
+from utils.training.settings_schema import RUN_SETTINGS
 
 SAMPLER, STEPS = "sde-dpm++", 25
 MARKS = (0.5, 1.0, 2.0, 3.0, 5.0, 10.0)

@@ -22,7 +22,7 @@ from torch.distributed.run import get_args_parser
 from nets.samplers import DEFAULT_STEPS
 from utils import settings
 from utils.data.downloads import DATASETS
-from utils.training.run_settings import RUN_SETTINGS
+from utils.training.settings_schema import RUN_SETTINGS
 
 ALL = [
     PROJECT / "README.md",

@@ -36,7 +36,7 @@ from utils.errors import run_script
 from utils.evaluate import __main__ as evaluate
 from utils.settings import choice
 from utils.terminal import printable
-from utils.training.run_settings import RUN_SETTINGS
+from utils.training.settings_schema import RUN_SETTINGS
 
 SECONDS, MEMORY, ADDRESS_SPACE = 20, 2.5 * 2**30, 6 * 2**30
 CASES_A_WORKER = 50

@@ -21,7 +21,7 @@ from utils.convert.__main__ import export_reference, export_weights
 from utils.convert.diffusers_folder import export_model
 from utils.errors import run_script
 from utils.settings import typed_options
-from utils.training.run_settings import RUN_SETTINGS
+from utils.training.settings_schema import RUN_SETTINGS
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMALL = {

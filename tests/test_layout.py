@@ -38,7 +38,7 @@ PACKAGES = {
 # A command is no part of what others import: it may import checkpoints too.
 COMMANDS = {"utils.report": {"utils.checkpoint"}}
 # The declarations of settings name the choices of nets. No other module beside the commands does.
-NAMES_CHOICES = "utils.training.run_settings"
+NAMES_CHOICES = "utils.training.settings_schema"
 
 
 def tree(path):

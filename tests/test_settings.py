@@ -43,7 +43,7 @@ from utils.settings import (
     whole,
 )
 from utils.training.optimizer import DECAYS, OPTIMIZERS
-from utils.training.run_settings import RUN_SETTINGS
+from utils.training.settings_schema import RUN_SETTINGS
 
 
 @settings

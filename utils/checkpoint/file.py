@@ -10,7 +10,7 @@ from utils.checkpoint.integrity import check_plain, check_tensors, first_not_fin
 from utils.errors import UserError
 from utils.settings import LARGEST, check_saved, choice, shown, text, whole
 from utils.training.loss_history import as_text
-from utils.training.run_settings import RUN_SETTINGS
+from utils.training.settings_schema import RUN_SETTINGS
 
 FORMAT = 1
 POSITION = ("epoch", "images", "batch_size", "pictures")  # TrainingState's fields, as the file has them

@@ -13,7 +13,7 @@ from utils.device import find_device
 from utils.errors import UserError
 from utils.training.loss_history import TABLES, read_table
 from utils.training.optimizer import restore_optimizer
-from utils.training.run_settings import RUN_SETTINGS
+from utils.training.settings_schema import RUN_SETTINGS
 
 MACHINE = ("device", "precision", "compile")
 REFERENCE = {"prediction": "eps", "schedule_shift": 0.0}  # what a bare state dict does not show

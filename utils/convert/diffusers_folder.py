@@ -21,7 +21,7 @@ from utils.checkpoint.runs import open_weights
 from utils.errors import UserError, one_line
 from utils.files import atomic_folder, begin_export, read_json
 from utils.settings import check_saved
-from utils.training.run_settings import RUN_SETTINGS
+from utils.training.settings_schema import RUN_SETTINGS
 
 WEIGHTS = "diffusion_pytorch_model"  # .safetensors or .bin
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
