@@ -212,6 +212,15 @@ def test_a_package_of_utils_is_in_the_layout():
     assert packages <= set(PACKAGES)
 
 
+def test_torchvision_is_needed_for_downloads_alone():
+    """The commonest broken installation has one that does not fit torch: it must cost no image."""
+    modules = read_modules(PROJECT, "nets", "utils") | {name: PROJECT / f"{name}.py" for name in SCRIPTS}
+    found = {name for name, path in modules.items() if "torchvision" in map(top, imports(path, name, modules))}
+    assert found == {"utils.data.downloads"}
+    path = modules["utils.data.downloads"]
+    assert "torchvision" not in map(top, imports(path, "utils.data.downloads", modules, inside=False))
+
+
 def test_each_package_says_what_it_is_for():
     """The __init__.py of a sub-package is one docstring: it exports nothing."""
     for path in (PROJECT / "utils").rglob("*/__init__.py"):
