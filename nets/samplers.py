@@ -94,17 +94,16 @@ def dpm_solver_pp(denoise, x, steps, noise, *, order: int = 2, eta: float = 0.0)
 def heun(denoise, x, steps, noise) -> Trajectory:
     """Heun's method (Karras et al. 2022, "EDM", algorithm 1): 2N - 1 network calls for N steps.
 
-    It solves dz/dsigma = (z - x_0) / sigma; z = x / sqrt(alpha_bar) has noise of deviation sigma.
+    It solves dz/dsigma = (z - x_0) / sigma for z = x / sqrt(alpha_bar), but stays with x: with the
+    cosine schedule z starts at 2e4, and float32 would lose the image in it.
     """
     for i, (alpha_bar_t, alpha_bar_s, t) in enumerate(steps):
-        sigma_t, sigma_s = (math.sqrt((1 - alpha_bar) / alpha_bar) for alpha_bar in (alpha_bar_t, alpha_bar_s))
-        z = x / math.sqrt(alpha_bar_t)
         x_0 = denoise(x, t)
-        slope = (z - x_0) / sigma_t
-        x = math.sqrt(alpha_bar_s) * (z + (sigma_s - sigma_t) * slope)
+        x_weight = math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t))
+        x = x_weight * x + (math.sqrt(alpha_bar_s) - x_weight * math.sqrt(alpha_bar_t)) * x_0  # Euler's step
         if alpha_bar_s < 1 and i + 1 < len(steps):
-            slope_s = (x / math.sqrt(alpha_bar_s) - denoise(x, steps[i + 1].t)) / sigma_s
-            x = math.sqrt(alpha_bar_s) * (z + (sigma_s - sigma_t) * 0.5 * (slope + slope_s))
+            sigma_ratio = math.sqrt(alpha_bar_s / alpha_bar_t) / x_weight  # sigma_t / sigma_s
+            x = x + 0.5 * math.sqrt(alpha_bar_s) * (sigma_ratio - 1) * (denoise(x, steps[i + 1].t) - x_0)
         yield x, x_0
 
 
