@@ -24,7 +24,7 @@ from utils.images import to_uint8
 from utils.sampling.batches import advice_for_sampling, sample_batches
 from utils.sampling.init_images import init_options
 from utils.sampling.option_rules import SOLVER_OPTIONS, check_rules
-from utils.sampling.predict_files import COLUMNS, SHOWN, PredictFiles, image_texts
+from utils.sampling.predict_files import COLUMNS, SHOWN, PredictFiles, image_texts, output_folder
 from utils.sampling.summary import print_sampling
 from utils.settings import PAIR, choice, defaults, flag, number, settings, text, typed_options, whole
 from utils.terminal import first_few
@@ -113,19 +113,21 @@ def main(arguments=None):
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
     guide = load_guide(config, checkpoint, diffusion)
     check_model(config, diffusion, classes, guide)
-    config = resolve(config, given, diffusion, classes)
+    config = resolve(replace(config, device=device.type, precision=precision), given, diffusion, classes)
     options = sampling_options(config, checkpoint, diffusion, guide)
     rows, labels = grid_rows(config, classes), class_ids(config, classes)
     if distributed.is_main():
         print_sampling(config, classes, rows, device, precision, checkpoint)
     networks = move_networks(config, (diffusion, guide), device, precision)
     shape = (*diffusion.img_size, diffusion.img_channels)
-    files = PredictFiles(config, shape, rows, image_texts(config, networks, shape, classes, labels, options))
+    text_of = image_texts(config, networks, shape, classes, labels, options)
     for network in networks:
         round_weights(network, precision)  # only now: the files' texts hold the digest of the exact weights
-    with autocast(device, precision), explain_out_of_memory(lambda: advice_for_sampling(config)):
-        sample(config, diffusion, labels, options, files)
-    files.finish()
+    with output_folder(config.save_dir) as folder:
+        files = PredictFiles(folder, config, shape, rows, text_of)
+        with autocast(device, precision), explain_out_of_memory(lambda: advice_for_sampling(config)):
+            sample(config, diffusion, labels, options, files)
+        files.finish()
     distributed.stop()
 
 

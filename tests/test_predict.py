@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, TINY, newest_run, read_file, run, run_main, torchrun, write_pictures
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import predict
 from nets import GaussianDiffusion, build, seeded_noise, slerp
@@ -19,6 +19,7 @@ from utils.checkpoint.file import load_checkpoint
 from utils.checkpoint.integrity import save_tensors
 from utils.convert.__main__ import export_weights
 from utils.device import memory_format
+from utils.files import locked
 from utils.images import make_grid, save_png, to_uint8
 
 # Long steps, and a prediction that is not clipped everywhere: so the pictures show what differs.
@@ -91,6 +92,11 @@ def singles(folder):
     return {int(path.stem.removeprefix("seed_")): pixels(path) for path in sorted(folder.glob("seed_*.png"))}
 
 
+def names(folder):
+    """What a folder holds, without its lock."""
+    return sorted(path.name for path in Path(folder).iterdir() if path.name != ".lock")
+
+
 def pixels(path):
     return np.array(Image.open(path))
 
@@ -133,7 +139,7 @@ def test_newest_run_is_drawn_as_one_picture_and_a_clean_grid(plain, capsys):
     assert len(found) == 25
     for (row, column), picture in found.items():
         assert np.array_equal(picture, wanted[row * 5 + column])
-    assert len(list(Path("results/predict_out").iterdir())) == 2
+    assert names("results/predict_out") == ["predict_1x1_results.png", "predict_5x5_results.png"]
 
 
 @pytest.mark.parametrize(
@@ -326,12 +332,9 @@ def test_two_processes_and_other_outputs_draw_the_same(plain, tmp_path):
     one = draw(plain, *options, out="one")
     fixed = ["--model_path", plain, "--device", "cpu", "--precision", "fp32", "--save_dir", "two", "--steps", "3"]
     run(torchrun(2, "predict.py", *fixed, *options, "--trajectory", "True"), tmp_path)
-    names = {path.name for path in one.iterdir()}
-    assert {path.name for path in Path("two").iterdir()} == names | {
-        "predict_trajectory_results.png",
-        "predict_trajectory_results.gif",
-    }
-    for name in names:
+    more = ["predict_trajectory_results.png", "predict_trajectory_results.gif"]
+    assert names("two") == sorted(names(one) + more)
+    for name in names(one):
         assert (one / name).read_bytes() == Path("two", name).read_bytes(), name
     assert len(tiles("two/predict_trajectory_results.png")) == 4 * 2 * 3  # pictures drawn by both processes
 
@@ -461,10 +464,8 @@ def test_trajectory_shows_the_way_to_the_same_pictures(plain):
 
 
 def test_npz_holds_all_pictures_in_order(plain, monkeypatch):
-    names = []  # in the folder while it is drawn: nothing is left there by whatever kills the process
-    monkeypatch.setattr(
-        predict, "to_uint8", lambda x: (names.extend(path.name for path in Path("out").iterdir()), to_uint8(x))[1]
-    )
+    seen = []  # in the folder while it is drawn: nothing is left there by whatever kills the process
+    monkeypatch.setattr(predict, "to_uint8", lambda x: (seen.extend(names("out")), to_uint8(x))[1])
     out = draw(
         plain, "--seed", "5", "--num_images", "30", "--batch_size", "4", "--individual_files", "True", "--npz", "True"
     )
@@ -474,7 +475,7 @@ def test_npz_holds_all_pictures_in_order(plain, monkeypatch):
     assert found.dtype == np.uint8 and found.shape == (30, SIZE, SIZE, 3)
     assert np.array_equal(found, np.stack([picture for _, picture in sorted(singles(out).items())]))
     assert len(tiles(out / "predict_5x5_results.png")) == 25
-    assert names and all(name.startswith("seed_") for name in names)
+    assert seen and all(name.startswith("seed_") for name in seen)
 
 
 def test_an_npz_that_does_not_fit_on_the_disk_is_refused_before_drawing(plain, monkeypatch, capsys):
@@ -486,7 +487,7 @@ def test_an_npz_that_does_not_fit_on_the_disk_is_refused_before_drawing(plain, m
     with pytest.raises(SystemExit):
         draw(plain, "--num_images", "3", "--npz", "True")
     assert "too little space for the .npz" in capsys.readouterr().err
-    assert batches == [] and list(Path("out").iterdir()) == []
+    assert batches == [] and names("out") == []
 
 
 def count_batches(monkeypatch, fail_at=None):
@@ -512,7 +513,7 @@ def test_single_files_go_on_where_they_stopped(plain, monkeypatch):
             draw(plain, *options)
     out = Path("out")
     # no part of a file
-    assert sorted(path.name for path in out.iterdir()) == [f"seed_{seed:010d}.png" for seed in range(5, 11)]
+    assert names(out) == [f"seed_{seed:010d}.png" for seed in range(5, 11)]
     (out / "seed_0000000006.png").unlink()
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     batches = count_batches(monkeypatch)
@@ -544,6 +545,7 @@ def test_other_first_seed_shares_the_files(plain, monkeypatch):
         ("--guidance_scale 2", "guidance_scale"),
         ("--input_shape 16,16", "size"),
         ("--init_image a.png", "init"),
+        ("--precision bf16", "precision"),
     ],
 )
 def test_files_of_other_settings_are_neither_taken_nor_overwritten(classy, capsys, options, differs):
@@ -567,6 +569,170 @@ def test_files_with_more_in_them_are_not_taken_either(plain, capsys):
         with pytest.raises(SystemExit):
             draw(plain, *common, *options)
         assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+MANY = ["--seed", "5", "--num_images", "4", "--batch_size", "2", "--individual_files", "True"]
+
+
+def at_batch(monkeypatch, number, action):
+    """Calls action() before the batch `number` is sampled, counted from 0."""
+    original, count = GaussianDiffusion.sample_steps, iter(range(1000))
+
+    def counted(self, *args, **kwargs):
+        if next(count) == number:
+            action()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(GaussianDiffusion, "sample_steps", counted)
+
+
+def test_two_runs_at_once_do_not_mix_in_one_folder(plain, monkeypatch, capsys):
+    """The second one begins while the first one samples: it is refused, whatever its model."""
+    weights = read_file(plain / "last.pth")
+    save_tensors("other.pth", {**weights, "weights": {name: 0.9 * x for name, x in weights["weights"].items()}})
+    wanted = singles(draw(plain, *MANY, out="alone"))
+    codes = []
+
+    def second_run():
+        for options in (MANY, ["--num_images", "1"]):
+            with pytest.raises(SystemExit) as end:
+                draw("other.pth", *options)
+            codes.append(end.value.code)
+            assert "another process writes to" in capsys.readouterr().err.splitlines()[-1]
+
+    at_batch(monkeypatch, 1, second_run)
+    found = singles(draw(plain, *MANY))
+    assert codes == [1, 1] and found.keys() == wanted.keys()
+    assert all(np.array_equal(found[seed], wanted[seed]) for seed in wanted)
+
+
+def test_a_file_that_appears_meanwhile_is_compared(plain, monkeypatch, capsys):
+    """As if this file system had no locks."""
+    for options, refused in (([], False), (["--steps", "4"], True)):
+        folder = f"with_{refused}"
+        other = (draw(plain, *MANY, *options, out=f"for_{refused}") / "seed_0000000008.png").read_bytes()
+        with monkeypatch.context() as patch:
+            at_batch(patch, 1, lambda: Path(folder, "seed_0000000008.png").write_bytes(other))  # noqa: B023
+            if refused:
+                with pytest.raises(SystemExit):
+                    draw(plain, *MANY, out=folder)
+                assert "seed_0000000008.png is there already and differs in steps" in capsys.readouterr().err
+            else:
+                draw(plain, *MANY, out=folder)
+        assert Path(folder, "seed_0000000008.png").read_bytes() == other
+
+
+def test_a_file_of_another_device_is_not_taken(plain, capsys):
+    """Its generator gives other noise."""
+    path = draw(plain, *MANY) / "seed_0000000006.png"
+    with Image.open(path) as image:
+        text, drawn = dict(image.text), np.asarray(image)
+    assert text["device"] == "cpu" and text["precision"] == "fp32"
+    save_png(path, drawn, {**text, "device": "cuda"})
+    with pytest.raises(SystemExit):
+        draw(plain, *MANY)
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("differs in device: move it away, or choose another --save_dir")
+    )
+
+
+def test_a_rerun_removes_what_a_killed_run_left_half_written(plain, monkeypatch, capsys):
+    """But nothing of another program's, and nothing while another run is alive."""
+    spools = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: spools.extend(Path("out").glob(".predict*")))
+    draw(plain, "--num_images", "1", "--npz", "True")
+    left = [
+        ".seed_0000000005.png.0123abcd.tmp",
+        ".predict_5x5_results.png.0123abcd.tmp",
+        *map(os.path.basename, spools),
+    ]
+    kept = [".train_lines.txt.0123abcd.tmp", ".seed.tmp", "seed_1.tmp"]
+    assert len(left) == 3 and not set(left) & set(names("out"))
+    for name in left + kept:
+        Path("out", name).write_bytes(b"half")
+    with locked("out", "busy"), pytest.raises(SystemExit):
+        draw(plain, *MANY)
+    assert {*left, *kept} <= set(names("out"))
+    draw(plain, *MANY)
+    assert not set(left) & set(names("out")) and set(kept) < set(names("out"))
+
+
+def test_outputs_replace_links_and_say_where_they_are(plain, capsys):
+    """A folder from someone else: no fixed name redirects a write, and no line names its target."""
+    outputs = [f"predict_{name}" for name in ("1x1_results.png", "5x5_results.png", "results.npz")]
+    outputs += ["predict_trajectory_results.png", "predict_trajectory_results.gif"]
+    secrets = [".lock", "seed_0000000005.png", f".predict_results.{os.getpid()}.tmp"]
+    Path("out").mkdir()
+    for number, name in enumerate(outputs + secrets):
+        Path("out", name).symlink_to(f"../there_{number}")
+        if name not in secrets[:2]:  # a dangling link else
+            Path(f"there_{number}").write_text("mine")
+    before = names(".")
+    draw(plain, *MANY, "--npz", "True", "--trajectory", "True")
+    said = capsys.readouterr().out
+    assert names(".") == before and all(Path(name).read_text() == "mine" for name in before if name != "out")
+    for name in outputs:
+        assert not Path("out", name).is_symlink() and str(Path("out").resolve() / name) in said.splitlines()
+
+
+def test_other_things_in_the_place_of_outputs_are_refused_before_the_first_step(plain, monkeypatch, capsys):
+    """Neither a pipe blocks, nor does a PostScript file start a program."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("a program is started"))
+    single, grid = "seed_0000000005.png", "predict_5x5_results.png"
+    finished = draw(plain, *MANY, out="finished") / single
+    with Image.open(finished) as image:
+        text, drawn = dict(image.text), np.asarray(image)
+
+    def write_eps(path):
+        Image.new("RGB", (8, 8)).save(path, "EPS")
+
+    for place, make, words in (
+        (single, write_eps, "cannot be read"),
+        (single, os.mkfifo, "is no regular file"),
+        (single, os.mkdir, "is a folder"),
+        (single, lambda path: Path(path).symlink_to(os.devnull), f"{single} cannot be read (is no regular file"),
+        (single, lambda path: save_png(path, drawn[:4], text), "differs in size"),
+        (single, lambda path: save_png(path, drawn[..., :1], text), "differs in size"),
+        (grid, os.mkfifo, "is no file"),
+        (grid, os.mkdir, "is no file"),
+    ):
+        folder = Path(f"out{len(names('.'))}")
+        folder.mkdir()
+        make(folder / place)
+        batches = count_batches(monkeypatch)
+        with pytest.raises(SystemExit):
+            draw(plain, *MANY, out=folder)
+        assert words in capsys.readouterr().err.splitlines()[-1], words
+        assert batches == [] and names(folder) == [place]
+
+
+@pytest.mark.parametrize("setting", ["init_image", "mask"])
+def test_given_images_are_read_as_those_of_training(plain, monkeypatch, capsys, setting):
+    """By the formats that the project reads, whatever the name says: no PostScript, no pipe."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("a program is started"))
+    Image.new("RGB", (8, 8)).save("photo.png")
+    Image.new("RGB", (8, 8)).save("eps.png", "EPS")
+    os.mkfifo("pipe.png")
+    for name, words in (("eps.png", "not a picture, or of an unknown format"), ("pipe.png", "is no regular file")):
+        images = {"init_image": "photo.png", setting: name}
+        with pytest.raises(SystemExit):
+            draw(plain, *(word for option, value in images.items() for word in (f"--{option}", value)))
+        assert f"{name}: cannot be read as an image ({words}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_images_without_content_are_said(plain, capsys):
+    """Weights that training has ruined draw black, and the files look like any others."""
+    draw(plain, *MANY)
+    assert "warning" not in capsys.readouterr().out
+    checkpoint = read_file(plain / "last.pth")
+    for name, value in checkpoint["weights"].items():
+        value *= 1e8 if "model." in name else 1
+    save_tensors("large.pth", checkpoint)
+    for _ in range(2):  # drawn, then taken from the files
+        draw("large.pth", *MANY, out="large")
+        assert "warning: a single color fills 4 of 4 images: try another" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_older_results_stay_if_drawing_fails(plain, monkeypatch):

@@ -1,9 +1,11 @@
 """What predict.py writes, as whole files: images, grid, .npz, and how the images formed."""
 
+import contextlib
 import errno
 import hashlib
 import math
 import os
+import secrets
 import tempfile
 from pathlib import Path
 
@@ -12,36 +14,58 @@ from PIL import Image
 
 from utils import distributed
 from utils.checkpoint.integrity import weights_digest
-from utils.errors import UserError, one_line
-from utils.files import atomic_write
+from utils.data.decode import attempt
+from utils.data.formats import check_regular
+from utils.errors import UserError
+from utils.files import atomic_write, locked, remove_leftovers
 from utils.images import make_grid, save_animation, save_png, to_uint8
+from utils.terminal import plural
 
 COLUMNS = 5
 SHOWN = 25  # images in the grid
 STRIP_IMAGES, STRIP_STEPS, FRAMES, FRAME_MS, LAST_FRAME_MS = 4, 10, 40, 80, 2000
 
 
+@contextlib.contextmanager
+def output_folder(path):
+    """The folder, made, and locked while the block runs: two runs would mix their images.
+
+    What a killed run left half-written goes. UserError where the folder cannot be written to.
+    """
+    folder = Path(os.path.realpath(path))
+    try:  # before hours of sampling
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror}): choose another --save_dir") from None
+    if blocked := [found for found in folder.glob("predict_*results.*") if found.exists() and not found.is_file()]:
+        raise UserError(f"{blocked[0]} is no file: move it away, or choose another --save_dir")
+    refusal = f"another process writes to {folder}: wait for its end, or choose another --save_dir"
+    with contextlib.ExitStack() as lock:
+        if distributed.is_main():
+            lock.enter_context(locked(folder, refusal))
+            for name in ("seed_*", "between_*", "predict_*"):
+                remove_leftovers(folder, name)
+        distributed.barrier()  # rank 0 has locked it for all processes
+        yield folder
+
+
 class PredictFiles:
     """Writes images that come in any order and from any process, in bounded memory.
 
-    config: predict.py's, resolved. shape: (H, W, C) of an image. rows: of the grid, one per class;
-    0: no classes. text_of: see `image_texts`. UserError where the folder cannot be written to.
+    folder: of `output_folder`. config: predict.py's, resolved. shape: (H, W, C) of an image. rows:
+    of the grid, one per class; 0: no classes. text_of: see `image_texts`.
     """
 
-    def __init__(self, config, shape, rows, text_of):
-        self.folder, self.config, self.shape, self.text_of = Path(config.save_dir), config, tuple(shape), text_of
+    def __init__(self, folder, config, shape, rows, text_of):
+        self.folder, self.config, self.shape, self.text_of = folder, config, tuple(shape), text_of
         self.columns = config.interpolate or COLUMNS
         self.shown = config.interpolate or rows * COLUMNS or SHOWN
+        self.flat = 0  # images of a single color
         self.images = {}  # number -> (H, W, C): those in the grid
         self.trajectories = {}  # number -> [(x_t, x_0), ...], (H, W, C) each: the same, as they form
         kept = np.linspace(0, config.steps - 1, min(FRAMES, config.steps)) if config.trajectory else []
         self.kept_steps = {round(step) for step in kept}
-        try:  # before hours of sampling
-            self.folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.folder).close()
-        except OSError as error:
-            fault = f"{self.folder.resolve()} cannot be written to ({error.strerror})"
-            raise UserError(f"{fault}: choose another --save_dir") from None
         self.spool = open_spool(self.folder, (config.num_images, *self.shape)) if config.npz else None
 
     def reuse(self, first, size):
@@ -64,26 +88,25 @@ class PredictFiles:
         path, wanted = self.path(number), self.text_of(number)
         if not path.exists():
             return None
-        try:
-            with Image.open(path, formats=["PNG"]) as image:
-                image.load()
-                text, pixels = dict(image.text), np.asarray(image)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path.resolve()} cannot be read ({one_line(error)}): delete it") from None
+        found, reason = attempt(read_png, path)
+        if reason:
+            raise UserError(f"{path} cannot be read ({reason}): delete it")
+        pixels, text = found
         differing = [name for name in {**wanted, **text} if text.get(name) != wanted.get(name)]
         if differing:
-            what = f"{path.resolve()} is there already and differs in {', '.join(differing)}"
+            what = f"{path} is there already and differs in {', '.join(differing)}"
             raise UserError(f"{what}: move it away, or choose another --save_dir")
         return pixels.reshape(self.shape)
 
     def add(self, first, pixels):
         """pixels: (n, H, W, C) uint8, the images from number `first` on; padding at the end."""
         for number, image in enumerate(pixels[: self.config.num_images - first], first):
-            if self.config.individual_files and not self.path(number).exists():
+            if self.config.individual_files and self.read(number) is None:  # one may have appeared meanwhile
                 save_png(self.path(number), image, self.text_of(number))
             self.keep(number, image)
 
     def keep(self, number, image):
+        self.flat += bool((image == image[0, 0]).all())
         if number < self.shown:
             self.images[number] = image
         if self.spool is not None:
@@ -100,10 +123,11 @@ class PredictFiles:
         """Writes what needs all images. Rank 0 does it, with those of the other processes."""
         if self.spool is not None:
             self.spool.flush()  # other machines that share the folder read it next
-        gathered = distributed.gather((self.images, self.trajectories))
+        gathered = distributed.gather((self.images, self.trajectories, self.flat))
         if not distributed.is_main():
             return
-        images, trajectories = ({number: part[number] for part in parts for number in part} for parts in zip(*gathered))
+        *drawn, flat = zip(*gathered)
+        images, trajectories = ({number: part[number] for part in parts for number in part} for parts in drawn)
         ordered = np.stack([images[number] for number in sorted(images)])
         save_png(self.named("predict_1x1_results.png"), ordered[0])
         name = "predict_interpolation_results.png" if self.config.interpolate else "predict_5x5_results.png"
@@ -114,11 +138,14 @@ class PredictFiles:
             with atomic_write(self.named("predict_results.npz")) as file:
                 np.savez(file, np.asarray(self.spool))  # arr_0, as the ADM evaluation's sample files have it
         if self.config.individual_files:
-            print(f"{self.config.num_images} single files in {self.folder.resolve()}")
+            print(f"{plural(self.config.num_images, 'single file')} in {self.folder}")
+        if sum(flat):
+            filled = f"a single color fills {sum(flat):,} of {plural(self.config.num_images, 'image')}"
+            print(f"warning: {filled}: try another checkpoint, or --precision fp32")
 
     def named(self, name):
         """The path of an output, which is printed."""
-        print((self.folder / name).resolve())
+        print(self.folder / name)
         return self.folder / name
 
     def write_trajectories(self, trajectories):
@@ -132,6 +159,16 @@ class PredictFiles:
         save_animation(self.named("predict_trajectory_results.gif"), frames, times)
 
 
+def read_png(path):
+    """(pixels, texts) of a PNG. No other decoder is tried: that of EPS starts a program."""
+    check_regular(path)  # a pipe would block
+    with Image.open(path, formats=["PNG"]) as image:
+        image.load()
+        pixels = np.asarray(image)
+        size = "x".join(map(str, (*pixels.shape, 1)[:3]))
+        return pixels, {**image.text, "size": size}  # what it holds, whatever it says
+
+
 def open_spool(folder, shape):
     """A (N, H, W, C) uint8 array in a file without a name; each process writes its images into it.
 
@@ -139,13 +176,14 @@ def open_spool(folder, shape):
     """
     file = None
     if distributed.is_main():
-        file = tempfile.NamedTemporaryFile(prefix=".predict_results.", suffix=".tmp", dir=folder)  # noqa: SIM115
+        suffix = f".{secrets.token_hex(4)}.tmp"  # as `remove_leftovers` knows it
+        file = tempfile.NamedTemporaryFile(prefix=".predict_results.", suffix=suffix, dir=folder)  # noqa: SIM115
         try:
             if hasattr(os, "posix_fallocate"):  # a mapped file that gets no space later kills the process
                 os.posix_fallocate(file.fileno(), 0, math.prod(shape))
         except OSError as error:  # others than these: a file system that cannot do this
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise OSError(f"{folder.resolve()}: too little space for the .npz ({error.strerror})") from None
+                raise OSError(f"{folder}: too little space for the .npz ({error.strerror})") from None
             os.truncate(file.fileno(), math.prod(shape))
     name = distributed.from_main(file and file.name)
     spool = np.memmap(file or name, np.uint8, "r+", shape=shape)
@@ -158,13 +196,15 @@ def open_spool(folder, shape):
 def image_texts(config, networks, shape, classes, labels, options):
     """The function number -> dict of all that an image depends on, the text of its single file.
 
-    networks: the one that samples, and the guiding one. options: SamplingOptions.
+    config: resolved, device and precision too. networks: the one that samples, and the guiding
+    one. options: SamplingOptions.
     """
     names = ["sampler", "steps", "spacing", "guidance_scale", "use_ema"]
     names += ["guidance_interval"] * bool(options.guidance_interval) + ["clip"] * (not options.clip)
     names += ["strength"] * (options.init is not None)
     text = {"size": "x".join(map(str, shape)), **options.solver_options}
     text |= {name: getattr(options, name) for name in names}
+    text |= {"device": config.device, "precision": config.precision}
     for name in ("init", "mask"):  # by their values: the name of a file plays no part
         if (image := getattr(options, name)) is not None:
             text[name] = hashlib.blake2b(image[:1].contiguous().numpy(), digest_size=8).hexdigest()

@@ -1,6 +1,7 @@
 """What predict.py is about to do: the settings that were chosen for the user."""
 
 from utils.device import describe_device
+from utils.terminal import plural
 
 
 def describe_guidance(config):
@@ -17,8 +18,8 @@ def print_sampling(config, classes, rows, device, precision, checkpoint):
         size = ",".join(map(str, config.input_shape))
         print(f"these weights do not say their size: sampling {size}; --input_shape sets another")
     print(
-        f"{describe_device(device)}, precision {precision}; {config.sampler}, {config.steps} steps"
-        f"{describe_guidance(config)}; {config.num_images} images from seed {config.seed} on"
+        f"{describe_device(device)}, precision {precision}; {config.sampler}, {plural(config.steps, 'step')}"
+        f"{describe_guidance(config)}; {plural(config.num_images, 'image')} from seed {config.seed} on"
     )
     if rows:
         more = f" (and {len(classes) - rows} more: --class_name samples one)" if len(classes) > rows else ""
