@@ -190,6 +190,30 @@ def cut_pixels(pixels, index):
     pixels.write_bytes(pixels.read_bytes()[:-1])
 
 
+def flip_two_bytes(pixels, index):
+    content = bytearray(pixels.read_bytes())
+    content[500], content[501] = content[501] ^ 255, content[500]
+    pixels.write_bytes(content)
+
+
+def turn_the_shape(pixels, index):
+    edit_index(index, shape=[40, 16, 8, 3])
+
+
+def edit_a_hash(pixels, index):
+    edit_index(index, hashes=["0" * 32, *json.loads(index.read_text())["hashes"][1:]])
+
+
+def nest_the_index(pixels, index):
+    index.write_text("[" * 100_000)
+
+
+def take_the_files_of_another_cache(pixels, index):
+    open_listed((pixels.parent.parent / "train_lines.txt", None, pixels.parent / "other"), background=(0, 0, 0))
+    for other in (pixels.parent / "other").iterdir():
+        other.replace(pixels.with_suffix(other.suffix))
+
+
 def remove_index(pixels, index):
     index.unlink()
 
@@ -209,13 +233,23 @@ def remove_pixels(pixels, index):
         cut_pixels,
         lengthen_pixels,
         remove_pixels,
+        flip_two_bytes,
+        turn_the_shape,
+        edit_a_hash,
+        nest_the_index,
+        take_the_files_of_another_cache,
     ],
 )
-def test_a_damaged_cache_is_built_again(listed, decoded, damage):
-    whole = open_listed(listed).batch(range(40))[0]
+def test_a_damaged_cache_is_built_again(listed, decoded, damage, capsys):
+    first = open_listed(listed)
+    whole, hashes = first.batch(range(40))[0].clone(), first.hashes
     (pixels,), (index,) = listed[2].glob("*.pixels"), listed[2].glob("*.json")
     damage(pixels, index)
-    assert torch.equal(open_listed(listed).batch(range(40))[0], whole) and len(decoded) == 80
+    before, _ = len(decoded), capsys.readouterr()
+    again = open_listed(listed)
+    assert torch.equal(again.batch(range(40))[0], whole) and again.hashes == hashes and len(decoded) == before + 40
+    (said,) = capsys.readouterr().out.splitlines()
+    assert ("again, as the cache is damaged" in said) == (damage is not remove_index)
 
 
 @pytest.mark.parametrize("writes", [0, 1])
@@ -366,6 +400,48 @@ def test_the_caches_used_longest_ago_go(listed):
     kept = sorted(json.loads(path.read_text())["shape"][1:] for path in listed[2].glob("*.json"))
     assert kept == [[4, 4, 1], [7, 4, 3], [9, 4, 3], [10, 4, 3]]
     assert len(list(listed[2].iterdir())) == 8
+
+
+def test_leftovers_of_killed_builds_go_where_nothing_is_built_too(listed):
+    open_listed(listed)
+    leftover = listed[2] / f".{'a' * 24}.pixels.01234567.tmp"
+    for age, stays in ((7200, False), (0, True)):  # a living build may write the young one
+        leftover.touch()
+        os.utime(leftover, (time.time() - age,) * 2)
+        open_listed(listed)
+        assert leftover.exists() == stays
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links of POSIX")
+def test_links_in_a_cache_redirect_no_write_and_foreign_files_behind_one_stay(listed, monkeypatch):
+    (listed[0].parent / "datasets").mkdir()
+    outside, old = listed[0].parent / "outside", time.time() - 7200
+    outside.mkdir()
+    (listed[0].parent / "datasets" / ".cache").symlink_to(outside)
+    open_listed(listed, cache_path=None)
+    foreign = [outside / name for name in ("a.json", "results.pixels", ".writable", f"{'a' * 24}.json.bak")]
+    for path in foreign:
+        path.write_text("mine")
+        os.utime(path, (old, old))
+    for path in sorted(outside.glob("?" * 24 + ".*[ns]")):  # as if someone knew the names
+        target = outside / ("target" + path.suffix)
+        path.replace(target)
+        target.write_text("mine")
+        path.symlink_to(target)
+        foreign.append(target)
+    for i in range(7):
+        open_listed(listed, cache_path=None, input_shape=(4 + i, 4))
+    assert len(open_listed(listed, cache_path=None)) == 40
+    assert [path.read_text() for path in foreign] == ["mine"] * 6
+
+
+def test_a_format_that_this_installation_cannot_read_is_no_lasting_fault(listed, monkeypatch):
+    for module_name in ("formats", "cache"):
+        monkeypatch.setattr(f"utils.data.{module_name}.FORMATS", ("JPEG",))
+    Image.new("RGB", (9, 9)).save(listed[1][0], "JPEG")
+    assert len(open_listed(listed)) == 1
+    monkeypatch.undo()
+    assert len(open_listed(listed)) == 40
 
 
 def test_caches_used_within_the_hour_stay(listed):

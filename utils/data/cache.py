@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -16,13 +17,13 @@ import numpy as np
 
 from utils.data.annotation import RUN_AGAIN
 from utils.data.decode import attempt, is_damage, load_image
-from utils.data.formats import check_regular
+from utils.data.formats import FORMATS, check_regular
 from utils.data.threads import map_in_threads, one_if_large
 from utils.errors import UserError
-from utils.files import PROJECT, atomic_write
+from utils.files import PROJECT, atomic_write, read_json
 from utils.terminal import first_few
 
-CACHE_VERSION = 3  # part of the key: raise it when load_image gives other pixels or the files change their form
+CACHE_VERSION = 4  # part of the key: raise it when load_image gives other pixels or the files change their form
 CACHES_KEPT = 4  # the most recently used ones in a folder
 OWN_NAME = re.compile(r"[0-9a-f]{24}\.(json|pixels)|\.[0-9a-f]{24}\.(json|pixels)\.[0-9a-f]{8}\.tmp")
 
@@ -34,7 +35,8 @@ def open_cache(annotation_path, paths, image_format, cache_path=None, num_worker
     UserError for missing files or none that can be decoded, OSError where nothing can be written.
     """
     place = cache_folder(annotation_path, cache_path) / f"{_cache_key(image_format, paths)}.pixels"
-    cache = _read_cache(place, len(paths)) or _build_cache(place, paths, image_format, num_workers)
+    cache = _read_cache(place) or _build_cache(place, paths, image_format, num_workers)
+    _prune(place)
     if bad := [f"{paths[row]} ({reason})" for row, reason in cache[1]["bad"]]:
         print(f"left out {len(bad)} of {len(paths)} listed images, which cannot be decoded: {first_few(bad, 10)}")
     return cache
@@ -45,7 +47,7 @@ def _cache_key(image_format, paths):
     gone = [path for path in paths if not os.path.exists(path)]
     if gone:
         raise UserError(f"{len(gone)} of {len(paths)} listed images are gone: {first_few(gone, 10)}; {RUN_AGAIN}")
-    digest = hashlib.sha256(json.dumps([CACHE_VERSION, image_format._asdict()]).encode())
+    digest = hashlib.sha256(json.dumps([CACHE_VERSION, FORMATS, image_format._asdict()]).encode())
     for path, stat in zip(paths, map(os.stat, paths)):
         digest.update(repr((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)).encode())
     return digest.hexdigest()[:24]
@@ -67,28 +69,35 @@ def cache_folder(annotation_path, cache_path=None):
     raise OSError(f"no folder for the cache of decoded images: {', '.join(reasons)}; make one of these writable")
 
 
-def _read_cache(pixels_path, num_listed):
+def _read_cache(pixels_path):
     """(pixels, index) of a whole cache, else None."""
     index_path = pixels_path.with_suffix(".json")
     try:
-        index = json.loads(index_path.read_text("utf-8"))
-        shape, size = tuple(index["shape"]), pixels_path.stat().st_size
-        if len(index["hashes"]) != shape[0] or shape[0] + len(index["bad"]) != num_listed or size != math.prod(shape):
-            return None
-        pixels = np.memmap(pixels_path, dtype=np.uint8, mode="r", shape=shape)
+        index = read_json(index_path)
+        pixels = np.asarray(np.memmap(pixels_path, dtype=np.uint8, mode="r"))  # the memmap class gathers slower
+        pixels, expected = pixels.reshape(index["shape"]), index.pop("checksum")
     except (OSError, ValueError, LookupError, TypeError):  # none, or damaged: build it (again)
+        return None
+    if expected != _checksum(pixels_path, index, zlib.crc32(pixels)):
         return None
     with contextlib.suppress(OSError):
         for path in (index_path, pixels_path):
             os.utime(path)  # the time of its last use, for pruning
-    return np.asarray(pixels), index  # a plain view: the memmap class makes each gather slower
+    return pixels, index
+
+
+def _checksum(pixels_path, index, of_pixels):
+    """Of a cache's key, index and pixels: bits that flipped, or files of another key, show."""
+    return zlib.crc32(json.dumps([pixels_path.stem, index]).encode(), of_pixels)
 
 
 def _build_cache(pixels_path, paths, image_format, num_workers):
     """Decode all files into the cache; read it. The index comes last: it makes the pixels valid."""
     shape = height, width, _ = (*image_format.input_shape, image_format.img_channels)
-    megabytes, hashes, bad = math.prod(shape) * len(paths) / 1e6, [], []
-    print(f"decoding {len(paths)} images to {height}x{width} (height x width), {megabytes:.1f} MB: {pixels_path}")
+    megabytes, hashes, bad, checksum = math.prod(shape) * len(paths) / 1e6, [], [], 0
+    again = ", again, as the cache is damaged" if pixels_path.with_suffix(".json").exists() else ""
+    size = f"{height}x{width} (height x width), {megabytes:.1f} MB"
+    print(f"decoding {len(paths)} images to {size}{again}: {pixels_path}")
     read = partial(_decode, image_format=image_format)
     decoded = map_in_threads(lambda path: attempt(read, path, is_damage), paths, num_workers, "decoding")
     try:
@@ -98,17 +107,18 @@ def _build_cache(pixels_path, paths, image_format, num_workers):
                     bad.append((row, reason))
                 else:
                     file.write(image[0])
+                    checksum = zlib.crc32(image[0], checksum)
                     hashes.append(image[1])
             if not hashes:
                 fault = f"none of the {len(paths)} listed images can be decoded ({paths[0]}: {bad[0][1]})"
                 raise UserError(f"{fault}; {RUN_AGAIN}")
+        index = {"shape": [len(hashes), *shape], "hashes": hashes, "bad": bad}
         with atomic_write(pixels_path.with_suffix(".json"), "w", encoding="utf-8") as file:
-            json.dump({"shape": [len(hashes), *shape], "hashes": hashes, "bad": bad}, file)
+            json.dump(index | {"checksum": _checksum(pixels_path, index, checksum)}, file)
     except OSError as error:
         fault = f"the cache of decoded images could not be written ({error.strerror or error})"
         raise OSError(f"{fault}: {pixels_path} needs {megabytes:.0f} MB; free some space") from error
-    _prune(pixels_path)
-    return _read_cache(pixels_path, len(paths))
+    return _read_cache(pixels_path)
 
 
 def _decode(path, image_format):
