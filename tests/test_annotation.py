@@ -288,6 +288,69 @@ def test_a_fifo_is_refused_before_the_older_names_go(tmp_path):
     assert (tmp_path / "list_classes.txt").read_text() == "mine\n" and len(os.listdir(tmp_path)) == 2
 
 
+def list_of(folder, name, classes):
+    """A labelled list of one image for each class, as bytes with its names."""
+    path = folder / name
+    write_annotation(path, [f"/d/{name}.png" for name in classes], list(range(len(classes))), classes)
+    return path.read_bytes(), classes_path(path).read_bytes()
+
+
+@pytest.mark.parametrize("first, second", [("train_lines.txt", "train.txt"), ("train.txt", "train_lines.txt")])
+@pytest.mark.parametrize("labels", [[0], None])
+def test_class_names_of_another_list_are_never_replaced_or_deleted(tmp_path, first, second, labels):
+    kept = list_of(tmp_path, first, ["cats", "dogs"])
+    if labels is None:  # it needs no names
+        write_annotation(tmp_path / second, ["/d/1.png"])
+        assert read_annotation(tmp_path / second).classes == []
+    else:
+        for _ in range(2):
+            with pytest.raises(UserError, match=rf"train_classes\.txt .* not of {second}: .*annotation_path"):
+                write_annotation(tmp_path / second, ["/d/1.png"], labels, ["flags"])
+        assert not (tmp_path / second).exists()
+    assert ((tmp_path / first).read_bytes(), (tmp_path / "train_classes.txt").read_bytes()) == kept
+    assert list_of(tmp_path, first, ["birds"]) != kept  # its own list may
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "pipe"])
+@pytest.mark.parametrize("labels", [[0], None])
+def test_what_was_in_the_place_of_the_class_names_before_the_list_stays(tmp_path, kind, labels):
+    place = tmp_path / "my_classes.txt"
+    if kind == "pipe" and not hasattr(os, "mkfifo"):
+        pytest.skip("named pipes")
+    {"file": lambda: place.write_text("mine\n"), "folder": place.mkdir, "pipe": lambda: os.mkfifo(place)}[kind]()
+    before = os.stat(place)
+    if labels is None:
+        write_annotation(tmp_path / "my.txt", ["/d/1.png"])
+    else:
+        with pytest.raises(UserError, match=r"my_classes\.txt .* not of my\.txt"):
+            write_annotation(tmp_path / "my.txt", ["/d/1.png"], labels, ["cats"])
+    assert os.stat(place) == before
+
+
+def test_the_same_class_names_are_no_loss(tmp_path):
+    list_of(tmp_path, "train_lines.txt", ["cats"])
+    (tmp_path / "train_lines.txt").unlink()
+    list_of(tmp_path, "train_lines.txt", ["cats"])
+    list_of(tmp_path, "train.txt", ["cats"])
+    assert read_annotation(tmp_path / "train.txt").classes == ["cats"]
+
+
+def test_a_list_never_replaces_the_class_names_of_another(tmp_path):
+    list_of(tmp_path, "train_lines.txt", ["cats"])
+    with pytest.raises(UserError, match=r"train_classes\.txt holds the class names of .*train_lines\.txt"):
+        check_annotation_path(tmp_path / "train_classes.txt")
+    check_annotation_path(tmp_path / "other_classes.txt")
+
+
+def test_what_killed_runs_left_of_a_list_goes_with_the_next(tmp_path):
+    mine = [f".train_lines.txt.{'a' * 8}.tmp", f".train_classes.txt.{'0' * 8}.tmp"]
+    foreign = [f".train_lines.txt.{'x' * 8}.tmp", f".other.txt.{'a' * 8}.tmp", "train_lines.txt.tmp"]
+    for name in mine + foreign:
+        (tmp_path / name).touch()
+    list_of(tmp_path, "train_lines.txt", ["cats"])
+    assert sorted(os.listdir(tmp_path)) == sorted([*foreign, "train_lines.txt", "train_classes.txt"])
+
+
 @pytest.mark.skipif(os.name == "nt", reason="links of POSIX")
 def test_a_list_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
     (tmp_path / "elsewhere").mkdir()
@@ -510,6 +573,24 @@ def test_names_that_the_terminal_cannot_show_end_nothing(tmp_path, monkeypatch, 
     assert done.returncode == 0, done.stderr
     assert b"Traceback" not in done.stderr and b"3 classes: -dash (1)" in done.stdout and rb"bytes\udcff" in done.stdout
     assert read_annotation(tmp_path / "train_lines.txt").classes == ["-dash", "bytes\udcff", "猫"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of bytes")
+def test_a_list_with_non_ascii_names_is_read_where_the_locale_has_no_utf_8(tmp_path):
+    paths = [make_image(tmp_path / "猫" / "ä.png"), make_image(tmp_path / "bytes\udcff.png")]
+    write_annotation(tmp_path / "train_lines.txt", paths, [1, 0], ["a", "猫"])
+    program = (
+        "from utils.data.annotation import read_annotation; from utils.data.cache import open_cache\n"
+        "from utils.data.image_format import ImageFormat\n"
+        "listed = read_annotation('train_lines.txt')\n"
+        "pixels, index = open_cache('train_lines.txt', listed.paths, ImageFormat((8, 8)), 'cache')\n"
+        "print(len(pixels), index['bad'], ascii(listed.classes), listed.labels)\n"
+    )
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    environment["PYTHONPATH"] = str(PROJECT)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == r"2 [] ['a', '\u732b'] [1, 0]", done.stderr
 
 
 @pytest.mark.parametrize("name", [".", "datasets", "", "datasets/cats/1.png"])
