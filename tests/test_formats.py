@@ -121,22 +121,24 @@ def test_a_tiff_of_12_bits_is_left_out_by_name(tmp_path):
     assert "a TIFF of 12-bit unsigned values" in check_images([str(tmp_path / "a.tif")])[1][0][1]
 
 
-def planes(path, values, order, deflate=False):
-    """A TIFF of three samples in planes of their own. values: (H, W, 3)."""
-    height, width, _ = values.shape
+def planes(path, values, order, deflate=False, photometric=2, extra=()):
+    """A TIFF of samples in planes of their own. values: (H, W, C)."""
+    height, width, samples = values.shape
     bits, content = values.dtype.itemsize * 8, b""
-    data = [values[..., i].astype(values.dtype.newbyteorder(order)).tobytes() for i in range(3)]
+    data = [values[..., i].astype(values.dtype.newbyteorder(order)).tobytes() for i in range(samples)]
     data = [zlib.compress(plane) for plane in data] if deflate else data
-    offsets = [8 + sum(map(len, data[:i])) for i in range(3)]
+    offsets = [8 + sum(map(len, data[:i])) for i in range(samples)]
     content = b"".join(data) + b"\0" * (sum(map(len, data)) % 2)
-    lists = {258: ("H", [bits] * 3), 273: ("I", offsets), 279: ("I", list(map(len, data)))}
-    single = {256: width, 257: height, 259: 8 if deflate else 1, 262: 2, 277: 3, 278: height, 284: 2}
-    entries = {tag: struct.pack(order + "HHIHH", tag, 3, 1, value, 0) for tag, value in single.items()}
-    for tag, (form, numbers) in lists.items():
-        kind = {"H": 3, "I": 4}[form]
-        entries[tag] = struct.pack(order + "HHII", tag, kind, 3, 8 + len(content))
-        content += struct.pack(order + 3 * form, *numbers) + b"\0" * 2 * (form == "H")
-    directory = struct.pack(order + "H", len(entries)) + b"".join(entries[tag] for tag in sorted(entries))
+    entries = {256: [width], 257: [height], 258: [bits] * samples, 259: [8 if deflate else 1], 262: [photometric]}
+    entries |= {273: offsets, 277: [samples], 278: [height], 279: list(map(len, data)), 284: [2]}
+    entries |= {338: list(extra)} if extra else {}
+    directory = struct.pack(order + "H", len(entries))
+    for tag, numbers in sorted(entries.items()):
+        kind, form = (4, "I") if tag in (273, 279) else (3, "H")
+        packed = struct.pack(order + form * len(numbers), *numbers)
+        directory += struct.pack(order + "HHI", tag, kind, len(numbers))
+        directory += packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack(order + "I", 8 + len(content))
+        content += packed.ljust(-len(packed) % 2 + len(packed), b"\0") if len(packed) > 4 else b""
     start = {"<": b"II", ">": b"MM"}[order] + struct.pack(order + "HI", 42, 8 + len(content))
     path.write_bytes(start + content + directory + bytes(4))
 
@@ -149,11 +151,62 @@ def test_planes_of_colors_are_read_right_or_left_out_by_name(tmp_path, dtype, or
     values = np.random.default_rng(0).integers(0, 256, (9, 7, 3))
     planes(tmp_path / "a.tif", (values * (257 if dtype == "u2" else 1)).astype(dtype), order, deflate)
     if dtype == "u2":
-        with pytest.raises(ValueError, match="a TIFF of 16-bit unsigned values, in separate planes"):
+        with pytest.raises(ValueError, match="a TIFF of 16-bit unsigned values, in 3 separate planes"):
             load_as(tmp_path / "a.tif", (9, 7), channels)
         return
     shown = values if channels == 3 else values @ np.array([[0.299], [0.587], [0.114]])
     assert np.abs(load_same_size(tmp_path / "a.tif", channels) - shown).max() <= (0 if channels == 3 else 1)
+
+
+PLANAR = {  # (photometric, samples, extra samples) -> what is shown on black of (H, W, C) levels; None: left out
+    (2, 3, ()): lambda x: x,
+    (2, 4, (2,)): lambda x: x[..., :3] * x[..., 3:] / 255,
+    (5, 4, ()): lambda x: (255 - x[..., :3]) * (255 - x[..., 3:]) / 255,
+    **dict.fromkeys([(1, 2, ()), (1, 2, (0,)), (1, 2, (1,)), (1, 2, (2,)), (1, 3, (0, 0)), (2, 4, ())]),
+    **dict.fromkeys([(2, 4, (0,)), (2, 5, (0, 0)), (5, 5, (0,)), (6, 3, ()), (8, 3, ())]),
+}
+
+
+@pytest.mark.parametrize("deflate", [False, True])
+@pytest.mark.parametrize("kind", PLANAR)
+def test_other_numbers_of_planes_are_read_right_or_left_out_by_name(tmp_path, kind, deflate):
+    photometric, samples, extra = kind
+    values = np.random.default_rng(0).integers(0, 256, (9, 7, samples))
+    planes(tmp_path / "a.tif", values.astype("u1"), "<", deflate, photometric, extra)
+    if PLANAR[kind]:
+        found = load_same_size(tmp_path / "a.tif", 3, background=(0, 0, 0))
+        assert np.abs(found - PLANAR[kind](values)).max() <= 1
+    else:
+        ((_, reason),) = check_images([str(tmp_path / "a.tif")])[1]
+        assert reason == f"a TIFF of 8-bit unsigned values, in {samples} separate planes, which is not read"
+
+
+def test_a_tiff_of_another_compression_is_left_out_by_name(tmp_path):
+    write_tiff(tmp_path / "a.tif", KINDS["uint8"][0], "<", 1, tags={259: (3, 33003)}.items())
+    ((_, reason),) = check_images([str(tmp_path / "a.tif")])[1]
+    assert reason == "a TIFF of compression number 33003, which is not read"
+
+
+@pytest.mark.parametrize("sizes", [(8, 40), (8, 4, 40, 20), (40, 8), (8,)])
+def test_a_page_that_is_a_thumbnail_is_no_image(tmp_path, sizes):
+    """Sizes of pages; all but 40 are marked as reduced."""
+    pages, tags = [], []
+    for size in sizes:
+        pages.append(Image.new("RGB", (size, size // 2), (size, 0, 0)))
+        tags.append(TiffImagePlugin.ImageFileDirectory_v2())
+        tags[-1][254] = int(size != 40)
+    with TiffImagePlugin.AppendingTiffWriter(str(tmp_path / "a.tif"), new=True) as file:
+        for page, directory in zip(pages, tags):
+            page.save(file, "TIFF", tiffinfo=directory)
+            file.newFrame()
+    for full in (True, False):
+        good, bad = check_images([str(tmp_path / "a.tif")], full)
+        if sizes == (8,):
+            assert bad[0][1] == "a TIFF that holds thumbnails alone, which is not read"
+        else:
+            assert good == [(str(tmp_path / "a.tif"), (40, 20))]
+    if sizes != (8,):
+        assert load_as(tmp_path / "a.tif", (4, 8))[2, 3].tolist() == [40, 0, 0]
 
 
 @pytest.mark.parametrize("kind", ["int32", "float32"])
@@ -227,6 +280,8 @@ def png(*before_pixels, after_pixels=(), pixels=b"\0\x10\x20\x30"):
     )
 
 
+PALETTE = png()[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 3, 0, 0, 0)) + chunk(b"PLTE", b"123456")
+PALETTE += chunk(b"IDAT", zlib.compress(b"\0\1")) + chunk(b"IEND", b"")
 LONG = bytes(3 * 2**20)  # above Pillow's limit of 1 MB
 
 
@@ -265,6 +320,8 @@ def test_chunks_that_no_pixel_depends_on_do_no_harm(tmp_path, extra, after):
         (png()[:-30], "damaged"),
         (png()[:-25], "truncated"),
         (png(chunk(b"iCCP", b"no zero byte")), "iCCP chunk"),
+        (PALETTE[:33] + PALETTE[33 + 12 + 6 :], "damaged (its palette is missing)"),
+        (png()[:8] + chunk(b"CgBI", b"1234") + png()[8:], "Apple's CgBI kind of PNG, which is not read"),
         (png(chunk(b"tEXt", b"XML:com.adobe.xmp\0" + bytes(10**6)) * 80), "Too much memory used in text chunks"),
     ],
 )
@@ -287,6 +344,81 @@ def test_the_orientation_in_a_png_is_kept(tmp_path, kind):
     plain = (tmp_path / "plain.png").read_bytes()
     (tmp_path / "a.png").write_bytes(plain[:33] + chunk(kind, content if kind == b"eXIf" else raw) + plain[33:])
     assert check_image(tmp_path / "a.png") == check_image(tmp_path / "a.png", full=False) == (2, 3)
+
+
+# JPEG
+
+
+def jpeg(seed=0, **options):
+    """A noisy JPEG of 40 x 24 pixels."""
+    noise = np.random.default_rng(seed).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(noise).save(content, "JPEG", **options)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("restart", [0, 1])
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_jpeg_that_lacks_its_end_mark_alone_is_whole(tmp_path, progressive, restart, missing):
+    content = jpeg(progressive=progressive, restart_marker_blocks=restart)
+    (tmp_path / "whole.jpg").write_bytes(content)
+    (tmp_path / "a.jpg").write_bytes(content[:-missing])
+    for full in (True, False):
+        assert check_images([str(tmp_path / "a.jpg")], full) == ([(str(tmp_path / "a.jpg"), (40, 24))], [])
+    for shape in ((24, 40), (3, 5)):
+        np.testing.assert_array_equal(*(load_as(tmp_path / name, shape) for name in ("whole.jpg", "a.jpg")))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_jpeg_that_lacks_more_is_damaged(tmp_path, progressive, seed):
+    content = jpeg(seed, progressive=progressive)
+    for missing in range(3, 40):
+        (tmp_path / "a.jpg").write_bytes(content[:-missing])
+        ((_, reason),) = check_images([str(tmp_path / "a.jpg")])[1]
+        assert "truncated" in reason
+        with pytest.raises(OSError, match="truncated"):
+            load_as(tmp_path / "a.jpg", (8, 8))
+
+
+def test_what_follows_the_end_mark_of_a_jpeg_does_no_harm(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg() + b"maker's notes" * 9)
+    (tmp_path / "b.jpg").write_bytes(jpeg())
+    np.testing.assert_array_equal(*(load_as(tmp_path / name, (24, 40)) for name in ("a.jpg", "b.jpg")))
+
+
+# PPM
+
+COMMENTS = b"#\n" * 5000  # Pillow's reader takes minutes for millions of them
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"P3\n2 1\n" + COMMENTS + b"255\n1 2 3 " + COMMENTS + b"4 5 6\n",
+        b"P3 # a comment\n2 1 # of two\n#\r\n255\n1 2 3 4 #\n5 6",
+        b"P6\n#" + b"a" * 1000 + b"\n2 1\n255\n\1\2\3\4\5\6",
+        b"P6 2 1 255\n\1\2\3\4\5\6" + b" " * 9000,
+    ],
+)
+def test_comments_of_a_ppm_do_no_harm(tmp_path, content):
+    (tmp_path / "a.ppm").write_bytes(content)
+    with open_image(tmp_path / "a.ppm") as image:
+        assert content.startswith(b"P6") or b"#" not in image.fp.read()
+    assert check_image(tmp_path / "a.ppm", full=False) == check_image(tmp_path / "a.ppm") == (2, 1)
+    assert load_as(tmp_path / "a.ppm", (1, 2)).tolist() == [[[1, 2, 3], [4, 5, 6]]]
+
+
+@pytest.mark.parametrize("filler", [b"#\n", b" "])
+@pytest.mark.parametrize("kind", [b"P3", b"P4", b"P5", b"P6"])
+def test_a_ppm_of_an_endless_header_is_left_out_by_name(tmp_path, filler, kind):
+    (tmp_path / "a.ppm").write_bytes(kind + b"\n" + filler * 9000 + b"2 1\n255\n\1\2\3\4\5\6")
+    found = check_images([str(tmp_path / "a.ppm")])
+    if kind == b"P3" and filler != b" ":  # a plain one loses its comments first
+        assert "damaged" in found[1][0][1]
+    else:
+        assert found[1][0][1] == "a PPM with a header of more than 4096 bytes, which is not read"
 
 
 def test_the_other_limits_of_pillow_stay_as_they_are():

@@ -108,7 +108,7 @@ def test_a_turned_jpeg_read_at_a_reduced_scale_lies_right(tmp_path, orientation,
     assert np.abs(turned - upright).max() <= 6
 
 
-@pytest.mark.parametrize("orientation", [0, 9, 65535])
+@pytest.mark.parametrize("orientation", [0, 9, 255, 65535])
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
 def test_an_orientation_that_is_none_turns_nothing(tmp_path, orientation, suffix):
     exif = Image.Exif()
@@ -470,6 +470,13 @@ def test_other_formats_are_not_even_tried(tmp_path):
 def test_damage_of_the_content_is_told(error):
     assert is_damage(error) and is_about_the_file(error)
     assert describe_error(error) and "attack" not in describe_error(error)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError(273), IndexError("string index out of range"), AssertionError(), TypeError("x")]
+)
+def test_an_accident_of_a_decoder_is_no_reason(error):
+    assert describe_error(error) == "damaged (its parts do not fit together)"
 
 
 @pytest.mark.parametrize(

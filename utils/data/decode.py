@@ -187,4 +187,6 @@ def describe_error(error):
         return str(error)
     if isinstance(error, MemoryError):
         return "out of memory"
-    return getattr(error, "strerror", None) or f"damaged ({one_line(error)})"
+    accident = isinstance(error, (AssertionError, LookupError, TypeError))  # its text is about Pillow's own code
+    fault = "its parts do not fit together" if accident else one_line(error)
+    return getattr(error, "strerror", None) or f"damaged ({fault})"

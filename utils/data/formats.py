@@ -4,11 +4,12 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import stat
 import struct
 import zlib
 
-from PIL import Image, PngImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin, PpmImagePlugin
 from PIL import TiffImagePlugin as tiff
 
 from utils.errors import UserError
@@ -20,8 +21,18 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**24  # largest color profile of a PNG; Pillow'
 SHOWN_CHUNKS = (b"tRNS", b"eXIf", b"iCCP")
 EXIF_TEXTS = (b"Raw profile type exif\0", b"Raw profile type APP1\0", b"XML:com.adobe.xmp\0")
 
+JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"  # the marks of its end and of where a scan begins
+JPEG_PIXELS = 2**24  # of a JPEG without its end, which is decoded in full to see whether it is whole
+PPM_HEADER = 4096  # bytes: Pillow reads a header one by one, and a comment more in the time of all before it
+PPM_COMMENT = re.compile(rb"#[^\r\n]*[\r\n]?")
+
 SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "float"}  # of the values of a TIFF
 TIFF_VALUES = {(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (32, 2), (32, 3)}  # (bits, sample format) that Pillow reads
+
+NEW_SUBFILE_TYPE = 254  # a tag of a TIFF: 1 for a reduced copy
+# (photometric interpretation, samples, extra ones) whose separate planes Pillow reads right: RGB,
+# with alpha, CMYK.
+TIFF_PLANES = {(2, 3, ()), (2, 4, (2,)), (5, 4, ())}
 
 # Formats that some installations read, the module for each, and the extensions.
 OPTIONAL = (("AVIF", "PIL.AvifImagePlugin", ".avif", ".avifs"), ("HEIF", "pillow_heif", ".heic", ".heif", ".hif"))
@@ -67,8 +78,8 @@ def open_image(source, whole=True):
                 break
         else:
             raise UserError("not a picture, or of an unknown format")
-        factory = {"PNG": lambda file, _: _open_png(file, whole), "TIFF": _Tiff}.get(name, factory)
-        with factory(source, "") as image:
+        opened = {"PNG": _open_png, "JPEG": _open_jpeg, "PPM": _open_ppm, "TIFF": _open_tiff}.get(name)
+        with opened(source, whole) if opened else factory(source, "") as image:
             yield image
 
 
@@ -91,13 +102,59 @@ def _open_png(file, whole):
             pixels = [head]
             file.seek(length + 4, os.SEEK_CUR)
             continue
+        if kind == b"CgBI":
+            raise UserError("Apple's CgBI kind of PNG, which is not read")
         body = file.read(length + 4)
         needed = not kind[0] & 0x20  # a capital letter: Pillow says what is wrong with such a chunk
         sound = zlib.crc32(kind + body[:-4]).to_bytes(4, "big") == body[-4:]
         if needed or (sound and (kind in SHOWN_CHUNKS or body.startswith(EXIF_TEXTS))):
             (pixels if kind in (b"IDAT", b"IEND") else header).extend((head, body))
     image = PngImagePlugin.PngImageFile(io.BytesIO(b"".join(header + pixels)))
+    if image.mode == "P" and image.palette is None:
+        raise SyntaxError("its palette is missing")
     image.info.setdefault("exif", None)  # else Pillow decodes the pixels to look for it behind them
+    return image
+
+
+def _open_jpeg(file, whole):
+    """A JPEG. Pillow calls one truncated that lacks its end mark alone, of two bytes."""
+    factory, content = JpegImagePlugin.jpeg_factory, b""
+    file.seek(-2, os.SEEK_END)
+    if whole and file.read() != JPEG_END:
+        file.seek(0)
+        content = file.read().rstrip(b"\xff")
+    file.seek(0)
+    image = factory(file, "")
+    if content.rfind(JPEG_END) >= content.rfind(JPEG_SCAN) or image.width * image.height > JPEG_PIXELS:
+        return image
+    # Where pixels are missing, whatever follows is taken for them.
+    ends = [bytes([byte]) * 64 + JPEG_END for byte in (0x12, 0x35, 0x5A, 0x6C, 0x93, 0xA5, 0xD8, 0xE7)]
+    with contextlib.suppress(OSError):
+        if len({factory(io.BytesIO(content + end), "").tobytes() for end in (JPEG_END, *ends)}) == 1:
+            return factory(io.BytesIO(content + JPEG_END), "")
+    return image
+
+
+def _open_ppm(file, whole):
+    """A PPM; a plain one, which is text, without its comments. UserError for a long header."""
+    head = file.read(PPM_HEADER)
+    if head[1:2] in b"123":
+        file = io.BytesIO(PPM_COMMENT.sub(b"", head + file.read()))
+        head = file.read(PPM_HEADER)
+    if len(head) == PPM_HEADER and len(PPM_COMMENT.sub(b"", head).split()) < 4:  # the kind, the sides, the white level
+        raise UserError(f"a PPM with a header of more than {PPM_HEADER} bytes, which is not read")
+    file.seek(0)
+    return PpmImagePlugin.PpmImageFile(file, "")
+
+
+def _open_tiff(file, whole):
+    """The first page of a TIFF that is not marked as a reduced copy of another."""
+    image = _Tiff(file, "")
+    try:
+        while image.tag_v2.get(NEW_SUBFILE_TYPE, 0) & 1:
+            image.seek(image.tell() + 1)
+    except EOFError:
+        raise UserError("a TIFF that holds thumbnails alone, which is not read") from None
     return image
 
 
@@ -109,14 +166,19 @@ class _Tiff(tiff.TiffImageFile):
     def _setup(self):
         tags = self.tag_v2
         self.bits, sample_format = tags.get(tiff.BITSPERSAMPLE, (1,)), tags.get(tiff.SAMPLEFORMAT, (1,))[0]
-        self.is_compressed, self.samples = tags.get(tiff.COMPRESSION, 1) != 1, tags.get(tiff.SAMPLESPERPIXEL, 1)
+        compression, self.samples = tags.get(tiff.COMPRESSION, 1), tags.get(tiff.SAMPLESPERPIXEL, 1)
+        self.is_compressed = compression != 1
+        if compression not in tiff.COMPRESSION_INFO:
+            raise UserError(f"a TIFF of compression number {compression}, which is not read")
         swapped = self.is_compressed and self.bits[0] == 32 and tags.prefix == b"MM"
         if self.samples == 1:
             tags[tiff.PLANAR_CONFIGURATION] = 1  # one plane either way; Pillow would cut its raw mode short
-        planes = tags.get(tiff.PLANAR_CONFIGURATION) == 2 and (self.bits[0] > 8 or tags.get(tiff.FILLORDER, 1) > 1)
+        layout = tags.get(tiff.PHOTOMETRIC_INTERPRETATION), self.samples, tags.get(tiff.EXTRASAMPLES, ())
+        readable = self.bits[0] == 8 and tags.get(tiff.FILLORDER, 1) == 1 and layout in TIFF_PLANES
+        planes = tags.get(tiff.PLANAR_CONFIGURATION) == 2 and not readable
         if (self.bits[0], sample_format) not in TIFF_VALUES or swapped or planes:
             kind = f"{self.bits[0]}-bit {SAMPLE_FORMATS.get(sample_format, 'other')} values"
-            layout = ", compressed in big-endian order" * swapped + ", in separate planes" * planes
+            layout = ", compressed in big-endian order" * swapped + f", in {self.samples} separate planes" * planes
             raise UserError(f"a TIFF of {kind}{layout}, which is not read")
         self.negative = tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 0 and self.bits not in ((1,), (2,), (4,), (8,))
         if self.negative:
