@@ -9,10 +9,18 @@ from pathlib import Path
 from utils.data.annotation import check_annotation_path, write_annotation
 from utils.data.downloads import DATASETS, download
 from utils.data.formats import EXTENSIONS
-from utils.data.search import check_images, describe_classes, in_words, label_by_folder, search, without_shipped
+from utils.data.search import (
+    check_images,
+    describe_classes,
+    empty_classes,
+    in_words,
+    label_by_folder,
+    search,
+    without_shipped,
+)
 from utils.errors import UserError, run_script
 from utils.settings import choice, flag, parse, settings, text, whole
-from utils.terminal import printable
+from utils.terminal import first_few, printable
 
 OPTIONAL = "`pip install pillow-heif` brings .heic, Pillow 11.3 or newer .avif"
 
@@ -54,7 +62,7 @@ def main(arguments=None):
         folder = Path(config.datasets_path).absolute()
         fault = f"none of the {len(bad)} images in {folder} can be read" if bad else f"no image in {folder}"
         raise UserError(f"{fault}: put images there ({' '.join(EXTENSIONS)}), or set datasets_path to another folder")
-    paths, sizes = zip(*good)
+    listed, (paths, sizes) = paths, zip(*good)
     labels, classes = label_by_folder(paths)
     names_path = write_annotation(config.annotation_path, paths, labels, classes)
     if num_shipped:
@@ -62,6 +70,8 @@ def main(arguments=None):
     sizes = Counter(f"{width}x{height}" for width, height in sizes).most_common()
     print(f"{len(paths)} images, width x height: {in_words(sizes, 5)}; {len(bad)} bad files left out")
     print(describe_classes(paths, labels, classes))
+    if empty := empty_classes(listed, paths):
+        print(f"class folders without an image that can be read: {first_few(empty, 20)}")
     print(f"list: {Path(config.annotation_path).absolute()}")
     if names_path:
         print(f"class names: {names_path.absolute()}")

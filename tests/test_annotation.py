@@ -19,7 +19,15 @@ from utils.data.annotation import (
     write_annotation,
 )
 from utils.data.formats import EXTENSIONS
-from utils.data.search import check_images, describe_classes, find_images, label_by_folder, search, without_shipped
+from utils.data.search import (
+    check_images,
+    describe_classes,
+    empty_classes,
+    find_images,
+    label_by_folder,
+    search,
+    without_shipped,
+)
 from utils.data.threads import map_in_threads
 from utils.errors import UserError
 from utils.terminal import printable
@@ -112,6 +120,27 @@ def test_other_files_are_counted_by_their_ending(tmp_path):
 def test_a_root_that_is_no_folder_is_an_error_that_names_it(tmp_path):
     with pytest.raises(ValueError, match="missing is not a folder.*datasets_path"):
         find_images(tmp_path / "missing")
+
+
+SYSTEM = ("@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX", "@Recycle")
+
+
+@pytest.mark.parametrize("name", [*SYSTEM, "$Recycle.Bin"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_folders_of_the_system_or_a_nas_are_left_out_and_named(tmp_path, capsys, name, linked):
+    if linked:
+        make_image(tmp_path / "outside" / "thumb.jpg")
+        (tmp_path / "data" / "cats").mkdir(parents=True)
+        (tmp_path / "data" / "cats" / name).symlink_to(tmp_path / "outside")
+    else:
+        make_image(tmp_path / "data" / "cats" / name / "1.jpg" / "thumb.jpg")
+    for place in ("cats/1.jpg", f"{name}s/2.jpg"):
+        make_image(tmp_path / "data" / place)
+    make_image(tmp_path / "data" / name / "3.jpg")
+    found = relative(find_images(tmp_path / "data"), tmp_path / "data")
+    assert sorted(found) == sorted(["cats/1.jpg", f"{name}s/2.jpg"])
+    assert capsys.readouterr().out == f"left out 2 folders that a system makes for itself: {name} (2)\n"
+    assert len(find_images(tmp_path / "data" / name)) == 1  # asked for
 
 
 # Checking
@@ -210,6 +239,23 @@ def test_what_a_terminal_would_act_on_is_escaped(monkeypatch, text, shown):
 )
 def test_the_class_is_the_folder_below_the_common_root(paths, labels, classes):
     assert label_by_folder(paths) == (labels, classes)
+
+
+def test_two_spellings_of_a_name_in_unicode_are_one_class():
+    composed, split = "caf\u00e9", "cafe\u0301"
+    paths = [f"/d/{split}/1.png", f"/d/{composed}/2.png", "/d/Cafe/3.png"]
+    assert label_by_folder(paths) == ([1, 1, 0], ["Cafe", composed])
+    assert label_by_folder([f"/d/{split}/1.png", f"/d/{composed}/2.png"])[1] == [composed]
+
+
+def test_class_folders_without_a_good_image_are_named():
+    paths = ["/d/cats/1.png", "/d/dogs/2.png", "/d/owls/old/3.png", "/d/owls/4.png"]
+    assert empty_classes(paths, paths) == []
+    assert empty_classes(paths, paths[:3]) == []
+    assert empty_classes(paths, [paths[0], paths[3]]) == ["dogs"]
+    assert empty_classes(paths, paths[:1]) == ["dogs", "owls"]  # that no classes are left is said elsewhere
+    assert empty_classes([*paths, "/d/stray.png"], paths[:1]) == []
+    assert empty_classes(paths[:1], []) == []
 
 
 def test_images_beside_class_folders_are_named():
@@ -502,6 +548,8 @@ def test_the_script_lists_what_is_good_and_says_what_it_did(tmp_path):
     for name in ("noto_emoji/faces/1.png", "my set/cats/1.PNG", "my set/dögs/1.jpg", "my set/dögs/2.png"):
         make_image(tmp_path / "datasets" / name)
     (tmp_path / "datasets" / "my set" / "cats" / "bad.png").write_bytes(b"bad")
+    (tmp_path / "datasets" / "my set" / "owls").mkdir()
+    (tmp_path / "datasets" / "my set" / "owls" / "bad.png").write_bytes(b"bad")
     done = run_script(tmp_path)
     assert done.returncode == 0, done.stderr
     listed = read_annotation(tmp_path / "train_lines.txt")
@@ -515,6 +563,7 @@ def test_the_script_lists_what_is_good_and_says_what_it_did(tmp_path):
         "3 images, width x height: 8x6 (3)",
         "2 classes: cats (1), dögs (2)",
         "bad.png: not a picture",
+        "class folders without an image that can be read: owls",
         "the 1 shipped ones",
         str(tmp_path / "train_lines.txt"),
     ):

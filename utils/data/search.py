@@ -1,15 +1,19 @@
 """Find image files, check them, take their classes from folders, and say what was found."""
 
 import os
+import unicodedata
 from collections import Counter
 
 from utils.data.decode import attempt, check_image
 from utils.data.formats import EXTENSIONS
 from utils.data.threads import map_in_threads
 from utils.errors import UserError
-from utils.terminal import first_few
+from utils.terminal import first_few, plural
 
 SHIPPED = "noto_emoji"  # the folder of datasets/ that comes with the repository
+# What Windows, Linux, macOS, Synology and QNAP put into folders: trash, thumbnails and snapshots.
+SYSTEM_FOLDERS = ("$recycle.bin", "system volume information", "lost+found", "__macosx", "network trash folder")
+SYSTEM_FOLDERS += ("temporary items", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot")
 
 
 def find_images(root):
@@ -20,19 +24,21 @@ def find_images(root):
 def search(root):
     """(sorted absolute paths of the images, Counter of the extensions of other files) below `root`.
 
-    Names that start with a dot are left out. Links are followed; each folder is visited once.
+    Names that start with a dot and SYSTEM_FOLDERS are left out. Links are followed; each folder is
+    visited once.
     """
     root = os.path.abspath(root)
     if not os.path.isdir(root):
         raise UserError(f"{root} is not a folder: put images into it, or set datasets_path to another folder")
-    paths, others, roots, visited = [], Counter(), [root], set()
+    paths, others, skipped, roots, visited = [], Counter(), Counter(), [root], set()
     for start in roots:  # it grows: links come last, so that a folder below the root keeps its own name
         for folder, subfolders, files in os.walk(start, onerror=lambda error: print(f"left out {error}")):
             if os.path.realpath(folder) in visited:
                 subfolders.clear()
                 continue
             visited.add(os.path.realpath(folder))
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            skipped.update(name for name in subfolders if name.lower() in SYSTEM_FOLDERS)
+            subfolders[:] = sorted(name for name in subfolders if name not in skipped and not name.startswith("."))
             below = [os.path.join(folder, name) for name in subfolders]
             roots += filter(os.path.islink, below)
             for path in (os.path.join(folder, name) for name in sorted(files) if not name.startswith(".")):
@@ -42,6 +48,9 @@ def search(root):
                     paths.append(path)
                 else:
                     print(f"left out {path}: no regular file")
+    if skipped:
+        count = plural(skipped.total(), "folder")
+        print(f"left out {count} that a system makes for itself: {in_words(skipped.items())}")
     return sorted(paths, key=lambda path: path.split(os.sep)), others
 
 
@@ -75,9 +84,16 @@ def label_by_folder(paths):
     parts = _parts_below_common_root(paths)
     if any(len(part) == 1 for part in parts):
         return None, []
-    classes = sorted({part[0] for part in parts})
+    names = [unicodedata.normalize("NFC", part[0]) for part in parts]  # macOS may spell a name otherwise
+    classes = sorted(set(names))
     ids = {name: i for i, name in enumerate(classes)}
-    return [ids[part[0]] for part in parts], classes
+    return [ids[name] for name in names], classes
+
+
+def empty_classes(paths, good):
+    """The names of the class folders of `paths` that none of the `good` ones is in, sorted."""
+    (labels, classes), good = label_by_folder(paths), set(good)
+    return sorted(set(classes) - {classes[label] for path, label in zip(paths, labels or []) if path in good})
 
 
 def _parts_below_common_root(paths):
