@@ -6,12 +6,16 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY, command, newest_run, read_file, run, run_main, write_pictures
 
+from nets.errors import check_choice
 from utils.checkpoint.integrity import save_tensors
+from utils.checkpoint.resume import check_classes
+from utils.convert.diffusers_folder import choose_label
 
 TRAIN = [*TINY, "--epochs", "1", "--precision", "fp32"]
 PREDICT = [
@@ -352,3 +356,18 @@ def test_list_that_cannot_be_written(place, capsys):
 def test_the_process_itself_ends_with_code_1_and_one_line(place):
     printed = run(command("predict.py", "--sampler", "euler"), place, expect=1)
     assert printed == "error: --sampler euler: expected one of 'ddpm', 'ddim', 'dpm++', 'sde-dpm++', 'heun'\n"
+
+
+@pytest.mark.parametrize("what", ["predict", "resume", "convert"])
+def test_of_many_classes_a_message_names_a_few(what):
+    known = [f"class {number:05d}" for number in range(10_000)]
+    other = [name if name != known[5000] else "Class 05000" for name in known]
+    with pytest.raises(ValueError, match=r"class 05000.* and 99\d\d more") as caught:
+        if what == "predict":
+            check_choice("class_name", "Class 05000", known)
+        elif what == "convert":
+            choose_label(None, known, "Class 05000")
+        else:
+            config = SimpleNamespace(class_conditional=True)
+            check_classes(config, other, SimpleNamespace(classes=known))
+    assert len(str(caught.value)) < 1000

@@ -11,6 +11,7 @@ from utils import distributed
 from utils.checkpoint.file import Checkpoint
 from utils.device import find_device
 from utils.errors import UserError
+from utils.terminal import first_few
 from utils.training.loss_history import TABLES, read_table
 from utils.training.optimizer import restore_optimizer
 from utils.training.settings_schema import RUN_SETTINGS
@@ -74,9 +75,11 @@ def start_settings(config: dict, options: dict, checkpoint: Checkpoint) -> dict[
 def check_classes(config, classes, checkpoint):
     """UserError unless the classes of the images are those that the run was built with."""
     known = checkpoint.classes if config.class_conditional and checkpoint else []
-    if known and known != classes:
-        now = ", ".join(classes) or "none"
-        raise UserError(f"the run's classes are {', '.join(known)}, and cannot change to those of the images: {now}")
+    if known and known != classes:  # it names those first that the others lack, as there may be thousands
+        before, now = (
+            first_few(sorted(a, key=set(b).__contains__), 20) for a, b in ((known, classes), (classes, known))
+        )
+        raise UserError(f"the run's classes are {before}, and cannot change to those of the images: {now or 'none'}")
 
 
 class ResumePoint(NamedTuple):

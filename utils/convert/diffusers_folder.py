@@ -13,6 +13,7 @@ import torch
 
 from nets import build
 from nets.architecture import check_fit, clean_keys, read_architecture, unet_arguments
+from nets.errors import check_choice
 from nets.schedules import find_schedule
 from nets.unet import UNet
 from utils.checkpoint.file import Checkpoint, load_checkpoint, save_checkpoint
@@ -21,6 +22,7 @@ from utils.checkpoint.runs import open_weights
 from utils.errors import UserError, one_line
 from utils.files import atomic_folder, begin_export, read_json
 from utils.settings import check_saved
+from utils.terminal import first_few
 from utils.training.settings_schema import RUN_SETTINGS
 
 WEIGHTS = "diffusion_pytorch_model"  # .safetensors or .bin
@@ -90,11 +92,13 @@ def export_model(run, folder, class_name=""):
 
 def choose_label(diffusion, classes, class_name):
     """The row of the class embeddings to add; None without classes."""
-    if class_name in classes:
+    if class_name and classes:
+        check_choice("class_name", class_name, classes)
         return classes.index(class_name)
-    if class_name or (classes and diffusion.null_class is None):
-        fault = f"unknown class_name {class_name!r}" if class_name else "without a null class it needs a --class_name"
-        raise UserError(f"{fault}; known: {', '.join(classes) or 'none, the model was trained without classes'}")
+    if class_name:
+        raise UserError(f"class_name {class_name!r}: the model was trained without classes")
+    if classes and diffusion.null_class is None:
+        raise UserError(f"without a null class it needs a --class_name; known: {first_few(classes, 20)}")
     return diffusion.null_class
 
 
