@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, run_main
+from PIL import Image
 
 import train
 from utils import distributed
@@ -213,3 +214,17 @@ def test_the_span_of_the_ema(decay, warmup, steps, span):
         age = now * (age + 1)
     if decay and steps > 10 * span or warmup:
         assert found == pytest.approx(age + 1, rel=0.15)
+
+
+@pytest.mark.parametrize("colored, channels, said", [(0, 3, True), (1, 3, False), (0, 1, False)])
+def test_gray_images_learned_in_color_are_told(tmp_path, monkeypatch, capsys, colored, channels, said):
+    """Gray ones in color files too; a single color pixel is enough for color."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "datasets").mkdir()
+    for number in range(8):
+        levels = np.random.default_rng(number).integers(0, 256, (8, 8, 1), dtype=np.uint8).repeat(3, axis=2)
+        levels[3, 4, 0] ^= colored if number == 7 else 0
+        Image.fromarray(levels).save(tmp_path / "datasets" / f"{number}.png")
+    run_main("txt_annotation.py")
+    run_main("train.py", *TINY, "--dry_run", "True", "--img_channels", channels)
+    assert ("all images are gray: a run with --img_channels 1" in capsys.readouterr().out) == said

@@ -64,6 +64,10 @@ class ImageDataset:
         for start in range(0, len(numbers), size):
             yield self.images(numbers[start : start + size])
 
+    def is_gray(self):
+        """Whether the channels of all pixels are equal. The first block with a color answers."""
+        return all(bool((block == block[..., :1]).all()) for block in self.blocks())
+
     def subset(self, numbers, remark=""):
         """The ImageDataset of these images, over the same pixels. Its name ends with `remark`."""
         hashes, paths = ([values[i] for i in numbers] for values in (self.hashes, self.paths))

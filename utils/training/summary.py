@@ -25,6 +25,8 @@ def print_summary(config, context, preset: dict) -> None:
     kind = "{}x{}, ".format(*config.input_shape) + plural(config.img_channels, "channel")
     used = "used" if config.class_conditional else "not used"
     print(f"images     {len(context.dataset):,} of {kind}, {aside:,} held out for validation; {classes}, {used}")
+    if config.img_channels == 3 and context.dataset.is_gray():
+        print("           all images are gray: a run with --img_channels 1 learns and samples them without colors")
     count = sum(parameter.numel() for parameter in context.diffusion.model.parameters())
     noise = f"{config.schedule} schedule shifted by {config.schedule_shift:g}, T = {config.num_timesteps}"
     groups = plural(config.num_groups, "group")
