@@ -518,6 +518,17 @@ def test_a_list_cannot_be_written_over_a_folder(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_a_pipe_in_the_place_of_list_or_names_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match="pipe.txt is not there"):
+        read_annotation(tmp_path / "pipe.txt")
+    (tmp_path / "list.txt").write_text("0;/d/a.png\n")
+    (tmp_path / "list_classes.txt").symlink_to("pipe.txt")
+    with pytest.raises(UserError, match="list_classes.txt is missing"):
+        read_annotation(tmp_path / "list.txt")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
 def test_a_list_cannot_be_written_into_a_pipe_or_a_device(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", os.devnull):

@@ -404,12 +404,29 @@ def test_the_caches_used_longest_ago_go(listed):
 
 def test_leftovers_of_killed_builds_go_where_nothing_is_built_too(listed):
     open_listed(listed)
-    leftover = listed[2] / f".{'a' * 24}.pixels.01234567.tmp"
-    for age, stays in ((7200, False), (0, True)):  # a living build may write the young one
+    (pixels,) = listed[2].glob("*.pixels")
+    for key, age, stays in (("a" * 24, 7200, False), ("a" * 24, 0, True), (pixels.stem, 0, False)):
+        leftover = listed[2] / f".{key}.pixels.01234567.tmp"  # a living build of another key may write the young one
         leftover.touch()
         os.utime(leftover, (time.time() - age,) * 2)
         open_listed(listed)
         assert leftover.exists() == stays
+
+
+def test_two_builds_of_the_same_cache_do_no_harm(listed, monkeypatch):
+    """The first to end removes the file of the other, which takes the finished cache."""
+    began, others = [], []
+
+    def load(*arguments):
+        if not began:
+            began.append(1)
+            others.append(open_listed(listed))
+        return load_image(*arguments)
+
+    monkeypatch.setattr(module, "load_image", load)
+    data = open_listed(listed)
+    assert torch.equal(data.batch(range(40))[0], others[0].batch(range(40))[0]) and data.hashes == others[0].hashes
+    assert sorted(path.suffix for path in listed[2].iterdir()) == [".json", ".pixels"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links of POSIX")

@@ -20,7 +20,7 @@ from utils.data.decode import attempt, is_damage, load_image
 from utils.data.formats import FORMATS, check_regular
 from utils.data.threads import map_in_threads, one_if_large
 from utils.errors import UserError
-from utils.files import PROJECT, atomic_write, read_json
+from utils.files import PROJECT, atomic_write, read_json, remove_leftovers
 from utils.terminal import first_few
 
 CACHE_VERSION = 4  # part of the key: raise it when load_image gives other pixels or the files change their form
@@ -116,6 +116,8 @@ def _build_cache(pixels_path, paths, image_format, num_workers):
         with atomic_write(pixels_path.with_suffix(".json"), "w", encoding="utf-8") as file:
             json.dump(index | {"checksum": _checksum(pixels_path, index, checksum)}, file)
     except OSError as error:
+        if whole := _read_cache(pixels_path):  # another process built the same, and removed our file
+            return whole
         fault = f"the cache of decoded images could not be written ({error.strerror or error})"
         raise OSError(f"{fault}: {pixels_path} needs {megabytes:.0f} MB; free some space") from error
     return _read_cache(pixels_path)
@@ -130,6 +132,7 @@ def _decode(path, image_format):
 
 def _prune(pixels_path):
     """Delete the caches used longest ago and the leftovers of killed builds, by our names alone."""
+    remove_leftovers(pixels_path.parent, f"{pixels_path.stem}.*")
     with contextlib.suppress(OSError):  # another process prunes too
         own = [path for path in pixels_path.parent.iterdir() if OWN_NAME.fullmatch(path.name)]
         indexes = sorted((path for path in own if path.suffix == ".json"), key=os.path.getmtime)
