@@ -23,7 +23,7 @@ EXIF_TEXTS = (b"Raw profile type exif\0", b"Raw profile type APP1\0", b"XML:com.
 
 JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"  # the marks of its end and of where a scan begins
 JPEG_PIXELS = 2**24  # of a JPEG without its end, which is decoded in full to see whether it is whole
-PPM_HEADER = 4096  # bytes: Pillow reads a header one by one, and a comment more in the time of all before it
+PPM_HEADER = 4096  # bytes: Pillow reads headers byte by byte, and copies a plain file for each of its comments
 PPM_COMMENT = re.compile(rb"#[^\r\n]*[\r\n]?")
 
 SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "float"}  # of the values of a TIFF
