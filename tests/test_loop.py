@@ -1,7 +1,9 @@
 """What the training loop hands to its parts: recorded in short runs of train.py."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, newest_run, read_file, read_history, run_main
@@ -9,7 +11,8 @@ from conftest import TINY, newest_run, read_file, read_history, run_main
 import train
 from nets import GaussianDiffusion
 from utils.checkpoint import saving
-from utils.data.dataset import normalize
+from utils.data.dataset import ImageDataset, normalize
+from utils.training.validation import validation_loss
 
 RUN = [*TINY, "--epochs", "2", "--seed", "1"]  # 6 steps
 
@@ -69,8 +72,6 @@ def test_dropout_draws_anew_each_step(workplace, monkeypatch):
 def test_validation_is_drawn_with_the_average_and_always_the_same(workplace, calls):
     run_main("train.py", *RUN, "--val_split", "0.3", "--num_timesteps", "1000")
     validation = [call for call in calls if call.get("use_ema")]
-    for t in (call["t"].double() for call in validation):  # evenly spread: as far from one end as from the other
-        assert t.mean() == pytest.approx(499.5, abs=1) and (t.diff() - 1000 / len(t)).abs().max() <= 1
     assert len(validation) >= 2 and len(validation) % 2 == 0
     half = len(validation) // 2
     for a, b in zip(validation[:half], validation[half:], strict=True):
@@ -78,6 +79,29 @@ def test_validation_is_drawn_with_the_average_and_always_the_same(workplace, cal
     assert len([call for call in calls if not call.get("use_ema")]) == 2 * (
         (24 - sum(len(c["x"]) for c in validation[:half])) // 8
     )
+
+
+@pytest.mark.parametrize("batch_size", [8, 4096])
+def test_validation_spreads_the_timesteps_of_each_class_over_all_of_them(monkeypatch, batch_size):
+    """The list is sorted by class. Each class has the mean of all timesteps, and no wide gap."""
+    pixels, numbers = np.zeros((300, 2, 2, 1), np.uint8), torch.arange(300)
+    images, asked = ImageDataset("images", pixels, [""] * 300, numbers, [], [""] * 300), []
+
+    def diffusion(x, y, t, noise, **options):
+        asked.extend(zip(y.tolist(), t.tolist()))
+        return torch.zeros(len(x))
+
+    cpu = torch.device("cpu")
+    meter, layout = SimpleNamespace(dtype=torch.float64), torch.contiguous_format
+    context = SimpleNamespace(
+        device=cpu, validation=images, batch_size=batch_size, meter=meter, layout=layout, diffusion=diffusion
+    )
+    settings = {"img_channels": 1, "input_shape": (2, 2), "num_timesteps": 1000, "precision": "fp32"}
+    validation_loss(train.Config(**settings, class_conditional=True), context)
+    assert [number for number, _ in asked] == numbers.tolist()
+    for first in range(0, 300, 30):  # ten classes of 30
+        t = sorted(t for _, t in asked[first : first + 30])
+        assert np.mean(t) == pytest.approx(500, abs=60) and max(np.diff([0, *t, 999])) < 90
 
 
 def test_the_first_preview_comes_after_the_first_epoch(workplace):

@@ -8,6 +8,8 @@ from utils.data.dataset import normalize
 from utils.device import autocast
 from utils.training.step_rng import derive_seed, sample_step_noise
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples, modulo 1, are even over every stretch of whole numbers
+
 
 @torch.no_grad()
 def validation_loss(config, context) -> float:
@@ -19,7 +21,9 @@ def validation_loss(config, context) -> float:
         size = min(context.batch_size, len(images) - first)
         shape = (size, config.img_channels, *config.input_shape)
         noise = sample_step_noise(generator, derive_seed(config.seed, "validation", number), shape, 1).noise
-        t = ((torch.arange(size) + 0.5) / size * config.num_timesteps).long()  # evenly over 0 ... T - 1
+        # Evenly over 0 ... T - 1 within each class too: an annotation file is sorted by class.
+        place = (torch.arange(first, first + size, dtype=torch.float64) * GOLDEN_RATIO + 0.5) % 1
+        t = (place * config.num_timesteps).long()
         pixels, labels = images.batch(np.arange(first, first + size)[mine])
         if len(pixels):
             x = normalize(pixels, device, memory_format=context.layout)
