@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -266,6 +267,13 @@ def test_a_lost_terminal_saves_and_under_nohup_it_is_ignored(listed):
     process.send_signal(signal.SIGTERM)  # the first signal that it heeds decides how it ends
     output = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in output and "SIGHUP" not in output
+
+
+def test_a_training_runs_in_a_thread(workplace):
+    """As a web page starts it. Signals are heard in the main thread alone: it does without."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run_main, "train.py", *TINY, "--epochs", "1").result()
+    assert (newest_run(workplace) / "last.pth").is_file()
 
 
 def test_a_second_training_in_the_same_folder_is_refused(listed):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 
 # SIGUSR1: batch schedulers send it before the end. SIGHUP: the terminal or ssh connection is gone.
@@ -19,6 +20,8 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self.previous = {}
+        if threading.current_thread() is not threading.main_thread():  # Python hears no signals in another
+            return self
         for number in (getattr(signal, name) for name in NAMES if hasattr(signal, name)):  # Windows lacks some
             # nohup ignores SIGHUP: the run is to continue without its terminal.
             if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
