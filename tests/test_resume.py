@@ -17,6 +17,7 @@ from conftest import (
     read_file,
     read_history,
     run_main,
+    stop_at_step,
     torchrun,
     with_defaults,
 )
@@ -141,19 +142,6 @@ def test_changed_pictures_are_said_and_not_fatal(workplace, capsys, change, said
     run_main("train.py", "--resume", "latest", "--epochs", "2")
     assert ("the images are not those of before" in capsys.readouterr().out) == said
     assert len(read_history(newest_run(workplace))) == 2
-
-
-def stop_at_step(patch, train, number):
-    """Send SIGTERM to this process in the `number`-th step."""
-    steps, normalize = [], train.normalize
-
-    def noticing(*arguments, **options):
-        steps.append(1)
-        if len(steps) == number + 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return normalize(*arguments, **options)
-
-    patch.setattr(train, "normalize", noticing)
 
 
 def edited(path, change):

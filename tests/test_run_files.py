@@ -3,11 +3,13 @@ fail, signals, a second run.
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +25,7 @@ from conftest import (
     read_history,
     run,
     run_main,
+    stop_at_step,
     write_pictures,
 )
 
@@ -358,3 +361,17 @@ def test_the_end_of_a_run_names_a_command_that_draws_with_it(workplace, capsys, 
     run_main("train.py", *TINY, "--epochs", "1", "--save_dir", save_dir)
     named = capsys.readouterr().out.split("`")[1]
     assert named.startswith(command) and ("--model_path" in named) == (save_dir != "logs")
+
+
+def test_printed_commands_can_be_copied(workplace, monkeypatch, capsys):
+    """Also where the name of the folder holds what a shell acts on."""
+    settings = [*RUN, "--save_dir", "my runs; it's $HOME", "--val_split", "0.3"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at_step(patch, train, 3)
+        run_main("train.py", *settings)
+    (resume,) = capsys.readouterr().out.split("`")[1::2]
+    run_main(*shlex.split(resume)[1:])
+    draw, draw_best, report = capsys.readouterr().out.split("`")[1::2]
+    for words in map(shlex.split, (draw, draw_best)):
+        assert words[:3] == ["python", "predict.py", "--model_path"] and Path(words[3]).exists() and len(words) == 4
+    assert shlex.split(report)[:3] == ["python", "-m", "utils.report"] and Path(shlex.split(report)[3]).is_dir()

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ENVIRONMENT, PROJECT, TINY, command, newest_run, read_file, run, write_pictures
 
-from utils.terminal import SafeStream
+from utils.terminal import SafeStream, as_command
 
 
 class Pipe(io.StringIO):
@@ -25,6 +25,22 @@ class Pipe(io.StringIO):
             raise BrokenPipeError(32, "Broken pipe")
         self.takes -= 1
         return super().write(text)
+
+
+@pytest.mark.parametrize(
+    ("system", "path", "shown"),
+    [
+        ("posix", "logs/a-b_1.pth", "logs/a-b_1.pth"),
+        ("posix", "my runs/$a", "'my runs/$a'"),
+        ("nt", r"C:\runs\a-b.pth", r"C:\runs\a-b.pth"),
+        ("nt", "C:\\R&D runs\\mine", r'"C:\R&D runs\mine"'),
+    ],
+)
+def test_a_command_is_quoted_for_the_shell_of_the_system(monkeypatch, system, path, shown):
+    with monkeypatch.context() as patch:
+        patch.setattr("os.name", system)
+        command = as_command("python", "train.py", "--resume", path)
+    assert command == f"python train.py --resume {shown}"
 
 
 @pytest.mark.parametrize(("encoding", "accent"), [("cp1252", "é"), ("ascii", r"\xe9"), ("utf-8", "é")])

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 import sys
 
 # What a terminal acts on or cannot show: controls, line separators, directions, surrogates.
@@ -23,6 +24,14 @@ def first_few(words, limit):
 def plural(count, noun, ending="s"):
     """A number and its noun, such as `1 image`, `1,000 images`."""
     return f"{count:,} {noun}{ending * (count != 1)}"
+
+
+def as_command(*words):
+    """A command to copy into this system's shell. A path among the words may hold spaces."""
+    words = list(map(str, words))
+    if os.name == "nt":  # cmd and PowerShell both take double quotes, which no name holds there
+        return " ".join(word if re.fullmatch(r"[\w.:\\/=+-]+", word) else f'"{word}"' for word in words)
+    return shlex.join(words)
 
 
 class SafeStream:

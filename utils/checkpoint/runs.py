@@ -6,6 +6,7 @@ from pathlib import Path
 from utils import distributed
 from utils.checkpoint.file import Checkpoint, load_checkpoint
 from utils.errors import UserError
+from utils.terminal import as_command
 
 LOGS = "logs"  # where runs are looked for unless another folder is named
 LAST = "last.pth"
@@ -70,7 +71,8 @@ def find_weights(path: str | Path, save_dir: str | Path = LOGS) -> tuple[Path, s
         weights = newest_in(given)
         whole = given.parent if given.name == "unet" else given
         if weights is None and ((whole / "model_index.json").is_file() or (whole / "unet").is_dir()):
-            raise UserError(f"{whole}: of diffusers: `python -m utils.convert import {whole} FILE.pth` reads it")
+            command = as_command("python", "-m", "utils.convert", "import", whole, "FILE.pth")
+            raise UserError(f"{whole}: of diffusers: `{command}` reads it")
         return weights or (given / LAST if given.is_dir() else given), ""
     if found := newest_weights(save_dir):
         return found[0], ", the newest run's"

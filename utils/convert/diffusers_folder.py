@@ -22,7 +22,7 @@ from utils.checkpoint.runs import open_weights
 from utils.errors import UserError, one_line
 from utils.files import atomic_folder, begin_export, read_json
 from utils.settings import check_saved
-from utils.terminal import first_few
+from utils.terminal import as_command, first_few
 from utils.training.settings_schema import RUN_SETTINGS
 
 WEIGHTS = "diffusion_pytorch_model"  # .safetensors or .bin
@@ -168,7 +168,7 @@ def import_model(folder, file):
         parts = torch.cat([weights[name] for name in diffusers_keys(key, config["num_res_blocks"])])
         own[f"ema_model.{key}"] = parts.reshape(value.shape).to(value.dtype)
     save_checkpoint(Checkpoint(file, own, "ema", config))
-    print(f"python predict.py --model_path {file}  samples with it")
+    print(f"{as_command('python', 'predict.py', '--model_path', file)}  samples with it")
 
 
 def read_settings(path, kind):

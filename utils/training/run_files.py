@@ -18,6 +18,7 @@ from utils.device import autocast
 from utils.errors import UserError, explain_out_of_memory
 from utils.files import TolerantWriter, atomic_write, locked, remove_leftovers
 from utils.images import make_grid, save_png, to_uint8
+from utils.terminal import as_command
 from utils.training.loss_history import LossHistory
 
 COUNT, COLUMNS = 25, 5  # of a preview
@@ -78,7 +79,7 @@ class RunWriter:
         self.bar.close()
         if self.main:
             where = "from here" if saved else f"from the older state in {LAST}, as this one could not be saved"
-            name, command = signal.Signals(number).name, f"python train.py --resume {self.folder}"
+            name, command = signal.Signals(number).name, as_command("python", "train.py", "--resume", self.folder)
             print(f"stopped by {name}; `{command}` resumes {where}", flush=True)
             self.attempt("the curves", self.history.close)
         distributed.barrier()  # a process that leaves makes torchrun end the others, and rank 0 may still be writing
@@ -125,12 +126,13 @@ class RunWriter:
         if missing := ", ".join(sorted(self.attempt.failed)):
             why = "the lines above say why; mend that and resume it"
             raise UserError(f"the epochs are done{loss}, but {missing} could not be written to {folder}: {why}")
-        model = "" if folder.parent == Path(LOGS).resolve() else f" --model_path {self.folder}"
-        print(f"done{loss}: weights in {folder / LAST}; `python predict.py{model}` samples with them")
+        model = () if folder.parent == Path(LOGS).resolve() else ("--model_path", self.folder)
+        command = as_command("python", "predict.py", *model)
+        print(f"done{loss}: weights in {folder / LAST}; `{command}` samples with them")
         if epoch := self.history.lowest("val_loss")[1]:
-            command = f"python predict.py --model_path {self.folder / BEST}"
+            command = as_command("python", "predict.py", "--model_path", self.folder / BEST)
             print(f"the validation loss was lowest after epoch {epoch}: `{command}` samples from that checkpoint")
-        print(f"`python -m utils.report {self.folder}` makes an HTML report of this run")
+        print(f"`{as_command('python', '-m', 'utils.report', self.folder)}` makes an HTML report of this run")
 
     def advice(self) -> str:
         """What to do after too many bad steps."""
