@@ -132,15 +132,15 @@ def main(arguments=None):
     check(asked)
     config, device = resolve(asked)
     context = prepare(config, device, checkpoint, saved_settings(asked, config, own))
-    print_summary(config, context, PRESETS.get(config.preset, {}))
     with explain_out_of_memory(lambda: advice_for_training(config, context)):
+        start = restore(checkpoint, context, config)
+        print_summary(config, context, start, PRESETS.get(config.preset, {}))
         if config.dry_run:
             arguments = architecture.unet_arguments(asdict(config), len(context.dataset.classes))
             flops = architecture.count_flops(arguments, config.input_shape)
             print_dry_run(config, context, flops, partial(train_step, config, context, epoch=0, consumed=0, lr=0.0))
         else:
-            folder = run_folder(checkpoint, config.save_dir)
-            train(config, context, folder, restore(checkpoint, context, config))
+            train(config, context, run_folder(checkpoint, config.save_dir), start)
     distributed.stop()
 
 
@@ -254,6 +254,7 @@ def train(config, context, folder, start):
                 if number:
                     files.stop(number, saved)
             finish_epoch(config, context, files, epoch)
+        files.finish()
 
 
 def compile_network(config, diffusion):

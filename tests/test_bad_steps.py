@@ -6,6 +6,7 @@ from conftest import TINY, assert_equal, newest_run, read_file, read_history, ru
 
 import train
 from nets import GaussianDiffusion
+from utils.checkpoint.integrity import save_tensors
 from utils.checkpoint.saving import CheckpointWriter
 
 RUN = [*TINY, "--epochs", "4", "--seed", "3"]  # 12 steps
@@ -96,8 +97,8 @@ def test_too_many_in_a_row_end_the_run_with_its_last_good_state(workplace, monke
 def test_bad_steps_before_a_stop_count_after_it(workplace, monkeypatch, capsys, options, left):
     """A run that is restarted every few steps ends too; another learning rate has a new chance."""
     with monkeypatch.context() as patch:
-        poison(patch, {1: float("nan"), 2: float("nan")})
-        run_main("train.py", *RUN, "--epochs", "1", "--max_bad_steps", "6")
+        poison(patch, {4: float("nan"), 5: float("nan")})
+        run_main("train.py", *RUN, "--epochs", "2", "--max_bad_steps", "6")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         taken = poison(patch, dict.fromkeys(range(100), float("nan")))
         run_main("train.py", "--resume", newest_run(workplace), "--epochs", "50", *options)
@@ -109,6 +110,41 @@ def test_bad_steps_with_good_ones_between_do_not_end_it(workplace, monkeypatch):
         poison(patch, dict.fromkeys([2, 3, 5, 6, 8, 9], float("nan")))
         run_main("train.py", *RUN, "--max_bad_steps", "3")
     assert sum(row["skipped"] for row in last(workplace)["history"]) == 6
+
+
+def test_a_run_that_skipped_most_steps_is_not_done(workplace, monkeypatch, capsys):
+    """Fewer than `max_bad_steps`: the run comes to its end, and says that its weights are none."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        poison(patch, dict.fromkeys(range(1, 8), float("nan")))
+        run_main("train.py", *RUN)
+    said = capsys.readouterr()
+    assert end.value.code == 1 and "7 of 12 steps had NaN or infinite gradients" in said.err
+    assert "--init_lr" in said.err and "done, loss" not in said.out
+    with pytest.raises(SystemExit):  # nor does resuming it make it one
+        run_main("train.py", "--resume", "latest")
+
+
+def test_the_advice_names_only_a_file_that_is_there(workplace, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        poison(patch, dict.fromkeys(range(100), float("nan")))
+        run_main("train.py", *RUN, "--max_bad_steps", "2")
+    error = capsys.readouterr().err
+    assert "Start again with a lower --init_lr" in error and "last.pth" not in error
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("exp_avg", "nan"), ("exp_avg", "inf"), ("exp_avg_sq", "nan"), ("exp_avg_sq", "-1")]
+)
+def test_moments_that_make_the_weights_nan_are_refused_by_the_files_name(workplace, capsys, name, value):
+    run_main("train.py", *RUN, "--epochs", "1")
+    path = newest_run(workplace) / "last.pth"
+    state = read_file(path)
+    state["optimizer"]["state"][3][name].flatten()[0] = float(value)
+    save_tensors(path, state)
+    with pytest.raises(SystemExit):
+        run_main("train.py", "--resume", "latest", "--epochs", "2")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(path.relative_to(workplace)) in error and "damaged" in error and "epoch_XXXX.pth" in error
 
 
 def test_weights_gone_bad_are_never_saved(workplace, monkeypatch, capsys):

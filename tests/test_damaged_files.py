@@ -239,7 +239,6 @@ def test_values_of_a_wrong_kind_end_in_one_line(trained, workplace, capsys, monk
 
 
 def test_the_training_state_is_held_against_the_weights(trained, workplace, capsys):
-    """A dry run ends before it; a run of one epoch more does not."""
     checkpoint, path = read_file(trained), workplace / "last.pth"
     draw, refused = random.Random(2), 0
     places = [

@@ -110,19 +110,21 @@ def test_torchrun_stops_all_processes_at_one_step(twin):
     assert len(read_file(newest_run(broken) / "last.pth")["sums"]) == 2
 
 
-def test_changed_batch_size_goes_on_at_the_next_epoch(twin, monkeypatch, capsys):
+@pytest.mark.parametrize("epoch", [2, 4])
+def test_a_changed_batch_size_begins_its_epoch_again(twin, monkeypatch, capsys, epoch):
+    """The last one too, or the run would end without its row and its files."""
     import train
 
     _, broken, pictures = twin
     monkeypatch.chdir(broken)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        stop_at_step(patch, train, 2)
+        stop_at_step(patch, train, 2 * epoch - 2)  # of two steps an epoch
         run_main("train.py", *RUN, *pictures)
     assert read_file(newest_run(broken) / "last.pth")["position"]["images"] == 16 - 8
     run_main("train.py", "--resume", "latest", "--batch_size", "4")
-    assert "the batch size was 8 and is 4: resuming at the next epoch" in capsys.readouterr().out
+    assert f"the batch size was 8 and is 4: epoch {epoch} begins again" in capsys.readouterr().out
     rows = read_history(newest_run(broken))
-    assert [row["epoch"] for row in rows] == [1, 3, 4]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4] and (newest_run(broken) / "epoch_0004.pth").is_file()
 
 
 @pytest.mark.parametrize(

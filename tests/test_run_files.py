@@ -2,8 +2,10 @@
 fail, signals, a second run.
 """
 
+import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +35,7 @@ import train
 from utils.checkpoint import saving
 from utils.checkpoint.file import Checkpoint
 from utils.files import TolerantWriter, locked
-from utils.training.loss_history import LossHistory, read_table
+from utils.training.loss_history import LossHistory, best_saved, read_table
 from utils.training.run_files import RunWriter
 
 RUN = [*TINY, "--epochs", "2", "--seed", "1"]
@@ -61,7 +63,7 @@ def test_a_damaged_table_keeps_its_rows_up_to_the_damage(tmp_path, damage):
     path = tmp_path / "epoch_loss.csv"
     path.write_bytes(b"epoch,step,loss\n1,3,0.7\n2,6,0.6\n" + damage + b"\n4,12,0.4\n")
     history = LossHistory(tmp_path, read_table(path, 9))
-    assert history.lowest("loss") == (0.6, "2")
+    assert [row["loss"] for row in history.losses] == ["0.7", "0.6"]
     history.add({"epoch": 3, "step": 9, "loss": 0.5}, {"epoch": 3, "seconds": 1.0})
     history.close()
     assert path.read_text().split() == ["epoch,step,loss", "1,3,0.7", "2,6,0.6", "3,9,0.5"]
@@ -85,9 +87,9 @@ def test_a_full_disk_costs_neither_table_a_row(tmp_path, monkeypatch):
     assert [len(read_table(tmp_path / name, 9)) for name in ("epoch_loss.csv", "speed.csv")] == [2, 2]
 
 
-def test_a_validation_loss_that_is_nan_hides_no_later_one(tmp_path):
+def test_a_validation_loss_that_is_nan_hides_no_later_one():
     losses = [{"epoch": str(epoch), "val_loss": loss} for epoch, loss in enumerate(("", "nan", "0.5", "0.6"), 1)]
-    assert LossHistory(tmp_path, losses).lowest("val_loss") == (0.5, "3")
+    assert best_saved(losses) == (0.5, 3) and best_saved([]) == (math.inf, 0)
 
 
 # The folder goes while the run writes to it
@@ -217,6 +219,139 @@ def test_a_save_that_comes_good_is_no_failure(workplace, monkeypatch):
     monkeypatch.setattr(saving.CheckpointWriter, "is_cheap", lambda self: True)
     run_main("train.py", *RUN)
     assert read_file(newest_run(workplace) / "last.pth")["position"]["epoch"] == 2
+
+
+def validation_losses(patch, *values):
+    """Has the run find these validation losses, one an epoch."""
+    found = iter(values)
+    patch.setattr(train, "validation_loss", lambda config, context: next(found))
+
+
+def full_for(patch, *names):
+    """Lets no file of these names be written."""
+    save = saving.save_checkpoint
+
+    def full(checkpoint):
+        if checkpoint.path.name in names:
+            raise OSError(28, "No space left on device", str(checkpoint.path))
+        save(checkpoint)
+
+    patch.setattr(saving, "save_checkpoint", full)
+
+
+def test_a_missed_best_pth_is_known_after_resuming(workplace, monkeypatch, capsys):
+    """What best.pth holds counts, not what it was to hold: the next better one replaces it."""
+    options = [*RUN, "--val_split", "0.3", "--save_period", "1"]
+    with monkeypatch.context() as patch:
+        validation_losses(patch, 0.9)
+        run_main("train.py", *options, "--epochs", "1")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        validation_losses(patch, 0.5)
+        full_for(patch, "best.pth")
+        run_main("train.py", "--resume", "latest", "--epochs", "2")
+    assert "best.pth could not be written" in capsys.readouterr().err
+    run = newest_run(workplace)
+    assert best_epochs(run) == [1, 1]
+    validation_losses(monkeypatch, 0.95, 0.7, 0.8)
+    run_main("train.py", "--resume", "latest", "--epochs", "3")
+    assert "lowest after epoch 1: `" in capsys.readouterr().out and best_epochs(run) == [1, 1, 1]
+    run_main("train.py", "--resume", "latest", "--epochs", "5")
+    assert "lowest after epoch 4: `" in capsys.readouterr().out and best_epochs(run) == [1, 1, 1, 4, 4]
+    best, there = (read_file(run / name)["weights"] for name in ("best.pth", "epoch_0004.pth"))
+    assert all(torch.equal(value, there[name]) for name, value in best.items())
+
+
+def best_epochs(run):
+    return [row["best_epoch"] for row in read_history(run)]
+
+
+@pytest.mark.parametrize("change", [("--val_split", "0.5"), ("--loss_type", "l1"), ("--dropout", "0"), "deleted"])
+def test_a_validation_loss_of_another_kind_is_no_lower_one(workplace, monkeypatch, change):
+    """Other images or another loss: losses of before say nothing about those of now."""
+    validation_losses(monkeypatch, 0.5, 0.6)
+    run_main("train.py", *RUN, "--val_split", "0.3", "--epochs", "1")
+    if change == "deleted":
+        (newest_run(workplace) / "best.pth").unlink()
+    run_main("train.py", "--resume", "latest", "--epochs", "2", *(change if change != "deleted" else ()))
+    assert best_epochs(newest_run(workplace)) == ([1, 1] if change == ("--dropout", "0") else [1, 2])
+
+
+def test_resuming_a_run_that_is_done_writes_what_it_lacks(workplace, monkeypatch, capsys):
+    options = [*RUN, "--preview_period", "1", "--preview_steps", "1"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        full_for(patch, "epoch_0002.pth")
+        patch.setattr(RunWriter, "preview", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        run_main("train.py", *options)
+    assert "epoch_0002.pth, the preview could not be written" in capsys.readouterr().err
+    run = newest_run(workplace)
+    last = (run / "last.pth").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        full_for(patch, "epoch_0002.pth")
+        run_main("train.py", "--resume", "latest")
+    run_main("train.py", "--resume", "latest")
+    assert (run / "epoch_0002.pth").is_file() and (run / "last.pth").read_bytes() == last
+    assert (workplace / "results/train_out" / run.name / "epoch_0002.png").is_file()
+
+
+def test_old_weights_of_higher_epochs_cost_no_new_ones(workplace):
+    """A run that is resumed at an earlier state has them in its folder."""
+    run_main("train.py", *RUN, "--epochs", "1", "--save_period", "1", "--keep_last", "2")
+    run = newest_run(workplace)
+    (run / "epoch_0900.pth").write_bytes((run / "epoch_0001.pth").read_bytes())
+    run_main("train.py", "--resume", run, "--epochs", "4")
+    names = [path.name for path in sorted(run.glob("epoch_*.pth"))]
+    assert names == ["epoch_0003.pth", "epoch_0004.pth", "epoch_0900.pth"]
+
+
+def test_a_resumed_run_removes_what_a_kill_left(workplace):
+    options = [*RUN, "--preview_period", "1", "--preview_steps", "1"]
+    run_main("train.py", *options, "--epochs", "1")
+    run = newest_run(workplace)
+    left = [run / ".last.pth.0123abcd.tmp", workplace / "results/train_out" / run.name / ".epoch_0001.png.0123abcd.tmp"]
+    for path in left:
+        path.write_bytes(b"half")
+    run_main("train.py", "--resume", run, "--epochs", "2")
+    assert not any(path.exists() for path in left)
+
+
+FIXED = (
+    "config.json",
+    "epoch_loss.csv",
+    "speed.csv",
+    "epoch_loss.png",
+    "last.pth",
+    "best.pth",
+    "epoch_0002.pth",
+    ".lock",
+)
+
+
+def test_a_run_never_writes_through_a_link(workplace, curves):
+    """A run's folder from someone else cannot redirect a write, of a file or of TensorBoard's."""
+    run_main("train.py", *RUN, "--epochs", "1", "--val_split", "0.3")
+    run, victim, elsewhere = newest_run(workplace), workplace / "victim", workplace / "elsewhere"
+    elsewhere.mkdir()
+    victim.write_text("mine")
+    for name in FIXED:
+        path, target = run / name, victim
+        if name == "last.pth":  # which has to be read
+            target = elsewhere.with_name("their.pth")
+            path.rename(target)
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+    their = (workplace / "their.pth").read_bytes()
+    shutil.rmtree(run / "tensorboard", ignore_errors=True)
+    (run / "tensorboard").symlink_to(elsewhere, target_is_directory=True)
+    run_main("train.py", "--resume", run, "--epochs", "2")
+    assert victim.read_text() == "mine" and (workplace / "their.pth").read_bytes() == their
+    assert not list(elsewhere.iterdir()) and not any((run / name).is_symlink() for name in FIXED)
+
+
+def test_a_training_with_previews_does_without_torchvision(workplace, monkeypatch):
+    """One that does not fit torch is the commonest broken installation."""
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    run_main("train.py", *RUN, "--epochs", "1", "--preview_period", "1", "--preview_steps", "1")
+    assert len(list((workplace / "results/train_out").glob("*/epoch_0001.png"))) == 1
 
 
 # Signals, and a second run

@@ -155,6 +155,24 @@ def test_a_run_that_started_from_a_file_resumes_exactly(given):
     assert_same_state(last("whole"), last("broken"))
 
 
+def test_the_printed_span_of_the_ema_is_that_of_its_counter(given, capsys):
+    """A new run counts from 0; where it starts from weights, the EMA has begun."""
+
+    def said(*options):
+        run_main("train.py", *TINY, "--ema_start", "20", *options)
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("EMA  "))
+
+    dry, conditional = ("--dry_run", "True"), ("--class_conditional", "True", "--start_from", given)
+    never = "never starts: ema_start is 20, and the run has 20 steps; its samples come from the last weights"
+    assert said("--epochs", "10", *dry).endswith(never)
+    assert said("--epochs", "20", *dry).endswith("about the last 3 of 40 steps at the end")  # (10 + 20) / 9
+    assert said("--epochs", "20", *dry, *conditional).endswith(
+        "about the last 6 of 40 steps at the end"
+    )  # (10 + 40) / 9
+    said("--epochs", "1", *conditional)
+    assert said("--resume", "latest", "--epochs", "20", *dry).endswith("about the last 6 of 40 steps at the end")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -12,11 +12,13 @@ from utils.checkpoint.file import Checkpoint
 from utils.device import find_device
 from utils.errors import UserError
 from utils.terminal import first_few
-from utils.training.loss_history import TABLES, read_table
+from utils.training.loss_history import TABLES, best_saved, read_table
 from utils.training.optimizer import restore_optimizer
 from utils.training.settings_schema import RUN_SETTINGS
 
 MACHINE = ("device", "precision", "compile")
+# With another of these, or other images, a validation loss measures something else.
+MEASURE = ("loss_type", "loss_weighting", "min_snr_gamma", "resize_mode", "background", "icc")
 REFERENCE = {"prediction": "eps", "schedule_shift": 0.0}  # what a bare state dict does not show
 WEIGHTS = tuple(name for name, setting in RUN_SETTINGS.items() if setting.fixed == "weights")
 
@@ -89,6 +91,7 @@ class ResumePoint(NamedTuple):
     images: int = 0  # of this epoch that are done
     sums: torch.Tensor | None = None  # this process's running sums of the epoch
     tables: tuple = ()  # (rows of the losses, rows of the speed) of the epochs before
+    best: tuple = (math.inf, 0)  # (validation loss, epoch) of the weights in best.pth
 
 
 def restore(checkpoint, context, config):
@@ -99,7 +102,7 @@ def restore(checkpoint, context, config):
         return ResumePoint()
     state, before = checkpoint.training, checkpoint.config | checkpoint.resolved
     muon = before.get("optimizer_type") == "muon"
-    check_fits(state, context, muon)
+    check_fits(state, context, muon, checkpoint.path)
     if muon == (config.optimizer_type == "muon"):
         restore_optimizer(context.optimizer, state.optimizer)
     elif distributed.is_main():
@@ -109,22 +112,28 @@ def restore(checkpoint, context, config):
     cause = ("init_lr", "grad_clip", "precision", "optimizer_type")  # of a bad gradient: with another it starts at 0
     if all(before.get(name) == getattr(config, name) for name in cause):
         context.meter.bad_in_row.fill_(state.bad_in_row)
-    return resume_point(checkpoint, context)
+    comparable = all(before.get(name) in (None, getattr(config, name)) for name in MEASURE)
+    return resume_point(checkpoint, context, comparable)
 
 
-def resume_point(checkpoint, context):
-    """The ResumePoint of a checkpoint: its position, or the next epoch where that cannot hold."""
+def resume_point(checkpoint, context, comparable):
+    """The ResumePoint of a checkpoint: its position, or its epoch's start where that cannot hold.
+
+    comparable: validation losses of before and after are of one kind.
+    """
     state, changed = checkpoint.training, []
     if state.fingerprint != images_fingerprint(context.dataset):
+        comparable = False
         changed.append("the images are not those of before")
     if state.batch_size != context.batch_size:
         changed.append(f"the batch size was {state.batch_size} and is {context.batch_size}")
     if changed and distributed.is_main():
-        print(f"{'; '.join(changed)}{': resuming at the next epoch' if state.images else ''}")
+        print(f"{'; '.join(changed)}{f': epoch {state.epoch + 1} begins again' if state.images else ''}")
     tables = state.tables or [read_table(checkpoint.path.with_name(name), state.epoch) for name in TABLES]
-    if changed and state.images:
-        return ResumePoint(state.epoch + 1, tables=tables)
-    return ResumePoint(state.epoch, state.images, own_sums(state.sums), tables)
+    best = best_saved(tables[0]) if comparable else ResumePoint().best
+    if changed:
+        return ResumePoint(state.epoch, tables=tables, best=best)
+    return ResumePoint(state.epoch, state.images, own_sums(state.sums), tables, best)
 
 
 def own_sums(per_rank):
@@ -136,21 +145,27 @@ def own_sums(per_rank):
     return per_rank.sum(0) * float(distributed.is_main())
 
 
-def check_fits(state, context, muon):
-    """UserError unless moments, sums and scaler fit the weights. muon: Muon kept the moments."""
+def check_fits(state, context, muon, path):
+    """UserError unless moments, sums and scaler fit the weights, and no moment makes them NaN.
+
+    muon: Muon kept the moments.
+    """
     parameters, fit = context.optimizer.param_groups[0]["params"], True
     try:
         for number, kept in state.optimizer["state"].items():
             names = ("exp_avg",) if muon and parameters[number].ndim == 4 else ("exp_avg", "exp_avg_sq")
             shapes = {"step": (), **dict.fromkeys(names, parameters[number].shape)}
             fit &= all(kept[name].shape == shape for name, shape in shapes.items())
+            fit &= all((kept[name] >= 0).all() for name in shapes if name != "exp_avg")  # NaN is not
+            fit &= kept["exp_avg"].isfinite().all()
         fit &= state.sums is None or state.sums.shape[1:] == context.meter.sums.shape
         fit &= not state.scaler or context.scaler.state_dict().keys() <= state.scaler.keys()
         fit &= all(math.isfinite(value) for value in state.scaler.values())
     except (AttributeError, LookupError, OverflowError, TypeError):  # values of another kind
         fit = False
     if not fit:
-        raise UserError("the checkpoint is damaged, or edited: optimizer, sums and scaler do not fit its weights")
+        what = f"{path}: damaged, or edited: optimizer, sums and scaler do not fit its weights, or hold NaN"
+        raise UserError(f"{what}; resume an epoch_XXXX.pth: weights alone begin a new run")
 
 
 def images_fingerprint(dataset):

@@ -37,9 +37,11 @@ class CheckpointWriter:
         return self.write(LAST, TrainingState(*position, sums, moments, scaler, int(context.meter.bad_in_row)))
 
     def save_epoch(self, epoch):
-        """Writes epoch_XXXX.pth, weights alone, and deletes all but the newest `keep_last`."""
+        """Writes epoch_XXXX.pth, weights alone. Of those up to it the newest `keep_last` stay."""
         self.write(f"epoch_{epoch:04d}.pth")
-        for path in epoch_files(self.folder)[: -self.config.keep_last] if self.config.keep_last else []:
+        # Later ones are of an older run in this folder that went further.
+        found = [path for path in epoch_files(self.folder) if int(path.stem[6:]) <= epoch]
+        for path in found[: -self.config.keep_last] if self.config.keep_last else []:
             self.attempt("deleting old epoch files", partial(path.unlink, missing_ok=True))
 
     def write(self, name, training=None):

@@ -13,7 +13,7 @@ from utils.files import atomic_write
 
 TABLES = ("epoch_loss.csv", "speed.csv")  # what every repetition of the run gives, and the rest
 SECONDS_BETWEEN_PLOTS = 30
-WHOLE = ("epoch", "step")  # columns of whole numbers
+WHOLE = ("epoch", "step", "best_epoch")  # columns of whole numbers
 PANELS = {  # columns of the curves -> the scale of their panel
     ("loss", "val_loss"): "log",
     ("loss_t1", "loss_t2", "loss_t3", "loss_t4"): "log",
@@ -38,6 +38,14 @@ def read_table(path: Path, last_epoch: int) -> list[dict]:
     return rows
 
 
+def best_saved(losses: list[dict]) -> tuple[float, int]:
+    """(validation loss, epoch) of the weights in best.pth by the rows so far; infinity, 0: none."""
+    said = losses[-1].get("best_epoch") if losses else None  # older tables do not say: the lowest
+    rows = [row for row in losses if said in (None, row["epoch"])]
+    cells = [(float(row.get("val_loss") or math.nan), int(row["epoch"])) for row in rows]
+    return min((cell for cell in cells if math.isfinite(cell[0])), default=(math.inf, 0))
+
+
 class LossHistory:
     """The tables and curves of a run. What TensorBoard or matplotlib raise costs only curves."""
 
@@ -59,8 +67,11 @@ class LossHistory:
     def _open_board(self):
         from torch.utils.tensorboard import SummaryWriter
 
+        board = self.folder / "tensorboard"
+        if board.is_symlink():  # a folder from someone else cannot redirect a write
+            board.unlink()
         purge_step = int(self.losses[-1].get("step") or 0) + 1 if self.losses else 0  # hides steps that come again
-        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step, flush_secs=30)
+        return SummaryWriter(str(board), purge_step=purge_step, flush_secs=30)
 
     def log(self, method: str, *arguments, **options) -> None:
         """Calls a method of TensorBoard's SummaryWriter, which is dropped where that raises."""
@@ -76,11 +87,6 @@ class LossHistory:
         for name, value in {**row, **speed_row}.items():
             if name not in WHOLE and value is not None:
                 self.log("add_scalar", name, value, row["step"])
-
-    def lowest(self, column: str) -> tuple:
-        """(value, epoch) of the lowest cell of a loss; infinity and None without any."""
-        cells = [(float(row.get(column) or math.nan), row["epoch"]) for row in self.losses]
-        return min((cell for cell in cells if math.isfinite(cell[0])), default=(math.inf, None))
 
     def plot(self, final: bool = False) -> None:
         """Plots epoch_loss.png, at most every half minute: it takes longer than a small epoch."""

@@ -22,6 +22,7 @@ from utils.terminal import as_command
 from utils.training.loss_history import LossHistory
 
 COUNT, COLUMNS = 25, 5  # of a preview
+CURES = "with a lower --init_lr, --grad_clip 1, or --precision fp32, and look for broken images"  # of bad gradients
 
 
 class RunWriter:
@@ -30,6 +31,7 @@ class RunWriter:
     def __init__(self, folder: Path, config, context, start) -> None:
         """start: the ResumePoint, with the position and the tables of the epochs before."""
         self.folder, self.config, self.context, self.start = Path(folder), config, context, start
+        self.previews = Path("results/train_out") / self.folder.name
         self.main, self.lock, self.attempt = distributed.is_main(), contextlib.ExitStack(), TolerantWriter(self.folder)
 
     def __enter__(self) -> "RunWriter":
@@ -37,14 +39,17 @@ class RunWriter:
             folder = self.folder.resolve()
             refusal = f"another training writes to {folder}: wait for its end, or stop it"
             self.lock.enter_context(locked(folder, refusal))
-            remove_leftovers(folder)
+            for place in (folder, self.previews):
+                remove_leftovers(place)
             with atomic_write(folder / "config.json", "w", encoding="utf-8") as file:
                 json.dump(self.context.about.config, file, indent=2)
             print(f"this run writes to {folder}")
-            if self.start.epoch >= self.config.epochs:
-                print(f"its {self.config.epochs} epochs are done already: --epochs with a higher number resumes it")
             self.history = LossHistory(self.folder, *self.start.tables)
             self.checkpoints = CheckpointWriter(self.folder, self.config, self.context, self.attempt)
+            self.best = self.start.best if (folder / BEST).is_file() else (math.inf, 0)
+            if self.start.epoch >= self.config.epochs:
+                print(f"its {self.config.epochs} epochs are done already: --epochs with a higher number resumes it")
+                self.write_missing()
         images, pause = self.context.steps_per_epoch * self.context.batch_size, 0.2 if sys.stderr.isatty() else 10
         bar = {"unit": "img", "unit_scale": True, "dynamic_ncols": True}
         done, total = self.start.epoch * images + self.start.images, self.config.epochs * images
@@ -91,20 +96,27 @@ class RunWriter:
         epoch, final, period = row["epoch"], row["epoch"] == self.config.epochs, self.config.preview_period
         rate = round(self.epoch_images / max(seconds, 1e-6), 2)
         speed = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": rate, "memory_mib": round(memory)}
-        best = row.get("val_loss", math.inf) < self.history.lowest("val_loss")[0]
+        if "val_loss" in row:
+            if row["val_loss"] < self.best[0] and self.checkpoints.write(BEST):
+                self.best = row["val_loss"], epoch
+            row["best_epoch"] = self.best[1]  # what a failed save left in the file is known when resuming
         self.attempt("the tables", lambda: self.history.add(row, speed))
         if epoch % self.config.save_period == 0 or final:  # before last.pth: a resumed run does not write it again
             self.checkpoints.save_epoch(epoch)
-        if best:
-            self.checkpoints.write(BEST)
         if final or self.checkpoints.is_cheap():
             self.checkpoints.save_last(epoch, 0, None)
         if period and (epoch % period == 0 or epoch == 1 or final):
             self.attempt("the preview", lambda: self.preview(epoch, row["step"]))
         self.attempt("the curves", self.history.plot)
         self.epoch_began, self.epoch_images = time.monotonic(), 0
-        if final:
-            self.finish("" if row["loss"] is None else f", loss {row['loss']:.4f}")
+
+    def write_missing(self) -> None:
+        """Writes what a full disk kept back of a run that is done: its end advised to resume it."""
+        epoch, step = self.start.epoch, self.start.epoch * self.context.steps_per_epoch
+        if not self.start.images and not (self.folder / f"epoch_{epoch:04d}.pth").exists():
+            self.checkpoints.save_epoch(epoch)
+        if self.config.preview_period and not (self.previews / f"epoch_{epoch:04d}.png").exists():
+            self.attempt("the preview", lambda: self.preview(epoch, step))
 
     def preview(self, epoch: int, step: int) -> None:
         """Samples the preview into a file and TensorBoard."""
@@ -114,30 +126,38 @@ class RunWriter:
         except UserError as error:
             tqdm.write(f"no preview: {error}")
         else:
-            path = Path("results/train_out") / self.folder.name / f"epoch_{epoch:04d}.png"
+            path = self.previews / f"epoch_{epoch:04d}.png"
             save_png(path, image)
             self.history.log("add_image", "preview", image, step, dataformats="HWC")
             tqdm.write(f"preview: {path.resolve()}")
 
-    def finish(self, loss: str) -> None:
-        """Says that the run is over, and how to sample. UserError: something is not written."""
+    def finish(self) -> None:
+        """Says that the run is over, and how to sample. UserError: something is missing."""
+        if not self.main:
+            return
         self.bar.close()
-        folder = self.folder.resolve()
+        folder, rows = self.folder.resolve(), self.history.losses
+        loss = f", loss {float(rows[-1]['loss']):.4f}" if rows and rows[-1].get("loss") else ""
         if missing := ", ".join(sorted(self.attempt.failed)):
             why = "the lines above say why; mend that and resume it"
             raise UserError(f"the epochs are done{loss}, but {missing} could not be written to {folder}: {why}")
+        steps, skipped = len(rows) * self.context.steps_per_epoch, sum(float(row.get("skipped") or 0) for row in rows)
+        if skipped > steps / 2:
+            why = f"{skipped:,.0f} of {steps:,} steps had NaN or infinite gradients and were skipped"
+            raise UserError(f"the epochs are done{loss}, but {why}: start again {CURES}")
         model = () if folder.parent == Path(LOGS).resolve() else ("--model_path", self.folder)
         command = as_command("python", "predict.py", *model)
         print(f"done{loss}: weights in {folder / LAST}; `{command}` samples with them")
-        if epoch := self.history.lowest("val_loss")[1]:
+        if self.best[1]:
             command = as_command("python", "predict.py", "--model_path", self.folder / BEST)
-            print(f"the validation loss was lowest after epoch {epoch}: `{command}` samples from that checkpoint")
+            lowest = f"among the weights saved the validation loss was lowest after epoch {self.best[1]}"
+            print(f"{lowest}: `{command}` samples with these")
         print(f"`{as_command('python', '-m', 'utils.report', self.folder)}` makes an HTML report of this run")
 
     def advice(self) -> str:
         """What to do after too many bad steps."""
-        kept = f"Resume the last good state, {self.folder / LAST}, or start again"
-        return f"{kept} with a lower --init_lr, --grad_clip 1, or --precision fp32, and look for broken images."
+        last = self.folder / LAST
+        return f"{f'Resume the last good state, {last}, or start' if last.is_file() else 'Start'} again {CURES}"
 
 
 def sample_preview(config, context):

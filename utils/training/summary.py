@@ -14,8 +14,8 @@ from utils.training.memory import print_memory
 MEMORIZATION_VIEWS = 500
 
 
-def print_summary(config, context, preset: dict) -> None:
-    """Device, images, network and steps. preset: {name: value}, what it sets."""
+def print_summary(config, context, start, preset: dict) -> None:
+    """Device, images, network and steps. start: a ResumePoint. preset: {name: value} of it."""
     if preset:
         values = [f"{name} {str(getattr(config, name)).strip('()').replace(' ', '')}" for name in preset]
         print(f"preset     {config.preset}: {', '.join(values)}")
@@ -36,20 +36,29 @@ def print_summary(config, context, preset: dict) -> None:
     optimizer = f"{config.optimizer_type}, learning rate up to {config.init_lr:g}"
     print(f"training   {epochs}, {total:,} steps in all, {optimizer}")
     views = total * context.batch_size / len(context.dataset)
-    print(f"           each image is seen about {views:,.0f} times")
+    print(f"           each image is seen about {plural(round(views), 'time')}")
     if views > MEMORIZATION_VIEWS:
         print(
             "warning: a network may memorize so small a training set (the onset scales with its size): hold some out "
             "with --val_split 0.1, and look for copies with `python -m utils.evaluate`"
         )
-    print(f"EMA        over about the last {ema_span(config, total):,} of {total:,} steps at the end")
+    done = start.epoch * context.steps_per_epoch + start.images // context.batch_size
+    counter = context.diffusion.ema_step + max(0, total - done)  # at the end; weights may bring one along
+    if span := ema_span(config, counter):
+        print(f"EMA        over about the last {span:,} of {total:,} steps at the end")
+    else:
+        start_step = f"ema_start is {config.ema_start:,}, and the run has {plural(total, 'step')}"
+        print(f"EMA        never starts: {start_step}; its samples come from the last weights")
 
 
 def ema_span(config, steps: int) -> int:
-    """Steps that the EMA spans after `steps`: 1 / (1 - decay), with a warm-up at most a ninth."""
+    """Steps that the EMA spans when it has counted `steps`: 1 / (1 - decay), 0 before it starts.
+
+    With a warm-up it spans at most a ninth of the steps since its start.
+    """
     counted = max(0, steps - config.ema_start)
     warmup = (10 + counted) / 9 if config.ema_warmup else counted  # the decay is (1 + n) / (10 + n)
-    return max(1, round(min(1 / max(1 - config.ema_decay, 1e-9), warmup, counted)))
+    return counted and max(1, round(min(1 / max(1 - config.ema_decay, 1e-9), warmup, counted)))
 
 
 def print_dry_run(config, context, flops: int, step: Callable) -> None:
