@@ -320,9 +320,10 @@ def test_a_folder_behind_a_link(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["dangling", "later", "link", "real"]
 
 
-def test_the_lock_of_a_run_is_no_link(tmp_path):
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("../elsewhere"), os.mkfifo])
+def test_the_lock_of_a_run_is_no_link_and_no_pipe(tmp_path, make):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".lock").symlink_to("../elsewhere")
+    make(tmp_path / "run" / ".lock")
     with locked(tmp_path / "run", "busy"):
         pass
     assert not (tmp_path / "elsewhere").exists() and (tmp_path / "run" / ".lock").is_file()

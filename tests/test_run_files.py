@@ -34,7 +34,7 @@ from conftest import (
 import train
 from utils.checkpoint import saving
 from utils.checkpoint.file import Checkpoint
-from utils.files import TolerantWriter, locked
+from utils.files import TolerantWriter, atomic_write, locked
 from utils.training.loss_history import LossHistory, best_saved, read_table
 from utils.training.run_files import RunWriter
 
@@ -110,6 +110,23 @@ def test_a_run_whose_folder_was_renamed_says_so_once_and_makes_no_other(workplac
     assert end.value.code == 1 and "last.pth, the curves, the tables could not be written" in said.err
     assert "NOT SAVED: last.pth" in said.out and "was removed or renamed" in said.out
     assert not list((workplace / "logs").iterdir()) and len(read_history(workplace / "elsewhere")) == 1
+
+
+@pytest.mark.parametrize("writer", ["training.loss_history", "checkpoint.integrity"])
+def test_a_folder_that_goes_within_a_write_is_not_made_again(workplace, monkeypatch, writer):
+    """Plotting takes a second, and so may the check of large weights."""
+    writes, write = [], atomic_write
+
+    def renaming(path, *arguments, **options):
+        writes.append(path)
+        if len(writes) == 3:
+            Path("logs").rename("elsewhere")
+        return write(path, *arguments, **options)
+
+    monkeypatch.setattr(f"utils.{writer}.atomic_write", renaming)
+    with pytest.raises(SystemExit):
+        run_main("train.py", *RUN, "--save_period", "1")
+    assert len(writes) >= 3 and not Path("logs").exists()
 
 
 def test_writes_succeed_again_once_the_folder_is_back(tmp_path):

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from utils.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
+HELD = set()  # folders that this process has locked: where one was removed or renamed, no writer makes it again
 
 
 def resolve_output(path):
@@ -55,7 +56,8 @@ def atomic_folder(path):
 @contextlib.contextmanager
 def _replacing(path):
     """Yield a temporary name in the folder of `path`. What the block makes of it becomes `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent not in HELD:
+        path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: machines that share the folder may share process numbers too.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -107,7 +109,7 @@ def read_json(path):
 def locked(folder, refusal):
     """Lock the folder while this process is in the block. UserError(refusal): another one is."""
     path = Path(folder) / ".lock"
-    if path.is_symlink():
+    if path.is_symlink() or path.is_fifo():  # opening a pipe would wait for a reader
         path.unlink()
     with open(path, "a") as file:
         try:
@@ -118,7 +120,11 @@ def locked(folder, refusal):
             raise UserError(refusal) from None
         except (ImportError, OSError):  # Windows, and file systems without locks
             pass
-        yield
+        HELD.add(path.parent)
+        try:
+            yield
+        finally:
+            HELD.discard(path.parent)
 
 
 class TolerantWriter:
@@ -131,7 +137,7 @@ class TolerantWriter:
         """Calls write(). Returns whether the system let it; says so where it did not."""
         self.failed.add(name)
         try:
-            if not self.folder.is_dir():  # `atomic_write` would make it again
+            if not self.folder.is_dir():
                 raise OSError(f"{self.folder} was removed or renamed")
             write()
         except (OSError, UserError) as error:

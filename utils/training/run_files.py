@@ -38,10 +38,10 @@ class RunWriter:
         if self.main:
             folder = self.folder.resolve()
             refusal = f"another training writes to {folder}: wait for its end, or stop it"
-            self.lock.enter_context(locked(folder, refusal))
+            self.lock.enter_context(locked(self.folder, refusal))
             for place in (folder, self.previews):
                 remove_leftovers(place)
-            with atomic_write(folder / "config.json", "w", encoding="utf-8") as file:
+            with atomic_write(self.folder / "config.json", "w", encoding="utf-8") as file:
                 json.dump(self.context.about.config, file, indent=2)
             print(f"this run writes to {folder}")
             self.history = LossHistory(self.folder, *self.start.tables)
