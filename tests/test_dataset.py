@@ -545,7 +545,7 @@ def test_a_batch_is_one_gather():
 def test_the_batch_shrinks_to_the_images_there_are(capsys):
     assert fit_batch_size(100, 64) == 64 and capsys.readouterr().out == ""
     assert fit_batch_size(10, 64) == 10
-    assert "batch_size is 10, not 64: there are 10 images" in capsys.readouterr().out
+    assert "batch_size is 10, not 64: the list has 10 images" in capsys.readouterr().out
     assert fit_batch_size(10, 64, multiple=4) == 8
 
 
@@ -556,8 +556,8 @@ def test_the_batch_shrinks_to_the_images_there_are(capsys):
         (100, 3, 4, "use 4"),
         (100, 0, 1, "use 1"),
         (100, -5, 2, "use 2"),
-        (3, 8, 4, "3 images are too few"),
-        (0, 8, 1, "0 images are too few"),
+        (3, 8, 4, "3 images, too few"),
+        (0, 8, 1, "0 images, too few"),
     ],
 )
 def test_batch_sizes_that_cannot_be_are_refused_with_what_can(images, batch_size, multiple, message):

@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,6 +172,22 @@ def test_running_sums_survive_another_number_of_processes(monkeypatch):
         (3, 1): [0, 0],
         (3, 2): [0, 0],
     }
+
+
+def test_one_image_is_no_images(workplace, capsys):
+    """What a run prints about one thing says so of one."""
+    Path("one.txt").write_text(Path("train_lines.txt").read_text().splitlines()[0].split(";")[1])
+    one = ["--annotation_path", "one.txt", "--epochs", "1", "--img_channels", "1"]
+    run_main("train.py", *TINY, *one, "--dry_run", "True")
+    run_main("train.py", *TINY, *one)
+    with pytest.raises(SystemExit):
+        run_main("train.py", *TINY, *one, "--val_split", "0.5")
+    with pytest.raises(SystemExit):
+        run_main("train.py", *TINY, *one, "--accumulate", "2")
+    said = "".join(capsys.readouterr())
+    assert said.count("1 image") >= 5
+    lines = [line for line in said.splitlines() if not line.startswith("decoding ")]
+    assert re.findall(r"(?<![\d.,x])1 (?:image|time|epoch|step|channel|group|thread)s\b", "\n".join(lines)) == []
 
 
 @pytest.mark.parametrize("decay", ["cos", "step"])

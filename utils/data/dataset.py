@@ -10,6 +10,7 @@ import torch
 from utils.data.annotation import read_annotation
 from utils.data.cache import open_cache
 from utils.errors import UserError
+from utils.terminal import plural
 
 BLOCK_BYTES = 2**23  # pixels in memory at once, where a measure reads a whole data set
 
@@ -89,7 +90,8 @@ def split_validation(dataset, share):
     # By content: no image changes sides when the list grows, and copies of an image stay together.
     aside = np.array([int(digest[:8], 16) < share * 2**32 for digest in dataset.hashes], dtype=bool)
     if share and (aside.all() or not aside.any()):
-        raise UserError(f"val_split {share} of {len(dataset)} pictures leaves one side empty: choose another, or 0")
+        split = f"val_split {share} of {plural(len(dataset), 'image')}"
+        raise UserError(f"{split} leaves one side empty: choose another, or 0")
     training = dataset.subset(np.flatnonzero(~aside), f", without val_split {share:g}") if share else dataset
     return training, dataset.subset(np.flatnonzero(aside), f", val_split {share:g}")
 
@@ -111,10 +113,11 @@ def fit_batch_size(num_images, batch_size, multiple=1):
         fit = max(multiple, batch_size // multiple * multiple)
         raise UserError(f"batch_size {batch_size} is no multiple of {multiple} (processes x accumulate): use {fit}")
     if num_images < multiple:
-        raise UserError(f"{num_images} images are too few for batches of {multiple} (processes x accumulate)")
+        have = f"the list has {plural(num_images, 'image')}"
+        raise UserError(f"{have}, too few for batches of {multiple} (processes x accumulate)")
     shrunk = min(batch_size, num_images // multiple * multiple)
     if shrunk < batch_size:
-        print(f"batch_size is {shrunk}, not {batch_size}: there are {num_images} images")
+        print(f"batch_size is {shrunk}, not {batch_size}: the list has {plural(num_images, 'image')}")
     return shrunk
 
 

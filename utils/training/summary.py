@@ -34,7 +34,7 @@ def print_summary(config, context, start, preset: dict) -> None:
     total = config.epochs * context.steps_per_epoch
     epochs = f"{plural(config.epochs, 'epoch')} of {plural(context.steps_per_epoch, 'step')} of {context.batch_size}"
     optimizer = f"{config.optimizer_type}, learning rate up to {config.init_lr:g}"
-    print(f"training   {epochs}, {total:,} steps in all, {optimizer}")
+    print(f"training   {epochs}, {plural(total, 'step')} in all, {optimizer}")
     views = total * context.batch_size / len(context.dataset)
     print(f"           each image is seen about {plural(round(views), 'time')}")
     if views > MEMORIZATION_VIEWS:
@@ -45,7 +45,7 @@ def print_summary(config, context, start, preset: dict) -> None:
     done = start.epoch * context.steps_per_epoch + start.images // context.batch_size
     counter = context.diffusion.ema_step + max(0, total - done)  # at the end; weights may bring one along
     if span := ema_span(config, counter):
-        print(f"EMA        over about the last {span:,} of {total:,} steps at the end")
+        print(f"EMA        over about the last {span:,} of {plural(total, 'step')} at the end")
     else:
         start_step = f"ema_start is {config.ema_start:,}, and the run has {plural(total, 'step')}"
         print(f"EMA        never starts: {start_step}; its samples come from the last weights")
