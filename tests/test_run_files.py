@@ -364,13 +364,6 @@ def test_a_run_never_writes_through_a_link(workplace, curves):
     assert not list(elsewhere.iterdir()) and not any((run / name).is_symlink() for name in FIXED)
 
 
-def test_a_training_with_previews_does_without_torchvision(workplace, monkeypatch):
-    """One that does not fit torch is the commonest broken installation."""
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    run_main("train.py", *RUN, "--epochs", "1", "--preview_period", "1", "--preview_steps", "1")
-    assert len(list((workplace / "results/train_out").glob("*/epoch_0001.png"))) == 1
-
-
 # Signals, and a second run
 
 

@@ -186,8 +186,7 @@ def test_one_image_is_no_images(workplace, capsys):
         run_main("train.py", *TINY, *one, "--accumulate", "2")
     said = "".join(capsys.readouterr())
     assert said.count("1 image") >= 5
-    lines = [line for line in said.splitlines() if not line.startswith("decoding ")]
-    assert re.findall(r"(?<![\d.,x])1 (?:image|time|epoch|step|channel|group|thread)s\b", "\n".join(lines)) == []
+    assert re.findall(r"(?<![\d.,x])1 (?:image|time|epoch|step|channel|group|thread)s\b", said) == []
 
 
 @pytest.mark.parametrize("decay", ["cos", "step"])

@@ -21,7 +21,7 @@ from utils.data.formats import FORMATS, check_regular
 from utils.data.threads import map_in_threads, one_if_large
 from utils.errors import UserError
 from utils.files import PROJECT, atomic_write, read_json, remove_leftovers
-from utils.terminal import first_few
+from utils.terminal import first_few, plural
 
 CACHE_VERSION = 4  # part of the key: raise it when load_image gives other pixels or the files change their form
 CACHES_KEPT = 4  # the most recently used ones in a folder
@@ -97,7 +97,7 @@ def _build_cache(pixels_path, paths, image_format, num_workers):
     megabytes, hashes, bad, checksum = math.prod(shape) * len(paths) / 1e6, [], [], 0
     again = ", again, as the cache is damaged" if pixels_path.with_suffix(".json").exists() else ""
     size = f"{height}x{width} (height x width), {megabytes:.1f} MB"
-    print(f"decoding {len(paths)} images to {size}{again}: {pixels_path}")
+    print(f"decoding {plural(len(paths), 'image')} to {size}{again}: {pixels_path}")
     read = partial(_decode, image_format=image_format)
     decoded = map_in_threads(lambda path: attempt(read, path, is_damage), paths, num_workers, "decoding")
     try:
