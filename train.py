@@ -3,6 +3,7 @@
 import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is no traceback)
 
 # isort: split
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -74,6 +75,7 @@ class Config:
 
     # Optimization
     epochs: int = 1000                                   # passes over all images
+    steps: int = 0                                       # at least so many steps, in whole epochs; 0: epochs decides
     batch_size: int = 64                                 # global batch size, over all processes
     accumulate: int = 1                                  # micro-batches per batch: less memory, the same update
     init_lr: float | str = "auto"                        # highest learning rate; auto: 2e-4 * 128 / channel, up to 1e-3
@@ -132,6 +134,8 @@ def main(arguments=None):
     check(asked)
     config, device = resolve(asked)
     context = prepare(config, device, checkpoint, saved_settings(asked, config, own))
+    if config.steps:
+        config = replace(config, epochs=math.ceil(config.steps / context.steps_per_epoch))
     with explain_out_of_memory(lambda: advice_for_training(config, context)):
         start = restore(checkpoint, context, config)
         print_summary(config, context, start, PRESETS.get(config.preset, {}))
@@ -163,6 +167,8 @@ def read_settings(arguments=None):
         checkpoint = replace(open_weights(config["start_from"]), training=None, ema_step=None)
         checkpoint.config = {"num_groups": MAX_GROUPS, **build.settings_of(checkpoint)}
         config = start_settings(config, options, checkpoint)
+    if "epochs" in options:  # a typed number of epochs overrides the steps of a preset or of a resumed run
+        config = {**config, "steps": options.get("steps", 0)}
     return Config(**config), own, checkpoint
 
 

@@ -66,6 +66,21 @@ def test_a_run_keeps_what_its_preset_was(workplace, monkeypatch, capsys):
     assert "was built with preset = quick, which cannot change" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "steps" in train.PRESETS[name]])
+def test_a_preset_of_steps_trains_and_resumes_in_whole_epochs(workplace, capsys, name):
+    """Ten steps are four epochs of three; a run stopped after two ends with the same bits."""
+    small = ["--channel", "8", "--input_shape", "16,16", "--batch_size", "8", "--preview_period", "0"]
+    constant = ["--init_lr", "1e-3", "--min_lr", "1e-3", "--warmup", "0", "--device", "cpu"]
+    run_main("train.py", "--preset", name, *small, *constant, "--steps", "10", "--save_dir", "whole")
+    assert "4 epochs of 3 steps of 8, 12 steps in all" in capsys.readouterr().out
+    run_main("train.py", "--preset", name, *small, *constant, "--epochs", "2", "--save_dir", "broken")
+    assert "2 epochs of 3 steps" in capsys.readouterr().out  # typed epochs override the preset's steps
+    run_main("train.py", "--resume", "latest", "--steps", "10", "--save_dir", "broken")
+    whole, broken = (read_file(last(folder)) for folder in ("whole", "broken"))
+    assert_same_state(whole, broken)
+    assert whole["config"]["steps"] == 10 and whole["config"]["schedule"] == "cosine"
+
+
 def test_a_dry_run_says_the_time_and_changes_nothing(workplace, capsys):
     run_main("train.py", *TINY, "--epochs", "1000", "--dry_run", "True")
     text = capsys.readouterr().out

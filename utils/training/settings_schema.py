@@ -43,6 +43,7 @@ RUN_SETTINGS = {
     "min_snr_gamma": number(0),
     # Optimization
     "epochs": whole(1),
+    "steps": whole(0),
     "batch_size": whole(1),
     "accumulate": whole(1),
     "init_lr": number(0, LARGEST, "auto"),
