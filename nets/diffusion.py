@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cpu_fused, sampling
-from .ema import ema_weight, update_
+from .ema import ema_weight, tensors_of, update_
 from .errors import check_choice
 from .samplers import Denoise, Device, Trajectory
 from .sampling import PREDICTIONS, SamplingOptions
@@ -93,6 +94,7 @@ class GaussianDiffusion(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         self.derive_tables()  # the loaded betas may be other ones
+        self.__dict__.pop("ema_tensors", None)
 
     def _apply(self, fn, recurse=True):
         """Keeps the dtype of the tables: in bf16 they would add no noise at the first timesteps."""
@@ -100,6 +102,7 @@ class GaussianDiffusion(nn.Module):
         super()._apply(fn, recurse)
         for name, table in tables.items():
             self._buffers[name] = table.to(self._buffers[name].device)
+        self.__dict__.pop("ema_tensors", None)  # some devices' parameters are new objects
         return self
 
     def train(self, mode: bool = True) -> "GaussianDiffusion":
@@ -151,6 +154,10 @@ class GaussianDiffusion(nn.Module):
     def ema_step(self, step: int) -> None:
         self.ema_counter.fill_(step)
 
+    @cached_property
+    def ema_tensors(self):
+        return tensors_of(self.ema_model), tensors_of(self.model)
+
     @torch.no_grad()
     def update_ema(self, skip: Tensor | None = None) -> None:
         """One EMA update, after a step of the optimizer. Before step ema_start the EMA is a copy.
@@ -161,7 +168,7 @@ class GaussianDiffusion(nn.Module):
         taken = 1 - skip.to(torch.int64) if skip is not None else torch.ones_like(self.ema_counter)
         self.ema_counter += taken
         weight = ema_weight(self.ema_counter - self.ema_start, self.ema_decay, self.ema_warmup)
-        update_(self.ema_model, self.model, weight * (taken * (self.ema_counter % self.ema_update_rate == 0)))
+        update_(*self.ema_tensors, weight * (taken * (self.ema_counter % self.ema_update_rate == 0)))
 
     @torch.no_grad()
     def remove_noise(self, x: Tensor, t: Tensor, y: Labels, use_ema: bool = True) -> Tensor:

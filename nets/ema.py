@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+Tensors = tuple[list[Tensor], list[Tensor]]  # parameters and buffers of a network
+
 
 def ema_weight(n: Tensor, decay: float, warmup: bool) -> Tensor:
     """The weight of the network in the n-th EMA update, a 0-dim float32 tensor on n's device.
@@ -16,13 +18,19 @@ def ema_weight(n: Tensor, decay: float, warmup: bool) -> Tensor:
     return torch.where(n < 0, 1.0, 1 - decay)
 
 
-def update_(ema_model: nn.Module, model: nn.Module, weight: Tensor) -> None:
-    """ema_model += weight (model - ema_model), in place. weight: 0-dim, exact for 0 and 1."""
-    averages, values = list(ema_model.parameters()), [parameter.detach() for parameter in model.parameters()]
+def tensors_of(network: nn.Module) -> Tensors:
+    """For `update_`. Listing them takes as long as updating: it is done once."""
+    return list(network.parameters()), list(network.buffers())
+
+
+@torch.no_grad()
+def update_(averages: Tensors, values: Tensors, weight: Tensor) -> None:
+    """averages += weight (values - averages), in place. weight: 0-dim, exact for 0 and 1."""
+    (averages, average_buffers), (values, buffers) = averages, values
     if weight.device.type != "cpu":  # reading the weight would wait for the GPU: two passes instead
         torch._foreach_mul_(averages, 1 - weight)
         torch._foreach_add_(averages, torch._foreach_mul(values, weight))
     elif weight > 0:
         torch._foreach_lerp_(averages, values, weight.item())
-    for average, buffer in zip(ema_model.buffers(), model.buffers()):  # statistics of batch norm
+    for average, buffer in zip(average_buffers, buffers):  # statistics of batch norm
         average.copy_(torch.where(weight > 0, buffer, average))

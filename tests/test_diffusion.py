@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nets import LOSSES, PREDICTIONS, GaussianDiffusion, UNet, generate_cosine_schedule, generate_linear_schedule
-from nets.ema import update_
+from nets.ema import tensors_of, update_
 
 T = 100
 BETAS = generate_linear_schedule(T, 1e-3, 0.2)
@@ -290,9 +290,40 @@ def test_the_update_on_a_gpu_is_that_on_the_cpu(weight):
     expected = [a + weight * (b.detach() - a) for a, b in zip(average.parameters(), model.parameters())]
     on_gpu = copy.deepcopy(average)
     for network, number in ((average, torch.tensor(weight)), (on_gpu, torch.tensor(weight).as_subclass(OnGpu))):
-        update_(network, model, number)
+        update_(tensors_of(network), tensors_of(model), number)
         torch.testing.assert_close(list(network.parameters()), expected)
         assert network[1].running_mean[0] == (5 if weight else 0)
+
+
+def test_the_update_lists_the_weights_once(monkeypatch):
+    """The module tree is walked by Python, at every step of the loop."""
+    diffusion = small(ema_start=100)
+    diffusion.update_ema()
+    monkeypatch.setattr(nn.Module, "named_parameters", None)
+    monkeypatch.setattr(nn.Module, "named_buffers", None)
+    diffusion.model.weight.data.fill_(2.5)
+    diffusion.update_ema()
+    assert diffusion.ema_model.weight.item() == 2.5
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda diffusion: diffusion.load_state_dict(diffusion.state_dict(), assign=True),
+        lambda diffusion: diffusion.double(),
+        copy.deepcopy,
+    ],
+    ids=["assign", "double", "copy"],
+)
+def test_the_update_reaches_weights_that_are_other_objects_now(replace):
+    diffusion = small(ema_start=100)
+    diffusion.update_ema()
+    replaced = replace(diffusion)
+    diffusion = replaced if isinstance(replaced, GaussianDiffusion) else diffusion
+    diffusion.ema_step = 0
+    diffusion.model.weight.data.fill_(2.5)
+    diffusion.update_ema()
+    assert diffusion.ema_model.weight.item() == 2.5
 
 
 def test_ema_update_rate_counts_every_step_and_acts_on_some():

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, assert_same_state, read_file, run_main
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nets import UNet
 from utils.checkpoint.integrity import save_tensors
@@ -38,13 +39,13 @@ def test_singular_values_become_those_of_the_iterated_polynomial(shape):
     s = s / s.norm(dim=1, keepdim=True)
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    found = orthogonal(matrices)
+    (found,) = orthogonal([matrices], max(shape) ** -0.5)
     torch.testing.assert_close(found.double(), u @ torch.diag_embed(s) @ v, rtol=0, atol=1e-3)
     assert 0.65 < s.min() <= s.max() < 1.25
 
 
 def test_no_gradient_is_no_step():
-    assert not orthogonal(torch.zeros(2, 3, 4)).any()
+    assert not orthogonal([torch.zeros(2, 3, 4)])[0].any()
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch 2.9 or newer")
@@ -109,6 +110,62 @@ def test_the_order_in_memory_changes_nothing_but_rounding():
         results.append(flat(network) - before)
     torch.testing.assert_close(*results, rtol=0, atol=1e-5)
     assert results[0].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_weights_together_step_as_each_alone(layout):
+    """Up to rounding, of shapes that share a square of their own or a padded one, or nothing."""
+    shapes = [
+        (40, 3, 3, 3),
+        (3, 40, 3, 3),
+        (40, 24, 1, 1),
+        (24, 40, 1, 1),
+        (24, 80, 1, 1),
+        (40, 3, 3, 3),
+        (96, 8, 3, 3),
+    ]
+    generator, results = torch.Generator().manual_seed(0), []
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)]
+    for together in (True, False):
+        weights = [torch.nn.Parameter(value.clone(memory_format=layout)) for value in start]
+        parts = [weights] if together else [[weight] for weight in weights]
+        optimizers = [Muon(part, lr=0.01, weight_decay=0.1, fused=True) for part in parts]
+        for step in gradients:
+            for weight, gradient in zip(weights, step, strict=True):
+                weight.grad = gradient.clone()  # where AMP or a scaler made it, in another order than the weight
+            for optimizer in optimizers:
+                optimizer.step()
+        state = [optimizer.state[weight] for optimizer in optimizers for weight in optimizer.param_groups[0]["params"]]
+        results.append([*weights, *(values["exp_avg"] for values in state), *(values["step"] for values in state)])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+    assert all((weight - value).abs().max() > 0.01 for weight, value in zip(results[0], start))
+
+
+class Operations(TorchDispatchMode):
+    """Counts what launches a kernel on a GPU: all but views and new, empty tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        views = ("as_strided", "detach", "empty_like", "permute", "split", "transpose", "view", "slice", "expand")
+        self.count += not any(word in str(function) for word in views)
+        return function(*args, **kwargs or {})
+
+
+def test_the_operations_of_a_step_do_not_grow_with_the_number_of_weights():
+    """By the shapes: three more for each other one."""
+    counts = []
+    for shapes in ([(8, 8, 3, 3)] * 2, [(8, 8, 3, 3)] * 9, [(8, 8, 3, 3), (8, 16, 3, 3), (16, 8, 1, 1)] * 3):
+        weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+        optimizer = Muon(weights, lr=0.01, weight_decay=0.1, fused=True)
+        for _ in range(2):
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            with Operations() as operations:
+                optimizer.step()
+        counts.append(operations.count)
+    assert counts[0] == counts[1] and counts[2] <= counts[0] + 2 * 3
 
 
 def test_weight_decay_alone_shrinks_by_the_learning_rate():
