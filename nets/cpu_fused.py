@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .compiled import WRITTEN_OUT
 from .unet import AttentionBlock, ResidualBlock, UNet, attend
 
 aten = torch.ops.aten
@@ -34,7 +35,7 @@ class FusedUNet(UNet):
         return norm_act_conv(self.out_norm, self.activation, x, self.out_conv)
 
 
-FUSED = {ResidualBlock: FusedResidualBlock, AttentionBlock: FusedAttentionBlock, UNet: FusedUNet}
+FUSED = {ResidualBlock: FusedResidualBlock, AttentionBlock: FusedAttentionBlock, UNet: FusedUNet, **WRITTEN_OUT}
 
 
 def install(network: nn.Module) -> nn.Module:

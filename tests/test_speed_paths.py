@@ -210,6 +210,62 @@ def test_a_compiler_sees_the_plain_network(monkeypatch):
     assert fused_calls(lambda: network(torch.randn(1, 3, 8, 8), torch.zeros(1)).sum().backward(), monkeypatch) == 0
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mean", [0, 30])
+def test_group_norm_written_out_for_a_compiler_is_pytorchs_in_float64(monkeypatch, layout, dtype, mean):
+    """Its statistics are float32: far from zero bf16 has too few digits for them."""
+    norm, generator = norm_of(16), torch.Generator().manual_seed(0)
+    x = (mean + torch.randn(3, 16, 6, 10, generator=generator)).to(dtype).to(memory_format=layout)
+    weights, results = torch.randn(x.shape, generator=generator), []
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for layer, values in ((install(nn.Sequential(copy.deepcopy(norm))), x), (norm.double(), x.double())):
+        values = values.detach().requires_grad_()
+        out = layer(values)
+        results.append([out, *torch.autograd.grad((out * weights.to(out.dtype)).sum(), (values, *layer.parameters()))])
+    assert results[0][0].dtype == dtype and type(norm) is nn.GroupNorm
+    for ours, exact in zip(*results, strict=True):
+        error = 0.01 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(ours.double(), exact, atol=error * exact.abs().max().item(), rtol=0)
+
+
+def test_upsampling_written_out_for_a_compiler_is_pytorchs(monkeypatch):
+    x = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    nearest, bilinear = (nn.Upsample(scale_factor=2, mode=mode) for mode in ("nearest", "bilinear"))
+    expected = nearest(x), bilinear(x)
+    weights = torch.linspace(-1, 1, expected[0].numel()).view(expected[0].shape)
+    install(nn.Sequential(nearest, bilinear))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for layer, out in zip((nearest, bilinear), expected, strict=True):
+        assert torch.equal(layer(x), out)
+        gradients = [torch.autograd.grad((result * weights).sum(), x)[0] for result in (layer(x), out)]
+        torch.testing.assert_close(*gradients)
+
+
+def test_a_compiled_network_has_no_layer_that_leaves_channels_last():
+    """The graph is traced as ever, and run by PyTorch: compiling it to C++ takes a minute."""
+    network = UNet(3, 16, (1, 2), 1, 16, num_classes=3, dropout=0.0, attention_resolutions=(1,), num_groups=4)
+    network = GaussianDiffusion(randomize(network), (8, 8), 3).to(memory_format=torch.channels_last).model
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    x, t, y = x.requires_grad_(), torch.tensor([3.0, 700.0]), torch.tensor([0, 2])
+    names, results = [], []
+
+    def backend(graph, inputs):
+        names.extend(getattr(node.target, "__name__", node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    for compiled in (False, True):
+        if compiled:
+            network.compile(backend=backend, fullgraph=True)
+        out = network(x, t, y)
+        results.append([out, *torch.autograd.grad(out.square().mean(), (x, *network.parameters()))])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    norms = sum(isinstance(module, nn.GroupNorm) for module in network.modules())
+    assert names.count("var_mean") == norms > 10 and "expand" in names
+    assert not any("group_norm" in name or "interpolate" in name for name in names)
+
+
 def test_under_autocast_the_gradients_are_those_of_the_plain_path_within_rounding():
     x, norm, grads = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0)), norm_of(8), []
     for function in (norm_act_conv, plain):
