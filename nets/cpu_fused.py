@@ -39,7 +39,7 @@ FUSED = {ResidualBlock: FusedResidualBlock, AttentionBlock: FusedAttentionBlock,
 
 
 def install(network: nn.Module) -> nn.Module:
-    """`network`, whose blocks have other classes, and the same parameters and keys, from now on."""
+    """`network`, whose blocks and layers have other classes, and the same keys, from now on."""
     for module in network.modules():
         module.__class__ = FUSED.get(type(module), type(module))
     return network
