@@ -74,7 +74,7 @@ def orthogonal(stacks: list[Tensor], size: float | Tensor = 1.0) -> list[Tensor]
     square change nothing.
     """
     squares = [x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x for x in stacks]
-    sides, products = [len(square[0]) for square in squares], []
+    sides, products = [square.shape[1] for square in squares], []
     padded = [F.pad(square, (0, -side % SIDE) * 2) if side % SIDE else square for side, square in zip(sides, squares)]
     for _, group in groupby(padded, key=lambda square: square.shape[1]):
         group = list(group)
