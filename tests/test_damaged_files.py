@@ -2,9 +2,11 @@
 anything is built.
 """
 
+import errno
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import zipfile
@@ -93,6 +95,42 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, lazily):
     assert refused > 150
 
 
+@pytest.mark.parametrize("lazily", [False, True])
+def test_a_damaged_directory_of_the_zip_file_names_the_file(tmp_path, lazily):
+    """Its offsets lead anywhere: what the system says of that has no name in it."""
+    path = small(tmp_path)
+    content = path.read_bytes()
+    start, refused = content.index(b"PK\x01\x02"), 0
+    for place in range(start, len(content)):
+        path = tmp_path / f"{place}.pth"
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        try:
+            load_tensors(path, lazily)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: "), error
+            refused += 1
+    assert refused > (len(content) - start) / 2
+
+
+def test_an_error_of_the_system_names_the_file_and_resuming_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs/run").mkdir(parents=True)
+    path = small(tmp_path).rename(tmp_path / "logs/run/last.pth")
+
+    def broken_disk(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", broken_disk)
+    with pytest.raises(OSError) as error:
+        load_tensors(path)
+    assert error.value.filename == str(path)
+    write_pictures("datasets")
+    run_main("txt_annotation.py")
+    line = error_of(capsys, "train.py", *TINY, "--resume", "latest")
+    assert f"{os.path.join('logs', 'run', 'last.pth')}: {os.strerror(errno.EIO)}" in line
+    assert "name another run's folder, or an epoch_XXXX.pth" in line
+
+
 def test_a_flipped_bit_in_a_feature_cache_is_computed_again(tmp_path):
     class Pictures:
         def key(self):
@@ -136,8 +174,8 @@ def test_parts_of_one_name_and_compressed_parts_are_refused(tmp_path):
     [
         ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n", "run `git lfs pull`"),
         ("\n<!DOCTYPE html>\n<html><title>Файл</title></html>", "a web page instead of the weights"),
-        ("weights are elsewhere", "not tensors and plain values"),
-        ("й" * 600, "not tensors and plain values"),
+        ("weights are elsewhere", "(it begins with b'weights ')"),
+        ("й" * 600, "it begins with"),
     ],
 )
 def test_text_in_place_of_a_checkpoint(tmp_path, text, words):
@@ -146,6 +184,33 @@ def test_text_in_place_of_a_checkpoint(tmp_path, text, words):
         with pytest.raises(ValueError, match="text.pth: ") as error:
             read(tmp_path / "text.pth")
         assert words in str(error.value)
+
+
+def test_a_file_of_safetensors_is_converted_by_the_command_that_its_refusal_names(tmp_path, monkeypatch):
+    library = pytest.importorskip("safetensors.torch")
+    monkeypatch.chdir(tmp_path)
+    weights = {"a": torch.arange(4.0)}
+    library.save_file(weights, "theirs.pth")
+    with pytest.raises(ValueError, match=r"theirs\.pth: of safetensors") as error:
+        load_tensors("theirs.pth")
+    command = re.search(r"torch\.save\(.*'\)", str(error.value))[0]
+    exec(command, {"torch": torch, "safetensors": __import__("safetensors")})
+    assert torch.equal(load_tensors("weights.pth")["a"], weights["a"])
+
+
+@pytest.mark.parametrize("top", ["", "archive"])
+def test_an_unpacked_checkpoint_says_how_it_is_packed(tmp_path, top):
+    folder = tmp_path / "emoji" / top
+    with zipfile.ZipFile(small(tmp_path)) as archive:
+        archive.extractall(folder.parent)
+    (folder.parent / "archive").rename(folder)
+    with pytest.raises(ValueError, match="emoji: an unpacked checkpoint: take the file itself") as error:
+        find_weights(tmp_path / "emoji")
+    assert f"in {folder.parent}, `zip -0 -r weights.pth {folder.name}`" in str(error.value)
+    with zipfile.ZipFile(tmp_path / "again.pth", "w") as archive:  # as that command does
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, path.relative_to(folder.parent))
+    assert load_checkpoint(tmp_path / "again.pth").classes == ["a", "b"]
 
 
 @pytest.mark.parametrize("inside", ["model_index.json", "unet/config.json"])

@@ -18,6 +18,7 @@ TEXTS = {  # how a text file in place of weights begins -> what it is, and what 
     b"version https://git-lfs": "the pointer that git-lfs leaves in place of the weights: run `git lfs pull`",
     b"<": "a web page instead of the weights: download the file itself, not the page that shows it",
 }
+SAFETENSORS = b'\0\0{"'  # the end of the length of its JSON, in 8 bytes, and the beginning
 
 
 def save_tensors(path: Path, values: dict) -> None:
@@ -38,21 +39,30 @@ def load_tensors(path: Path, lazily: bool = False, what: str = "PyTorch checkpoi
     if not path.is_file():
         raise UserError(f"{path}: there is no such {what}")
     with open(path, "rb") as file:
-        start = file.read(512).lstrip()
+        start = file.read(512)
     for beginning, kind in TEXTS.items():
-        if start.startswith(beginning):
+        if start.lstrip().startswith(beginning):
             raise UserError(f"{path}: a text file, {kind}")
+    if start[6:10] == SAFETENSORS:
+        convert = f"torch.save(safetensors.torch.load_file({path.name!r}), 'weights.pth')"
+        raise UserError(f"{path}: of safetensors, no {what}: {convert} in Python converts it")
     try:
         if zipped := zipfile.is_zipfile(path):
             compare_checksums(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily and zipped)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: not tensors and plain values only: loading it could run code hidden in it") from None
     except Exception as error:  # the unpickler raises all kinds on a file of something else
-        passing = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # of the system
-        if passing or is_out_of_memory(error):
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the system: it may pass
+            error.filename = error.filename or str(path)
             raise
-        raise UserError(f"{path}: damaged, or no {what} ({one_line(error)})") from None
+        if is_out_of_memory(error):
+            raise
+        reason = one_line(error)
+        if isinstance(error, pickle.UnpicklingError):
+            if zipped or start.startswith(pickle.PROTO):
+                unsafe = "not tensors and plain values only: loading it could run code hidden in it"
+                raise UserError(f"{path}: {unsafe}") from None
+            reason = f"it begins with {start[:8]!r}"  # the unpickler's own words are long, and advise to trust the file
+        raise UserError(f"{path}: damaged, or no {what} ({reason})") from None
 
 
 def compare_checksums(path: Path) -> None:

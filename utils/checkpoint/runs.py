@@ -5,7 +5,7 @@ from pathlib import Path
 
 from utils import distributed
 from utils.checkpoint.file import Checkpoint, load_checkpoint
-from utils.errors import UserError
+from utils.errors import UserError, user_message
 from utils.terminal import as_command
 
 LOGS = "logs"  # where runs are looked for unless another folder is named
@@ -37,8 +37,9 @@ def newest_last(save_dir: str | Path = LOGS) -> Checkpoint | None:
     path = next((path for path in newest_weights(save_dir) if path.name == LAST), None)
     try:
         return path and load_checkpoint(path)
-    except UserError as error:
-        raise UserError(f"{error}; name another run's folder, or an epoch_XXXX.pth of this newest run") from None
+    except (UserError, OSError) as error:
+        advice = "name another run's folder, or an epoch_XXXX.pth of this newest run"
+        raise UserError(f"{user_message(error)}; {advice}") from None
 
 
 def find_resumed(resume: str, save_dir: str) -> Checkpoint | None:
@@ -73,6 +74,11 @@ def find_weights(path: str | Path, save_dir: str | Path = LOGS) -> tuple[Path, s
         if weights is None and ((whole / "model_index.json").is_file() or (whole / "unet").is_dir()):
             command = as_command("python", "-m", "utils.convert", "import", whole, "FILE.pth")
             raise UserError(f"{whole}: of diffusers: `{command}` reads it")
+        if weights is None and (inside := [*given.glob("data.pkl"), *given.glob("*/data.pkl")]):
+            folder = inside[0].resolve().parent
+            command = as_command("zip", "-0", "-r", "weights.pth", folder.name)
+            packed = f"in {folder.parent}, `{command}` makes it a file again"
+            raise UserError(f"{given}: an unpacked checkpoint: take the file itself, or, {packed}")
         return weights or (given / LAST if given.is_dir() else given), ""
     if found := newest_weights(save_dir):
         return found[0], ", the newest run's"

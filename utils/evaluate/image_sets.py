@@ -83,6 +83,8 @@ def _read_npz(path):
     """arr_0, uint8 (N, H, W, 1 or 3), unpacked and mapped (Windows keeps open files)."""
     try:
         with zipfile.ZipFile(path) as archive, TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            if {"mu.npy", "sigma.npy"} <= set(archive.namelist()):
+                raise UserError("it holds mu and sigma, the statistics of features: name the images themselves")
             if archive.getinfo("arr_0.npy").file_size > max(MAX_RATIO * path.stat().st_size, ALWAYS_ALLOWED):
                 raise UserError(f"packed by more than {MAX_RATIO} to 1: save it without compression, by numpy.savez")
             pixels = np.load(archive.extract("arr_0.npy", folder), mmap_mode="r", allow_pickle=False)
