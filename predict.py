@@ -106,7 +106,7 @@ SETTINGS = {
 
 def main(arguments=None):
     config, given = read_settings(arguments)
-    distributed.start()
+    distributed.start(vars(config))
     device = choose_device(config.device, distributed.local_rank())
     precision = choose_precision(config.precision, device)
     checkpoint = open_weights(config.model_path, "weights")

@@ -17,7 +17,7 @@ from nets import GaussianDiffusion, architecture, build
 from nets.unet import MAX_GROUPS
 from utils import distributed
 from utils.checkpoint.file import Checkpoint
-from utils.checkpoint.resume import check_classes, merge_settings, restore, start_settings
+from utils.checkpoint.resume import check_classes, images_fingerprint, merge_settings, restore, start_settings
 from utils.checkpoint.runs import find_resumed, open_weights, run_folder
 from utils.data.dataset import ImageDataset, epoch_batches, fit_batch_size, normalize, open_dataset, split_validation
 from utils.data.image_format import ImageFormat
@@ -156,7 +156,7 @@ def read_settings(arguments=None):
     """
     declared = RUN_SETTINGS | {"preset": choice(PRESETS, fixed="run")}
     own, options = defaults(Config, declared), typed_options(Config, declared, __doc__, arguments)
-    distributed.start()
+    distributed.start({**own, **options})
     preset = preset_values(PRESETS, options.get("preset", own["preset"]), declared)
     config = {**own, **preset, **options}
     checkpoint = find_resumed(config["resume"], config["save_dir"])
@@ -206,6 +206,9 @@ def prepare(config, device, checkpoint=None, about=None):
     image_format = ImageFormat(*(getattr(config, name) for name in ImageFormat._fields))
     with distributed.one_per_machine_first():
         images = open_dataset(config.annotation_path, image_format, config.num_workers)
+    digests = {"the digest of the images": images_fingerprint(images), "compile": None}  # it may fail on one machine
+    position = {"the position of the checkpoint": checkpoint and checkpoint.training and checkpoint.training[:4]}
+    distributed.check_equal({**asdict(config), **digests, **position})
     if checkpoint and config.start_from and checkpoint.training is None:
         weights = architecture.change_classes(checkpoint.weights, checkpoint.classes, images.classes, asdict(config))
         checkpoint = replace(checkpoint, weights=weights, kind="ema", classes=[])

@@ -147,6 +147,8 @@ def typed_options(config_class: type, declared: dict[str, Setting], description:
 
 def check_known(name, declared, what):
     """UserError, with `what`, unless there is such a setting."""
+    if name in ("local-rank", "local_rank"):
+        raise UserError("--local-rank comes from torch.distributed.launch: start with torchrun instead")
     if name not in declared:
         near = "".join(f" (did you mean {near}?)" for near in difflib.get_close_matches(name, declared, 1))
         ours = f"a name of the reference: here it is {REFERENCE_NAMES[name]}" if name in REFERENCE_NAMES else ""
