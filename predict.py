@@ -26,7 +26,7 @@ from utils.sampling.init_images import init_options
 from utils.sampling.option_rules import SOLVER_OPTIONS, check_rules
 from utils.sampling.predict_files import COLUMNS, SHOWN, PredictFiles, image_texts, output_folder
 from utils.sampling.summary import print_sampling
-from utils.settings import PAIR, choice, defaults, flag, number, settings, text, typed_options, whole
+from utils.settings import PAIR, choice, defaults, flag, number, pathname, settings, text, typed_options, whole
 from utils.terminal import first_few
 
 MAX_ROWS = 10  # classes in the grid
@@ -80,9 +80,10 @@ class Config:
 # fmt: on
 
 
-TEXTS = ("model_path", "class_name", "guiding_path", "init_image", "mask", "save_dir", "device")
+PATHS = ("model_path", "guiding_path", "init_image", "mask", "save_dir")
 SETTINGS = {
-    **dict.fromkeys(TEXTS, text()),
+    **dict.fromkeys(PATHS, pathname()),
+    **dict.fromkeys(("class_name", "device"), text()),
     **dict.fromkeys(("use_ema", "clip", "individual_files", "npz", "trajectory"), flag()),
     "input_shape": whole(1, 2**14, None, count=PAIR),
     "num_images": whole(1, SEEDS),

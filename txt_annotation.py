@@ -19,7 +19,7 @@ from utils.data.search import (
     without_shipped,
 )
 from utils.errors import UserError, run_script
-from utils.settings import choice, flag, parse, settings, text, whole
+from utils.settings import choice, flag, parse, pathname, settings, whole
 from utils.terminal import first_few, printable
 
 OPTIONAL = "`pip install pillow-heif` brings .heic, Pillow 11.3 or newer .avif"
@@ -37,8 +37,8 @@ class Config:
 
 
 SETTINGS = {
-    "datasets_path": text(),
-    "annotation_path": text(),
+    "datasets_path": pathname(),
+    "annotation_path": pathname(),
     "verify": flag(),
     "num_workers": whole(0, 1024),
     "download": choice(("", *DATASETS)),

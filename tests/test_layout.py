@@ -243,7 +243,16 @@ def test_scripts_do_nothing_when_imported(name):
         for node in ast.walk(assign)
         if isinstance(node, ast.Call)
     }
-    assert calls <= {"whole", "number", "flag", "text", "choice", "range", "dict.fromkeys"}  # declarations of settings
+    assert calls <= {
+        "whole",
+        "number",
+        "flag",
+        "text",
+        "pathname",
+        "choice",
+        "range",
+        "dict.fromkeys",
+    }  # declarations of settings
 
 
 def test_scripts_do_not_import_each_other():

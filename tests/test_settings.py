@@ -3,7 +3,9 @@ line.
 """
 
 import inspect
+import os
 import re
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from nets import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, SAMPLERS, SCHEDULES, SPAC
 from nets.errors import SettingError
 from nets.schedules import make_betas
 from utils.checkpoint.file import load_checkpoint
+from utils.data.cache import cache_folder
 from utils.data.image_format import RESIZE_MODES
 from utils.device import DTYPES
 from utils.errors import UserError, run_script
@@ -238,6 +241,33 @@ def undeclared(config_class, declared):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_each_number_has_a_range_and_each_annotation_the_declared_kind(script):
     assert undeclared(script.Config, SCRIPTS[script]) == (["seed"] if script is train else [])  # any seed will do
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_a_tilde_before_a_path_is_the_home_folder(script, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME" if os.name == "posix" else "USERPROFILE", str(tmp_path))
+    home, declared = os.path.join("~", "x"), SCRIPTS[script]
+    texts = [name for name, setting in declared.items() if setting.kind is str]
+    for name in texts:
+        config = parse(script.Config, declared, "", [f"--{name}", home])
+        same = name in ("device", "class_name", "preset")  # texts that are no paths
+        assert getattr(config, name) == (home if same else str(tmp_path / "x")), name
+    assert len(texts) > 1
+
+
+def test_a_tilde_without_a_home_folder_is_refused(monkeypatch, tmp_path):
+    """HOME is unset, and the user is not in the system's list, as in some containers."""
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^~/x: there is no home folder for its ~: set HOME, or write \./~/x"):
+        parse(predict.Config, predict.SETTINGS, "", ["--save_dir", "~/x"])
+    assert parse(predict.Config, predict.SETTINGS, "", ["--save_dir", "./~/x"]).save_dir == "./~/x"
+    (tmp_path / "datasets").mkdir()
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    with pytest.raises(OSError, match="no folder for the cache") as error:
+        cache_folder("train_lines.txt")
+    assert "~" not in str(error.value) and os.listdir(tmp_path) == ["datasets"]
 
 
 def test_a_number_without_a_range_is_seen():

@@ -15,6 +15,7 @@ from pathlib import Path
 from utils.checkpoint.runs import newest_weights
 from utils.errors import UserError, run_script
 from utils.files import atomic_write, read_json
+from utils.settings import expand_home
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
 PREVIEW_BYTES, MOST_PREVIEWS = 2_500_000, 40
@@ -35,7 +36,8 @@ def main(arguments=None):
     words = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"}.intersection(words):
         return print(__doc__)
-    folder = Path(words[0]) if words else next((path.parent for path in newest_weights("logs")), Path("logs"))
+    newest = next((path.parent for path in newest_weights("logs")), Path("logs"))
+    folder = Path(expand_home(words[0])) if words else newest
     if len(words) > 1 or read_json(folder / "config.json") is None:
         raise UserError(f"{folder}: no run with a sound config.json: python -m utils.report logs/<run>")
     with atomic_write(folder / "report.html", "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -7,6 +7,7 @@ The dataclass has its type, default and help text, the declaration what it may b
 import ast
 import difflib
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -32,6 +33,7 @@ class Setting(NamedTuple):
     highest: float = LARGEST
     choices: tuple = ()  # words, numbers or None
     count: range | None = None  # how many values its tuple has; None: it is no tuple
+    path: bool = False  # a text that is a path: a ~ before it is the user's home folder
     fixed: str = ""  # "run": a resumed run keeps it; "weights": so does a run that starts from its weights
 
     def fit(self, value: Any, typed: str | None = None) -> Any:
@@ -48,7 +50,8 @@ class Setting(NamedTuple):
     def fit_one(self, value, typed=None):
         """`fit` of a single value, whatever the choices."""
         if self.kind is str:
-            return value if isinstance(value, str) else MISFIT if typed is None else typed
+            value = value if isinstance(value, str) else MISFIT if typed is None else typed
+            return expand_home(value) if self.path and value is not MISFIT else value
         if self.kind is float and type(value) is int and abs(value) <= LARGEST:
             value = float(value)
         # NaN is in no range.
@@ -69,6 +72,13 @@ class Setting(NamedTuple):
         return " or ".join([noun, *map(repr, self.choices)])
 
 
+def expand_home(path: str) -> str:
+    """The path with its user's home folder for a ~ before it. UserError: none is known."""
+    if (expanded := os.path.expanduser(path)).startswith("~"):
+        raise UserError(f"{path}: there is no home folder for its ~: set HOME, or write ./{path} if it is a name")
+    return expanded
+
+
 def whole(lowest: int, highest: int = LARGEST, *choices: Any, **more: Any) -> Setting:
     return Setting(int, lowest, highest, choices, **more)
 
@@ -81,7 +91,7 @@ def choice(choices: Iterable, **more: Any) -> Setting:
     return Setting(None, choices=tuple(choices), **more)
 
 
-text, flag = partial(Setting, str), partial(Setting, bool)
+text, pathname, flag = partial(Setting, str), partial(Setting, str, path=True), partial(Setting, bool)
 PAIR, SEVERAL = range(2, 3), range(1, 33)  # counts of a tuple's values
 
 

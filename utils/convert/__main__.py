@@ -22,6 +22,7 @@ from utils.checkpoint.runs import open_weights
 from utils.convert.diffusers_folder import export_model, import_model
 from utils.errors import UserError, run_script
 from utils.files import begin_export
+from utils.settings import expand_home
 
 # Argument of the reference's UNet: its default, and train.py's option for such a network.
 REFERENCE_UNET = {
@@ -109,7 +110,7 @@ def main(arguments=None):
     if options.class_name is not None and options.command != "diffusers":
         parser.error("--class_name is an option of diffusers")
     more = [options.class_name] if options.class_name else []
-    COMMANDS[options.command](options.source, options.target, *more)
+    COMMANDS[options.command](expand_home(options.source), expand_home(options.target), *more)
 
 
 if __name__ == "__main__":

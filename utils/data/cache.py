@@ -59,7 +59,8 @@ def cache_folder(annotation_path, cache_path=None):
     local = (beside if beside.is_dir() else PROJECT / "datasets") / ".cache"
     user = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
     user = Path(user or os.path.expanduser("~/.cache")) / "ddpm-pytorch"
-    for folder in [Path(cache_path)] if cache_path else [local, user]:
+    own = [local, user] if user.is_absolute() else [local]  # without a home a ~ is left, which is no folder
+    for folder in [Path(cache_path)] if cache_path else own:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()

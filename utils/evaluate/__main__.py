@@ -30,7 +30,7 @@ from utils.images import to_uint8
 from utils.sampling.batches import last_images, sample_batches
 from utils.sampling.option_rules import check_guidance
 from utils.sampling.summary import describe_guidance
-from utils.settings import PAIR, choice, flag, number, parse, settings, text, whole
+from utils.settings import PAIR, choice, flag, number, parse, pathname, settings, text, whole
 
 ENOUGH = 10_000  # below so many samples FID's upward bias is larger than the differences of interest
 WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors", ".pth.tar")  # names of checkpoints end so
@@ -81,9 +81,10 @@ class Config:
 # fmt: on
 
 
-TEXTS = ("samples", "reference", "held_out", "features", "inception_weights", "guiding_path", "save_dir", "cache_dir")
+PATHS = ("samples", "reference", "held_out", "features", "inception_weights", "guiding_path", "save_dir", "cache_dir")
 SETTINGS = {
-    **dict.fromkeys((*TEXTS, "device"), text()),
+    **dict.fromkeys(PATHS, pathname()),
+    "device": text(),
     **dict.fromkeys(("distances", "nearest", "bits", "use_ema"), flag()),
     **dict.fromkeys(("bits_images", "steps"), whole(0)),
     "num_images": whole(0, SEEDS),

@@ -7,13 +7,13 @@ utils imports nets here alone, for the names of its choices.
 from nets import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, SAMPLERS, SCHEDULES
 from utils.data.image_format import RESIZE_MODES
 from utils.device import DTYPES
-from utils.settings import LARGEST, PAIR, SEVERAL, choice, flag, number, text, whole
+from utils.settings import LARGEST, PAIR, SEVERAL, choice, flag, number, pathname, text, whole
 from utils.training.optimizer import DECAYS, OPTIMIZERS
 
 RUN_SETTINGS = {
     "preset": text(fixed="run"),  # train.py knows its presets; a file may be of a later version's
     # Images
-    "annotation_path": text(),
+    "annotation_path": pathname(),
     "input_shape": whole(1, 2**14, count=PAIR, fixed="run"),
     "img_channels": choice((3, 1), fixed="run"),
     "resize_mode": choice(RESIZE_MODES),
@@ -64,7 +64,7 @@ RUN_SETTINGS = {
     "compile": flag(choices=("auto",)),
     "seed": whole(-(2**63), 2**63 - 1),
     # Output
-    "save_dir": text(),
+    "save_dir": pathname(),
     "save_period": whole(1),
     "save_minutes": number(0),
     "keep_last": whole(0),
@@ -73,6 +73,6 @@ RUN_SETTINGS = {
     "preview_steps": whole(1),
     "val_split": number(0, 0.9),
     "dry_run": flag(),
-    "start_from": text(fixed="run"),
-    "resume": text(),
+    "start_from": pathname(fixed="run"),
+    "resume": pathname(),
 }
