@@ -67,8 +67,9 @@ def make_betas(
 
     schedule_low, schedule_high: the first and last beta of the linear schedule for T = 1000.
     schedule_shift: what is added to lambda (`shift_betas`), for the other schedules. ValueError: an
-    unknown name, betas outside (0, 1), or a shift of the linear schedule. A warning:
-    alpha_bar_T > 0.01. Then x_T keeps a part of the image, but sampling starts from pure noise.
+    unknown name, betas outside (0, 1), an alpha_bar_T that rounds to 0, or a shift of the linear
+    schedule. A warning: alpha_bar_T > 0.01, as x_T keeps a part of the image, but sampling starts
+    from pure noise; or below what float32 holds, as most timesteps are pure noise.
     """
     check_choice("schedule", schedule, SCHEDULES)
     if schedule == "linear" and schedule_shift:
@@ -80,6 +81,11 @@ def make_betas(
         found = f"the {schedule} schedule has alpha_bar_T = {alpha_bar_T:.3g} > 0.01: x_T is not pure noise"
         remedy = "lower schedule_shift" if schedule_shift > 0 else "raise schedule_high, or use the cosine schedule"
         warnings.warn(f"{found}; raise num_timesteps, {remedy}", stacklevel=2)
+    if alpha_bar_T < float(np.finfo(np.float32).tiny):
+        lower = f"alpha_bar_T = {alpha_bar_T:.3g} is too small for float32: lower schedule_high"
+        if alpha_bar_T == 0:  # solvers divide by it
+            raise SettingError(lower)
+        warnings.warn(lower, stacklevel=2)
     return betas
 
 

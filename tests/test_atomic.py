@@ -383,3 +383,20 @@ def test_every_writer_goes_through_atomic_write():
         (path.name, word) for path in sources for word in banned if re.search(word, path.read_text(encoding="utf-8"))
     ]
     assert found == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_a_pipe_in_place_of_a_lock_or_a_json_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    os.mkfifo(tmp_path / "config.json")
+    previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(10)
+    try:
+        assert read_json(tmp_path / "config.json") is None
+        with locked(tmp_path, "taken"):
+            assert (tmp_path / ".lock").is_file()
+            with pytest.raises(UserError, match="taken"), locked(tmp_path, "taken"):
+                pass
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)

@@ -438,6 +438,14 @@ def test_an_odd_scheduler_is_refused_in_one_line(tmp_path, scheduler):
     assert_refused(tmp_path, "scheduler_config.json is damaged, or")
 
 
+def test_a_scheduler_of_any_length_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+    foreign(tmp_path / "in")
+    path = tmp_path / "in" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_train_timesteps": 10**9}))
+    monkeypatch.setattr(diffusers.DDPMScheduler, "from_config", lambda _: pytest.fail("12 GB would be filled"))
+    assert_refused(tmp_path, "num_timesteps is 1000000000: expected a whole number from 1 to 1000000")
+
+
 def assert_refused(folder, message):
     """By one line that our own code raises: run_script shows any other error as a traceback."""
     with pytest.raises(ValueError, match=message) as caught:

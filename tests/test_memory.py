@@ -93,6 +93,13 @@ def test_training_out_of_memory_is_a_line_with_the_settings_and_what_would_fit(p
         assert setting in text
 
 
+def test_a_system_that_does_not_tell_its_memory_is_not_said_to_have_none(parts, monkeypatch):
+    config, built = parts()
+    monkeypatch.setattr(memory, "device_memory", lambda device: 0)  # Windows
+    text = memory.advice_for_training(config, built)
+    assert "MiB; raise --accumulate" in text and " in all" not in text
+
+
 def test_where_the_estimate_runs_out_of_memory_too_the_settings_are_named_still(parts, monkeypatch):
     config, built = parts()
 

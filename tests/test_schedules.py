@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nets import SCHEDULES, generate_cosine_schedule, generate_linear_schedule, generate_sigmoid_schedule
+from nets.errors import SettingError
 from nets.schedules import find_schedule, make_betas
 
 
@@ -61,6 +62,13 @@ def test_linear_keeps_its_end_for_any_T():
 def test_a_schedule_that_leaves_the_image_visible_is_warned_about():
     with pytest.warns(UserWarning, match="alpha_bar_T = 0.3"):
         make_betas("linear", 1000, 1e-4, 0.002)
+
+
+def test_a_schedule_that_underflows_is_warned_about_and_refused_where_nothing_can_sample():
+    with pytest.warns(UserWarning, match="alpha_bar_T = 2.09e-47 is too small for float32: lower schedule_high"):
+        assert (make_betas("linear", 1000, 1e-4, 0.2) > 0).all()
+    with pytest.raises(SettingError, match="alpha_bar_T = 0 is too small .* lower schedule_high"):
+        make_betas("linear", 1000, 1e-4, 0.95)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -99,7 +99,7 @@ def begin_export(path):
 def read_json(path):
     """The dict in a JSON file; None where it is missing, damaged, or holds something else."""
     try:
-        found = json.loads(Path(path).read_bytes())
+        found = json.loads(Path(path).read_bytes()) if os.path.isfile(path) else None  # a pipe would never end
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

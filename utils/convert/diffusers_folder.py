@@ -201,6 +201,7 @@ def to_schedule(scheduler, DDPMScheduler):
     """A scheduler's settings -> train.py's schedule and prediction. UserError where not ours."""
     named = [f"{name} {scheduler[name]!r}" for name in ("prediction_type", "beta_schedule", "rescale_betas_zero_snr")]
     with as_user_error(f"its scheduler_config.json is damaged, or this is not one of ours: {', '.join(named)}"):
+        check_saved({"num_timesteps": scheduler["num_train_timesteps"]}, RUN_SETTINGS)  # its tables need memory
         prediction = {theirs: ours for ours, theirs in PREDICTIONS.items()}[scheduler["prediction_type"]]
         return {**find_schedule(DDPMScheduler.from_config(scheduler).betas), "prediction": prediction}
 

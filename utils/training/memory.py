@@ -32,7 +32,8 @@ def advice_for_training(config, context) -> str:
     accumulate = accumulate_that_fits(fitting, size * config.accumulate, config.accumulate)
     instead = f"--accumulate {accumulate} would fit. Else " if accumulate else ""
     need = f"training on {plural(size, 'image')} at a time needs about {mebibytes(fixed + size * per_image)}"
-    return f"{need}, {context.device} has {mebibytes(there)} in all; {instead}{SETTINGS}"
+    has = f", {context.device} has {mebibytes(there)} in all" if there else ""
+    return f"{need}{has}; {instead}{SETTINGS}"
 
 
 def check_network_fits(num_parameters: int, device: torch.device) -> None:
