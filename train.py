@@ -183,10 +183,13 @@ def check(config):
 def resolve(config):
     """(Config with every "auto" replaced by what fits this machine, torch.device)."""
     device = choose_device(config.device, distributed.local_rank(), distributed.world_size())
+    precision = choose_precision(config.precision, device)
+    if precision == "fp16" and device.type != "cuda":  # a GradScaler needs float64, which Apple's GPUs lack
+        raise UserError("precision 'fp16' trains on CUDA alone: choose 'fp32' or 'bf16'")
     resolved = replace(
         config,
         device=str(device) if distributed.world_size() == 1 else device.type,
-        precision=choose_precision(config.precision, device),
+        precision=precision,
         compile=choose_compile(config.compile, device),
         num_groups=architecture.choose_groups(config.num_groups, config.channel),
         init_lr=choose_learning_rate(config.init_lr, config.channel),

@@ -140,7 +140,7 @@ def check_sizes(weights: Weights, config: Mapping[str, Any], num_classes: int) -
         network, tables = UNet(**arguments).state_dict(), {name: torch.zeros(T) for name in TABLES}
     own = {f"{prefix}{name}": value for prefix in prefixes(weights) for name, value in network.items()}
     check_fit(own | tables, weights)
-    check_betas(weights["betas"].double().cpu().numpy())
+    check_betas(weights["betas"].cpu().double().numpy())
 
 
 def check_fit(own: Weights, weights: Weights) -> None:

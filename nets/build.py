@@ -96,7 +96,7 @@ def read_settings(state_dict: Weights) -> tuple[dict[str, Any], int]:
     """
     weights = clean_keys(state_dict)
     settings = architecture.read_architecture(weights, prefixes(weights)[0])
-    classes, betas = settings.pop("num_classes"), weights.get("betas", torch.zeros(1)).double().cpu().numpy()
+    classes, betas = settings.pop("num_classes"), weights.get("betas", torch.zeros(1)).cpu().double().numpy()
     settings |= {"channel": settings.pop("base_channels"), "class_conditional": classes is not None}
     settings |= {"label_dropout": 0.0, "num_timesteps": betas.size}
     with suppress(ValueError):

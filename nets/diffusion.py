@@ -82,7 +82,7 @@ class GaussianDiffusion(nn.Module):
 
     def derive_tables(self) -> None:
         """The tables that a state dict lacks: float64 alpha_bars and a loss weight per timestep."""
-        alpha_bars = np.cumprod(1 - self.betas.double().cpu().numpy())
+        alpha_bars = np.cumprod(1 - self.betas.cpu().double().numpy())  # Apple GPUs have no float64
         self.alpha_bars = alpha_bars.tolist()
         weighting, weight = LOSS_WEIGHTINGS[self.loss_weighting], np.ones_like(alpha_bars)
         if weighting:  # error of x_0 = error of the output * d x_0 / d output

@@ -95,6 +95,8 @@ def attend(qkv: Tensor) -> Tensor:
     # The fast kernels need contiguous channels: free in channels_last, else one copy.
     pixels = qkv.flatten(2).transpose(1, 2).contiguous()  # (b, h*w, 3c)
     q, k, v = pixels.unsqueeze(1).chunk(3, dim=-1)  # (b, 1 head, h*w, c)
+    if qkv.device.type == "mps":  # PyTorch 2.8 reads other strides wrong there
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = F.scaled_dot_product_attention(q, k, v)
     return out.squeeze(1).transpose(1, 2).reshape(b, channels // 3, h, w)
 

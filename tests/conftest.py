@@ -141,6 +141,18 @@ def with_defaults(config_class, **values):
     return settings(type("Config", (), {**vars(config_class), **values}))
 
 
+class OnMps(torch.Tensor):
+    """A tensor of the CPU that says it is on Apple's GPU, and has no float64 as tensors there."""
+
+    device = property(lambda self: torch.device("mps"))
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+
+
 def randomize(network, seed=0):
     """Zero-initialised layers hide what flows through them: give every parameter a value."""
     generator = torch.Generator().manual_seed(seed)

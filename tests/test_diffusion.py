@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import OnMps
 from torch import nn
 
-from nets import LOSSES, PREDICTIONS, GaussianDiffusion, UNet, generate_cosine_schedule, generate_linear_schedule
+from nets import LOSSES, PREDICTIONS, GaussianDiffusion, UNet, build, generate_cosine_schedule, generate_linear_schedule
 from nets.ema import tensors_of, update_
 
 T = 100
@@ -425,3 +426,15 @@ def test_nothing_waits_for_the_gpu():
 def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"\(6, 4\) \(height, width\), this model was built for \(4, 6\)"):
         small()(torch.zeros(1, 3, 6, 4))
+
+
+def test_tables_are_derived_where_float64_is(monkeypatch):
+    """Apple's GPUs have none: the betas come to the CPU first, also those of a state dict there."""
+    diffusion = GaussianDiffusion(UNet(3, 32, (1,), 1, attention_resolutions=()), (8, 8), 3)
+    wanted = diffusion.alpha_bars
+    weights = {name: value.as_subclass(OnMps) for name, value in diffusion.state_dict().items()}
+    assert build.read_settings(weights)[0]["schedule"] == "linear"  # also through check_sizes
+    diffusion._buffers["betas"] = diffusion.betas.as_subclass(OnMps)
+    monkeypatch.setattr(OnMps, "device", torch.device("cpu"))  # where a table of this test can go
+    diffusion.derive_tables()
+    assert diffusion.alpha_bars == wanted

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp import autocast_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from nets import SAMPLERS
@@ -16,6 +17,7 @@ from utils.data.dataset import normalize
 from utils.device import DTYPES, AsyncHostCopy
 from utils.evaluate.classifier import FeatureNet
 from utils.evaluate.features import Extractor
+from utils.evaluate.likelihood import variational_bound
 from utils.training import run_files, validation
 from utils.training.meter import Meter
 from utils.training.optimizer import make_optimizer
@@ -176,6 +178,34 @@ def test_each_solver_stays_on_the_gpu(parts, gpu, sampler, guidance):
             4, CUDA, y, sampler=sampler, steps=4, guidance_scale=guidance, seeds=range(4)
         ):
             assert x.device == x_0.device == CUDA and x.shape == (4, 3, 8, 8)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where the GPU would hold float64, which Apple's do not have."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            wide = torch.is_tensor(tensor) and tensor.dtype == torch.float64 and tensor.device.type == "cuda"
+            assert not wide, f"{function} makes float64"
+        return out
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_nothing_but_the_meter_is_float64_on_the_gpu(parts, gpu, monkeypatch, optimizer):
+    config, built = parts(class_conditional=True, horizontal_flip=True, optimizer_type=optimizer)
+    monkeypatch.setattr(validation.distributed, "sum_over_ranks", lambda total: np.ones(2))
+    with gpu, NoFloat64():
+        with pytest.raises(AssertionError, match="makes float64"):
+            one_step(config, built)
+        built.meter.dtype = torch.float32  # as on MPS
+        built.meter.reset()
+        one_step(config, built)
+        validation.validation_loss(config, built)
+        y, x = torch.zeros(4, dtype=torch.long, device=CUDA), torch.zeros(4, 3, 8, 8, device=CUDA)
+        for sampler in SAMPLERS:
+            built.diffusion.sample(4, CUDA, y, sampler=sampler, steps=4, guidance_scale=2.0, seeds=range(4))
+        variational_bound(built.diffusion.denoiser(y), built.diffusion.alpha_bars, x)
 
 
 def test_inpainting_and_starting_images_stay_on_the_gpu(parts, gpu):

@@ -303,3 +303,16 @@ def test_the_reading_order_is_as_long_as_it_says():
     for name in ("reading.md", "reading.zh-CN.md"):
         said = re.search(r"([\d,]+)\D{1,8}`wc -l`", (PROJECT / "docs" / name).read_text(encoding="utf-8"))[1]
         assert abs(total - int(said.replace(",", ""))) < 100, total
+
+
+def test_copies_that_do_not_wait_are_for_cuda_alone():
+    """Elsewhere a copy to the host may be read before it has come."""
+    found = 0
+    for path in [PROJECT / "train.py", PROJECT / "predict.py", *(PROJECT / "utils").rglob("*.py")]:
+        source = path.read_text(encoding="utf-8")
+        for function in (node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)):
+            text = ast.get_source_segment(source, function)
+            if "non_blocking=" in text:
+                found += 1
+                assert '"cuda"' in text, f"{path}: {function.name}"
+    assert found >= 3

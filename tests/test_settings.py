@@ -270,6 +270,13 @@ def test_a_tilde_without_a_home_folder_is_refused(monkeypatch, tmp_path):
     assert "~" not in str(error.value) and os.listdir(tmp_path) == ["datasets"]
 
 
+def test_fp16_trains_on_cuda_alone(monkeypatch):
+    monkeypatch.setattr(train, "choose_device", lambda *_: torch.device("mps"))
+    with pytest.raises(UserError, match="precision 'fp16' trains on CUDA alone: choose 'fp32' or 'bf16'"):
+        train.resolve(train.Config(precision="fp16"))
+    assert train.resolve(train.Config(precision="bf16"))[0].precision == "bf16"
+
+
 def test_a_number_without_a_range_is_seen():
     assert undeclared(Settings, DECLARED) == []
     assert undeclared(Settings, {**DECLARED, "batch_size": whole(-LARGEST)}) == ["batch_size"]

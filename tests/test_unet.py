@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomize
+from conftest import OnMps, randomize
 
 from nets import AttentionBlock, Downsample, PositionalEmbedding, ResidualBlock, UNet, Upsample, get_norm
+from nets.unet import attend
 
 
 def small_unet(**settings):
@@ -48,6 +49,20 @@ def test_attention_is_softmax_of_scaled_products_over_all_pixels(h, w):
     weights = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / math.sqrt(32), dim=-1)
     out = torch.einsum("bij,bcj->bci", weights, v).reshape(2, 32, h, w)
     torch.testing.assert_close(block(x), x + block.to_out(out))
+
+
+def test_attention_is_contiguous_on_apples_gpus(monkeypatch):
+    """PyTorch 2.8 has wrong results for other strides there. Elsewhere a copy costs time alone."""
+    qkv, seen = torch.randn(2, 12, 4, 4), []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*parts):
+        seen.append([part.is_contiguous() for part in parts])
+        return attention(*parts)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    torch.testing.assert_close(attend(qkv.as_subclass(OnMps)).cpu(), attend(qkv))
+    assert seen == [[True] * 3, [False] * 3]
 
 
 def test_positional_embedding_against_its_formula():
