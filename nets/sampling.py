@@ -93,12 +93,16 @@ def apply_guidance(prediction: Tensor, weaker: Tensor, scale: float) -> Tensor:
     return weaker + scale * (prediction - weaker)
 
 
-def classifier_free_guidance(denoiser: Denoiser, scale: float) -> Denoise:
-    """Guidance away from the null class, which the same call predicts, on twice the batch."""
-    labels = torch.cat((denoiser.y, torch.full_like(denoiser.y, denoiser.null_class)))
+def classifier_free_guidance(denoiser: Denoiser, scale: float, at_once: bool) -> Denoise:
+    """Guidance away from the null class. at_once: one call predicts both, on twice the batch."""
+    null_class = torch.full_like(denoiser.y, denoiser.null_class)
+    labels = torch.cat((denoiser.y, null_class))
 
     def denoise(x_t, t):
-        conditional, null = denoiser.predict(torch.cat((x_t, x_t)), t, labels).chunk(2)
+        if at_once:
+            conditional, null = denoiser.predict(torch.cat((x_t, x_t)), t, labels).chunk(2)
+        else:
+            conditional, null = (denoiser.predict(x_t, t, y) for y in (denoiser.y, null_class))
         return denoiser.to_x_0(apply_guidance(conditional, null, scale), x_t, t)
 
     return denoise
@@ -120,7 +124,8 @@ def make_denoiser(diffusion: nn.Module, y: Tensor | None, options: SamplingOptio
     elif scale != 1:
         if y is None:
             raise SettingError("guidance needs a class for each image: pass y")
-        guided = classifier_free_guidance(plain, scale)
+        # An interval has steps without guidance: one shape for all calls is compiled once.
+        guided = classifier_free_guidance(plain, scale, at_once=options.guidance_interval is None)
 
     def denoise(x_t, t):
         x_0 = (guided if acts(half_log_snr(diffusion.alpha_bars[t])) else plain)(x_t, t)
