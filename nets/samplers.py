@@ -183,13 +183,16 @@ def solver_steps(alpha_bars: Sequence[float], chosen: Sequence[int]) -> list[Ste
 def seeded_noise(seeds: Iterable[int], shape: tuple[int, ...], device: Device) -> Noise:
     """Yields normal noise (len(seeds), *shape) without end: x_T, then that of the steps.
 
-    Image i depends on seeds[i] alone. Blocks of NOISE_BLOCK steps need fewer launches.
+    Image i depends on seeds[i] alone, on any device: GPUs have other generators, so the CPU samples
+    and sends it, NOISE_BLOCK steps at a time.
     """
-    generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    on_cuda = torch.device(device).type == "cuda"
 
     def sample(*steps):  # (*steps, len(seeds), *shape)
-        images = [torch.randn(*steps, *shape, generator=generator, device=device) for generator in generators]
-        return torch.stack(images, dim=len(steps))
+        images = torch.stack([torch.randn(*steps, *shape, generator=own) for own in generators], dim=len(steps))
+        # From pinned memory the copy goes on while the host launches the next steps.
+        return (images.pin_memory() if on_cuda else images).to(device, non_blocking=on_cuda)
 
     yield sample()
     while True:

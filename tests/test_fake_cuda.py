@@ -78,6 +78,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch, name, lambda *args, _real=real, generator=None, **options: _real(*args, **options))
     monkeypatch.setattr(torch, "Generator", NoGenerator)
     # pinned memory needs a driver
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(AsyncHostCopy, "push", lambda self, tensor: setattr(self, "pushed", tensor))
     monkeypatch.setattr(
         autocast_mode.torch.amp.autocast_mode, "is_autocast_available", lambda device: True, raising=False
