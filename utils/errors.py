@@ -6,7 +6,11 @@ import traceback
 
 from utils.terminal import printable, safe_output
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # PyTorch's words: GPUs, Linux, Windows
+# PyTorch's words: for GPUs, Linux, Windows, cuBLAS.
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# Of cuDNN and cuBLAS for that, and for other faults.
+MAYBE_NO_MEMORY = ("CUDNN_STATUS_INTERNAL_ERROR", "nable to find an engine", "CUBLAS_STATUS_NOT_INITIALIZED")
+FULL = 0.02  # fraction of a GPU's memory that is free when these words mean its end
 
 
 class UserError(ValueError):
@@ -46,8 +50,13 @@ def one_line(error, limit=160):
 
 def is_out_of_memory(error):
     """Whether this is Python's or PyTorch's word for it, on any device."""
-    said = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
-    return said or isinstance(error, MemoryError)
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    if any(words in text for words in MAYBE_NO_MEMORY):
+        import torch  # here: listing images does without it
+
+        free, total = torch.cuda.mem_get_info()
+        return free < FULL * total
+    return isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY)
 
 
 @contextlib.contextmanager
@@ -59,7 +68,7 @@ def explain_out_of_memory(advice):
         if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step that failed
-        import torch  # here: listing images does without it
+        import torch
 
         torch.cuda.empty_cache()  # it does nothing without a GPU
         raise UserError(f"out of memory: {advice()}") from None
