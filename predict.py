@@ -31,7 +31,6 @@ from utils.terminal import first_few
 
 MAX_ROWS = 10  # classes in the grid
 MASKED_STEPS = 250  # with 10 resamplings as in the RePaint paper, section 5.1; all 1000 would take four times as long
-CALLS_WORTH_COMPILING = 5000  # compiling takes about a minute
 
 
 # fmt: off
@@ -201,8 +200,7 @@ def sampling_options(config, checkpoint, diffusion, guide):
 
 def move_networks(config, models, device, precision):
     """The networks that sample, one or two, on the device, and compiled where that pays."""
-    worth_it = device.type == "cuda" and network_calls(config) >= CALLS_WORTH_COMPILING
-    compiled = choose_compile(worth_it if config.compile == "auto" else config.compile, device)
+    compiled = choose_compile(config.compile, device, network_calls(config))
     networks = []
     for diffusion in filter(None, models):
         diffusion.to(device=device, memory_format=memory_format(device, precision))

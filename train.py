@@ -24,7 +24,7 @@ from utils.data.image_format import ImageFormat
 from utils.device import autocast, choose_compile, choose_device, choose_precision, memory_format, peak_memory
 from utils.errors import UserError, explain_out_of_memory, run_script
 from utils.settings import choice, defaults, preset_values, settings, typed_options
-from utils.training.memory import advice_for_training, check_network_fits
+from utils.training.memory import advise, check_network_fits, measure_needs, print_memory
 from utils.training.meter import Meter, counts_as_bad, epoch_means
 from utils.training.optimizer import choose_learning_rate, learning_rate, make_optimizer, step_unless_bad
 from utils.training.presets import PRESETS
@@ -136,9 +136,12 @@ def main(arguments=None):
     context = prepare(config, device, checkpoint, saved_settings(asked, config, own))
     if config.steps:
         config = replace(config, epochs=math.ceil(config.steps / context.steps_per_epoch))
-    with explain_out_of_memory(lambda: advice_for_training(config, context)):
+    config = replace(config, compile=choose_compile(config.compile, device, steps_left(config, context, checkpoint)))
+    needs = measure_needs(config, context)
+    with explain_out_of_memory(lambda: advise(needs, config, device)):
         start = restore(checkpoint, context, config)
         print_summary(config, context, start, PRESETS.get(config.preset, {}))
+        print_memory(needs, config, device)
         if config.dry_run:
             arguments = architecture.unet_arguments(asdict(config), len(context.dataset.classes))
             flops = architecture.count_flops(arguments, config.input_shape)
@@ -181,7 +184,7 @@ def check(config):
 
 
 def resolve(config):
-    """(Config with every "auto" replaced by what fits this machine, torch.device)."""
+    """(Config with every "auto" but compile's replaced by what fits this machine, torch.device)."""
     device = choose_device(config.device, distributed.local_rank(), distributed.world_size())
     precision = choose_precision(config.precision, device)
     if precision == "fp16" and device.type != "cuda":  # a GradScaler needs float64, which Apple's GPUs lack
@@ -190,7 +193,6 @@ def resolve(config):
         config,
         device=str(device) if distributed.world_size() == 1 else device.type,
         precision=precision,
-        compile=choose_compile(config.compile, device),
         num_groups=architecture.choose_groups(config.num_groups, config.channel),
         init_lr=choose_learning_rate(config.init_lr, config.channel),
     )
@@ -267,6 +269,11 @@ def train(config, context, folder, start):
                     files.stop(number, saved)
             finish_epoch(config, context, files, epoch)
         files.finish()
+
+
+def steps_left(config, context, checkpoint):
+    done = checkpoint.training.epoch if checkpoint and checkpoint.training else 0
+    return (config.epochs - done) * context.steps_per_epoch
 
 
 def compile_network(config, diffusion):

@@ -11,7 +11,7 @@ ModuleNotFoundError here.
 
 import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from benchmarks.timing import quiet
 from utils.data.annotation import write_annotation
 from utils.data.dataset import epoch_batches, normalize
 from utils.data.search import find_images
-from utils.device import autocast, choose_precision, memory_format, round_weights
+from utils.device import autocast, choose_compile, choose_precision, memory_format, round_weights
 from utils.training.optimizer import learning_rate
 
 MULTS = (1, 2, 2, 2)
@@ -51,6 +51,7 @@ def prepare_training(asked):
     """(Config, TrainContext) of train.py's settings, as its `main` makes them."""
     with quiet():
         config, device = train.resolve(asked)
+        config = replace(config, compile=choose_compile(config.compile, device))
         context = train.prepare(config, device, None, train.saved_settings(asked, config, []))
     if config.compile:
         context.diffusion.model.compile()

@@ -63,10 +63,18 @@ def test_the_setting_for_checkpointing_reaches_the_network_and_leaves_the_gradie
             "allocate 8 bytes"
         ),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_memory_errors_of_all_devices_are_known(error):
     assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("free, known", [(100, True), (300, False)])
+@pytest.mark.parametrize("words", ["cuDNN error: CUDNN_STATUS_INTERNAL_ERROR", "GET was unable to find an engine to"])
+def test_words_of_cudnn_mean_memory_where_the_gpu_is_full(monkeypatch, words, free, known):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 10_000))
+    assert is_out_of_memory(RuntimeError(words)) == known
 
 
 def test_other_errors_pass_unchanged():
@@ -78,13 +86,19 @@ def test_other_errors_pass_unchanged():
 
 def test_training_out_of_memory_is_a_line_with_the_settings_and_what_would_fit(parts, monkeypatch):
     config, built = parts()
-    _, fixed, per_image = memory.memory_needs(config, built)
-    monkeypatch.setattr(memory, "device_memory", lambda device: (fixed + 2.5 * per_image) / memory.USABLE)
+    needs = memory.measure_needs(config, built)
+    there = (needs.fixed + 2.5 * needs.per_image) / memory.USABLE
+    monkeypatch.setattr(memory, "device_memory", lambda device: there)
 
     def fail(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    with pytest.raises(ValueError) as raised, explain_out_of_memory(lambda: memory.advice_for_training(config, built)):
+    # After the failure nothing is tried again: a compiled network would be compiled again.
+    monkeypatch.setattr(memory, "measure_pass", None)
+    with (
+        pytest.raises(ValueError) as raised,
+        explain_out_of_memory(lambda: memory.advise(needs, config, built.device)),
+    ):
         fail()
     text = str(raised.value)
     assert "\n" not in text and text.startswith("out of memory: training on 8 images at a time needs about")
@@ -96,18 +110,47 @@ def test_training_out_of_memory_is_a_line_with_the_settings_and_what_would_fit(p
 def test_a_system_that_does_not_tell_its_memory_is_not_said_to_have_none(parts, monkeypatch):
     config, built = parts()
     monkeypatch.setattr(memory, "device_memory", lambda device: 0)  # Windows
-    text = memory.advice_for_training(config, built)
-    assert "MiB; raise --accumulate" in text and " in all" not in text
+    text = memory.advise(memory.measure_needs(config, built), config, built.device)
+    assert "MiB; raise --accumulate" in text and " has " not in text
 
 
-def test_where_the_estimate_runs_out_of_memory_too_the_settings_are_named_still(parts, monkeypatch):
+@pytest.mark.parametrize(
+    "there, said", [(10, "warning: memory will run out: training on 64"), (30, "memory     "), (0, "memory     ")]
+)
+def test_memory_that_will_run_out_is_said_before_the_first_step(monkeypatch, capsys, there, said):
+    monkeypatch.setattr(memory, "device_memory", lambda device: there * 2**20)
+    memory.print_memory(memory.MemoryNeeds(64, 4 * 2**20, 0.25 * 2**20), train.Config(), torch.device("cpu"))
+    assert capsys.readouterr().out.startswith(said)
+
+
+def on_gpu(built, size):
+    """A TrainContext on a GPU whose batches have so many images."""
+    return built._replace(device=torch.device("cuda", 0), batch_size=size)
+
+
+@pytest.mark.parametrize("most, tried", [(64, [16, 32]), (31, [16, 32, 4, 8]), (1, [16, 4, 1, 2])])
+def test_a_gpu_is_measured_with_as_many_images_as_fit(parts, monkeypatch, most, tried):
+    """A pass takes 1000 + 7 n bytes here; the moments come with the first step."""
     config, built = parts()
+    weights = 4 * sum(p.numel() for p in built.diffusion.model.parameters())
+    numbers = []
 
-    def fail(*arguments):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    def measure(config, context, number):
+        numbers.append(number)
+        if number > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return 1000 + 7 * number
 
-    monkeypatch.setattr(memory, "memory_needs", fail)
-    assert "--accumulate" in memory.advice_for_training(config, built)
+    monkeypatch.setattr(memory, "measure_pass", measure)
+    needs = memory.measure_needs(config, on_gpu(built, 64))
+    assert numbers == tried
+    assert needs == (None if most == 1 else (64, 1000 + memory.MOMENTS * weights, 7))
+
+
+def test_where_no_room_is_left_to_measure_in_the_settings_are_named_still(parts, capsys):
+    config, built = parts()
+    memory.print_memory(None, config, built.device)
+    assert "warning: memory will run out: raise --accumulate" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Where and in which numbers a job runs: every "auto" is resolved here, once, and printed."""
 
 import contextlib
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,16 +12,40 @@ import torch
 from utils.errors import UserError, one_line
 from utils.terminal import plural
 
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}  # the user's settings of PyTorch's allocator
+OTHER_BUILDS = "Other builds, also older ones: https://pytorch.org/get-started/locally/"
+STEPS_WORTH_COMPILING = 5000  # network calls; compiling takes a minute or more
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name, local_rank=0, processes=1):
-    """`find_device`, made the one that this process computes on."""
+    """`find_device`, made the one that this process computes on. "auto": no GPU that fails."""
+    if sys.platform == "linux" and torch.version.cuda and not ALLOCATOR & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # memory without gaps
     device = find_device(name, local_rank, processes)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+            torch.ones(1, device=device).add(1).item()  # a build without kernels for the card fails here
+        except RuntimeError as error:
+            reason = f"{device} does not work with this PyTorch ({one_line(error, 120)}). {OTHER_BUILDS}"
+            if name != "auto" or processes > 1:
+                raise UserError(reason) from None
+            print(reason)
+            return torch.device("cpu")
         torch.backends.cudnn.benchmark = True  # shapes never change, so the search for fast convolutions pays
+    elif name == "auto" and device.type == "cpu" and (reason := missing_cuda()):
+        print(reason)
     return device
+
+
+def missing_cuda():
+    """A line, where PyTorch does not see the NVIDIA GPU of this machine; else ""."""
+    if torch.cuda.is_available() or "CUDA_VISIBLE_DEVICES" in os.environ or not shutil.which("nvidia-smi"):
+        return ""
+    version = torch.version.cuda
+    why = f"needs a newer driver for its CUDA {version}" if version else "was built without CUDA"
+    return f"the NVIDIA GPU of this machine is not used: this PyTorch {why}. {OTHER_BUILDS}"
 
 
 def find_device(name, local_rank=0, processes=1):
@@ -34,7 +60,8 @@ def find_device(name, local_rank=0, processes=1):
     if processes > 1 and (device.type == "mps" or device.index is not None):
         raise UserError(f"device {name!r} is for one process: with torchrun choose cuda (a GPU each) or cpu")
     if not here[device.type]:
-        raise UserError(f"device {name!r}: PyTorch finds no such GPU here; --device auto takes what there is")
+        reason = missing_cuda() if device.type == "cuda" else ""
+        raise UserError(reason or f"device {name!r}: PyTorch finds no such GPU here; --device auto takes what there is")
     if device.type == "cuda":
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
@@ -50,8 +77,9 @@ def choose_precision(name, device):
         best = "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
     if device.type == "cpu" and name == "fp16":
         raise UserError("precision 'fp16' is for GPUs: on the CPU choose 'fp32' or 'bf16'")
-    if device.type == "cpu" and name == "bf16" != best:
-        print("this processor emulates bf16, several times slower than fp32: --precision fp32")
+    if name == "bf16" != best and device.type != "mps":
+        slow = "GPU emulates bf16, ten times" if device.type == "cuda" else "processor emulates bf16, several times"
+        print(f"this {slow} slower than {best}: --precision {best}")
     return best if name == "auto" else name
 
 
@@ -104,15 +132,16 @@ def describe_device(device):
     return f"{device} ({plural(torch.get_num_threads(), 'thread')})" if device.type == "cpu" else str(device)
 
 
-def choose_compile(setting, device):
-    """Whether to compile the network: "auto" does on CUDA, where it pays within an epoch."""
-    if not (device.type == "cuda" if setting == "auto" else setting):
+def choose_compile(setting, device, steps=STEPS_WORTH_COMPILING):
+    """Whether to compile a network for so many steps: "auto" does on CUDA, where it pays."""
+    if not (device.type == "cuda" and steps >= STEPS_WORTH_COMPILING if setting == "auto" else setting):
         return False
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever a compiler may throw
         print(f"not compiled, as no compiler works here ({one_line(error, 120)})")
         return False
+    print("the first step compiles the network: a minute or more")
     return True
 
 

@@ -157,7 +157,9 @@ def wrap(module):
     known = inspect.signature(DistributedDataParallel).parameters  # newer versions renamed the option
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     # DDP never lets go of its group, and threads of the main one would abort a process that ends.
-    return DistributedDataParallel(module, process_group=dist.new_group(timeout=TIMEOUT), **{option: False})
+    # The gradients are views of what is sent: no second copy of them.
+    options = {option: False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(module, process_group=dist.new_group(timeout=TIMEOUT), **options)
 
 
 class LaggedMax:

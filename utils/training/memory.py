@@ -1,38 +1,77 @@
 """The memory that training needs: an estimate before, advice after it ran out."""
 
 import os
+from typing import NamedTuple
 
 import torch
 
 from utils import distributed
 from utils.device import autocast
-from utils.errors import UserError
+from utils.errors import UserError, is_out_of_memory
 from utils.terminal import plural
 
 USABLE = 0.9  # fraction of a device's memory that training can fill: the rest goes to libraries and gaps
 COPIES = 5  # of the weights: themselves, EMA, gradients, two moments (Muon's one needs as much: it computes more)
+COMPILED = 0.53  # fraction of the activations that the compiled default network keeps (PyTorch 2.14, bf16)
+MOMENTS = 2  # of these copies, that come with the first step
 SETTINGS = "raise --accumulate, set --activation_checkpointing True, or lower --batch_size, --channel or --input_shape"
 
 
-def print_memory(config, context) -> None:
-    """An estimate of what training holds in memory at once, from the forward pass of one image."""
-    size, fixed, per_image = memory_needs(config, context)
-    activations = f"{mebibytes(per_image * size)} for activations of {plural(size, 'image')} at a time"
-    print(f"memory     {mebibytes(fixed)} for weights, EMA, gradients and moments, {activations} (--accumulate N: 1/N)")
+class MemoryNeeds(NamedTuple):
+    """What training holds in memory at its peak, in bytes."""
+
+    images: int  # that a process works on at a time
+    fixed: int  # for any number of images: weights, EMA, gradients, moments
+    per_image: float  # for each of them: activations
+
+    @property
+    def total(self) -> float:
+        return self.fixed + self.images * self.per_image
 
 
-def advice_for_training(config, context) -> str:
-    """What to lower after memory ran out, and how far where that can be estimated."""
-    try:
-        size, fixed, per_image = memory_needs(config, context)
-    except (RuntimeError, MemoryError):  # no room is left to try it in
+def measure_needs(config, context) -> MemoryNeeds | None:
+    """MemoryNeeds, before anything is compiled; None where no room is left to measure in.
+
+    On CUDA from the peaks of the allocator in real passes of a fourth and a half of the images, or
+    as few as fit; else from what the forward passes of one and two images keep.
+    """
+    images = context.batch_size // (config.accumulate * distributed.world_size())
+    weights = sum(p.numel() * p.element_size() for p in context.diffusion.model.parameters())
+    few = max(images // 4, 1) if context.device.type == "cuda" else 1
+    while few:
+        try:
+            less, more = (measure_pass(config, context, number) for number in (few, 2 * few))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            few //= 4
+        else:
+            per_image = (more - less) / few
+            on_cuda = less - few * per_image + MOMENTS * weights  # the weights are kept once for any number
+            fixed = on_cuda if context.device.type == "cuda" else COPIES * weights
+            return MemoryNeeds(images, round(fixed), per_image * (COMPILED if config.compile else 1))
+    return None
+
+
+def print_memory(needs: MemoryNeeds | None, config, device: torch.device) -> None:
+    """The estimate of what training holds at once, or a warning where that is not there."""
+    if needs is None or 0 < device_memory(device) < needs.total:
+        print(f"warning: memory will run out: {advise(needs, config, device)}")
+    else:
+        activations = f"{mebibytes(needs.images * needs.per_image)} for {plural(needs.images, 'image')} at a time"
+        print(f"memory     {mebibytes(needs.fixed)} for weights, EMA, gradients and moments, {activations}")
+
+
+def advise(needs: MemoryNeeds | None, config, device: torch.device) -> str:
+    """What to lower where memory runs out, and how far where that was measured."""
+    if needs is None:
         return SETTINGS
-    there = device_memory(context.device)
-    fitting = (there * USABLE - fixed) / per_image  # images of a micro-batch
-    accumulate = accumulate_that_fits(fitting, size * config.accumulate, config.accumulate)
+    there = device_memory(device)
+    fitting = (there * USABLE - needs.fixed) / needs.per_image  # images of a micro-batch
+    accumulate = accumulate_that_fits(fitting, needs.images * config.accumulate, config.accumulate)
     instead = f"--accumulate {accumulate} would fit. Else " if accumulate else ""
-    need = f"training on {plural(size, 'image')} at a time needs about {mebibytes(fixed + size * per_image)}"
-    has = f", {context.device} has {mebibytes(there)} in all" if there else ""
+    need = f"training on {plural(needs.images, 'image')} at a time needs about {mebibytes(needs.total)}"
+    has = f", {device} has {mebibytes(there)}" if there else ""
     return f"{need}{has}; {instead}{SETTINGS}"
 
 
@@ -56,33 +95,39 @@ def mebibytes(count: float) -> str:
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes that the device has in all; 0 where the system does not tell."""
+    """Bytes for this process: on CUDA what others left free; 0 where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
-def memory_needs(config, context) -> tuple[int, int, int]:
-    """(images that a process works on at a time, bytes for any number of them, bytes for each)."""
-    size = context.batch_size // (config.accumulate * distributed.world_size())
-    weights = sum(p.numel() * p.element_size() for p in context.diffusion.model.parameters())
-    one, two = (bytes_kept(config, context, number) for number in (1, 2))
-    return size, COPIES * weights, two - one  # the weights are kept once for any number of images
-
-
-def bytes_kept(config, context, number):
-    """What the forward pass of `number` images keeps for the backward pass."""
+def measure_pass(config, context, number: int) -> int:
+    """Bytes of a pass of `number` images: its peak on CUDA, else what its forward part keeps."""
     kept = {}
 
     def count(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
+    if context.device.type != "cuda":
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            forward(config, context, number)
+        return sum(kept.values())
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(context.device)
+    with torch.backends.cudnn.flags(enabled=True):  # without its search for fast convolutions
+        forward(config, context, number).backward()
+    context.optimizer.zero_grad()
+    return torch.cuda.max_memory_reserved(context.device)
+
+
+def forward(config, context, number: int) -> torch.Tensor:
+    """The loss of `number` black images."""
     x = torch.zeros(number, config.img_channels, *config.input_shape, device=context.device)
     t = torch.zeros(number, dtype=torch.long, device=context.device)
-    keeping = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-    with autocast(context.device, config.precision), keeping:
-        context.diffusion(x, t if config.class_conditional else None, t=t, noise=torch.zeros_like(x))
-    return sum(kept.values())
+    with autocast(context.device, config.precision):
+        return context.diffusion(
+            x.to(memory_format=context.layout), t if config.class_conditional else None, t=t, noise=x
+        )

@@ -7,7 +7,6 @@ from datetime import timedelta
 from utils import distributed
 from utils.device import describe_device
 from utils.terminal import plural
-from utils.training.memory import print_memory
 
 # How often an image may be seen before a warning. The onset of memorization grows in proportion to
 # the number of images (Bonnaire et al. 2025, arXiv 2505.17638); logs/emoji.md measures it at 1,296.
@@ -62,8 +61,7 @@ def ema_span(config, steps: int) -> int:
 
 
 def print_dry_run(config, context, flops: int, step: Callable) -> None:
-    """The run's memory and time. flops: of an image's forward pass. step(images, labels) trains."""
-    print_memory(config, context)
+    """The run's time. flops: of an image's forward pass. step(images, labels) trains."""
     images, labels = context.dataset.batch(range(context.batch_size // distributed.world_size()))
     for _ in range(2):  # the first step allocates memory
         began = time.perf_counter()
