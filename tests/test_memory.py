@@ -147,6 +147,15 @@ def test_a_gpu_is_measured_with_as_many_images_as_fit(parts, monkeypatch, most, 
     assert needs == (None if most == 1 else (64, 1000 + memory.MOMENTS * weights, 7))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_network_needs_less(parts, monkeypatch, checkpointing):
+    config, built = parts(activation_checkpointing=checkpointing)
+    monkeypatch.setattr(memory, "measure_pass", lambda config, context, number: 1000 + 100 * number)
+    compiled = memory.measure_needs(train.replace(config, compile=True), on_gpu(built, 64))
+    assert compiled.per_image == 100 * memory.COMPILED[checkpointing] < 100
+    assert compiled.fixed == memory.measure_needs(config, on_gpu(built, 64)).fixed
+
+
 def test_where_no_room_is_left_to_measure_in_the_settings_are_named_still(parts, capsys):
     config, built = parts()
     memory.print_memory(None, config, built.device)
