@@ -93,8 +93,8 @@ class Config:
 
     # Machine
     device: str = "auto"                                 # auto, cuda, cuda:1, mps or cpu
-    precision: str = "auto"                              # mixed-precision dtype; fp32: convolutions in TF32 on NVIDIA GPUs
-    compile: bool | str = "auto"                         # torch.compile the network; auto: on CUDA for 5,000 steps or more
+    precision: str = "auto"                              # mixed-precision dtype; fp32: TF32 convolutions on NVIDIA GPUs
+    compile: bool | str = "auto"                         # torch.compile the network; auto: on CUDA for 5,000 steps
     seed: int = 0                                        # all randomness of the run is a function of it
 
     # Output

@@ -12,7 +12,7 @@ from utils.terminal import plural
 
 USABLE = 0.9  # fraction of a device's memory that training can fill: the rest goes to libraries and gaps
 COPIES = 5  # of the weights: themselves, EMA, gradients, two moments (Muon's one needs as much: it computes more)
-# What a compiled network needs of the activations, as a fraction, without and with checkpointing: the
+# The fraction of the activations that a compiled network needs, without and with checkpointing: the
 # allocator's peaks of the default network at batch 64 (PyTorch 2.14, bf16).
 COMPILED = {False: 0.53, True: 0.73}
 MOMENTS = 2  # of these copies, that come with the first step
