@@ -203,6 +203,30 @@ def test_a_folder_that_is_in_the_way_stays(tmp_path):
     assert os.listdir(tmp_path / "folder") == ["mine"] and os.listdir(tmp_path) == ["folder"]
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_only_what_killed_writers_left_is_removed(tmp_path, kind):
+    """A living writer, of another process, keeps its file; a foreign name is nobody's leftover."""
+    foreign = [".x.tmp", ".x.0123456.tmp", "x.01234567.tmp", ".y.01234567.tmp", ".x.0123456g.tmp"]
+    for name in foreign:
+        (tmp_path / name).write_bytes(OLD)
+    ready = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with atomic_folder(tmp_path / "x") if kind == "folder" else atomic_write(tmp_path / "x") as entry:
+            (entry / "a").write_bytes(NEW) if kind == "folder" else entry.write(NEW)
+            os.write(ready[1], b".")
+            signal.pause()
+        os._exit(0)
+    os.read(ready[0], 1)
+    remove_leftovers(tmp_path, "x")
+    before = os.listdir(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    remove_leftovers(tmp_path, "x")
+    assert len(before) == len(foreign) + 1
+    assert sorted(os.listdir(tmp_path)) == sorted(foreign)
+
+
 # Links, devices and pipes
 
 
@@ -344,7 +368,8 @@ def test_the_lock_of_a_run_is_no_link_and_no_pipe(tmp_path, make):
 def test_json_of_settings(tmp_path, content, expected):
     (tmp_path / "file.json").write_bytes(content)
     assert read_json(tmp_path / "file.json") == expected
-    assert read_json(tmp_path) is None and read_json(tmp_path / "missing") is None
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for a writer
+    assert [read_json(tmp_path / name) for name in ("", "missing", "pipe")] == [None, None, None]
 
 
 def test_a_checkpoint_that_does_not_fit_the_disk_is_an_oserror(tmp_path):

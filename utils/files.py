@@ -34,6 +34,7 @@ def atomic_write(path, mode="wb", **open_arguments):
     """
     resolve_output(path)
     with _replacing(Path(path)) as temporary, open(temporary, mode, **open_arguments) as file:
+        _lock(file.fileno())
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -44,8 +45,10 @@ def atomic_folder(path):
     """Yield an empty folder that takes the name `path` only when the block has ended well."""
     if os.path.islink(path) or os.path.exists(path) and not os.path.isdir(path):
         raise UserError(f"{path} is a file or a link: choose another folder")
-    with _replacing(Path(path)) as temporary:
+    with _replacing(Path(path)) as temporary, contextlib.ExitStack() as stack:
         temporary.mkdir()
+        with contextlib.suppress(OSError):  # Windows opens no folders
+            _lock(stack.enter_context(_opened(temporary)))
         yield temporary
         if hasattr(os, "sync"):  # all files before the name: one call is cheaper than a flush of each
             os.sync()
@@ -66,12 +69,31 @@ def _replacing(path):
     except BaseException:
         _remove(temporary)
         raise
-    with contextlib.suppress(OSError):  # the rename survives a power cut; Windows opens no folders
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with contextlib.suppress(OSError), _opened(path.parent) as descriptor:
+        os.fsync(descriptor)  # the rename survives a power cut
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """A descriptor of a file or a folder. OSError: there is none, as for folders on Windows."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for a writer
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor, kind="LOCK_EX"):
+    """Lock what is open, until it is closed. False: another process has locked it."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, getattr(fcntl, kind) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows, and file systems without locks
+        pass
+    return True
 
 
 def _remove(path):
@@ -82,8 +104,11 @@ def _remove(path):
 
 
 def remove_leftovers(folder, name="*"):
-    """Delete what killed writers left of `name` in `folder`. A living one would lose its work."""
+    """Delete what killed writers left of `name`, a pattern, in a folder. Living ones hold locks."""
     for temporary in Path(folder).glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
+        with contextlib.suppress(OSError), _opened(temporary) as descriptor:
+            if not _lock(descriptor, "LOCK_SH"):  # NFS locks what is open for reading in no other way
+                continue
         _remove(temporary)
 
 
@@ -112,14 +137,8 @@ def locked(folder, refusal):
     if path.is_symlink() or path.is_fifo():  # opening a pipe would wait for a reader
         path.unlink()
     with open(path, "a") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(refusal) from None
-        except (ImportError, OSError):  # Windows, and file systems without locks
-            pass
+        if not _lock(file.fileno()):
+            raise UserError(refusal)
         HELD.add(path.parent)
         try:
             yield
