@@ -508,6 +508,7 @@ def test_a_set_against_itself_and_a_copy_of_it(folder, net_file, tmp_path, monke
     assert all(pair["reference"] == str(paths[order[pair["sample"]]]) for pair in found["nearest"]["pairs"])
     printed = capsys.readouterr().out
     assert "warning: FID is biased upward below 10,000 samples" in printed
+    assert "   (one subset; 40 against 40)" in printed and "+-" not in printed  # its deviation says nothing
     picture = np.asarray(Image.open(tmp_path / "out" / "evaluate_nearest_results.png"))
     for row, column in ((0, 0), (3, 4)):  # a pair is 8 x 16 pixels, with 4 around it
         pair = picture[4 + 12 * row :, 4 + 20 * column :]
@@ -631,7 +632,9 @@ def checkpoint(folder, tmp_path):
     return path
 
 
-def test_a_checkpoint_is_drawn_from_and_its_bits_are_measured(checkpoint, folder, net_file, tmp_path, monkeypatch):
+def test_a_checkpoint_is_drawn_from_and_its_bits_are_measured(
+    checkpoint, folder, net_file, tmp_path, monkeypatch, capsys
+):
     """The reference is what was trained on, the held-out pictures the rest.
 
     A sample depends on its seed, not on the batch.
@@ -651,6 +654,10 @@ def test_a_checkpoint_is_drawn_from_and_its_bits_are_measured(checkpoint, folder
         2,
     )
     found = run(monkeypatch, tmp_path, "--samples", checkpoint.parent, "--batch_size", 8, *common)
+    deviation = f"{1000 * found['distances']['kernel_distance_std']:.3f}"
+    printed = capsys.readouterr().out
+    assert f"(random subsets of 12 have standard deviation {deviation}; 12 against" in printed
+    assert "(decoder variance: beta_0)" in printed
     aside = found["bits"]["num_images"]
     assert 0 < aside < 40 and found["num_reference"] == 40 - aside and found["num_samples"] == 12
     assert len(found["bits"]["terms"]) == 7
@@ -745,7 +752,7 @@ def test_what_does_not_fit_is_said_in_one_line(checkpoint, folder, net_file, tmp
 
 def test_without_the_packages(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ValueError, match="pip install torchmetrics torch-fidelity") as error:
+    with pytest.raises(ValueError, match="pip install torch-fidelity") as error:
         load_inception()
     assert "\n" not in str(error.value)
 
@@ -783,8 +790,8 @@ def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
 
 
 def test_inception_from_a_file_of_weights(monkeypatch, tmp_path):
-    """Random weights in the real network: grey pictures become colour, and the features are
-    torchmetrics' own.
+    """Random weights in the real network: grey pictures become colour. The features are, bit for
+    bit, those of torchmetrics without antialiasing, which is the resize of the paper's graph.
     """
     extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="pip install torch-fidelity")
     kind = extractor.FeatureExtractorInceptionV3
@@ -797,7 +804,12 @@ def test_inception_from_a_file_of_weights(monkeypatch, tmp_path):
     grey = torch.from_numpy(shapes(3)[0])
     found = Extractor(network, "", "cpu", channels=3)(grey)
     assert found.shape == (3, 2048) and found.std(0).max() > 0
-    assert_close(found, network(grey.permute(0, 3, 1, 2).repeat(1, 3, 1, 1)))
+    fid = pytest.importorskip("torchmetrics.image.fid").FrechetInceptionDistance
+    theirs = [fid(feature_extractor_weights_path=tmp_path / "weights.pth", antialias=on).inception for on in (0, 1)]
+    plain, antialiased = (net(grey.permute(0, 3, 1, 2).repeat(1, 3, 1, 1)) for net in theirs)
+    assert torch.equal(found, plain) and not torch.allclose(found, antialiased, rtol=1e-3, atol=0)
+    keys = {Extractor(net, "", "cpu").key for net in (network, theirs[1])}
+    assert len(keys) == 2  # of equal weights: the resize is part of what the cache is asked for
     again = load_inception(str(tmp_path / "weights.pth"))
     assert weights_digest(network.state_dict()) == weights_digest(again.state_dict())
 
@@ -859,7 +871,7 @@ def test_inception_with_its_own_weights():
         )
     pictures = torch.from_numpy(shapes(24)[0])
     noisy = (pictures.double() + 60 * randn(*pictures.shape)).clamp(0, 255).byte()
-    metric = fid.FrechetInceptionDistance(feature_extractor_weights_path=kept)
+    metric = fid.FrechetInceptionDistance(feature_extractor_weights_path=kept, antialias=False)
     for images, real in ((pictures, True), (noisy, False)):
         metric.update(images.permute(0, 3, 1, 2).repeat(1, 3, 1, 1), real=real)
     assert frechet(network, pictures, pictures) < 1e-3

@@ -36,6 +36,19 @@ def best_gain(alpha_bars, variance):
     return lambda t: math.sqrt(alpha_bars[t]) * variance / (alpha_bars[t] * variance + 1 - alpha_bars[t])
 
 
+def test_the_decoder_of_published_numbers_costs_less():
+    """What the docstring says: the variance of Ho et al.'s code and ours, for a perfect network."""
+    betas = generate_linear_schedule(1000, 1e-4, 0.02)
+    alpha_bars, x = np.cumprod(1 - betas), torch.zeros(1, 1, 1, 1) + 1 / 255
+    published = betas[1] * (1 - alpha_bars[0]) / (1 - alpha_bars[1])
+    assert published / betas[0] == pytest.approx(0.55, abs=0.005)
+    ours, theirs = (
+        -math.log2(math.erf(1 / 255 / math.sqrt(2 * variance))) for variance in (betas[0], published)
+    )  # the probability of the level's own interval
+    assert ours - theirs == pytest.approx(0.4, abs=0.01)
+    assert variational_bound(lambda x_t, t: x, alpha_bars, x)[0, 0].item() == pytest.approx(ours, rel=1e-5)
+
+
 # A Gaussian with a known answer
 
 

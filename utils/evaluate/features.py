@@ -21,14 +21,16 @@ from utils.evaluate.distances import FeatureStatistics
 
 CACHE_VERSION = 1  # part of the keys: raise it when features or their files change
 KEPT_FILES = 8  # of statistics, and of classifiers, in the cache
-ADVICE = "pip install torchmetrics torch-fidelity, or set --inception_weights FILE or --features classifier"
+ADVICE = "pip install torch-fidelity, or set --inception_weights FILE or --features classifier"
 
 
 class Extractor:
     """Images (b, H, W, C) uint8 -> features (b, d) float32 on the CPU. channels: 3 repeats gray."""
 
     def __init__(self, network, name, device, batch_size=100, channels=-1):
-        self.network, self.name, self.key = network, name, weights_digest(network.state_dict())
+        self.network, self.name = network, name
+        # Its code too: another Inception of the same weights may resize the images in another way.
+        self.key = f"{type(network).__name__} {weights_digest(network.state_dict())}"
         self.device, self.batch_size, self.channels = device, batch_size, channels
 
     @torch.no_grad()
@@ -108,7 +110,13 @@ class FeatureCache(NamedTuple):
 def load_extractor(features, dataset, cache, device, batch_size=100, inception_weights=""):
     """The Extractor for "inception", "classifier" (of the dataset's classes) or a net's file."""
     if features == "inception":
-        return Extractor(load_inception(inception_weights, device), "Inception, 2048 numbers", device, batch_size, 3)
+        return Extractor(
+            load_inception(inception_weights, device),
+            "Inception of torch-fidelity, 2048 numbers",
+            device,
+            batch_size,
+            3,
+        )
     path = cache.classifier(dataset, device) if features == "classifier" else Path(features)
     network = load_feature_net(path, device)
     if network.img_channels != dataset.pixels.shape[3]:
@@ -118,10 +126,12 @@ def load_extractor(features, dataset, cache, device, batch_size=100, inception_w
 
 
 def load_inception(weights_path="", device="cpu"):
-    """torchmetrics' Inception of FID: (b, 3, h, w) uint8 -> (b, 2048). "": weights of torch.hub."""
+    """torch-fidelity's Inception of FID: (b, 3, h, w) uint8 -> (b, 2048). "": torch.hub's weights.
+
+    It resizes without antialiasing, as the paper's graph does; torchmetrics since 1.8 does with it.
+    """
     try:
-        from torch_fidelity import feature_extractor_inceptionv3 as library  # torchmetrics imports it only when needed
-        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torch_fidelity import feature_extractor_inceptionv3 as library
 
         # 91 MB, in torch.hub's cache; the name ends with digits of the SHA-256.
         download = partial(library.load_state_dict_from_url, map_location="cpu", weights_only=True, check_hash=True)
@@ -130,7 +140,8 @@ def load_inception(weights_path="", device="cpu"):
         copy = io.BytesIO()  # no file for the library's loader: it would run code hidden in one
         torch.save(weights, copy)
         copy.seek(0)
-        metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=copy)
+        network = library.FeatureExtractorInceptionV3("inception", ["2048"], copy)
     except Exception as error:  # a broken package, urllib, torch.load and load_state_dict raise all kinds
         raise UserError(f"no Inception features ({type(error).__name__}: {one_line(error, 300)}): {ADVICE}") from None
-    return metric.inception.to(device).eval().requires_grad_(False)
+    network.register_forward_hook(lambda module, inputs, found: found[0])  # it returns a tuple
+    return network.to(device).eval().requires_grad_(False)

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from utils.data.dataset import normalize
 from utils.device import autocast
-from utils.evaluate.distances import frechet_distance, kernel_distance, nearest, precision_and_recall
+from utils.evaluate.distances import SUBSET_SIZE, frechet_distance, kernel_distance, nearest, precision_and_recall
 from utils.evaluate.features import with_progress
 from utils.evaluate.likelihood import variational_bound
 from utils.images import make_grid, save_png
@@ -29,9 +29,11 @@ def measure_distances(config, sampled, known, extractor):
     fid, kid = ("FID", "KID") if config.features == "inception" else ("Frechet distance", "kernel distance")
     frechet = frechet_distance(sampled.statistics, known.statistics)
     print_line(fid, f"{frechet:.4f}   ({sampled.statistics.count:,} against {known.statistics.count:,})")
-    counts = f"{len(sampled.features):,} against {len(known.features):,}"
+    sizes = len(sampled.features), len(known.features)
+    counts, size = "{:,} against {:,}".format(*sizes), min(SUBSET_SIZE, *sizes)
     kernel, spread = kernel_distance(sampled.features, known.features, seed=config.seed)
-    print_line(f"{kid} x 1000", f"{1000 * kernel:.3f} +- {1000 * spread:.3f} over subsets   ({counts})")
+    remark = f"random subsets of {size:,} have standard deviation {1000 * spread:.3f}" if spread else "one subset"
+    print_line(f"{kid} x 1000", f"{1000 * kernel:.3f}   ({remark}; {counts})")
     precision, recall = precision_and_recall(sampled.features, known.features, NEIGHBORS)
     print_line("precision, recall", f"{precision:.3f}, {recall:.3f}   (k = {NEIGHBORS}, {counts})")
     results = {"features": extractor.name, "features_digest": extractor.key, "kept_features": len(sampled.features)}
@@ -95,6 +97,6 @@ def measure_bits(config, model, held_out, device, precision):
     L_0, L_between, L_T = curve[0].item(), curve[1:-1].sum().item(), curve[-1].item()
     counts = f"at most; {len(total):,} held-out images, T = {len(curve) - 1}"
     print_line("bits per dimension", f"{total.mean():.4f} +- {error:.4f} (standard error)   ({counts})")
-    print_line("  L_0, L_1..T-1, L_T", f"{L_0:.4f}, {L_between:.4f}, {L_T:.6f}")
+    print_line("  L_0, L_1..T-1, L_T", f"{L_0:.4f}, {L_between:.4f}, {L_T:.6f}   (decoder variance: beta_0)")
     results = {"bits_per_dimension": total.mean().item(), "standard_error": error, "num_images": len(total)}
     return results | {"L_0": L_0, "L_between": L_between, "L_T": L_T, "terms": curve.tolist(), "precision": precision}
