@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import sys
 import urllib.error
@@ -23,6 +24,7 @@ from utils.checkpoint.integrity import save_tensors, weights_digest
 from utils.data.image_format import ImageFormat
 from utils.errors import UserError
 from utils.evaluate import __main__ as evaluate
+from utils.evaluate import features as features_module
 from utils.evaluate import image_sets
 from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net, train_feature_net
 from utils.evaluate.distances import (
@@ -34,6 +36,7 @@ from utils.evaluate.distances import (
 )
 from utils.evaluate.features import Extractor, FeatureCache, collect, load_inception
 from utils.evaluate.image_sets import open_images, scan_sizes
+from utils.files import locked
 from utils.images import save_png
 
 
@@ -564,6 +567,51 @@ def test_too_few_pictures_are_refused_before_any_work(folder, tmp_path, monkeypa
     for options in (("--samples", few, "--reference", folder), ("--samples", folder, "--reference", few)):
         with pytest.raises(ValueError, match="4 (samples|reference images).* are too few: distances need 5"):
             run(monkeypatch, tmp_path, *options, "--features", "classifier")
+
+
+def test_only_the_projects_own_files_are_deleted(folder, net_file, tmp_path, monkeypatch):
+    """Old files of others stay, in the cache and beside the results; what kills left goes."""
+    foreign = {"mine.json", "mine.pixels", "mine.features.pth", f"{'a' * 24}.pth", ".mine.json.01234567.tmp"}
+    left = {f".{'a' * 24}.features.pth.01234567.tmp", f".{'a' * 24}.pixels.01234567.tmp"}
+    results = {".evaluate_results.json.01234567.tmp", ".evaluate_nearest_results.png.01234567.tmp"}
+    for place, names in (("cache", foreign | left), ("out", foreign | results)):
+        (tmp_path / place).mkdir()
+        for name in names:
+            (tmp_path / place / name).write_text("{}")
+            os.utime(tmp_path / place / name, (1e9, 1e9))
+    monkeypatch.setattr(features_module, "KEPT_FILES", 1)
+    for reference in (folder, folder / "kind_0", folder):
+        run(monkeypatch, tmp_path, "--samples", folder, "--reference", reference, "--features", net_file)
+    names = set(os.listdir(tmp_path / "cache"))
+    own = {re.sub("[0-9a-f]{24}", "KEY", name) for name in names - foreign}
+    assert foreign <= names and own == {"KEY.features.pth", "KEY.json", "KEY.pixels"}
+    assert sum(name.endswith(".features.pth") for name in names - foreign) == 2  # the newest, and the one in use
+    assert set(os.listdir(tmp_path / "out")) - foreign == {
+        ".lock",
+        "evaluate_results.json",
+        "evaluate_nearest_results.png",
+    }
+
+
+def test_results_that_cannot_be_written_are_said_before_the_work(folder, tmp_path, monkeypatch):
+    """A link of that name is replaced, a link that was typed is followed."""
+    monkeypatch.setattr(evaluate, "evaluate", lambda _: {"done": True})
+    out = tmp_path / "out"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    out.symlink_to("elsewhere")
+    (out / "evaluate_results.json").symlink_to(tmp_path / "mine")
+    assert run(monkeypatch, tmp_path, "--samples", folder) == {"done": True}
+    assert out.is_symlink() and (tmp_path / "mine").read_text() == "mine"
+    with locked(out, "busy"), pytest.raises(UserError, match="another process writes to .*elsewhere: wait"):
+        run(monkeypatch, tmp_path, "--samples", folder)
+    (out / "evaluate_nearest_results.png").mkdir()
+    with pytest.raises(UserError, match="evaluate_nearest_results.png is no file: move it away"):
+        run(monkeypatch, tmp_path, "--samples", folder)
+    out.unlink()
+    out.write_text("a file")
+    with pytest.raises(UserError, match="out cannot be written to .*: choose another --save_dir"):
+        run(monkeypatch, tmp_path, "--samples", folder)
 
 
 def test_seeds_beyond_the_last_are_refused(folder, tmp_path, monkeypatch):

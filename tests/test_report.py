@@ -96,6 +96,16 @@ def test_what_is_missing_or_damaged_is_left_out(finished):
     assert made(finished) == text
 
 
+def test_what_a_kill_left_goes_and_no_link_is_followed(finished):
+    mine, link = finished / "mine", finished / "report.html"
+    mine.write_text("mine")
+    link.symlink_to(mine)
+    for name in (".report.html.01234567.tmp", ".mine.01234567.tmp"):
+        (finished / name).write_text("half")
+    assert "<h1>Run" in made(finished) and not link.is_symlink() and mine.read_text() == "mine"
+    assert [path.name for path in finished.glob(".*.tmp")] == [".mine.01234567.tmp"]
+
+
 def test_an_evaluation_of_another_run_is_not_shown(finished):
     """Neither of a run whose name begins or ends alike, nor of one in another place."""
     path, own = Path("results/evaluate_out/evaluate_results.json"), finished.resolve() / "last.pth"

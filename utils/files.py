@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
@@ -144,6 +145,27 @@ def locked(folder, refusal):
             yield
         finally:
             HELD.discard(path.parent)
+
+
+@contextlib.contextmanager
+def output_folder(path, names):
+    """The folder that the user typed, made, and locked while the block runs: two would mix files.
+
+    names: a pattern of the files in it. What killed writers left of them goes. UserError: they
+    cannot be written, or another process writes to the folder.
+    """
+    folder = Path(os.path.realpath(path))
+    try:  # before the work that fills it
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror}): choose another --save_dir") from None
+    for found in folder.glob(names):
+        if found.exists() and not found.is_file():
+            raise UserError(f"{found} is no file: move it away, or choose another --save_dir")
+    with locked(folder, f"another process writes to {folder}: wait for its end, or choose another --save_dir"):
+        remove_leftovers(folder, names)
+        yield folder
 
 
 class TolerantWriter:

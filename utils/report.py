@@ -14,7 +14,7 @@ from pathlib import Path
 
 from utils.checkpoint.runs import newest_weights
 from utils.errors import UserError, run_script
-from utils.files import atomic_write, read_json
+from utils.files import atomic_write, read_json, remove_leftovers
 from utils.settings import expand_home
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
@@ -40,6 +40,7 @@ def main(arguments=None):
     folder = Path(expand_home(words[0])) if words else newest
     if len(words) > 1 or read_json(folder / "config.json") is None:
         raise UserError(f"{folder}: no run with a sound config.json: python -m utils.report logs/<run>")
+    remove_leftovers(folder, "report.html")
     with atomic_write(folder / "report.html", "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(page(folder))
     return print((folder / "report.html").resolve())

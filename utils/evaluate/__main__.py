@@ -25,7 +25,7 @@ from utils.errors import UserError, run_script
 from utils.evaluate.features import FeatureCache, collect, load_extractor, with_progress
 from utils.evaluate.image_sets import open_images, scan_sizes
 from utils.evaluate.measures import NEIGHBORS, measure_bits, measure_distances, measure_nearest, print_line
-from utils.files import atomic_write
+from utils.files import atomic_write, output_folder
 from utils.images import to_uint8
 from utils.sampling.batches import last_images, sample_batches
 from utils.sampling.option_rules import check_guidance
@@ -123,6 +123,15 @@ def main(arguments=None):
         raise UserError(f"{config.num_images} samples from seed {config.seed} on: seeds end at {SEEDS - 1}")
     if (config.bits or config.guidance_scale != 1) and not is_checkpoint(config.samples):
         raise UserError(f"--bits and --guidance_scale need a checkpoint, and {config.samples} holds images")
+    with output_folder(config.save_dir, "evaluate_*") as folder:
+        results, path = evaluate(config), folder / "evaluate_results.json"
+        with atomic_write(path, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=1)
+        print(path)
+
+
+def evaluate(config):
+    """The dict of all that is measured, and of what was compared."""
     start, device = time.time(), choose_device(config.device)
     precision = choose_precision(config.precision, device)
     model = load_model(config, device, precision) if is_checkpoint(config.samples) else None
@@ -144,11 +153,7 @@ def main(arguments=None):
         results |= compare(config, with_progress(blocks, count, "samples"), count, reference, held_out, device)
     if config.bits:
         results["bits"] = measure_bits(config, model, held_out, device, precision)
-    results["minutes"] = (time.time() - start) / 60
-    path = Path(config.save_dir) / "evaluate_results.json"
-    with atomic_write(path, "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=1)
-    print(path.resolve())
+    return results | {"minutes": (time.time() - start) / 60}
 
 
 def compare(config, blocks, count, reference, held_out, device):

@@ -18,6 +18,7 @@ from utils.data.dataset import split_validation
 from utils.errors import UserError, one_line
 from utils.evaluate.classifier import load_feature_net, save_feature_net, train_feature_net
 from utils.evaluate.distances import FeatureStatistics
+from utils.files import remove_leftovers
 
 CACHE_VERSION = 1  # part of the keys: raise it when features or their files change
 KEPT_FILES = 8  # of statistics, and of classifiers, in the cache
@@ -75,8 +76,9 @@ class FeatureCache(NamedTuple):
     def path(self, kind, *parts):
         """The file for a function of `parts`, there or not; old ones go. OSError: none can be."""
         digest = hashlib.sha256(repr((CACHE_VERSION, *parts)).encode()).hexdigest()
-        folder = cache_folder(self.annotation_path, self.cache_dir)
-        for old in sorted(folder.glob(f"{'[0-9a-f]' * 24}.{kind}.pth"), key=os.path.getmtime)[:-KEPT_FILES]:
+        folder, own = cache_folder(self.annotation_path, self.cache_dir), f"{'[0-9a-f]' * 24}.{kind}.pth"
+        remove_leftovers(folder, own)
+        for old in sorted(folder.glob(own), key=os.path.getmtime)[:-KEPT_FILES]:
             old.unlink(missing_ok=True)
         return folder / f"{digest[:24]}.{kind}.pth"
 
