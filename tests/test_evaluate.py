@@ -19,6 +19,7 @@ from conftest import read_file
 from PIL import Image
 from torch.testing import assert_close
 
+import predict
 from nets import build
 from utils.checkpoint.integrity import save_tensors, weights_digest
 from utils.data.image_format import ImageFormat
@@ -405,23 +406,7 @@ def test_an_npz_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path, monk
     assert scan_sizes(tmp_path / "plain.npz") == ({(64, 64): 40}, False)
 
 
-def test_grids_and_animations_of_predict_are_no_samples(tmp_path):
-    """A folder of predict.py's with --individual_files counts each image once."""
-    pictures = shapes(6, size=8)[0]
-    for seed, picture in enumerate(pictures):
-        save_png(tmp_path / "out" / f"{seed:010d}.png", picture)
-    with pytest.raises(ValueError, match="grids and animations of predict.py"):
-        for name in ("1x1", "5x5", "interpolation", "trajectory"):
-            save_png(tmp_path / "grids" / f"predict_{name}_results.png", np.tile(pictures[0], (2, 2, 1)))
-        Image.fromarray(pictures[0, ..., 0]).save(tmp_path / "grids" / "predict_trajectory_results.gif")
-        scan_sizes(tmp_path / "grids")
-    for path in (tmp_path / "grids").iterdir():
-        shutil.copy(path, tmp_path / "out")
-    assert scan_sizes(tmp_path / "out") == ({(8, 8): 6}, False)
-    assert len(open_images(tmp_path / "out", GRAY, cache_path=tmp_path / "cache")) == 6
-
-
-@pytest.mark.parametrize("name", ["a.pth", "a.pt", "a.ckpt", "a.safetensors", "a.pth.tar", "A.CKPT", ""])
+@pytest.mark.parametrize("name", ["a.pth", "a.pt", "a.ckpt", "a.bin", "a.safetensors", "a.pth.tar", "A.CKPT", ""])
 def test_names_of_checkpoints(name):
     assert evaluate.is_checkpoint(name)
     assert not evaluate.is_checkpoint(name + "x.txt")
@@ -715,6 +700,24 @@ def test_a_checkpoint_is_drawn_from_and_its_bits_are_measured(
     again = run(monkeypatch, tmp_path, "--samples", checkpoint, "--batch_size", 12, *common)
     assert again["distances"]["frechet_distance"] == pytest.approx(found["distances"]["frechet_distance"], rel=1e-3)
     assert again["weights"] == found["weights"]
+
+
+def test_in_predicts_own_folder_each_sample_counts_once(checkpoint, folder, tmp_path, monkeypatch):
+    """Not its grid, strip and animation, nor the pairs of an earlier evaluation."""
+    out = ("--device", "cpu", "--save_dir", str(tmp_path / "out"))  # where the results go too
+    more = ("--individual_files", "True", "--trajectory", "True", "--steps", "2")
+    predict.main(["--model_path", str(checkpoint), "--num_images", "6", *more, *out])
+    predict.main(["--model_path", str(checkpoint), "--interpolate", "3", "--class_name", "kind_1", *more, *out])
+    common = ("--samples", tmp_path / "out", "--reference", folder, "--distances", "False")
+    for _ in range(2):
+        found = run(monkeypatch, tmp_path, *common)
+        assert (found["num_samples"], found["sample_sizes"]) == (9, {"8x8": 9})
+    names = {path.name for path in (tmp_path / "out").glob("*_results.*")}
+    assert len(names) == 7  # 1x1, 5x5, interpolation, two of the trajectory, two of the evaluation
+    for path in (tmp_path / "out").glob("*[0-9].png"):
+        path.unlink()
+    with pytest.raises(UserError, match="holds no images .grids and animations of predict.py are none"):
+        run(monkeypatch, tmp_path, *common)
 
 
 def test_guidance_reaches_the_samples(checkpoint, folder, net_file, tmp_path, monkeypatch, capsys):

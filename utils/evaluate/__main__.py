@@ -17,7 +17,7 @@ from nets.samplers import SAMPLERS, SEEDS, SPACINGS
 from nets.sampling import check_guiding_model, check_interval, sampling_schedule
 from utils.checkpoint.file import Checkpoint
 from utils.checkpoint.integrity import weights_digest
-from utils.checkpoint.runs import newest_in, open_weights
+from utils.checkpoint.runs import ENDINGS, newest_in, open_weights
 from utils.data.dataset import split_validation
 from utils.data.image_format import RESIZE_MODES, ImageFormat
 from utils.device import DTYPES, autocast, choose_device, choose_precision, describe_device, memory_format
@@ -33,7 +33,6 @@ from utils.sampling.summary import describe_guidance
 from utils.settings import PAIR, choice, flag, number, parse, pathname, settings, text, whole
 
 ENOUGH = 10_000  # below so many samples FID's upward bias is larger than the differences of interest
-WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors", ".pth.tar")  # names of checkpoints end so
 
 
 # fmt: off
@@ -178,7 +177,7 @@ def compare(config, blocks, count, reference, held_out, device):
 
 def is_checkpoint(path):
     """Whether `path` is a file of weights, a run's folder, or "" (the newest run)."""
-    return not path or path.lower().endswith(WEIGHTS) or newest_in(Path(path)) is not None
+    return not path or path.lower().endswith(ENDINGS) or newest_in(Path(path)) is not None
 
 
 def load_model(config, device, precision):

@@ -22,7 +22,7 @@ from utils.data.threads import map_in_threads
 from utils.errors import UserError, one_line
 from utils.terminal import printable
 
-OVERVIEW = re.compile(r"predict_(1x1|5x5|interpolation|trajectory)_results\.(png|gif)")  # of predict.py, not one sample
+OVERVIEW = re.compile(r"(predict|evaluate)_[0-9a-z]+_results\.(png|gif)")  # of predict.py or this command, no samples
 MAX_RATIO, ALWAYS_ALLOWED = 20, 2**26  # an .npz that unpacks to more than both may be made to fill the disk
 
 
