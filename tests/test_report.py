@@ -51,7 +51,7 @@ def finished(workplace, capsys, curves):
     measured = {
         "samples": f"100 drawn, {folder.resolve()}/last.pth",
         "distances": {"features": f"classifier {BAD}", "frechet_distance": 12.5234567, "k": 3},
-        "nearest": {"share_closer_than_first_quantile": 0.25},
+        "nearest": {"by": "pixels", "share_closer_than_first_quantile": 0.25},
     }
     Path("results/evaluate_out/evaluate_results.json").write_text(json.dumps(measured))
     return folder
@@ -64,6 +64,7 @@ def test_the_page_shows_all_that_the_run_wrote(finished):
     assert len(text.encode()) < 5_000_000 and BAD not in text and "&lt;script&gt;alert(1)" in text
     assert "<td>epochs</td><td>3 of 3</td>" in text and "<td>num_timesteps</td><td>20</td><td>1000</td>" in text
     assert "<td>loss_type</td>" not in text  # as in train.py
+    assert "The last grid of python predict.py, be it of this run or of other weights. A row of each class" in text
     assert text.count("data:image/png") >= 3 + 4 and 'type="range" min="0" max="2"' in text
     assert "<td>frechet_distance</td><td>12.52</td>" in text and "25% of the samples are closer" in text
     assert "<td>features</td><td>classifier &lt;script&gt;" in text and "<td>k</td><td>3</td>" in text
@@ -89,6 +90,7 @@ def test_what_is_missing_or_damaged_is_left_out(finished):
     for name in ("epoch_loss.png", "speed.csv"):
         (finished / name).unlink()
     (finished / "epoch_loss.csv").write_bytes(b"epoch,loss\n1,0.5\n2,\xff\n")
+    os.mkfifo(finished / "speed.csv")  # reading it would wait
     text = made(finished)
     assert "python predict.py" in text and "python -m utils.evaluate" in text and "data:image" not in text
     Path("results/evaluate_out").mkdir(parents=True)
@@ -113,8 +115,12 @@ def test_an_evaluation_of_another_run_is_not_shown(finished):
     for folder in (f"{own.parent}2", own.parent.with_name(own.parent.name[:-1]), f"/elsewhere{own.parent}"):
         path.write_text(json.dumps({**measured, "samples": f"100 drawn, {folder}/last.pth"}))
         assert "frechet_distance" not in made(finished)
-    path.write_text(json.dumps({**measured, "samples": f"100 samples, ddim, seeds from 0, {own}"}))
-    assert "frechet_distance" in made(finished)
+    measured["samples"] = f"100 samples, ddim, seeds from 0, {own}"
+    path.write_text(json.dumps(measured))
+    text = made(finished)
+    assert "frechet_distance" in text and 'alt="evaluate_nearest_results"' in text
+    path.write_text(json.dumps({**measured, "nearest": None}))  # the pairs are those of an earlier one
+    assert 'alt="evaluate_nearest_results"' not in made(finished)
 
 
 ODD = [[], "words", 1e999, 10**400, None, True, {"a": ["b"]}, "\udcff"]

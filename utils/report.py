@@ -64,8 +64,10 @@ def page(folder):
 
 def read_rows(path):
     """The rows of a table, {column: number}, up to the first damaged one."""
-    rows = []
-    with suppress(OSError, ValueError, TypeError, csv.Error), open(path, encoding="utf-8", newline="") as file:
+    rows, damage = [], suppress(OSError, ValueError, TypeError, csv.Error)
+    if not path.is_file():  # opening a pipe would wait
+        return rows
+    with damage, open(path, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             rows.append({name: float(value) for name, value in row.items() if value})
     return rows
@@ -153,7 +155,8 @@ def previews(folder):
 def samples(folder, config):
     """The grid of the last `python predict.py`, where it is newer than the run's weights."""
     times = [path.stat().st_mtime for path in (folder / "last.pth", GRID) if path.is_file()]
-    title = "<p>A row of each class, by name.</p>" if config.get("class_conditional") else ""
+    rows = " A row of each class, by name." if config.get("class_conditional") else ""
+    title = f"<p>The last grid of python predict.py, be it of this run or of other weights.{rows}</p>"
     return title + image(GRID) if len(times) == 2 and times[0] <= times[1] else ""
 
 
@@ -161,7 +164,8 @@ def distances(found):
     """The distances and pairs of `python -m utils.evaluate`, where it measured this run."""
     shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in found.items()}
     rows = [(name, value) for name, value in shown.items() if isinstance(value, (int, str))]
-    return table(rows) + image(EVALUATION / "evaluate_nearest_results.png") if found else ""
+    pairs = EVALUATION / "evaluate_nearest_results.png" if "by" in found else Path()  # of this evaluation
+    return table(rows) + image(pairs) if found else ""
 
 
 if __name__ == "__main__":
