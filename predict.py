@@ -24,7 +24,7 @@ from utils.images import to_uint8
 from utils.sampling.batches import advice_for_sampling, sample_batches
 from utils.sampling.init_images import init_options
 from utils.sampling.option_rules import SOLVER_OPTIONS, check_rules
-from utils.sampling.predict_files import COLUMNS, SHOWN, PredictFiles, image_texts, output_folder
+from utils.sampling.predict_files import COLUMNS, SHOWN, PredictFiles, image_texts, shared_output_folder
 from utils.sampling.summary import print_sampling
 from utils.settings import PAIR, choice, defaults, flag, number, pathname, settings, text, typed_options, whole
 from utils.terminal import first_few
@@ -123,7 +123,7 @@ def main(arguments=None):
     text_of = image_texts(config, networks, shape, classes, labels, options)
     for network in networks:
         round_weights(network, precision)  # only now: the files' texts hold the digest of the exact weights
-    with output_folder(config.save_dir) as folder:
+    with shared_output_folder(config.save_dir) as folder:
         files = PredictFiles(folder, config, shape, rows, text_of)
         with autocast(device, precision), explain_out_of_memory(lambda: advice_for_sampling(config)):
             sample(config, diffusion, labels, options, files)

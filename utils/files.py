@@ -148,23 +148,23 @@ def locked(folder, refusal):
 
 
 @contextlib.contextmanager
-def output_folder(path, names):
+def output_folder(path, *names):
     """The folder that the user typed, made, and locked while the block runs: two would mix files.
 
-    names: a pattern of the files in it. What killed writers left of them goes. UserError: they
-    cannot be written, or another process writes to the folder.
+    names: patterns of what is written there. What killed writers left of them goes. UserError: the
+    results cannot be written, said before the work, or another process writes to the folder.
     """
     folder = Path(os.path.realpath(path))
-    try:  # before the work that fills it
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{folder} cannot be written to ({error.strerror}): choose another --save_dir") from None
-    for found in folder.glob(names):
-        if found.exists() and not found.is_file():
-            raise UserError(f"{found} is no file: move it away, or choose another --save_dir")
+    if blocked := [found for found in folder.glob("*_results.*") if found.exists() and not found.is_file()]:
+        raise UserError(f"{blocked[0]} is no file: move it away, or choose another --save_dir")
     with locked(folder, f"another process writes to {folder}: wait for its end, or choose another --save_dir"):
-        remove_leftovers(folder, names)
+        for name in names:
+            remove_leftovers(folder, name)
         yield folder
 
 

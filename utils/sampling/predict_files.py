@@ -17,7 +17,7 @@ from utils.checkpoint.integrity import weights_digest
 from utils.data.decode import attempt
 from utils.data.formats import check_regular
 from utils.errors import UserError
-from utils.files import atomic_write, locked, remove_leftovers
+from utils.files import atomic_write, output_folder
 from utils.images import make_grid, save_animation, save_png, to_uint8
 from utils.terminal import plural
 
@@ -27,34 +27,20 @@ STRIP_IMAGES, STRIP_STEPS, FRAMES, FRAME_MS, LAST_FRAME_MS = 4, 10, 40, 80, 2000
 
 
 @contextlib.contextmanager
-def output_folder(path):
-    """The folder, made, and locked while the block runs: two runs would mix their images.
-
-    What a killed run left half-written goes. UserError where the folder cannot be written to.
-    """
-    folder = Path(os.path.realpath(path))
-    try:  # before hours of sampling
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written to ({error.strerror}): choose another --save_dir") from None
-    if blocked := [found for found in folder.glob("predict_*results.*") if found.exists() and not found.is_file()]:
-        raise UserError(f"{blocked[0]} is no file: move it away, or choose another --save_dir")
-    refusal = f"another process writes to {folder}: wait for its end, or choose another --save_dir"
-    with contextlib.ExitStack() as lock:
+def shared_output_folder(path):
+    """The `output_folder` that rank 0 holds for all processes."""
+    with contextlib.ExitStack() as stack:
         if distributed.is_main():
-            lock.enter_context(locked(folder, refusal))
-            for name in ("seed_*", "between_*", "predict_*"):
-                remove_leftovers(folder, name)
-        distributed.barrier()  # rank 0 has locked it for all processes
-        yield folder
+            stack.enter_context(output_folder(path, "seed_*", "between_*", "predict_*"))
+        distributed.barrier()
+        yield Path(os.path.realpath(path))
 
 
 class PredictFiles:
     """Writes images that come in any order and from any process, in bounded memory.
 
-    folder: of `output_folder`. config: predict.py's, resolved. shape: (H, W, C) of an image. rows:
-    of the grid, one per class; 0: no classes. text_of: see `image_texts`.
+    folder: of `shared_output_folder`. config: predict.py's, resolved. shape: (H, W, C) of an image.
+    rows: of the grid, one per class; 0: no classes. text_of: see `image_texts`.
     """
 
     def __init__(self, folder, config, shape, rows, text_of):
