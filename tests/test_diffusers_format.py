@@ -1,6 +1,8 @@
 """Models as folders of diffusers, and back, against diffusers itself."""
 
+import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -128,10 +130,12 @@ def test_the_pipeline_draws_what_our_ddpm_draws(tmp_path, settings):
     torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-3)
 
 
-def test_with_few_steps_the_pipeline_starts_at_the_last_timestep(tmp_path):
+def test_with_few_steps_the_pipeline_starts_at_the_last_timestep(tmp_path, capsys):
+    """The folder comes from the call that is printed, whatever its name holds."""
     write_checkpoint(tmp_path / "a.pth")
-    export_model(tmp_path / "a.pth", tmp_path / "out")
-    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
+    export_model(tmp_path / "a.pth", tmp_path / 'one\'s "own"')
+    folder = re.search(r"from_pretrained\((.*)\)\(num_inference_steps=40\) samples with it", capsys.readouterr().out)[1]
+    pipeline = diffusers.DDPMPipeline.from_pretrained(ast.literal_eval(folder))
     pipeline.scheduler.set_timesteps(5)
     assert pipeline.scheduler.timesteps.tolist() == [39, 31, 23, 15, 7]
 

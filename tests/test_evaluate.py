@@ -550,7 +550,7 @@ def test_too_few_pictures_are_refused_before_any_work(folder, tmp_path, monkeypa
     monkeypatch.setattr(evaluate, "load_extractor", lambda *_: pytest.fail("worked before it looked"))
     few = save_npz(tmp_path / "few.npz", shapes(4, size=8)[0])
     for options in (("--samples", few, "--reference", folder), ("--samples", folder, "--reference", few)):
-        with pytest.raises(ValueError, match="4 (samples|reference images).* are too few: distances need 5"):
+        with pytest.raises(ValueError, match="too few for .* 5 of each: .*4 (samples|reference images)"):
             run(monkeypatch, tmp_path, *options, "--features", "classifier")
 
 
@@ -618,7 +618,7 @@ def test_nearest_beside_held_out_pictures(folder, net_file, tmp_path, monkeypatc
     assert "warning" not in capsys.readouterr().out
     by_pixels = run(monkeypatch, tmp_path, *common, "--held_out", folder)
     assert max(by_pixels["nearest"]["held-out"]) < 1e-3
-    assert "40 held-out images are in the reference too" in capsys.readouterr().out
+    assert "the reference has 40 held-out images too" in capsys.readouterr().out
     bank = torch.from_numpy(shapes(40, size=8)[0]).double()  # one picture by hand, in root mean square levels
     apart = (
         (torch.from_numpy(shapes(10, size=8, seed=8)[0]).double()[:, None] - bank)
@@ -777,7 +777,7 @@ def test_labels_follow_the_reference(checkpoint, folder, tmp_path):
 
 
 def test_what_does_not_fit_is_said_in_one_line(checkpoint, folder, net_file, tmp_path, monkeypatch):
-    packed = save_npz(tmp_path / "p.npz", shapes(10, size=8)[0])
+    packed, one = (save_npz(tmp_path / f"{count}.npz", shapes(count, size=8)[0]) for count in (10, 1))
     for arguments, message in (
         (("--samples", packed, "--bits", "True"), "need a checkpoint"),
         (("--samples", checkpoint, "--reference", tmp_path / "more", "--bits", "True"), "--held_out"),
@@ -787,7 +787,9 @@ def test_what_does_not_fit_is_said_in_one_line(checkpoint, folder, net_file, tmp
             ("--samples", folder, "--reference", folder, "--features", "classifier"),
             "100 images, not 4 classes and 40 different",
         ),
-        (("--samples", folder, "--img_channels", 3, "--reference", folder, "--features", net_file), "1 channels"),
+        (("--samples", folder, "--img_channels", 3, "--reference", folder, "--features", net_file), "1 channel does"),
+        (("--samples", one, "--reference", packed), "need 5 of each: 1 sample, 10 reference images$"),
+        (("--samples", packed, "--reference", one), "need 5 of each: 10 samples, 1 reference image$"),
         (("--samples", packed, "--sampler", "magic"), "ddim"),
         (("--samples", packed, "--eta", "0.5"), "--eta is an option of ddim"),
         (("--samples", checkpoint, "--sampler", "ddpm", "--eta", "0.5"), "--eta is an option of ddim"),

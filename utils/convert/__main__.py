@@ -23,6 +23,7 @@ from utils.convert.diffusers_folder import export_model, import_model
 from utils.errors import UserError, run_script
 from utils.files import begin_export
 from utils.settings import expand_home
+from utils.terminal import plural
 
 # Argument of the reference's UNet: its default, and train.py's option for such a network.
 REFERENCE_UNET = {
@@ -57,8 +58,8 @@ def export_reference(run, file):
     groups = getattr(diffusion.model.out_norm, "num_groups", MAX_GROUPS)
     if diffusion.prediction != "eps" or groups != MAX_GROUPS:
         raise UserError(
-            f"this network predicts {diffusion.prediction} and has {groups} groups in its norms; the reference's code "
-            f"needs another: train one with --prediction eps --num_groups {MAX_GROUPS}"
+            f"this network predicts {diffusion.prediction} and has {plural(groups, 'group')} in its norms; the "
+            f"reference's code needs another: train one with --prediction eps --num_groups {MAX_GROUPS}"
         )
     save_tensors(file, diffusion.state_dict())
     print_sizes(checkpoint.path, file)

@@ -87,7 +87,8 @@ def export_model(run, folder, class_name=""):
     )
     with as_user_error(f"{folder}: could not be written"), atomic_folder(folder) as unfinished:
         DDPMPipeline(unet, scheduler).save_pretrained(unfinished)
-    print(f'DDPMPipeline.from_pretrained("{folder}")(num_inference_steps={diffusion.num_timesteps}) samples with it')
+    steps = f"num_inference_steps={diffusion.num_timesteps}"
+    print(f"DDPMPipeline.from_pretrained({str(folder)!r})({steps}) samples with it")
 
 
 def choose_label(diffusion, classes, class_name):

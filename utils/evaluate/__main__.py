@@ -31,6 +31,7 @@ from utils.sampling.batches import last_images, sample_batches
 from utils.sampling.option_rules import check_guidance
 from utils.sampling.summary import describe_guidance
 from utils.settings import PAIR, choice, flag, number, parse, pathname, settings, text, whole
+from utils.terminal import plural
 
 ENOUGH = 10_000  # below so many samples FID's upward bias is larger than the differences of interest
 
@@ -142,7 +143,7 @@ def evaluate(config):
     else:
         dataset = open_set(config.samples)
         order = dataset.shuffled(config.num_images, config.seed)
-        count, blocks, name = len(order), dataset.blocks(order), f"{len(order):,} images, {dataset.name}"
+        count, blocks, name = len(order), dataset.blocks(order), described(dataset, len(order))
     print_line("samples", name)
     results |= {"settings": asdict(config), "samples": name, "num_samples": count}
     for name, part in {"weights": model and model.diffusion, "guiding_weights": model and model.guide}.items():
@@ -159,8 +160,8 @@ def compare(config, blocks, count, reference, held_out, device):
     """A dict of the distances and nearest images of `count` samples, in blocks (b, H, W, C)."""
     results, cache, extract = {}, FeatureCache(config.cache_dir, config.reference), None
     if config.distances and min(count, len(reference)) < NEIGHBORS + 2:
-        counts = f"{count} samples, {len(reference)} reference images"
-        raise UserError(f"{counts} are too few: distances need {NEIGHBORS + 2}")
+        counts = f"{plural(count, 'sample')}, {plural(len(reference), 'reference image')}"
+        raise UserError(f"too few for distances, which need {NEIGHBORS + 2} of each: {counts}")
     if config.distances and count < ENOUGH:
         print(f"warning: FID is biased upward below {ENOUGH:,} samples; compare only equal sample counts")
     if config.distances or config.nearest_by == "features":
@@ -204,11 +205,16 @@ def open_references(config, model, open_set):
         reference, held_out = split_validation(reference, share)  # as the training did
     if config.bits and held_out is None:
         raise UserError("--bits needs images that were not trained on: name some with --held_out")
-    print_line("reference", f"{len(reference):,} images, {reference.name}")
-    print_line("held out", f"{len(held_out):,} images, {held_out.name}" if held_out else "none: see --held_out")
+    print_line("reference", described(reference))
+    print_line("held out", described(held_out) if held_out else "none: see --held_out")
     if copies := len(set(held_out.hashes) & set(reference.hashes)) if held_out else 0:
-        print(f"warning: {copies:,} held-out images are in the reference too: held-out results are contaminated")
+        print(f"warning: held-out results are contaminated: the reference has {plural(copies, 'held-out image')} too")
     return reference, held_out
+
+
+def described(dataset, count=None):
+    """So many images of an ImageDataset, all unless told, and where they are from."""
+    return f"{plural(len(dataset) if count is None else count, 'image')}, {dataset.name}"
 
 
 def make_opener(config, model):
@@ -257,7 +263,7 @@ def generate(config, model, reference, device, precision):
             yield torch.from_numpy(to_uint8(x)[: count - first])
 
     guidance = describe_guidance(config) + (f" by {config.guiding_path}" if model.guide else "")
-    how = f"{config.sampler}, {len(schedule)} steps{guidance}, seeds from {config.seed}"
+    how = f"{config.sampler}, {plural(len(schedule), 'step')}{guidance}, seeds from {config.seed}"
     return count, blocks(), f"{count:,} generated, {how}, {model.checkpoint.path.resolve()}"
 
 

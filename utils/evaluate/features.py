@@ -19,6 +19,7 @@ from utils.errors import UserError, one_line
 from utils.evaluate.classifier import load_feature_net, save_feature_net, train_feature_net
 from utils.evaluate.distances import FeatureStatistics
 from utils.files import remove_leftovers
+from utils.terminal import plural
 
 CACHE_VERSION = 1  # part of the keys: raise it when features or their files change
 KEPT_FILES = 8  # of statistics, and of classifiers, in the cache
@@ -98,7 +99,7 @@ class FeatureCache(NamedTuple):
         """The file of a FeatureNet of its classes, trained on 90 % of the images where missing."""
         classes, different = len(dataset.classes), len(set(dataset.hashes))
         if classes < 2 or different < 100:
-            found = f"{classes} classes and {different} different images"
+            found = f"{plural(classes, 'class', 'es')} and {plural(different, 'different image')}"
             raise UserError(f"--features classifier needs 2 class folders and 100 images, not {found}: name its file")
         path = self.path("classifier", dataset.key())
         if not path.is_file():
@@ -122,7 +123,8 @@ def load_extractor(features, dataset, cache, device, batch_size=100, inception_w
     path = cache.classifier(dataset, device) if features == "classifier" else Path(features)
     network = load_feature_net(path, device)
     if network.img_channels != dataset.pixels.shape[3]:
-        raise UserError(f"{path}: a feature net of {network.img_channels} channels does not fit these images")
+        channels = plural(network.img_channels, "channel")
+        raise UserError(f"{path}: a feature net of {channels} does not fit these images")
     name = f"classifier of {network.num_classes} classes, test accuracy {network.accuracy}, {path.resolve()}"
     return Extractor(network, name, device, batch_size)
 

@@ -13,7 +13,7 @@ from utils.evaluate.distances import SUBSET_SIZE, frechet_distance, kernel_dista
 from utils.evaluate.features import with_progress
 from utils.evaluate.likelihood import variational_bound
 from utils.images import make_grid, save_png
-from utils.terminal import printable
+from utils.terminal import plural, printable
 
 NEIGHBORS = 3  # k of precision and recall, as in the paper
 QUANTILES = torch.tensor((0.01, 0.05, 0.25, 0.5, 0.75), dtype=torch.float64)
@@ -95,7 +95,7 @@ def measure_bits(config, model, held_out, device, precision):
     total, curve = terms.sum(1), terms.mean(0)
     error = (total.std() / math.sqrt(len(total))).item()
     L_0, L_between, L_T = curve[0].item(), curve[1:-1].sum().item(), curve[-1].item()
-    counts = f"at most; {len(total):,} held-out images, T = {len(curve) - 1}"
+    counts = f"at most; {plural(len(total), 'held-out image')}, T = {len(curve) - 1}"
     print_line("bits per dimension", f"{total.mean():.4f} +- {error:.4f} (standard error)   ({counts})")
     print_line("  L_0, L_1..T-1, L_T", f"{L_0:.4f}, {L_between:.4f}, {L_T:.6f}   (decoder variance: beta_0)")
     results = {"bits_per_dimension": total.mean().item(), "standard_error": error, "num_images": len(total)}
