@@ -359,9 +359,24 @@ def test_a_run_never_writes_through_a_link(workplace, curves):
     their = (workplace / "their.pth").read_bytes()
     shutil.rmtree(run / "tensorboard", ignore_errors=True)
     (run / "tensorboard").symlink_to(elsewhere, target_is_directory=True)
-    run_main("train.py", "--resume", run, "--epochs", "2")
+    previews = workplace / "results" / "train_out" / run.name
+    previews.parent.mkdir(parents=True)
+    previews.symlink_to(elsewhere, target_is_directory=True)
+    run_main("train.py", "--resume", run, "--epochs", "2", "--preview_period", "1", "--preview_steps", "1")
+    assert [path.name for path in previews.iterdir()] == ["epoch_0002.png"]
     assert victim.read_text() == "mine" and (workplace / "their.pth").read_bytes() == their
     assert not list(elsewhere.iterdir()) and not any((run / name).is_symlink() for name in FIXED)
+
+
+def test_a_pipe_in_place_of_a_table_is_refused_in_a_line(workplace, capsys):
+    """Reading it would wait, and it is nothing to replace."""
+    run_main("train.py", *RUN, "--epochs", "1")
+    run = newest_run(workplace)
+    (run / "speed.csv").unlink()
+    os.mkfifo(run / "speed.csv")
+    with pytest.raises(SystemExit):
+        run_main("train.py", "--resume", run, "--epochs", "2")
+    assert "speed.csv is a device, a pipe" in capsys.readouterr().err.splitlines()[-1]
 
 
 # Signals, and a second run

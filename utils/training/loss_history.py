@@ -28,6 +28,8 @@ def as_text(row: dict) -> dict:
 def read_table(path: Path, last_epoch: int) -> list[dict]:
     """The rows {column: text} of a table up to an epoch, or to the first damaged one."""
     rows = []
+    if not os.path.isfile(path):  # opening a pipe would wait
+        return rows
     damage = suppress(OSError, ValueError, TypeError, KeyError, csv.Error)
     with damage, open(path, encoding="utf-8", errors="replace", newline="") as file:
         for row in csv.DictReader(file, strict=True):

@@ -39,6 +39,8 @@ class RunWriter:
             folder = self.folder.resolve()
             refusal = f"another training writes to {folder}: wait for its end, or stop it"
             self.lock.enter_context(locked(self.folder, refusal))
+            if self.previews.is_symlink():  # a folder from someone else cannot redirect a write
+                self.previews.unlink()
             for place in (folder, self.previews):
                 remove_leftovers(place)
             with atomic_write(self.folder / "config.json", "w", encoding="utf-8") as file:
