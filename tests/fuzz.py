@@ -2,8 +2,8 @@
 [--share 0.1] [--seed 0]`.
 
 Each case has a folder of its own. It fails by a traceback, an error of more than one line or with
-raw control characters, more than 20 s, more than 2.5 GB, a file outside its folder, or values that
-are not those of the file.
+raw control characters, more than 20 s, more than 2.5 GB, a file outside its folder, a change of
+what is named "mine", or values that are not those of the file.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from PIL import Image
 import predict
 import train
 import txt_annotation
+from utils import report
 from utils.checkpoint.file import load_checkpoint
 from utils.convert import __main__ as convert
 from utils.errors import run_script
@@ -50,6 +51,11 @@ COUNTS = {
     "folders": 60,
     "npz": 60,
     "flips": 200,
+    "links": 200,
+    "foreign": 100,
+    "tables": 200,
+    "configs": 200,
+    "directories": 200,
     "kills": 60,
 }
 PICTURES_A_CASE = 20  # one run of txt_annotation.py looks at so many
@@ -67,6 +73,7 @@ DRAW = [
     "--seed",
     "1",
 ]
+RUN = [*TINY, "--num_groups", "32", "--precision", "fp32", "--class_conditional", "True"]
 NASTY = (
     "",
     "--",
@@ -317,6 +324,89 @@ def flips(draw, base):
     return [(argparse.Namespace(main=main), [])]
 
 
+def any_command(draw):
+    """One that reads or writes a run, its outputs or its caches."""
+    return draw.choice(
+        [
+            (txt_annotation, []),
+            (train, [*RUN, "--resume", "latest", "--epochs", "2", "--preview_period", "1", "--preview_steps", "1"]),
+            (predict, [*DRAW, "--individual_files", "True", "--npz", "True", "--trajectory", "True"]),
+            (evaluate, ["--num_images", "4", "--steps", "1", "--distances", "False", "--nearest_images", "2"]),
+            (report, []),
+            (convert, ["weights", str(next(Path("logs").glob("*"))), "small.pth"]),
+        ]
+    )
+
+
+def with_run(prepare):
+    """A copy of the tiny run in which `prepare(draw, run)` changes something; any two commands."""
+
+    def prepare_case(draw, base):
+        shutil.copytree(base / "workplace", ".", dirs_exist_ok=True)
+        prepare(draw, next(Path("logs").glob("*")))
+        return [any_command(draw), any_command(draw)]
+
+    return prepare_case
+
+
+def links(draw, run):
+    """Links, and pipes, in place of names that the project writes."""
+    mine = Path("..", "mine")
+    (mine / "mine_too").mkdir(parents=True)
+    (mine / "mine.txt").write_text("mine")
+    names = [run / name for name in ("config.json", ".lock", "epoch_loss.csv", "speed.csv", "epoch_loss.png")]
+    names += [run / name for name in ("last.pth", "epoch_0002.pth", "report.html", "tensorboard")]
+    names += [Path("results/train_out", run.name), *Path("datasets/.cache").iterdir(), Path("train_classes.txt")]
+    names += [Path("results/evaluate_out", f"evaluate_{name}") for name in ("results.json", "nearest_results.png")]
+    names += [Path("results/predict_out", f"predict_{name}") for name in ("1x1_results.png", "results.npz")]
+    names += [Path("results/predict_out", name) for name in ("seed_0000000001.png", "predict_trajectory_results.gif")]
+    for path in draw.sample(names, draw.choice([1, 1, 2, 5])):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        target = draw.choice(["mine.txt", "mine_too", "missing", "", None])
+        os.mkfifo(path) if target is None else path.symlink_to((mine / target).resolve())
+
+
+def foreign(draw, run):
+    """Old files of others beside ours, named nearly as ours are."""
+    key, word = "0123456789abcdef01234567", draw.choice(["mine", ".mine"])
+    names = [f"{word}.json", f"{word}{key}.pixels", f"{key}.mine", f".{key}.json.mine.tmp", f".mine.{key}.tmp"]
+    names += [f"{word}.features.pth", f"epoch_{word}.pth", f"seed_{word}.png", f".{word}.{key[:8]}", f"{word}.tmp"]
+    for folder in ("datasets/.cache", "results/evaluate_out", "results/predict_out", run):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name in (f"{letter}{name}" for name in names for letter in ("", "a", "b")):
+            Path(folder, name).write_text("{}")
+            os.utime(Path(folder, name), (1e9, 1e9))
+
+
+def tables(draw, run):
+    path = run / draw.choice(["epoch_loss.csv", "speed.csv"])
+    rows = [line.split(",") for line in path.read_text().splitlines()]
+    for _ in range(draw.choice([1, 2, 5])):
+        row = draw.choice(rows)
+        row[draw.randrange(len(row))] = draw.choice([*NUMBERS, *NASTY, "1,5", '"', "\n", "\0", "epoch"])
+    text = "\n".join(map(",".join, rows)).encode(errors="surrogateescape")
+    path.write_bytes(text if draw.random() < 0.7 else mutated(draw, text))
+
+
+def configs(draw, run):
+    path = run / "config.json"
+    values = json.loads(path.read_text())
+    for _ in range(draw.choice([1, 2, 5, 20])):
+        odd = [None, -1, 10**9, "x", [], {}, 0.5, True, [1] * 40, 10**30, "\x1b[2J", float("nan")]
+        values[draw.choice([*values, "other", ""])] = draw.choice(odd)
+    text = json.dumps(values).encode()
+    path.write_bytes(text if draw.random() < 0.7 else mutated(draw, text))
+
+
+def directories(draw, run):
+    """Checkpoints whose list of parts, at the end of a zip file, is damaged."""
+    for path in run.glob("*.pth"):
+        content = path.read_bytes()
+        place = content.index(b"PK\1\2")
+        path.write_bytes(content[:place] + mutated(draw, content[place:]))
+
+
 KINDS = {
     "pictures": pictures,
     "lists": lists,
@@ -329,6 +419,7 @@ KINDS = {
     "folders": folders,
     "npz": npz,
     "flips": flips,
+    **{prepare.__name__: with_run(prepare) for prepare in (links, foreign, tables, configs, directories)},
 }
 
 
@@ -483,7 +574,7 @@ def where(error):
 
 
 def listing(base, folder):
-    """What lies beside the case's folder, and in the project."""
+    """What lies beside the case's folder and in the project, and what in the folder is "mine"."""
     found = {
         path.name
         for path in base.iterdir()
@@ -493,6 +584,7 @@ def listing(base, folder):
         found,
         frozenset(path.name for path in PROJECT.iterdir()),
         frozenset(path.name for path in (PROJECT / "datasets").iterdir()),
+        {path: path.is_file() and path.read_bytes() for path in folder.rglob("*") if "mine" in str(path)},
     )
 
 
@@ -530,6 +622,7 @@ def run_kills(_, count, seed, base):
         ["predict.py", *DRAW, "--npz", "True"],
         ["-m", "utils.convert", "weights", str(base / "workplace" / "logs"), "small.pth"],
         ["-m", "utils.evaluate", "--samples", "datasets", "--distances", "False"],
+        ["-m", "utils.report"],
     ]
     run = str(next(Path(base, "workplace", "logs").glob("*")))
     for number in range(count):
@@ -567,8 +660,7 @@ def make_fixtures(base):
     write_pictures(workplace / "datasets", count=8)
     os.chdir(workplace)
     run_command(txt_annotation, [])
-    settings = [*TINY, "--num_groups", "32", "--epochs", "1", "--precision", "fp32", "--class_conditional", "True"]
-    ended = run_command(train, settings)
+    ended = run_command(train, [*RUN, "--epochs", "1"])
     assert ended == (None, False), ended
     run = str(next(Path("logs").glob("*")))
     with contextlib.suppress(ImportError):

@@ -19,6 +19,11 @@ def test_broken_inputs_end_in_a_line():
         "folders",
         "npz",
         "flips",
+        "links",
+        "foreign",
+        "tables",
+        "configs",
+        "directories",
     ]
     command = [sys.executable, str(PROJECT / "tests" / "fuzz.py"), "--share", "0.02", "--seed", "7", *kinds]
     done = subprocess.run(
