@@ -246,8 +246,9 @@ def main(arguments=None):
 
 
 def ours(config):
-    """{name: settings of ours}: the article's, each preset's, and the extra ones."""
-    found = {"article": {}, **{name: values for name, values in train.PRESETS.items() if name}}
+    """{name: settings of ours}: the article's, those of presets of any size, and the extra ones."""
+    presets = {name: values for name, values in train.PRESETS.items() if name and "input_shape" not in values}
+    found = {"article": {}, **presets}
     for entry in filter(None, config.extra.split("|")):
         name, _, pairs = entry.partition("=")
         found[name] = read_settings(pairs)
