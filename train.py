@@ -17,7 +17,14 @@ from nets import GaussianDiffusion, architecture, build
 from nets.unet import MAX_GROUPS
 from utils import distributed
 from utils.checkpoint.file import Checkpoint
-from utils.checkpoint.resume import check_classes, images_fingerprint, merge_settings, restore, start_settings
+from utils.checkpoint.resume import (
+    carried_settings,
+    check_classes,
+    images_fingerprint,
+    merge_settings,
+    restore,
+    start_settings,
+)
 from utils.checkpoint.runs import find_resumed, open_weights, run_folder
 from utils.data.dataset import ImageDataset, epoch_batches, fit_batch_size, normalize, open_dataset, split_validation
 from utils.data.image_format import ImageFormat
@@ -143,7 +150,7 @@ def main(arguments=None):
         print_summary(config, context, start, PRESETS.get(config.preset, {}))
         print_memory(needs, config, device)
         if config.dry_run:
-            arguments = architecture.unet_arguments(asdict(config), len(context.dataset.classes))
+            arguments = architecture.unet_arguments(context.about.config, len(context.dataset.classes))
             flops = architecture.count_flops(arguments, config.input_shape)
             print_dry_run(config, context, flops, partial(train_step, config, context, epoch=0, consumed=0, lr=0.0))
         else:
@@ -208,6 +215,8 @@ def saved_settings(asked, config, own):
 
 def prepare(config, device, checkpoint=None, about=None):
     """The TrainContext, with the checkpoint's weights where there is one."""
+    carried = carried_settings(checkpoint)
+    network = asdict(config) | carried
     image_format = ImageFormat(*(getattr(config, name) for name in ImageFormat._fields))
     with distributed.one_per_machine_first():
         images = open_dataset(config.annotation_path, image_format, config.num_workers)
@@ -215,15 +224,15 @@ def prepare(config, device, checkpoint=None, about=None):
     position = {"the position of the checkpoint": checkpoint and checkpoint.training and checkpoint.training[:4]}
     distributed.check_equal({**asdict(config), **digests, **position})
     if checkpoint and config.start_from and checkpoint.training is None:
-        weights = architecture.change_classes(checkpoint.weights, checkpoint.classes, images.classes, asdict(config))
+        weights = architecture.change_classes(checkpoint.weights, checkpoint.classes, images.classes, network)
         checkpoint = replace(checkpoint, weights=weights, kind="ema", classes=[])
     check_classes(config, images.classes, checkpoint)
     dataset, validation = split_validation(images, config.val_split)
     batch_size = fit_batch_size(len(dataset), config.batch_size, distributed.world_size() * config.accumulate)
-    arguments = architecture.unet_arguments(asdict(config), len(images.classes))
+    arguments = architecture.unet_arguments(network, len(images.classes))
     check_network_fits(architecture.count_parameters(arguments), device)
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    diffusion = build.from_config(asdict(config), len(images.classes))
+    diffusion = build.from_config(network, len(images.classes))
     if checkpoint:
         build.load_weights(diffusion, checkpoint.weights, checkpoint.kind)
         diffusion.ema_step = config.ema_start if checkpoint.ema_step is None else checkpoint.ema_step
@@ -233,10 +242,8 @@ def prepare(config, device, checkpoint=None, about=None):
     trained = diffusion.model.parameters()  # the EMA's copy needs no optimizer
     optimizer = make_optimizer(config.optimizer_type, trained, device, config.momentum, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    meter, about = (
-        Meter(device, config.num_timesteps),
-        replace(about or saved_settings(config, config, {}), classes=list(dataset.classes)),
-    )
+    meter, about = Meter(device, config.num_timesteps), about or saved_settings(config, config, {})
+    about = replace(about, config=about.config | carried, classes=list(dataset.classes))
     steps = len(dataset) // batch_size
     return TrainContext(
         device, layout, dataset, validation, batch_size, steps, diffusion, model, optimizer, scaler, meter, about

@@ -27,7 +27,7 @@ class FusedResidualBlock(ResidualBlock):
 
 class FusedAttentionBlock(AttentionBlock):
     def forward(self, x):
-        return x + self.to_out(attend(norm_act_conv(self.norm, None, x, self.to_qkv)))
+        return x + self.to_out(attend(norm_act_conv(self.norm, None, x, self.to_qkv), self.num_heads))
 
 
 class FusedUNet(UNet):

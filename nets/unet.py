@@ -17,14 +17,14 @@ from .errors import SettingError, check_choice
 MAX_GROUPS = 32  # group norm: the reference's default
 
 
-def get_norm(norm: str | None, num_channels: int, num_groups: int) -> nn.Module:
+def get_norm(norm: str | None, num_channels: int, num_groups: int, eps: float = 1e-5) -> nn.Module:
     """The layer for "gn", "in", "bn" (group, instance, batch norm) or None; else ValueError."""
     if norm == "gn" and num_channels % num_groups:
         raise SettingError(f"group norm: {num_channels} channels are not a multiple of {num_groups} groups; change one")
     layers = {"gn": partial(nn.GroupNorm, num_groups), "in": partial(nn.InstanceNorm2d, affine=True)}
     layers |= {"bn": nn.BatchNorm2d, None: nn.Identity}
     check_choice("normalization", norm, layers)
-    return layers[norm](num_channels)
+    return layers[norm](num_channels, eps=eps)
 
 
 def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
@@ -37,31 +37,37 @@ def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
 class PositionalEmbedding(nn.Module):
     """Sines and cosines of the timestep at dim/2 frequencies (Vaswani et al. 2017, section 3.5).
 
-    (b,) -> (b, dim) float32, also under autocast: bf16 rounds timestep 999 to 1000.
+    (b,) -> (b, dim) float32, also under autocast: bf16 rounds timestep 999 to 1000. freq_shift: 1
+    spreads them from 1 to 1/10000 itself, as Ho et al.'s code does; 0 ends one step before it.
     """
 
-    def __init__(self, dim: int, scale: float = 1.0):
+    def __init__(self, dim: int, scale: float = 1.0, *, freq_shift: int = 0):
         super().__init__()
-        if dim % 2:
+        if dim % 2 or dim <= 2 * freq_shift:
             raise SettingError(f"a positional embedding has an even number of channels, not {dim}")
-        self.dim, self.scale = dim, scale
+        self.dim, self.scale, self.freq_shift = dim, scale, freq_shift
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.dim // 2
-        frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000) / half))
+        step = -math.log(10000) / (half - self.freq_shift)
+        frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * step)
         angles = (t.float() * self.scale)[:, None] * frequencies  # (b, dim/2)
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
 class Downsample(nn.Module):
-    """Halves height and width, which are even, with a strided convolution."""
+    """Halves height and width, which are even, with a strided convolution.
 
-    def __init__(self, in_channels: int):
+    padding: 1 puts zeros all around, 0 only on the right and below, as TensorFlow's "same" does.
+    """
+
+    def __init__(self, in_channels: int, padding: int = 1):
         super().__init__()
-        self.downsample = nn.Conv2d(in_channels, in_channels, 3, stride=2, padding=1)
+        self.padding = padding
+        self.downsample = nn.Conv2d(in_channels, in_channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor, time_emb: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        return self.downsample(x)
+        return self.downsample(x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -77,28 +83,42 @@ class Upsample(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all pixels with one head, added to its input. It costs O((h*w)^2)."""
+    """Self-attention over all pixels, added to its input. It costs O((h*w)^2).
 
-    def __init__(self, in_channels: int, norm: str | None = "gn", num_groups: int = MAX_GROUPS):
+    head_dim: channels of each head; None is one head.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        norm: str | None = "gn",
+        num_groups: int = MAX_GROUPS,
+        *,
+        norm_eps: float = 1e-5,
+        head_dim: int | None = None,
+    ):
         super().__init__()
-        self.norm = get_norm(norm, in_channels, num_groups)
+        if in_channels % (head_dim or in_channels):
+            raise SettingError(f"attention: {in_channels} channels are not a multiple of heads of {head_dim} channels")
+        self.head_dim, self.num_heads = head_dim, in_channels // (head_dim or in_channels)
+        self.norm = get_norm(norm, in_channels, num_groups, norm_eps)
         self.to_qkv = nn.Conv2d(in_channels, in_channels * 3, 1)
         self.to_out = zero_init(nn.Conv2d(in_channels, in_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.to_out(attend(self.to_qkv(self.norm(x))))
+        return x + self.to_out(attend(self.to_qkv(self.norm(x)), self.num_heads))
 
 
-def attend(qkv: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(c)) v over the pixels: (b, 3c, h, w) -> (b, c, h, w)."""
+def attend(qkv: Tensor, num_heads: int = 1) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over the pixels: (b, 3c, h, w) -> (b, c, h, w), d = c/heads."""
     b, channels, h, w = qkv.shape
     # The fast kernels need contiguous channels: free in channels_last, else one copy.
     pixels = qkv.flatten(2).transpose(1, 2).contiguous()  # (b, h*w, 3c)
-    q, k, v = pixels.unsqueeze(1).chunk(3, dim=-1)  # (b, 1 head, h*w, c)
+    q, k, v = pixels.unflatten(2, (3, num_heads, -1)).transpose(1, 3).unbind(2)  # (b, heads, h*w, d)
     if qkv.device.type == "mps":  # PyTorch 2.8 reads other strides wrong there
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = F.scaled_dot_product_attention(q, k, v)
-    return out.squeeze(1).transpose(1, 2).reshape(b, channels // 3, h, w)
+    return out.transpose(1, 2).flatten(2).transpose(1, 2).reshape(b, channels // 3, h, w)
 
 
 class ResidualBlock(nn.Module):
@@ -118,18 +138,24 @@ class ResidualBlock(nn.Module):
         norm: str | None = "gn",
         num_groups: int = MAX_GROUPS,
         use_attention: bool = False,
+        *,
+        norm_eps: float = 1e-5,
+        attention_head_dim: int | None = None,
     ):
         super().__init__()
         self.activation = activation
-        self.norm_1 = get_norm(norm, in_channels, num_groups)
+        self.norm_1 = get_norm(norm, in_channels, num_groups, norm_eps)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm_2 = get_norm(norm, out_channels, num_groups)
+        self.norm_2 = get_norm(norm, out_channels, num_groups, norm_eps)
         self.conv_2 = nn.Sequential(nn.Dropout(dropout), zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
         self.time_bias = nn.Linear(time_emb_dim, out_channels) if time_emb_dim is not None else None
         self.class_bias = nn.Embedding(num_classes, out_channels) if num_classes is not None else None
         same = in_channels == out_channels
         self.residual_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
-        self.attention = AttentionBlock(out_channels, norm, num_groups) if use_attention else nn.Identity()
+        self.attention = nn.Identity()
+        if use_attention:
+            details = {"norm_eps": norm_eps, "head_dim": attention_head_dim}
+            self.attention = AttentionBlock(out_channels, norm, num_groups, **details)
 
     def forward(self, x: Tensor, time_emb: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         h = self.conv_1(self.activation(self.norm_1(x)))
@@ -154,6 +180,9 @@ class UNet(nn.Module):
     channel_mults: a factor of base_channels per level. attention_resolutions: levels, 0 is full
     size. time_emb_dim, num_classes: None for no input t or y. initial_pad: pixels of zeros around.
     activation_checkpointing: the backward pass computes activations again, in a third more time.
+
+    The last four are what other projects' weights need. norm_eps: of the norms. attention_head_dim:
+    see AttentionBlock. downsample_padding: see Downsample. freq_shift: see PositionalEmbedding.
     """
 
     def __init__(
@@ -173,37 +202,53 @@ class UNet(nn.Module):
         initial_pad: int = 0,
         *,
         activation_checkpointing: bool = False,
+        norm_eps: float = 1e-5,
+        attention_head_dim: int | None = None,
+        downsample_padding: int = 1,
+        freq_shift: int = 0,
     ):
         super().__init__()
         self.activation, self.num_classes, self.initial_pad = activation, num_classes, initial_pad
         self.activation_checkpointing = activation_checkpointing
+        self.details = {"norm_eps": norm_eps, "attention_head_dim": attention_head_dim}
+        self.details |= {"downsample_padding": downsample_padding, "freq_shift": freq_shift}
         self.time_mlp = None
         if time_emb_dim is not None:
             layers = nn.Linear(base_channels, time_emb_dim), nn.SiLU(), nn.Linear(time_emb_dim, time_emb_dim)
-            self.time_mlp = nn.Sequential(PositionalEmbedding(base_channels, time_emb_scale), *layers)
+            embedding = PositionalEmbedding(base_channels, time_emb_scale, freq_shift=freq_shift)
+            self.time_mlp = nn.Sequential(embedding, *layers)
         self.init_conv = nn.Conv2d(img_channels, base_channels, 3, padding=1)
         self.downs, self.mid, self.ups = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         levels = [(base_channels * mult, i in attention_resolutions) for i, mult in enumerate(channel_mults)]
-        shared = (dropout, time_emb_dim, num_classes, activation, norm, num_groups)
-        self.add_blocks(base_channels, levels, num_res_blocks, shared)
-        self.out_norm = get_norm(norm, levels[0][0], num_groups)
+        shared = {"dropout": dropout, "time_emb_dim": time_emb_dim, "num_classes": num_classes}
+        shared |= {"activation": activation, "norm": norm, "num_groups": num_groups}
+        shared |= {"norm_eps": norm_eps, "attention_head_dim": attention_head_dim}
+        self.add_blocks(base_channels, levels, num_res_blocks, partial(ResidualBlock, **shared), downsample_padding)
+        self.out_norm = get_norm(norm, levels[0][0], num_groups, norm_eps)
         self.out_conv = zero_init(nn.Conv2d(levels[0][0], img_channels, 3, padding=1))
 
-    def add_blocks(self, channels: int, levels: list[tuple[int, bool]], num_res_blocks: int, shared: tuple) -> None:
-        """levels: (channels, with attention) from full size on. shared: arguments of all blocks."""
+    def add_blocks(
+        self,
+        channels: int,
+        levels: list[tuple[int, bool]],
+        num_res_blocks: int,
+        block: Callable[..., ResidualBlock],
+        padding: int,
+    ) -> None:
+        """levels: (channels, with attention) from full size on. block: a ResidualBlock."""
         skips = [channels]  # the channels of the skip connections
         for level, (width, attention) in enumerate(levels):
             for _ in range(num_res_blocks):
-                self.downs.append(ResidualBlock(skips[-1], width, *shared, attention))
+                self.downs.append(block(skips[-1], width, use_attention=attention))
                 skips.append(width)
             if level < len(levels) - 1:
-                self.downs.append(Downsample(skips[-1]))
+                self.downs.append(Downsample(skips[-1], padding))
                 skips.append(skips[-1])
         channels = skips[-1]
-        self.mid.extend(ResidualBlock(channels, channels, *shared, attention) for attention in (True, False))
+        self.mid.extend(block(channels, channels, use_attention=attention) for attention in (True, False))
         for level, (width, attention) in reversed(list(enumerate(levels))):
             for _ in range(num_res_blocks + 1):
-                self.ups.append(ResidualBlock(channels + skips.pop(), width, *shared, attention))
+                self.ups.append(block(channels + skips.pop(), width, use_attention=attention))
                 channels = width
             if level > 0:
                 self.ups.append(Upsample(channels))

@@ -217,8 +217,13 @@ def test_settings_read_off_weights_build_the_same_network():
     assert shapes(from_config(config, num_classes=3)) == shapes(source)
     other = from_config(SMALL | {"schedule": "cosine"})
     torch.testing.assert_close(from_config(config_from_weights(other.state_dict())).betas, other.betas)
-    with pytest.raises(ValueError, match="time_emb_dim 48"):
-        config_from_weights(wrapped(UNet(3, 32, (1,), 1, time_emb_dim=48)).state_dict())
+    assert config_from_weights(wrapped(UNet(3, 32, (1,), 1, time_emb_dim=48)).state_dict())["time_emb_dim"] == 48
+
+
+@pytest.mark.parametrize("architecture", [{"time_emb_dim": None}, {"norm": "bn"}, {"norm": None}], ids=str)
+def test_weights_that_cannot_be_trained_are_refused(architecture):
+    with pytest.raises(ValueError, match="trains only networks with group norm and a time embedding"):
+        config_from_weights(wrapped(UNet(3, 32, (1,), 1, **architecture)).state_dict())
 
 
 # Putting weights in

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_file
+from conftest import newest_run, read_file, run_main, write_pictures
 
 from nets import UNet, build
 from train import Config
@@ -21,6 +21,7 @@ from utils.checkpoint.integrity import save_tensors
 from utils.convert import __main__ as convert
 from utils.convert.diffusers_folder import export_model, import_model, to_unet2d
 from utils.errors import run_script
+from utils.training.settings_schema import CARRIED
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("safetensors.torch")
@@ -300,16 +301,91 @@ def test_a_model_made_with_diffusers_comes_in(tmp_path, settings, schedule):
     assert_equal_networks(back.ema_model, theirs.eval())
 
 
+# The configurations of google/ddpm-cifar10-32 and google/ddpm-celebahq-256 on huggingface.co and of
+# diffusers' examples/unconditional_image_generation, at a quarter of their width and their groups.
+GOOGLE = {"attention_head_dim": None, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1}
+GOOGLE |= {"norm_eps": 1e-6, "layers_per_block": 2}
+SIX_LEVELS = {
+    "sample_size": 32,
+    "layers_per_block": 2,
+    "block_out_channels": (32, 32, 64, 64, 128, 128),
+    "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
+}
+CIFAR10 = {
+    **GOOGLE,
+    "sample_size": 32,
+    "block_out_channels": (32, 64, 64, 64),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+}
+PUBLIC = {"cifar10": CIFAR10, "celebahq": {**SIX_LEVELS, **GOOGLE}, "example": SIX_LEVELS}
+OLD_LAYERS = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+
+
+def public(folder, name):
+    """The UNet2DModel of a public configuration, and its folder as it is on huggingface.co."""
+    network = diffusers.UNet2DModel(**PUBLIC[name], norm_num_groups=8).eval()
+    scramble(network)
+    diffusers.DDPMPipeline(network, diffusers.DDPMScheduler()).save_pretrained(folder)
+    if name != "example":  # of the first version: one flat folder, other names in attention
+        weights = network.state_dict()
+        for new, old in OLD_LAYERS.items():
+            weights = {key.replace(new, old): value for key, value in weights.items()}
+        for part in (folder / "unet", folder / "scheduler"):
+            for path in part.iterdir():
+                path.rename(folder / path.name)
+            part.rmdir()
+        safetensors.torch.save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    return network
+
+
+def assert_same_outputs(ours, theirs):
+    found, expected = outputs(ours, (32, 32), T=1000), outputs(theirs, (32, 32), T=1000).sample
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_model_comes_in_is_trained_and_goes_back(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    theirs = public(tmp_path / "in", name)
+    import_model(tmp_path / "in", tmp_path / "public.pth")
+    ours = loaded(tmp_path / "public.pth")
+    assert_same_outputs(ours.ema_model, theirs)
+    export_model(tmp_path / "public.pth", tmp_path / "out")
+    assert_same_outputs(ours.ema_model, diffusers.DDPMPipeline.from_pretrained(tmp_path / "out").unet)
+    run_main("predict.py", "--model_path", "public.pth", "--num_images", "1", "--steps", "2", "--device", "cpu")
+    # A run whose learning rate is too small for a change, from its weights, and resumed.
+    write_pictures(tmp_path / "datasets", 4, 32)
+    run_main("txt_annotation.py")
+    few = ("--batch_size", "4", "--preview_period", "0", "--device", "cpu", "--precision", "fp32", "--dropout", "0")
+    run_main("train.py", "--start_from", "public.pth", "--epochs", "1", "--init_lr", "1e-12", "--min_lr", "0", *few)
+    run_main("train.py", "--resume", "latest", "--epochs", "2")
+    run = newest_run(tmp_path)
+    config = json.loads((run / "config.json").read_text())
+    carried = read_file(tmp_path / "public.pth")["config"]
+    assert len(carried.keys() & CARRIED) >= 2 and {key: config[key] for key in carried.keys() & CARRIED} == {
+        key: carried[key] for key in carried.keys() & CARRIED
+    }
+    back = loaded(run / "last.pth")
+    assert_same_outputs(back.ema_model, theirs)
+    assert_same_outputs(back.model, theirs)
+
+
+def test_the_references_code_cannot_use_such_a_model(tmp_path):
+    public(tmp_path / "in", "cifar10")
+    import_model(tmp_path / "in", tmp_path / "public.pth")
+    with pytest.raises(ValueError, match="norm_eps 1e-06, downsample_padding 0, freq_shift 1"):
+        convert.export_reference(tmp_path / "public.pth", tmp_path / "bare.pth")
+
+
 @pytest.mark.parametrize(
     "unet, part",
     [
-        ({"flip_sin_to_cos": True}, "flip_sin_to_cos is True"),
-        ({"freq_shift": 1}, "freq_shift is 1"),
-        ({"norm_eps": 1e-6}, "norm_eps is 1e-06"),
         ({"out_channels": 6}, "out_channels is 6"),
-        ({"attention_head_dim": 8}, "attention_head_dim is 8"),
-        ({"time_embedding_dim": None}, "time_embedding_dim is 128"),
-        ({"downsample_padding": 0}, "downsample_padding is 0"),
+        ({"mid_block_scale_factor": 2}, "mid_block_scale_factor is 2"),
+        ({"time_embedding_type": "fourier", "time_embedding_dim": 32}, "time_embedding_type is 'fourier'"),
         ({"num_class_embeds": 4}, "num_class_embeds is 4"),
         ({"act_fn": "relu"}, "act_fn is 'relu'"),
         ({"block_out_channels": (64, 96)}, "block_out_channels is"),
@@ -354,16 +430,13 @@ def test_other_groups_come_in(tmp_path):
 
 
 def test_settings_that_a_file_leaves_out_are_diffusers_own(tmp_path):
-    foreign(tmp_path / "in")
+    theirs = foreign(tmp_path / "in", {"attention_head_dim": 8, "flip_sin_to_cos": True})
     path = tmp_path / "in" / "unet" / "config.json"
     settings = json.loads(path.read_text())
-    path.write_text(
-        json.dumps(
-            {name: value for name, value in settings.items() if name not in ("attention_head_dim", "flip_sin_to_cos")}
-        )
-    )
-    with pytest.raises(ValueError, match="flip_sin_to_cos is True .*; attention_head_dim is 8"):
-        import_model(tmp_path / "in", tmp_path / "back.pth")
+    assert settings.pop("attention_head_dim") == 8 and settings.pop("flip_sin_to_cos")
+    path.write_text(json.dumps(settings))
+    import_model(tmp_path / "in", tmp_path / "back.pth")
+    assert_equal_networks(loaded(tmp_path / "back.pth").ema_model, theirs.eval())
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):

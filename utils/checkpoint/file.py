@@ -10,7 +10,7 @@ from utils.checkpoint.integrity import check_plain, check_tensors, first_not_fin
 from utils.errors import UserError
 from utils.settings import LARGEST, check_saved, choice, shown, text, whole
 from utils.training.loss_history import as_text
-from utils.training.settings_schema import RUN_SETTINGS
+from utils.training.settings_schema import CARRIED, RUN_SETTINGS
 
 FORMAT = 1
 POSITION = ("epoch", "images", "batch_size", "pictures")  # TrainingState's fields, as the file has them
@@ -40,7 +40,7 @@ class Checkpoint:
     path: Path
     weights: dict[str, torch.Tensor]  # the state dict of a GaussianDiffusion
     kind: str = "full"  # or "ema": without the keys model.*
-    config: dict[str, Any] = field(default_factory=dict)  # train.py's settings, as they were asked for
+    config: dict[str, Any] = field(default_factory=dict)  # train.py's settings, as they were asked for, and CARRIED
     classes: list[str] = field(default_factory=list)  # their names
     ema_step: int | None = None  # optimizer steps that the EMA has counted
     resolved: dict[str, Any] = field(default_factory=dict)  # what "auto" was on the run's machine
@@ -113,7 +113,7 @@ def read_contents(path, loaded):
     values |= check_saved(values, VALUES)
     about = {name: values[name] for name in ("classes", "ema_step") if name in values}
     if values.get("config"):
-        about["config"] = check_saved({**BEFORE, **values["config"]}, RUN_SETTINGS)
+        about["config"] = check_saved({**BEFORE, **values["config"]}, RUN_SETTINGS | CARRIED)
     about |= {name: check_saved(values.get(name, {}), RUN_SETTINGS) for name in ("resolved", "defaults")}
     training = read_training(values) if "position" in loaded else None
     return Checkpoint(path, loaded["weights"], values.get("weights_kind", "full"), training=training, **about)

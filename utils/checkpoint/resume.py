@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.terminal import first_few
 from utils.training.loss_history import TABLES, best_saved, read_table
 from utils.training.optimizer import restore_optimizer
-from utils.training.settings_schema import RUN_SETTINGS
+from utils.training.settings_schema import CARRIED, RUN_SETTINGS
 
 MACHINE = ("device", "precision", "compile")
 # With another of these, or other images, a validation loss measures something else.
@@ -26,7 +26,7 @@ WEIGHTS = tuple(name for name, setting in RUN_SETTINGS.items() if setting.fixed 
 def merge_settings(defaults: dict, options: dict, checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's settings, and over them the options. UserError: one cannot change."""
     this_start = ("resume", "dry_run", "save_dir")  # of this start of the script alone
-    saved = {name: value for name, value in checkpoint.config.items() if name not in this_start}
+    saved = {name: value for name, value in checkpoint.config.items() if name not in (*this_start, *CARRIED)}
     options = {name: value for name, value in options.items() if not (RUN_SETTINGS[name].fixed and value == "auto")}
     # Without a counter the EMA is finished: a warm-up would replace most of it in a few steps.
     merged = {**defaults, **saved, **({"ema_warmup": False} if checkpoint.ema_step is None else {})}
@@ -72,6 +72,11 @@ def start_settings(config: dict, options: dict, checkpoint: Checkpoint) -> dict[
     if distributed.is_main():
         print(f"starting from {checkpoint.path}, with its network and schedule")
     return {**config, **{name: saved[name] for name in WEIGHTS}}
+
+
+def carried_settings(checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """What the network of a checkpoint has that train.py has no settings for, see CARRIED."""
+    return {name: value for name, value in checkpoint.config.items() if name in CARRIED} if checkpoint else {}
 
 
 def check_classes(config, classes, checkpoint):

@@ -13,9 +13,9 @@ import argparse
 import torch
 
 from nets import build
-from nets.architecture import read_architecture
+from nets.architecture import arguments_of, read_architecture
 from nets.schedules import make_betas
-from nets.unet import MAX_GROUPS
+from nets.unet import MAX_GROUPS, UNet
 from utils.checkpoint.file import Checkpoint, save_checkpoint
 from utils.checkpoint.integrity import first_not_finite, save_tensors
 from utils.checkpoint.runs import open_weights
@@ -55,6 +55,9 @@ def export_weights(run, file):
 def export_reference(run, file):
     """Write a run's weights as a bare float32 state dict, where the reference's code can use it."""
     file, checkpoint, diffusion = open_run(run, file)
+    own = arguments_of(UNet, {})
+    if other := [f"{name} {value}" for name, value in diffusion.model.details.items() if value != own[name]]:
+        raise UserError(f"the reference's code cannot compute this network: {', '.join(other)}")
     groups = getattr(diffusion.model.out_norm, "num_groups", MAX_GROUPS)
     if diffusion.prediction != "eps" or groups != MAX_GROUPS:
         raise UserError(

@@ -2,7 +2,8 @@
 
 Our UNet is a UNet2DModel with other names, so its weights are only renamed. Classes differ: we add
 a class after the activation, diffusers adds it before, and DDPMPipeline passes none. One class, by
-default the null class, is therefore added to the biases of the time embedding.
+default the null class, is therefore added to the biases of the time embedding. google/ddpm-* on
+huggingface.co and what diffusers' examples train come in too.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nets import build
-from nets.architecture import check_fit, clean_keys, read_architecture, unet_arguments
+from nets.architecture import arguments_of, check_fit, clean_keys, read_architecture, unet_arguments
 from nets.errors import check_choice
 from nets.schedules import find_schedule
 from nets.unet import UNet
@@ -23,7 +24,7 @@ from utils.errors import UserError, one_line
 from utils.files import atomic_folder, begin_export, read_json
 from utils.settings import check_saved
 from utils.terminal import as_command, first_few
-from utils.training.settings_schema import RUN_SETTINGS
+from utils.training.settings_schema import CARRIED, RUN_SETTINGS
 
 WEIGHTS = "diffusion_pytorch_model"  # .safetensors or .bin
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -49,6 +50,8 @@ BLOCK_LAYERS = {
     "downsample": "downsamplers.0.conv",
     "upsample.1": "upsamplers.0.conv",
 }
+# Older names of a layer of attention.
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 @contextlib.contextmanager
@@ -123,7 +126,6 @@ def to_unet2d(network, input_shape, label=None):
     settings = {
         "_class_name": "UNet2DModel",
         "flip_sin_to_cos": False,
-        "attention_head_dim": None,
         "sample_size": input_shape[0] if input_shape[0] == input_shape[1] else tuple(input_shape),
         "in_channels": found["img_channels"],
         "out_channels": found["img_channels"],
@@ -134,6 +136,7 @@ def to_unet2d(network, input_shape, label=None):
         "time_embedding_dim": found["time_emb_dim"],
         "norm_num_groups": network.out_norm.num_groups,
         "dropout": network.downs[0].conv_2[0].p,
+        **network.details,  # diffusers has the same names
     }
     return settings, renamed
 
@@ -153,16 +156,22 @@ def diffusers_keys(key, num_res_blocks):
 
 
 def import_model(folder, file):
-    """Write a checkpoint from a folder of diffusers, where train.py could have built its network.
+    """Write a checkpoint from a folder of diffusers whose network our UNet expresses.
 
     No code of the folder runs, and nothing is downloaded.
     """
     UNet2DModel, DDPMScheduler, _ = import_diffusers()
     file = begin_export(file)
-    unet = read_settings(Path(folder, "unet/config.json"), UNet2DModel)
-    scheduler = read_settings(Path(folder, "scheduler/scheduler_config.json"), DDPMScheduler)
-    weights = read_weights(Path(folder, "unet"))
+    # The first pipelines on huggingface.co have no folders of parts.
+    parts = {part: Path(folder, part) for part in ("unet", "scheduler")}
+    parts = {part: path if path.is_dir() else Path(folder) for part, path in parts.items()}
+    unet = read_settings(parts["unet"] / "config.json", UNet2DModel)
+    scheduler = read_settings(parts["scheduler"] / "scheduler_config.json", DDPMScheduler)
+    weights = read_weights(parts["unet"])
     config = to_config(unet, weights, UNet2DModel) | to_schedule(scheduler, DDPMScheduler)
+    if unet["flip_sin_to_cos"]:  # the embedding's cosines come first
+        embedded = weights["time_embedding.linear_1.weight"]
+        weights["time_embedding.linear_1.weight"] = embedded.roll(embedded.shape[1] // 2, 1)
     diffusion = build.from_config(config)
     own = {name: value for name, value in diffusion.state_dict().items() if not name.startswith("model.")}
     for key, value in diffusion.ema_model.state_dict().items():
@@ -190,9 +199,12 @@ def read_weights(folder):
 
     path = folder / f"{WEIGHTS}.safetensors"
     if not path.exists():
-        return clean_keys(load_checkpoint(folder / f"{WEIGHTS}.bin").weights)
-    with as_user_error(f"{path}: damaged"):
-        weights = load_file(path)
+        weights = clean_keys(load_checkpoint(folder / f"{WEIGHTS}.bin").weights)
+    else:
+        with as_user_error(f"{path}: damaged"):
+            weights = load_file(path)
+    for old, new in OLD_NAMES.items():
+        weights = {key.replace(old, new): value for key, value in weights.items()}
     if first_not_finite(weights) is not None:
         raise UserError(f"{path}: its weights hold NaN or infinity")
     return weights
@@ -208,10 +220,11 @@ def to_schedule(scheduler, DDPMScheduler):
 
 
 def to_config(given, weights, UNet2DModel):
-    """The settings of a UNet2DModel -> those of train.py, by field name.
+    """The settings of a UNet2DModel -> those of train.py and CARRIED, by name.
 
     UserError unless our network of these settings has all given settings and the weights' shapes.
     """
+    given = given | {"flip_sin_to_cos": False}  # the weights are put in order
     damaged = "its network's config.json is damaged, or not of one of our networks"
     with as_user_error(damaged), torch.device("meta"):  # no memory yet
         widths, size = given["block_out_channels"], given["sample_size"] or 32
@@ -227,13 +240,16 @@ def to_config(given, weights, UNet2DModel):
             "dropout": given["dropout"],
             "class_conditional": False,
             "label_dropout": 0.0,
+            "time_emb_dim": given["time_embedding_dim"] or widths[0] * 4,
         }
-        config = check_saved(nearest, RUN_SETTINGS)
+        nearest |= {name: given[name] for name in CARRIED if name in given}
+        config = check_saved(nearest, RUN_SETTINGS | CARRIED)
         settings, expected = to_unet2d(UNet(**unet_arguments(config, 0)), config["input_shape"])
-    given = given | {"time_embedding_dim": given["time_embedding_dim"] or widths[0] * 4}
+    given = given | {"time_embedding_dim": config["time_emb_dim"]}
     wanted = defaults(UNet2DModel) | settings | {name: given[name] for name in ("sample_size", "num_train_timesteps")}
     foreign = [f"{name} is {given[name]!r} (ours: {ours!r})" for name, ours in wanted.items() if given[name] != ours]
     if foreign:
         raise UserError(f"this is not one of our networks: {'; '.join(foreign)}")
     check_fit(expected, weights)
-    return config
+    own = arguments_of(UNet, {})
+    return {name: value for name, value in config.items() if name not in CARRIED or value != own[name]}

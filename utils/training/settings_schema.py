@@ -76,3 +76,12 @@ RUN_SETTINGS = {
     "start_from": pathname(fixed="run"),
     "resume": pathname(),
 }
+# Arguments of UNet that weights from elsewhere need. train.py has no such settings: the file of the
+# weights carries them where they are not the defaults, and so do the files of a run that has them.
+CARRIED = {
+    "time_emb_dim": whole(1, 2**16),
+    "norm_eps": number(0, 1),
+    "attention_head_dim": whole(1, 2**16, None),
+    "downsample_padding": whole(0, 1),
+    "freq_shift": whole(0, 1),
+}
