@@ -222,7 +222,7 @@ def prepare(config, device, checkpoint=None, about=None):
         images = open_dataset(config.annotation_path, image_format, config.num_workers)
     digests = {"the digest of the images": images_fingerprint(images), "compile": None}  # it may fail on one machine
     position = {"the position of the checkpoint": checkpoint and checkpoint.training and checkpoint.training[:4]}
-    distributed.check_equal({**asdict(config), **digests, **position})
+    distributed.check_equal({**network, **digests, **position})
     if checkpoint and config.start_from and checkpoint.training is None:
         weights = architecture.change_classes(checkpoint.weights, checkpoint.classes, images.classes, network)
         checkpoint = replace(checkpoint, weights=weights, kind="ema", classes=[])

@@ -44,7 +44,8 @@ class PositionalEmbedding(nn.Module):
     def __init__(self, dim: int, scale: float = 1.0, *, freq_shift: int = 0):
         super().__init__()
         if dim % 2 or dim <= 2 * freq_shift:
-            raise SettingError(f"a positional embedding has an even number of channels, not {dim}")
+            least = 2 * freq_shift + 2
+            raise SettingError(f"a positional embedding has an even number of channels from {least} on, not {dim}")
         self.dim, self.scale, self.freq_shift = dim, scale, freq_shift
 
     def forward(self, t: Tensor) -> Tensor:

@@ -131,9 +131,10 @@ def test_without_gradients_the_result_is_the_plain_paths_and_its_input_stays(act
     assert 0.4 < dropped.float().mean() < 0.6  # training mode without gradients still drops
 
 
+@pytest.mark.parametrize("head_dim", [None, 8])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_attention_has_the_plain_paths_gradients(layout):
-    block = randomize(unet.AttentionBlock(32, num_groups=8)).to(memory_format=layout)
+def test_attention_has_the_plain_paths_gradients(layout, head_dim):
+    block = randomize(unet.AttentionBlock(32, num_groups=8, norm_eps=0.1, head_dim=head_dim)).to(memory_format=layout)
     fast = install(copy.deepcopy(block))
     x, weights = torch.randn(2, 32, 4, 6).to(memory_format=layout).requires_grad_(), torch.randn(2, 32, 4, 6)
 
@@ -244,7 +245,9 @@ def test_upsampling_written_out_for_a_compiler_is_pytorchs(monkeypatch):
 
 def test_a_compiled_network_has_no_layer_that_leaves_channels_last():
     """The graph is traced as ever, and run by PyTorch: compiling it to C++ takes a minute."""
-    network = UNet(3, 16, (1, 2), 1, 16, num_classes=3, dropout=0.0, attention_resolutions=(1,), num_groups=4)
+    details = {"norm_eps": 0.1, "attention_head_dim": 8, "downsample_padding": 0, "freq_shift": 1}
+    settings = {"num_classes": 3, "dropout": 0.0, "attention_resolutions": (1,), "num_groups": 4}
+    network = UNet(3, 16, (1, 2), 1, 16, **settings, **details)
     network = GaussianDiffusion(randomize(network), (8, 8), 3).to(memory_format=torch.channels_last).model
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
     x, t, y = x.requires_grad_(), torch.tensor([3.0, 700.0]), torch.tensor([0, 2])

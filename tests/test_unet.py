@@ -37,17 +37,18 @@ def test_the_output_has_the_images_shape_for_non_square_images(batch):
 
 def test_down_and_up_change_the_size_by_two():
     x = torch.randn(1, 4, 6, 8)
-    assert Downsample(4)(x).shape == (1, 4, 3, 4)
+    assert Downsample(4)(x).shape == Downsample(4, padding=0)(x).shape == (1, 4, 3, 4)
     assert Upsample(4)(x).shape == (1, 4, 12, 16)
 
 
+@pytest.mark.parametrize("head_dim, heads", [(None, 1), (8, 4)])
 @pytest.mark.parametrize("h, w", [(4, 6), (1, 1)])
-def test_attention_is_softmax_of_scaled_products_over_all_pixels(h, w):
-    block = randomize(AttentionBlock(32)).double()
+def test_attention_is_softmax_of_scaled_products_over_all_pixels(h, w, head_dim, heads):
+    block = randomize(AttentionBlock(32, head_dim=head_dim)).double()
     x = torch.randn(2, 32, h, w, dtype=torch.float64)
-    q, k, v = block.to_qkv(block.norm(x)).reshape(2, 3, 32, h * w).unbind(1)
-    weights = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / math.sqrt(32), dim=-1)
-    out = torch.einsum("bij,bcj->bci", weights, v).reshape(2, 32, h, w)
+    q, k, v = block.to_qkv(block.norm(x)).reshape(2, 3, heads, 32 // heads, h * w).unbind(1)
+    weights = torch.softmax(torch.einsum("bnci,bncj->bnij", q, k) / math.sqrt(32 // heads), dim=-1)
+    out = torch.einsum("bnij,bncj->bnci", weights, v).reshape(2, 32, h, w)
     torch.testing.assert_close(block(x), x + block.to_out(out))
 
 
@@ -65,14 +66,21 @@ def test_attention_is_contiguous_on_apples_gpus(monkeypatch):
     assert seen == [[True] * 3, [False] * 3]
 
 
-def test_positional_embedding_against_its_formula():
+def test_heads_that_do_not_fit_the_channels_are_refused():
+    with pytest.raises(ValueError, match="32 channels are not a multiple of heads of 12"):
+        AttentionBlock(32, head_dim=12)
+
+
+@pytest.mark.parametrize("freq_shift", [0, 1])
+def test_positional_embedding_against_its_formula(freq_shift):
     t = torch.tensor([0, 1, 999])
-    frequencies = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    frequencies = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / (4 - freq_shift))
     angles = t[:, None] * 0.5 * frequencies
     expected = torch.cat((angles.sin(), angles.cos()), dim=1).float()
-    torch.testing.assert_close(PositionalEmbedding(8, scale=0.5)(t), expected, rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match="even"):
-        PositionalEmbedding(7)
+    torch.testing.assert_close(PositionalEmbedding(8, 0.5, freq_shift=freq_shift)(t), expected, rtol=0, atol=1e-4)
+    for dim in (7, 2 * freq_shift):
+        with pytest.raises(ValueError, match="even"):
+            PositionalEmbedding(dim, freq_shift=freq_shift)
 
 
 def test_the_time_embedding_stays_float32_under_autocast():

@@ -3,12 +3,14 @@
 python -m utils.convert weights RUN FILE                       EMA weights in half precision
 python -m utils.convert reference RUN FILE                     a state dict for the reference's code
 python -m utils.convert diffusers RUN FOLDER [--class_name X]  a folder for DDPMPipeline
-python -m utils.convert import FOLDER FILE                     a folder of diffusers -> a checkpoint
+python -m utils.convert import SOURCE FILE                     a checkpoint from weights of others
 
-RUN is a run's folder or a checkpoint. The last argument is what is written; it must not exist yet.
+RUN is a run's folder or a checkpoint. SOURCE is a folder of diffusers, or a file of
+w86763777/pytorch-ddpm. The last argument is what is written; it must not exist yet.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -20,6 +22,7 @@ from utils.checkpoint.file import Checkpoint, save_checkpoint
 from utils.checkpoint.integrity import first_not_finite, save_tensors
 from utils.checkpoint.runs import open_weights
 from utils.convert.diffusers_folder import export_model, import_model
+from utils.convert.pytorch_ddpm import import_file
 from utils.errors import UserError, run_script
 from utils.files import begin_export
 from utils.settings import expand_home
@@ -100,14 +103,24 @@ def print_sizes(source, file):
     print(f"{source} ({before:.1f} MiB) -> {file} ({after:.1f} MiB)")
 
 
-COMMANDS = {"weights": export_weights, "reference": export_reference, "diffusers": export_model, "import": import_model}
+def import_weights(source, file):
+    """Write a checkpoint from a folder of diffusers, or from a file of pytorch-ddpm."""
+    (import_file if Path(source).is_file() else import_model)(source, file)
+
+
+COMMANDS = {
+    "weights": export_weights,
+    "reference": export_reference,
+    "diffusers": export_model,
+    "import": import_weights,
+}
 
 
 def main(arguments=None):
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m utils.convert", description=__doc__, formatter_class=as_written)
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("source", help="RUN, or the FOLDER to import")
+    parser.add_argument("source", help="RUN, or SOURCE")
     parser.add_argument("target", help="what is written")
     parser.add_argument("--class_name", help="the class that the folder for DDPMPipeline samples; the null class")
     options = parser.parse_args(arguments)
