@@ -99,9 +99,9 @@ class AttentionBlock(nn.Module):
         head_dim: int | None = None,
     ):
         super().__init__()
-        if in_channels % (head_dim or in_channels):
+        if head_dim is not None and in_channels % head_dim:
             raise SettingError(f"attention: {in_channels} channels are not a multiple of heads of {head_dim} channels")
-        self.head_dim, self.num_heads = head_dim, in_channels // (head_dim or in_channels)
+        self.num_heads = 1 if head_dim is None else in_channels // head_dim
         self.norm = get_norm(norm, in_channels, num_groups, norm_eps)
         self.to_qkv = nn.Conv2d(in_channels, in_channels * 3, 1)
         self.to_out = zero_init(nn.Conv2d(in_channels, in_channels, 1))

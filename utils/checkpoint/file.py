@@ -69,7 +69,9 @@ def load_checkpoint(path: Path | str, lazily: bool = False) -> Checkpoint:
     if isinstance(loaded, dict) and loaded and all(map(torch.is_tensor, loaded.values())):
         loaded = {"weights": loaded}
     if not isinstance(loaded, dict) or "weights" not in loaded:
-        raise UserError(f"{path}: neither a checkpoint of this project nor a state dict")
+        raise UserError(
+            f"{path}: neither a checkpoint of this project nor a state dict (others': python -m utils.convert import)"
+        )
     if type(loaded.get("format", FORMAT)) is not int or loaded.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path}: written by a newer version of this project; update yours to read it")
     try:
