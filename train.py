@@ -17,14 +17,7 @@ from nets import GaussianDiffusion, architecture, build
 from nets.unet import MAX_GROUPS
 from utils import distributed
 from utils.checkpoint.file import Checkpoint
-from utils.checkpoint.resume import (
-    carried_settings,
-    check_classes,
-    images_fingerprint,
-    merge_settings,
-    restore,
-    start_settings,
-)
+from utils.checkpoint.resume import check_classes, images_fingerprint, merge_settings, restore, start_settings
 from utils.checkpoint.runs import find_resumed, open_weights, run_folder
 from utils.data.dataset import ImageDataset, epoch_batches, fit_batch_size, normalize, open_dataset, split_validation
 from utils.data.image_format import ImageFormat
@@ -36,7 +29,7 @@ from utils.training.meter import Meter, counts_as_bad, epoch_means
 from utils.training.optimizer import choose_learning_rate, learning_rate, make_optimizer, step_unless_bad
 from utils.training.presets import PRESETS
 from utils.training.run_files import RunWriter
-from utils.training.settings_schema import RUN_SETTINGS
+from utils.training.settings_schema import CARRIED, RUN_SETTINGS
 from utils.training.signals import StopSignal
 from utils.training.step_rng import derive_seed, sample_step_noise
 from utils.training.summary import print_dry_run, print_summary
@@ -215,7 +208,7 @@ def saved_settings(asked, config, own):
 
 def prepare(config, device, checkpoint=None, about=None):
     """The TrainContext, with the checkpoint's weights where there is one."""
-    carried = carried_settings(checkpoint)
+    carried = {name: checkpoint.config[name] for name in CARRIED if checkpoint and name in checkpoint.config}
     network = asdict(config) | carried
     image_format = ImageFormat(*(getattr(config, name) for name in ImageFormat._fields))
     with distributed.one_per_machine_first():

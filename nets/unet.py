@@ -90,13 +90,7 @@ class AttentionBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        norm: str | None = "gn",
-        num_groups: int = MAX_GROUPS,
-        *,
-        norm_eps: float = 1e-5,
-        head_dim: int | None = None,
+        self, in_channels: int, norm: str | None = "gn", num_groups: int = MAX_GROUPS, norm_eps=1e-5, head_dim=None
     ):
         super().__init__()
         if head_dim is not None and in_channels % head_dim:
@@ -153,10 +147,8 @@ class ResidualBlock(nn.Module):
         self.class_bias = nn.Embedding(num_classes, out_channels) if num_classes is not None else None
         same = in_channels == out_channels
         self.residual_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
-        self.attention = nn.Identity()
-        if use_attention:
-            details = {"norm_eps": norm_eps, "head_dim": attention_head_dim}
-            self.attention = AttentionBlock(out_channels, norm, num_groups, **details)
+        settings = (out_channels, norm, num_groups, norm_eps, attention_head_dim)
+        self.attention = AttentionBlock(*settings) if use_attention else nn.Identity()
 
     def forward(self, x: Tensor, time_emb: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         h = self.conv_1(self.activation(self.norm_1(x)))
@@ -228,15 +220,8 @@ class UNet(nn.Module):
         self.out_norm = get_norm(norm, levels[0][0], num_groups, norm_eps)
         self.out_conv = zero_init(nn.Conv2d(levels[0][0], img_channels, 3, padding=1))
 
-    def add_blocks(
-        self,
-        channels: int,
-        levels: list[tuple[int, bool]],
-        num_res_blocks: int,
-        block: Callable[..., ResidualBlock],
-        padding: int,
-    ) -> None:
-        """levels: (channels, with attention) from full size on. block: a ResidualBlock."""
+    def add_blocks(self, channels: int, levels: list[tuple[int, bool]], num_res_blocks: int, block, padding) -> None:
+        """levels: (channels, with attention) from full size on. block: makes a ResidualBlock."""
         skips = [channels]  # the channels of the skip connections
         for level, (width, attention) in enumerate(levels):
             for _ in range(num_res_blocks):

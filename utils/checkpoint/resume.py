@@ -74,11 +74,6 @@ def start_settings(config: dict, options: dict, checkpoint: Checkpoint) -> dict[
     return {**config, **{name: saved[name] for name in WEIGHTS}}
 
 
-def carried_settings(checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """What the network of a checkpoint has that train.py has no settings for, see CARRIED."""
-    return {name: value for name, value in checkpoint.config.items() if name in CARRIED} if checkpoint else {}
-
-
 def check_classes(config, classes, checkpoint):
     """UserError unless the classes of the images are those that the run was built with."""
     known = checkpoint.classes if config.class_conditional and checkpoint else []

@@ -104,7 +104,6 @@ def print_sizes(source, file):
 
 
 def import_weights(source, file):
-    """Write a checkpoint from a folder of diffusers, or from a file of pytorch-ddpm."""
     (import_file if Path(source).is_file() else import_model)(source, file)
 
 
