@@ -20,7 +20,7 @@ from conftest import read_file
 from utils import files as atomic
 from utils.checkpoint.integrity import save_tensors
 from utils.errors import UserError
-from utils.files import atomic_folder, atomic_write, locked, read_json, remove_leftovers, resolve_output
+from utils.files import atomic_folder, atomic_write, locked, output_folder, read_json, remove_leftovers, resolve_output
 
 OLD, NEW = b"old" * 1000, b"new" * 50_000
 CALLS = ("open", "write", "fsync", "replace", "close")
@@ -425,3 +425,12 @@ def test_a_pipe_in_place_of_a_lock_or_a_json_file_is_not_waited_for(tmp_path):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
+
+
+def test_folders_of_others_in_an_output_folder_are_no_obstacle(tmp_path):
+    (tmp_path / "old_results.2024").mkdir()
+    with output_folder(tmp_path) as folder:
+        assert folder == tmp_path.resolve()
+    (tmp_path / "predict_results.png").mkdir()
+    with pytest.raises(UserError, match="predict_results.png is no file"), output_folder(tmp_path):
+        pass

@@ -77,6 +77,27 @@ def test_words_of_cudnn_mean_memory_where_the_gpu_is_full(monkeypatch, words, fr
     assert is_out_of_memory(RuntimeError(words)) == known
 
 
+def test_a_driver_that_no_longer_answers_hides_no_error(monkeypatch):
+    def fail():
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    assert not is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"))
+
+
+@pytest.mark.parametrize("images", [8, 12])
+def test_memory_is_measured_with_as_few_images_as_fit(parts, monkeypatch, images):
+    config, built = parts()
+
+    def measure(config, context, number):
+        if number > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return 1000 + 7 * number
+
+    monkeypatch.setattr(memory, "measure_pass", measure)
+    assert memory.measure_needs(config, on_gpu(built, images)).per_image == 7
+
+
 def test_other_errors_pass_unchanged():
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError) as raised, explain_out_of_memory(lambda: "not asked for"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from utils.errors import UserError, one_line
+from utils.errors import UserError, is_out_of_memory, one_line
 from utils.terminal import plural
 
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}  # the user's settings of PyTorch's allocator
@@ -28,7 +28,8 @@ def choose_device(name, local_rank=0, processes=1):
             torch.cuda.set_device(device)
             torch.ones(1, device=device).add(1).item()  # a build without kernels for the card fails here
         except RuntimeError as error:
-            reason = f"{device} does not work with this PyTorch ({one_line(error, 120)}). {OTHER_BUILDS}"
+            cure = "" if is_out_of_memory(error) else f". {OTHER_BUILDS}"
+            reason = f"{device} does not work here ({one_line(error, 120)}){cure}"
             if name != "auto" or processes > 1:
                 raise UserError(reason) from None
             print(reason)

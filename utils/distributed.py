@@ -35,7 +35,7 @@ def start(settings=None):
     if launched_processes() > 1 and not dist.is_initialized():
         if sys.platform == "linux":  # SIGTERM when torchrun is killed: else processes would go on beside the next run
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of <sys/prctl.h>
-        if os.name == "posix":
+        if os.name == "posix" and threading.current_thread() is threading.main_thread():
             end_after_sigterm()
         if int(os.environ["RANK"]):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (rank 0 speaks for all; errors go to stderr)

@@ -54,8 +54,9 @@ def is_out_of_memory(error):
     if any(words in text for words in MAYBE_NO_MEMORY):
         import torch  # here: listing images does without it
 
-        free, total = torch.cuda.mem_get_info()
-        return free < FULL * total
+        with contextlib.suppress(RuntimeError):  # of a driver that no longer answers
+            free, total = torch.cuda.mem_get_info()
+            return free < FULL * total
     return isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY)
 
 

@@ -160,7 +160,8 @@ def output_folder(path, *names):
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{folder} cannot be written to ({error.strerror}): choose another --save_dir") from None
-    if blocked := [found for found in folder.glob("*_results.*") if found.exists() and not found.is_file()]:
+    fixed = [*folder.glob("predict_*results.*"), *folder.glob("evaluate_*results.*")]
+    if blocked := [path for path in fixed if path.exists() and not path.is_file()]:
         raise UserError(f"{blocked[0]} is no file: move it away, or choose another --save_dir")
     with locked(folder, f"another process writes to {folder}: wait for its end, or choose another --save_dir"):
         for name in names:

@@ -101,8 +101,8 @@ def summary(config, rows, speed):
     last, seconds = rows[-1] if rows else {}, sum(row.get("seconds", 0) for row in speed)
     lowest = min(((row["val_loss"], row.get("epoch", 0)) for row in rows if "val_loss" in row), default=None)
     shown = {
-        "epochs": f"{last.get('epoch', 0):.0f} of {config.get('epochs')}",
-        "steps": f"{last.get('step', 0):,.0f}",
+        "epochs": f"{last.get('epoch', 0):.0f}" + f" of {config.get('epochs')}" * (not config.get("steps")),
+        "steps": f"{last.get('step', 0):,.0f}" + f" of about {config.get('steps')}" * bool(config.get("steps")),
         "training time": f"{seconds / 60:.1f} min",
         "loss": f"{last.get('loss', 0):.5g}",
         "images per second": speed[-1].get("images_per_second", "") if speed else "",

@@ -16,7 +16,7 @@ STEPS, RATE = 1400, 2e-3  # the highest learning rate
 class FeatureNet(nn.Module):
     """Convolutions that halve the size three times; the features are the last ones' mean."""
 
-    num_features = WIDTHS[-1]  # torchmetrics asks for it
+    num_features = WIDTHS[-1]
     accuracy: float | None = None  # on test images
 
     def __init__(self, img_channels, num_classes):

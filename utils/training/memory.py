@@ -46,7 +46,7 @@ def measure_needs(config, context) -> MemoryNeeds | None:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            few //= 4
+            few = few // 4 or int(few > 1)
         else:
             per_image = (more - less) / few
             compiled = COMPILED[config.activation_checkpointing] if config.compile else 1
@@ -70,7 +70,7 @@ def advise(needs: MemoryNeeds | None, config, device: torch.device) -> str:
     if needs is None:
         return SETTINGS
     there = device_memory(device)
-    fitting = (there * USABLE - needs.fixed) / needs.per_image  # images of a micro-batch
+    fitting = (there * USABLE - needs.fixed) / max(needs.per_image, 1)  # images of a micro-batch
     accumulate = accumulate_that_fits(fitting, needs.images * config.accumulate, config.accumulate)
     instead = f"--accumulate {accumulate} would fit. Else " if accumulate else ""
     need = f"training on {plural(needs.images, 'image')} at a time needs about {mebibytes(needs.total)}"
@@ -121,8 +121,10 @@ def measure_pass(config, context, number: int) -> int:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(context.device)
     with torch.backends.cudnn.flags(enabled=True):  # without its search for fast convolutions
-        forward(config, context, number).backward()
-    context.optimizer.zero_grad()
+        try:
+            forward(config, context, number).backward()
+        finally:  # half of a backward pass leaves gradients too
+            context.optimizer.zero_grad()
     return torch.cuda.max_memory_reserved(context.device)
 
 

@@ -24,7 +24,7 @@ PRESETS = {
     },
     # Photographs on one GPU, 500 to 70,000 of them. Published recipes agree on attention at 16x16
     # alone, v with the cosine schedule, which images above 64x64 shift by log(64 / size) (Hoogeboom
-    # et al. 2023, "simple diffusion", section 2.1), and dropout below 20,000 images. A shorter EMA
+    # et al. 2023, "simple diffusion", section 3.1), and dropout below 20,000 images. A shorter EMA
     # than the article's, as there are fewer steps. A few images make many short epochs: the files
     # kept are the last three. Not yet measured on a GPU.
     "photo64": {
