@@ -24,6 +24,7 @@ from utils import settings
 from utils.data.downloads import DATASETS
 from utils.training.settings_schema import RUN_SETTINGS
 
+LATER_OPTION = "--signals-to-handle"  # of torchrun: PyTorch 2.6 lacks it, as the document says
 ALL = [
     PROJECT / "README.md",
     *sorted((PROJECT / "docs").glob("*.md")),
@@ -219,7 +220,10 @@ def check_command(program, *words):
         return
     if program == "torchrun":
         words = words if any(word.endswith(".py") for word in words) else (*words, "train.py")
-        given = get_args_parser().parse_args(words)
+        parser = get_args_parser()
+        if LATER_OPTION not in parser.format_help():
+            parser.add_argument(LATER_OPTION)
+        given = parser.parse_args(words)
         check_command("python", given.training_script, *given.training_script_args)
     elif program == "python" and words[0] == "-m":
         read_options(words[1], words[2:])

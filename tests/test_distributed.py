@@ -104,6 +104,8 @@ def test_no_thread_that_frees_tensors_of_python_outlives_the_script(workplace):
     output = run(["env", f"PYTHONPATH={PROJECT}", *torchrun(2, script, *RUN, "--epochs", "1")], workplace)
     before, at_exit = ([int(count) for count in re.findall(rf"{when} (\d+)", output)] for when in ("before", "at exit"))
     assert len(before) == len(at_exit) == 2
+    if not any(before):
+        pytest.skip("this version of PyTorch gives its threads no names")
     assert all(0 < 2 * last <= first for first, last in zip(before, at_exit)), (before, at_exit)
 
 
