@@ -112,8 +112,8 @@ class PredictFiles:
         gathered = distributed.gather((self.images, self.trajectories, self.flat))
         if not distributed.is_main():
             return
-        *drawn, flat = zip(*gathered)
-        images, trajectories = ({number: part[number] for part in parts for number in part} for parts in drawn)
+        *by_number, flat = zip(*gathered)
+        images, trajectories = ({number: part[number] for part in parts for number in part} for parts in by_number)
         ordered = np.stack([images[number] for number in sorted(images)])
         save_png(self.named("predict_1x1_results.png"), ordered[0])
         name = "predict_interpolation_results.png" if self.config.interpolate else "predict_5x5_results.png"
