@@ -134,9 +134,7 @@ def main(arguments=None):
     check(asked)
     config, device = resolve(asked)
     context = prepare(config, device, checkpoint, saved_settings(asked, config, own))
-    if config.steps:
-        config = replace(config, epochs=math.ceil(config.steps / context.steps_per_epoch))
-    config = replace(config, compile=choose_compile(config.compile, device, steps_left(config, context, checkpoint)))
+    config = resolve_by_steps(config, context, checkpoint)
     needs = measure_needs(config, context)
     with explain_out_of_memory(lambda: advise(needs, config, device)):
         start = restore(checkpoint, context, config)
@@ -184,7 +182,7 @@ def check(config):
 
 
 def resolve(config):
-    """(Config with every "auto" but compile's replaced by what fits this machine, torch.device)."""
+    """(Config with what fits this machine for every "auto" but compile's, torch.device)."""
     device = choose_device(config.device, distributed.local_rank(), distributed.world_size())
     precision = choose_precision(config.precision, device)
     if precision == "fp16" and device.type != "cuda":  # a GradScaler needs float64, which Apple's GPUs lack
@@ -243,6 +241,15 @@ def prepare(config, device, checkpoint=None, about=None):
     )
 
 
+def resolve_by_steps(config, context, checkpoint):
+    """Config with what the number of steps decides: epochs, and whether compiling pays."""
+    epochs = math.ceil(config.steps / context.steps_per_epoch) if config.steps else config.epochs
+    done = checkpoint.training.epoch if checkpoint and checkpoint.training else 0
+    compiled = choose_compile(config.compile, context.device, (epochs - done) * context.steps_per_epoch)
+    context.about.resolved.update(epochs=epochs, compile=compiled)
+    return replace(config, epochs=epochs, compile=compiled)
+
+
 def train(config, context, folder, start):
     """The training loop, from the position in `start` to the last epoch, or to a signal."""
     rank, world_size, batch_size = distributed.rank(), distributed.world_size(), context.batch_size
@@ -269,11 +276,6 @@ def train(config, context, folder, start):
                     files.stop(number, saved)
             finish_epoch(config, context, files, epoch)
         files.finish()
-
-
-def steps_left(config, context, checkpoint):
-    done = checkpoint.training.epoch if checkpoint and checkpoint.training else 0
-    return (config.epochs - done) * context.steps_per_epoch
 
 
 def compile_network(config, diffusion):

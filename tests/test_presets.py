@@ -78,7 +78,7 @@ def test_a_preset_of_steps_trains_and_resumes_in_whole_epochs(workplace, capsys,
     run_main("train.py", "--resume", "latest", "--steps", "10", "--save_dir", "broken")
     whole, broken = (read_file(last(folder)) for folder in ("whole", "broken"))
     assert_same_state(whole, broken)
-    assert whole["config"]["steps"] == 10 and whole["config"]["schedule"] == "cosine"
+    assert whole["config"]["steps"] == 10 and whole["resolved"]["epochs"] == 4
 
 
 def test_a_dry_run_says_the_time_and_changes_nothing(workplace, capsys):
