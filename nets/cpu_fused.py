@@ -2,7 +2,8 @@
 
 The plain operations keep four to five full-size tensors for the backward pass. This one keeps its
 input and a mask of one byte per feature, and computes the convolution's input again. Results equal
-the plain ones up to rounding; dropout drops other features.
+the plain ones up to rounding; dropout drops other features. `install` puts in the layers of
+compiled.py too, which act only while a compiler traces them.
 """
 
 import torch
