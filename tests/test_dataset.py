@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from utils.data.dataset import (
 )
 from utils.data.decode import load_image
 from utils.data.image_format import ImageFormat
+from utils.errors import UserError
 from utils.images import to_uint8
 
 
@@ -250,6 +252,22 @@ def test_a_damaged_cache_is_built_again(listed, decoded, damage, capsys):
     assert torch.equal(again.batch(range(40))[0], whole) and again.hashes == hashes and len(decoded) == before + 40
     (said,) = capsys.readouterr().out.splitlines()
     assert ("again, as the cache is damaged" in said) == (damage is not remove_index)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_a_pipe_in_place_of_the_pixels_is_not_waited_for(listed):
+    open_listed(listed)
+    (pixels,) = listed[2].glob("*.pixels")
+    pixels.unlink()
+    os.mkfifo(pixels)
+    previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(60)
+    try:
+        with pytest.raises(UserError, match=f"{pixels.name} is a device, a pipe"):
+            open_listed(listed)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 @pytest.mark.parametrize("writes", [0, 1])

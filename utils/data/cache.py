@@ -75,6 +75,8 @@ def _read_cache(pixels_path):
     index_path = pixels_path.with_suffix(".json")
     try:
         index = read_json(index_path)
+        if not pixels_path.is_file():  # opening a pipe would wait
+            return None
         pixels = np.asarray(np.memmap(pixels_path, dtype=np.uint8, mode="r"))  # the memmap class gathers slower
         pixels, expected = pixels.reshape(index["shape"]), index.pop("checksum")
     except (OSError, ValueError, LookupError, TypeError):  # none, or damaged: build it (again)
