@@ -27,7 +27,7 @@ from benchmarks.runs import (
     trained,
     write_json,
 )
-from benchmarks.timing import machine, markdown, read_names
+from benchmarks.timing import machine, markdown, read_names, write_page
 from nets.samplers import DEFAULT_STEPS
 from utils.device import choose_device, choose_precision
 from utils.errors import run_script
@@ -192,8 +192,7 @@ def evaluated(config, device, checkpoint, annotation, name):
 def store(report, path):
     """JSON, table and curves."""
     write_json(path, report)
-    with atomic_write(path.with_suffix(".md"), "w", encoding="utf-8") as file:
-        file.write(as_text(report) + "\n")
+    write_page(path, as_text(report))
     plot(report, path.with_suffix(".png"))
 
 

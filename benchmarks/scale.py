@@ -26,7 +26,7 @@ from benchmarks.timing import (
     spread,
     usable_cores,
     with_rows,
-    write_text,
+    write_page,
 )
 from nets import GaussianDiffusion, UNet
 from utils import distributed
@@ -95,7 +95,7 @@ def main(arguments=None):
     for name in chosen:
         rows = [{"section": name, **point} for point in SECTIONS[name](config, device)]
         report = with_rows(report, rows, SECTIONS, path.with_suffix(".json"))
-        write_text(path.with_suffix(".md"), as_text(report))
+        write_page(path, as_text(report), ".svg")
         plot(report["rows"], path.with_suffix(".svg"))
         print(f"{name}: done", flush=True)
     print("\n" + as_text(report))

@@ -28,7 +28,7 @@ from benchmarks.runs import (
     trained,
     write_json,
 )
-from benchmarks.timing import CLOCKS, machine, markdown, read_names
+from benchmarks.timing import CLOCKS, machine, markdown, read_names, write_page
 from nets import sampling
 from nets.samplers import SPACINGS
 from utils.checkpoint.integrity import weights_digest
@@ -369,7 +369,7 @@ def fill(report, path, wanted, measure):
             bar.set_description(f"seed {cell.seed}, {cell.solver}, {cell.spacing}, {cell.made} calls", refresh=False)
             report["cells"].append({**cell._asdict(), "made": cell.made, **measure(cell)})
             write_json(path, report)
-            write_text(report, path.with_suffix(".md"))
+            write_page(path, as_text(report))
             bar.update(cell.made)
 
 
@@ -430,11 +430,6 @@ def verdict(rows, T):
     )
     fewest = f"The fewest calls within {TOLERANCE - 1:.0%} of ddpm with all {T} steps: {what}."
     return fewest if row["made"] <= CHEAP else f"{fewest} Nothing with {CHEAP} calls or fewer comes so close."
-
-
-def write_text(report, path):
-    with atomic_write(path, "w", encoding="utf-8") as file:
-        file.write(as_text(report) + "\n")
 
 
 def as_text(report):

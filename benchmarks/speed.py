@@ -30,7 +30,7 @@ from benchmarks.timing import (
     spread,
     usable_cores,
     with_rows,
-    write_text,
+    write_page,
 )
 from utils.data.annotation import write_annotation
 from utils.data.dataset import epoch_batches, open_dataset
@@ -108,7 +108,7 @@ def main(arguments=None):
             started = time.perf_counter()
             rows = [{"section": name, **row} for row in SECTIONS[name](config, job, implementations)]
             report = with_rows(report, rows, SECTIONS, path.with_suffix(".json"))
-            write_text(path.with_suffix(".md"), as_text(report))
+            write_page(path, as_text(report))
             plot(report, path.with_suffix(".png"))
             print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
     print(f"\n{as_text(report)}")

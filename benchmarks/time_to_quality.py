@@ -20,7 +20,7 @@ from tqdm import tqdm
 import train
 from benchmarks.baselines import Diffusers, Job, Lucidrains, forever, prepare_training
 from benchmarks.runs import DATA, RESULTS, WORK, list_images, write_json
-from benchmarks.timing import CLOCKS, machine, markdown, read_names
+from benchmarks.timing import CLOCKS, machine, markdown, read_names, write_page
 from nets import samplers
 from nets.errors import check_choice
 from nets.sampling import SamplingOptions, make_denoiser, sampling_schedule
@@ -384,8 +384,7 @@ def plan(config, run):
 
 def store(report, path):
     write_json(path.with_suffix(".json"), report)
-    with atomic_write(path.with_suffix(".md"), "w", encoding="utf-8") as file:
-        file.write(as_text(report) + "\n")
+    write_page(path, as_text(report))
     plot(report, path.with_suffix(".png"))
 
 

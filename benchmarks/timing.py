@@ -147,6 +147,11 @@ def json_like(value):
     return list(value) if isinstance(value, tuple) else value
 
 
+def write_page(path, text, figure=".png"):
+    """The report for people next to its JSON, with the figure of the same name at its end."""
+    write_text(path.with_suffix(".md"), f"{text}\n\n![{path.stem}]({path.stem}{figure})")
+
+
 def write_text(path, text):
     with atomic_write(path, "w", encoding="utf-8") as file:
         file.write(text + "\n")

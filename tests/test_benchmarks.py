@@ -157,7 +157,8 @@ def test_an_interrupted_table_goes_on_and_measures_no_cell_twice(tmp_path):
     report["machine"] = empty["machine"]
     solvers.fill(report, path, wanted, measure)
     assert [cell for cell in measured if cell] == wanted
-    assert "UNFINISHED" not in path.with_suffix(".md").read_text("utf-8")
+    page = path.with_suffix(".md").read_text("utf-8")
+    assert "UNFINISHED" not in page and page.endswith("\n![solvers](solvers.png)\n")
 
     with pytest.raises(ValueError, match="weights, samples"):
         solvers.opened(path, {**empty["about"], "weights": "others", "samples": 5})
