@@ -1,4 +1,7 @@
-"""Makes the figures of docs/how_it_works.md, most with the bundled checkpoint.
+"""Makes the figures of docs/how_it_works.md and README's animation.
+
+Most show the bundled checkpoint.
+
 
 python -m docs.figures --names loss,ema
 """
@@ -10,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
 
 import train
 from nets import SCHEDULES, build
-from nets.samplers import SAMPLERS, seeded_noise
+from nets.samplers import seeded_noise
 from nets.sampling import SamplingOptions, sampling_schedule
 from nets.schedules import make_betas
 from utils.checkpoint.file import load_checkpoint
@@ -24,13 +28,14 @@ from utils.errors import UserError, run_script
 from utils.evaluate.distances import nearest as nearest_features
 from utils.evaluate.image_sets import open_images
 from utils.files import atomic_write
-from utils.images import to_uint8
-from utils.sampling.batches import last_images
+from utils.images import make_grid, to_uint8
 from utils.settings import parse, settings, text
 
 PROJECT = Path(__file__).resolve().parent.parent
 FOLDER, WEIGHTS, IMAGES = PROJECT / "docs" / "figures", PROJECT / "logs" / "emoji.pth", PROJECT / "datasets/noto_emoji"
 CPU, SIZE = torch.device("cpu"), (32, 32)
+FORWARD, REVERSE = "#b45309", "#1f5fa8"  # colors of the two processes
+SHOWN_STEPS = (5, 8, 9, 10, 11, 12, 13, 14, 16, 24)  # of 25: what can be seen happens between the ends
 
 
 def load():
@@ -83,6 +88,74 @@ def curves(name, lines, xlabel, ylabel, **axes):
     save(name, figure)
 
 
+def chain():
+    """The Markov chain x_0 ... x_T: noise is added to the right and removed to the left."""
+    diffusion, _ = load()
+    names, t = ("$x_0$", "$x_{t-1}$", "$x_t$", "$x_T$"), torch.tensor([0, 420, 560, 999])
+    x = normalize(real_images(9)[8:], CPU).expand(len(t), -1, -1, -1)
+    figure = Figure(figsize=(8.4, 2.2), dpi=100)
+    for place, image in enumerate(to_uint8(diffusion.perturb_x(x, t, noise_like(x[:1]).expand_as(x)))):
+        axes = figure.add_axes((0.01 + 0.285 * place, 0.32, 0.125, 0.48))
+        axes.imshow(image)
+        axes.set(xticks=[], yticks=[], xlabel=names[place])
+        axes.xaxis.label.set_size("large")
+    for place, steps in enumerate(("...", "", "...")):
+        left, right = 0.145 + 0.285 * place, 0.285 + 0.285 * place
+        arrow(figure, (left, 0.66), (right, 0.66), color=FORWARD)
+        arrow(figure, (right, 0.46), (left, 0.46), color=REVERSE)
+        figure.text((left + right) / 2, 0.54, steps, ha="center", size="large")
+    figure.text(0.5, 0.88, "forward process: $q(x_t | x_{t-1})$ adds noise", ha="center", color=FORWARD)
+    figure.text(0.5, 0.05, r"reverse process: $p_\theta(x_{t-1} | x_t)$ removes it", ha="center", color=REVERSE)
+    save("chain", figure)
+
+
+def arrow(place, start, end, **style):
+    """An arrow between two points of a figure, or of axes."""
+    patch = FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=14, shrinkA=0, shrinkB=0, **style)
+    if isinstance(place, Figure):
+        patch.set_transform(place.transFigure)
+    place.add_artist(patch)
+
+
+def unet():
+    """The UNet with the defaults of train.py: resolutions, channels, skip connections."""
+    config = train.Config()
+    figure = Figure(figsize=(8.4, 5.2), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(0, 10.5), ylim=(-len(config.channel_mults) - 0.5, 1.5))
+    axes.axis("off")
+
+    def box(x, y, text, color, width=3.6):
+        shape = FancyBboxPatch((x, y - 0.3), width, 0.6, boxstyle="round,pad=0.02", facecolor=color, edgecolor="black")
+        axes.add_patch(shape)
+        axes.text(x + width / 2, y, text, ha="center", va="center", size=8.5)
+
+    last = len(config.channel_mults) - 1
+    for level, factor in enumerate(config.channel_mults):
+        attention = " with attention" if level in config.attention_resolutions else ""
+        height, width = (side >> level for side in config.input_shape)
+        size = f"{height}x{width}, {config.channel * factor} channels"
+        for x, count in ((0.1, config.num_res_blocks), (6.8, config.num_res_blocks + 1)):
+            box(x, -level, f"{count} x ResidualBlock{attention}\n{size}", "#cfe2f3")
+        arrow(axes, (3.75, -level), (6.75, -level), color=REVERSE, linestyle="--")
+        if level < last:
+            arrow(axes, (1.9, -level - 0.33), (1.9, -level - 0.67), color="black")
+            arrow(axes, (8.6, -level - 0.67), (8.6, -level - 0.33), color="black")
+            axes.text(2.0, -level - 0.5, "Downsample", va="center", size=8)
+            axes.text(8.5, -level - 0.5, "Upsample", va="center", ha="right", size=8)
+    axes.text(5.25, 0.08, "skip connections (concatenated)", ha="center", size=8, color=REVERSE)
+    box(3.45, -last - 1, "ResidualBlock with attention, ResidualBlock\n(mid)", "#fff2cc")
+    arrow(axes, (1.9, -last - 0.33), (3.4, -last - 1), color="black")
+    arrow(axes, (7.1, -last - 1), (8.6, -last - 0.33), color="black")
+    box(0.1, 1, "$x_t$, Conv 3x3", "#eeeeee")
+    box(6.8, 1, "norm, SiLU, Conv 3x3: prediction", "#eeeeee")
+    arrow(axes, (1.9, 0.67), (1.9, 0.33), color="black")
+    arrow(axes, (8.6, 0.33), (8.6, 0.67), color="black")
+    box(4.0, 1, "$t$, PositionalEmbedding,\n2 linear layers", "#d9ead3", width=2.5)
+    axes.text(5.25, 0.55, "to every ResidualBlock", ha="center", size=8, color=FORWARD)
+    save("unet", figure)
+
+
 def noising():
     """One image at six timesteps, by perturb_x."""
     diffusion, _ = load()
@@ -104,7 +177,7 @@ def schedules():
     save("schedules", figure)
 
 
-def answers():
+def predictions():
     """What the network gets and predicts: x_t, eps, x_0."""
     diffusion, classes = load()
     x, t = normalize(real_images(1), CPU), (100, 500, 900)
@@ -115,10 +188,10 @@ def answers():
         a, s = diffusion.alpha_bars[step] ** 0.5, (1 - diffusion.alpha_bars[step]) ** 0.5
         for row, image in zip(rows, (x_t, (x_t - a * x_0) / s, x_0)):
             row.append(image)
-    panels("answers", [torch.cat(row) for row in rows], ["x_t", "eps", "x_0"], [f"t = {step}" for step in t])
+    panels("predictions", [torch.cat(row) for row in rows], ["x_t", "eps", "x_0"], [f"t = {step}" for step in t])
 
 
-def film():
+def reverse():
     """The reverse process: x_t and the x_0 predicted from it, at every third of 25 steps."""
     diffusion, classes = load()
     schedule = sampling_schedule(diffusion.alpha_bars, SamplingOptions("sde-dpm++", 25))
@@ -126,7 +199,7 @@ def film():
     after, x_0 = zip(*diffusion.sample_steps(1, CPU, y, sampler="sde-dpm++", seeds=[3], guidance_scale=2))
     before = (next(seeded_noise([3], (3, *SIZE), CPU)), *after)
     rows = [torch.cat(images[:25:3]) for images in (before, x_0)]
-    panels("film", rows, ["x_t", "x_0"], [f"t = {step.t}" for step in schedule[::3]])
+    panels("reverse", rows, ["x_t", "x_0"], [f"t = {step.t}" for step in schedule[::3]])
 
 
 def posterior():
@@ -197,23 +270,6 @@ def ema(steps=240):
     )
 
 
-def clipping():
-    """The same seeds with an eps in bf16, as mixed precision gives it: x_0 clipped, and not."""
-    diffusion, classes = load()
-    rows, predict_x_0 = [], diffusion.denoiser(torch.arange(7), clip=False)
-    schedule = sampling_schedule(diffusion.alpha_bars, SamplingOptions("ddim", 50))
-    for most in (1.0, float("inf")):
-
-        def denoise(x, t, most=most):
-            a, s = diffusion.alpha_bars[t] ** 0.5, (1 - diffusion.alpha_bars[t]) ** 0.5
-            eps = ((x - a * predict_x_0(x, t)) / s).bfloat16().float()
-            return ((x - s * eps) / a).clamp(-most, most)
-
-        noise = seeded_noise(range(7), (3, *SIZE), CPU)
-        rows.append(last_images(SAMPLERS["ddim"](denoise, next(noise), schedule, noise)))
-    panels("clipping", rows, ["clipped", "unclipped"], classes)
-
-
 def solvers():
     """The same seed by solver and number of network calls."""
     diffusion, classes = load()
@@ -236,6 +292,22 @@ def guidance():
     panels("guidance", rows, ["1", "2", "3", "5"], classes)
 
 
+def forming():
+    """README's animation of samples as they form: three of each class, enlarged, in 64 colors."""
+    diffusion, classes = load()
+    y = torch.arange(len(classes)).repeat_interleave(3)
+    seeds = [100 + 5 * (i // 3) + i % 3 for i in range(len(y))]  # as in predict.py's grid from seed 100
+    options = {"sampler": "sde-dpm++", "seeds": seeds, "guidance_scale": 2}
+    steps = [x for x, _ in diffusion.sample_steps(len(y), CPU, y, **options)]
+    images = [next(seeded_noise(seeds, (3, *SIZE), CPU)), *(steps[number] for number in SHOWN_STEPS)]
+    grids = [make_grid(to_uint8(x), 3).repeat(2, 0).repeat(2, 1) for x in images]
+    first, *others = (Image.fromarray(grid).quantize(64) for grid in grids)
+    with atomic_write(FOLDER.parent / "emoji_forming.gif") as file:
+        times = [150] * len(others) + [2000]  # milliseconds
+        first.save(file, format="GIF", save_all=True, append_images=others, duration=times, loop=0)
+    print(FOLDER.parent / "emoji_forming.gif")
+
+
 def nearest():
     """Samples above the training images that are nearest in pixels."""
     diffusion, classes = load()
@@ -247,7 +319,10 @@ def nearest():
 
 FIGURES = {
     function.__name__: function
-    for function in (noising, schedules, answers, film, posterior, loss, ema, clipping, solvers, guidance, nearest)
+    for function in (
+        *(chain, noising, schedules, posterior, predictions, reverse, unet, loss, ema),
+        *(solvers, guidance, nearest, forming),
+    )
 }
 
 
