@@ -274,13 +274,9 @@ def notes(report):
             f"{found['num_reference']:,} reference "
             f"images, {found['distances']['features']}. `{training['command']}` ![{key}]({run['grid']})"
         )
-        if found["nearest"]:
-            share, first = found["nearest"]["share_closer_than_first_quantile"], found["nearest"]["quantiles"][0]
-            yield (
-                f"  {share:.1%} of the samples are closer to a training image than the closest {first:.0%} of "
-                "held-out ones are; "
-                f"chance gives {first:.0%}."
-            )
+        if "copies" in (near := found["nearest"]):  # reports of older versions lack it
+            interval, chance = f"{near['copies_low']:.1%} to {near['copies_high']:.1%}", near["other_copies"]
+            yield f"  {near['copies']:.1%} of the samples are copies ({interval}), and {chance:.1%} of held-out images."
         if training["steps"] <= EMA_START:
             yield f"  The EMA starts at step {EMA_START:,}: here it equals the last weights."
 

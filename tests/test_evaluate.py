@@ -30,6 +30,7 @@ from utils.evaluate import image_sets
 from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net, train_feature_net
 from utils.evaluate.distances import (
     FeatureStatistics,
+    copied_fraction,
     frechet_distance,
     kernel_distance,
     nearest,
@@ -263,6 +264,50 @@ def test_nearest_of_bytes_does_not_wrap():
     assert distances.item() == pytest.approx(5) and found.item() == 1
 
 
+@pytest.mark.parametrize("count, total", [(0, 50), (28, 200), (150, 150), (1, 3)])
+def test_interval_of_the_copies(count, total):
+    """Wilson's ends are the fractions p from which count / total is 1.96 standard deviations."""
+    distances = torch.tensor([[1.0, 3.1]] * count + [[1.0, 3.0]] * (total - count))
+    fraction, low, high = copied_fraction(distances)
+    assert fraction == count / total and 0 <= low <= fraction <= high <= 1
+    for p in {low, high} - {0.0, 1.0}:
+        assert abs(fraction - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / total), rel=1e-4)
+    assert (low == 0) == (count == 0) and (high == 1) == (count == total)
+
+
+@pytest.mark.parametrize("by_held_out", [False, True])
+def test_copies_are_counted_by_the_gap_ratio(by_held_out, tmp_path, monkeypatch, capsys):
+    """Independently in numpy. Duplicates in the reference, one for each copy, hide none."""
+    draw = np.random.default_rng(0)
+    reference, others = draw.integers(0, 256, (2, 30, 8, 8, 1), dtype=np.uint8)
+    # From a copy to a mixture of two: the ratio passes a third on the way.
+    mixed = [(1 - i / 24) * reference[i] + i / 24 * reference[i + 1] for i in range(12)]
+    reference[29], others[:4] = np.clip(reference[28] + 1.0, 0, 255), reference[4:8]  # a pair of its own, and copies
+    sets = {"samples": np.stack(mixed).round(), "reference": reference[[*range(30), *range(12)]], "held_out": others}
+    sets = {name: save_npz(tmp_path / f"{name}.npz", pixels.astype(np.uint8)) for name, pixels in sets.items()}
+    options = [f"--{name}={path}" for name, path in sets.items() if by_held_out or name != "held_out"]
+    found = run(monkeypatch, tmp_path, *options, "--distances", "False")["nearest"]
+
+    def share(name, skipped=0):
+        flat = {name: np.load(path)["arr_0"].reshape(-1, 64).astype(float) for name, path in sets.items()}
+        queries, bank = np.unique(flat[name], axis=0), np.unique(flat["reference"], axis=0)
+        near = np.sort(np.linalg.norm(queries[:, None] - bank, axis=2))[:, skipped:]
+        return (near[:, 0] / near[:, 1] < 1 / 3).mean()
+
+    chance = share("held_out") if by_held_out else share("reference", skipped=1)
+    assert (found["copies"], found["other_copies"], found["num_different"]) == (share("samples"), chance, 30)
+    assert 0.2 < found["copies"] < 0.8 and 0 < chance < 0.2
+    said = f"{found['copies']:7.1%} ({found['copies_low']:.1%} to {found['copies_high']:.1%})"
+    assert said in capsys.readouterr().out
+
+
+def test_too_few_different_references_for_a_second_nearest(tmp_path, monkeypatch):
+    same = save_npz(tmp_path / "same.npz", np.repeat(shapes(2, size=8)[0], 5, axis=0))
+    monkeypatch.setattr(evaluate, "collect", lambda *_: pytest.fail("worked before it looked"))
+    with pytest.raises(UserError, match="2 different images.*--nearest False"):
+        run(monkeypatch, tmp_path, "--samples", same, "--reference", same, "--distances", "False")
+
+
 # The classifier
 
 
@@ -490,7 +535,7 @@ def test_a_set_against_itself_and_a_copy_of_it(folder, net_file, tmp_path, monke
     assert (found["distances"]["precision"], found["distances"]["recall"]) == (1, 1)
     assert found["nearest"]["quantiles"] and max(found["nearest"]["samples"]) < 1e-3
     assert min(found["nearest"]["reference, to its others"]) > 1
-    assert found["nearest"]["share_closer_than_first_quantile"] == 1
+    assert found["nearest"]["copies"] == found["nearest"]["copies_high"] == 1 > found["nearest"]["other_copies_high"]
     order = np.random.default_rng(0).permutation(40)
     paths = sorted(folder.rglob("*.png"))
     assert all(pair["reference"] == str(paths[order[pair["sample"]]]) for pair in found["nearest"]["pairs"])

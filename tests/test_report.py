@@ -16,6 +16,7 @@ from utils.errors import UserError, run_script
 from utils.images import save_png
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+COPIES = {"copies": 0.25, "copies_low": 0.1, "copies_high": 0.5, "other_copies": 0.02, "other_copies_high": 0.04}
 BAD = "<script>alert(1)</script>"
 
 
@@ -51,7 +52,7 @@ def finished(workplace, capsys, curves):
     measured = {
         "samples": f"100 drawn, {folder.resolve()}/last.pth",
         "distances": {"features": f"classifier {BAD}", "frechet_distance": 12.5234567, "k": 3},
-        "nearest": {"by": "pixels", "share_closer_than_first_quantile": 0.25},
+        "nearest": {"by": "pixels", **COPIES},
     }
     Path("results/evaluate_out/evaluate_results.json").write_text(json.dumps(measured))
     return folder
@@ -66,7 +67,8 @@ def test_the_page_shows_all_that_the_run_wrote(finished):
     assert "<td>loss_type</td>" not in text  # as in train.py
     assert "The last grid of python predict.py, be it of this run or of other weights. A row of each class" in text
     assert text.count("data:image/png") >= 3 + 4 and 'type="range" min="0" max="2"' in text
-    assert "<td>frechet_distance</td><td>12.52</td>" in text and "25% of the samples are closer" in text
+    assert "<td>frechet_distance</td><td>12.52</td>" in text and "25.0% of the samples are copies" in text
+    assert "<td>copies_low</td><td>0.1</td>" in text
     assert "<td>features</td><td>classifier &lt;script&gt;" in text and "<td>k</td><td>3</td>" in text
     assert not re.search(r"""(src|href)=["'](?!data:)""", text) and "http" not in re.sub('data:[^"]*', "", text)
 

@@ -115,8 +115,8 @@ def warnings(config, rows, found):
     """What the files show that a user should know, each with its meaning."""
     skipped, steps = sum(row.get("skipped", 0) for row in rows), rows[-1].get("step", 0) if rows else 0
     validated, start = [row["val_loss"] for row in rows if "val_loss" in row], config.get("ema_start")
-    close = found.get("share_closer_than_first_quantile")
-    close = close if isinstance(close, float) else 0
+    names = ("copies", "copies_low", "other_copies", "other_copies_high")
+    copies, low, chance, high = (found[name] if isinstance(found.get(name), float) else 0 for name in names)
     texts = {
         f"{skipped:.0f} steps were skipped: their gradients were NaN or infinite. They changed nothing; many of them "
         "call for a lower --init_lr.": skipped,
@@ -124,8 +124,8 @@ def warnings(config, rows, found):
         "last weights, which are rougher. Lower --ema_start.": isinstance(start, int) and 0 < steps <= start,
         "The validation loss has risen by more than 2 % above its lowest: the network memorizes the training images. "
         "best.pth has the weights of the lowest.": validated and validated[-1] > 1.02 * min(validated),
-        f"{close:.0%} of the samples are closer to a training image than 99 % of the other images are: they may be "
-        "copies. Train for fewer epochs, or on more images.": close > 0.05,
+        f"{copies:.1%} of the samples are copies of training images, and {chance:.1%} of real images pass for such: "
+        "train for fewer epochs, or on more images.": low > high,
     }
     return "".join(f'<p class="warn">{html.escape(text)}</p>' for text, holds in texts.items() if holds)
 

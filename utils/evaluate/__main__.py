@@ -23,7 +23,7 @@ from utils.data.image_format import RESIZE_MODES, ImageFormat
 from utils.device import DTYPES, autocast, choose_device, choose_precision, describe_device, memory_format
 from utils.errors import UserError, run_script
 from utils.evaluate.features import FeatureCache, collect, load_extractor, with_progress
-from utils.evaluate.image_sets import open_images, scan_sizes
+from utils.evaluate.image_sets import different_images, open_images, scan_sizes
 from utils.evaluate.measures import NEIGHBORS, measure_bits, measure_distances, measure_nearest, print_line
 from utils.files import atomic_write, output_folder
 from utils.images import to_uint8
@@ -162,6 +162,7 @@ def compare(config, blocks, count, reference, held_out, device):
     if config.distances and min(count, len(reference)) < NEIGHBORS + 2:
         counts = f"{plural(count, 'sample')}, {plural(len(reference), 'reference image')}"
         raise UserError(f"too few for distances, which need {NEIGHBORS + 2} of each: {counts}")
+    different = different_images(reference) if config.nearest else None
     if config.distances and count < ENOUGH:
         print(f"warning: FID is biased upward below {ENOUGH:,} samples; compare only equal sample counts")
     if config.distances or config.nearest_by == "features":
@@ -172,7 +173,7 @@ def compare(config, blocks, count, reference, held_out, device):
         known = cache.collected(reference, extract, config.max_features)
         results["distances"] = measure_distances(config, sampled, known, extract)
     if config.nearest:
-        results["nearest"] = measure_nearest(config, sampled.images, reference, held_out, extract)
+        results["nearest"] = measure_nearest(config, sampled.images, different, held_out, extract)
     return results
 
 

@@ -1,5 +1,6 @@
-"""Frechet distance (FID), kernel distance (KID), precision and recall, nearest neighbors."""
+"""Frechet distance (FID), kernel distance (KID), precision, recall, copies, nearest neighbors."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 BLOCK = 2**23  # numbers in a block of distances: 64 MiB
 SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance, as in the paper's code
+Z = 1.96  # standard deviations to either side that hold 95 % of a normal distribution
 
 
 @dataclass(eq=False)
@@ -78,6 +80,19 @@ def precision_and_recall(samples, reference, k=3):
         inside = torch.cat([(torch.cdist(part, centers) <= radii).any(1) for part in parts])
         fractions.append(inside.double().mean().item())
     return tuple(fractions)
+
+
+def copied_fraction(distances):
+    """(fraction, low, high) of copies among samples: the gap ratio, and its 95 % interval.
+
+    distances: (n, 2), to the two nearest training images. A copy has a first one below a third of
+    the second (Gu et al. 2023, "On Memorization in Diffusion Models", after Yoon et al. 2023):
+    duplicates among these images would hide it. The interval (Wilson 1927) holds near 0 and 1 too.
+    """
+    count, total = (3 * distances[:, 0] < distances[:, 1]).sum().item(), len(distances)
+    center = (count + Z**2 / 2) / (total + Z**2)
+    half = Z / (total + Z**2) * math.sqrt(count * (total - count) / total + Z**2 / 4)
+    return count / total, center - half if count else 0.0, center + half if count < total else 1.0
 
 
 def nearest(queries, bank, k=1):

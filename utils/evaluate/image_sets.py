@@ -20,7 +20,7 @@ from utils.data.formats import open_image
 from utils.data.search import find_images, label_by_folder
 from utils.data.threads import map_in_threads
 from utils.errors import UserError, one_line
-from utils.terminal import printable
+from utils.terminal import plural, printable
 
 OVERVIEW = re.compile(r"(predict|evaluate)_[0-9a-z]+_results\.(png|gif)")  # of predict.py or this command, no samples
 MAX_RATIO, ALWAYS_ALLOWED = 20, 2**26  # an .npz that unpacks to more than both may be made to fill the disk
@@ -69,12 +69,27 @@ def open_images(path, image_format, cache_path=None):
     return replace(dataset, name=printable(path.resolve()))
 
 
+def different_images(dataset):
+    """The ImageDataset without duplicates: of images with the same pixels the first stays."""
+    firsts = {}
+    for number, image in enumerate(image for block in dataset.blocks() for image in block):
+        firsts.setdefault(_pixel_hash(image.numpy()), number)
+    if len(firsts) < 3:  # an image among them has a nearest and a second nearest one
+        found = f"{plural(len(firsts), 'different image')} in {dataset.name}"
+        raise UserError(f"the search for copies needs 3, not {found}: add images, or --nearest False")
+    return dataset.subset(list(firsts.values()))
+
+
+def _pixel_hash(pixels):
+    return hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()
+
+
 def _open_npz(path, shape):
     pixels = _read_npz(path)
     if pixels.shape[1:] not in (shape, (*shape[:2], 1)):
         raise UserError(f"{path} holds images of {pixels.shape[1:]}, not {shape}, and they are taken as they are")
     pixels = np.broadcast_to(pixels, (len(pixels), *shape))  # gray ones as color
-    hashes = [hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest() for image in pixels]
+    hashes = list(map(_pixel_hash, pixels))
     name, labels = printable(path.resolve()), torch.zeros(len(pixels), dtype=torch.int64)
     return ImageDataset(name, pixels, hashes, labels, [], [f"{name}[{i}]" for i in range(len(pixels))])
 

@@ -9,7 +9,14 @@ from tqdm import tqdm
 
 from utils.data.dataset import normalize
 from utils.device import autocast
-from utils.evaluate.distances import SUBSET_SIZE, frechet_distance, kernel_distance, nearest, precision_and_recall
+from utils.evaluate.distances import (
+    SUBSET_SIZE,
+    copied_fraction,
+    frechet_distance,
+    kernel_distance,
+    nearest,
+    precision_and_recall,
+)
 from utils.evaluate.features import with_progress
 from utils.evaluate.likelihood import variational_bound
 from utils.images import make_grid, save_png
@@ -42,30 +49,40 @@ def measure_distances(config, sampled, known, extractor):
 
 
 def measure_nearest(config, images, reference, held_out, extractor):
-    """Are samples (n, H, W, C) copies? Distances to the nearest reference images, and others'."""
+    """Are samples (n, H, W, C) copies? Distances to the nearest reference images, and others'.
+
+    reference: without duplicates.
+    """
     extractor = extractor if config.nearest_by == "features" else None
-    distances, found = nearest_images(images, reference, extractor)
     others, whose = (held_out, "held-out") if held_out else (reference, "reference, to its others")
     others = others.images(others.shuffled(config.nearest_images, config.seed))
-    other_distances, _ = nearest_images(others, reference, extractor, 1 if held_out else 2)  # the nearest is itself
-    quantiles = {"samples": distances.quantile(QUANTILES).tolist(), whose: other_distances.quantile(QUANTILES).tolist()}
-    closer = (distances < quantiles[whose][0]).double().mean().item()
-    print_line("nearest neighbor", "distance of features" if extractor else "RMS distance (0-255)")
-    print_line("  quantile", "  ".join(f"{quantile:>7.0%}" for quantile in QUANTILES))
-    for name, values in quantiles.items():
-        print_line(f"  {name}", "  ".join(f"{value:7.3f}" for value in values))
-    print_line("  very close", f"{closer:.1%} of the samples are closer than the others' 1 % quantile (chance: 1 %)")
-    results = {"by": config.nearest_by, "quantiles": QUANTILES.tolist(), **quantiles}
-    results |= {"share_closer_than_first_quantile": closer, "num_samples": len(images), "num_others": len(others)}
-    return results | {"pairs": save_pairs(config, images, reference, distances, found)}
+    distances, found = nearest_images(images, reference, extractor)
+    other_distances, _ = nearest_images(others, reference, extractor, skipped=0 if held_out else 1)  # itself
+    space = "distance of features" if extractor else "RMS distance (0-255)"
+    print_line("nearest neighbor", f"{space}; {len(reference):,} different reference images")
+    heads = [*(f"{quantile:>7.0%}" for quantile in QUANTILES), " copies (95 % interval)"]
+    print_line("  quantile", "  ".join(heads))
+    results = {"by": config.nearest_by, "num_samples": len(images), "num_others": len(others)}
+    results |= {"num_different": len(reference), "quantiles": QUANTILES.tolist()}
+    for key, name, values in (("copies", "samples", distances), ("other_copies", whose, other_distances)):
+        results[name] = values[:, 0].quantile(QUANTILES).tolist()
+        fraction, low, high = copied_fraction(values)
+        results |= {key: fraction, f"{key}_low": low, f"{key}_high": high}
+        shown = [*(f"{value:7.3f}" for value in results[name]), f"{fraction:7.1%} ({low:.1%} to {high:.1%})"]
+        print_line(f"  {name}", "  ".join(shown))
+    print_line("  copies", "their nearest distance is below a third of that to the second nearest reference image")
+    return results | {"pairs": save_pairs(config, images, reference, distances[:, 0], found[:, 0])}
 
 
-def nearest_images(images, reference, extractor=None, k=1):
-    """The k-th nearest reference images of images (n, H, W, C): (distances, numbers), (n,) each."""
+def nearest_images(images, reference, extractor=None, skipped=0):
+    """The two nearest reference images of images (n, H, W, C): (distances, numbers), (n, 2) each.
+
+    skipped: so many that are nearer do not count.
+    """
     describe = extractor or (lambda block: block.flatten(1))
     blocks = with_progress(reference.blocks(), len(reference), "nearest")
-    distances, found = nearest(describe(images), map(describe, blocks), k)
-    return distances[:, -1] / (1 if extractor else math.sqrt(images[0].numel())), found[:, -1]
+    distances, found = nearest(describe(images), map(describe, blocks), 2 + skipped)
+    return distances[:, skipped:] / (1 if extractor else math.sqrt(images[0].numel())), found[:, skipped:]
 
 
 def save_pairs(config, images, reference, distances, found):
