@@ -155,7 +155,7 @@ def check_model(config, diffusion, classes, guide):
         check_choice("class_name", config.class_name, classes)
     check_guiding_model(diffusion, config.guidance_scale, guide)
     if config.interpolate and classes and not config.class_name:
-        known = first_few(classes, 20)
+        known = first_few(classes)
         raise UserError(f"--interpolate stays within one class: name it with --class_name; known: {known}")
 
 

@@ -71,7 +71,7 @@ def main(arguments=None):
     print(f"{len(paths)} images, width x height: {in_words(sizes, 5)}; {len(bad)} bad files left out")
     print(describe_classes(paths, labels, classes))
     if empty := empty_classes(listed, paths):
-        print(f"class folders without an image that can be read: {first_few(empty, 20)}")
+        print(f"class folders without an image that can be read: {first_few(empty)}")
     print(f"list: {Path(config.annotation_path).absolute()}")
     if names_path:
         print(f"class names: {names_path.absolute()}")

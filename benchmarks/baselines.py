@@ -11,6 +11,7 @@ ModuleNotFoundError here.
 
 import copy
 import functools
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def prepare_training(asked):
     """(Config, TrainContext) of train.py's settings, as its `main` makes them."""
     with quiet():
         config, device = train.resolve(asked)
-        config = replace(config, compile=choose_compile(config.compile, device))
+        config = replace(config, compile=choose_compile(config.compile, device, math.inf))
         context = train.prepare(config, device, None, train.saved_settings(asked, config, []))
     if config.compile:
         context.diffusion.model.compile()

@@ -9,6 +9,7 @@ comes first, the cheap ones before the costly: a table that was broken off is of
 """
 
 import json
+import math
 import statistics
 import sys
 from dataclasses import asdict, replace
@@ -249,7 +250,7 @@ class Bench:
         self.digest = weights_digest(self.model.diffusion.network(wanted.use_ema).state_dict())
         self.held_out = cache.collected(held_out, self.extractor, 0).statistics if held_out else None
         diffusion = self.model.diffusion
-        if choose_compile(config.compile, device):
+        if choose_compile(config.compile, device, math.inf):
             diffusion.ema_model.compile()
         self.read = CLOCKS[config.clock]
         self.clock = diffusion.ema_model = NetworkClock(diffusion.ema_model, device, self.read)

@@ -644,6 +644,24 @@ def test_results_that_cannot_be_written_are_said_before_the_work(folder, tmp_pat
         run(monkeypatch, tmp_path, "--samples", folder)
 
 
+def test_all_results_go_to_the_folder_that_was_locked(folder, tmp_path, monkeypatch):
+    """Also where the link that was typed leads elsewhere meanwhile."""
+    monkeypatch.setattr(evaluate, "collect", lambda *arguments: relink() or collect(*arguments))
+    out, other = tmp_path / "out", tmp_path / "other"
+    for place in (tmp_path / "first", other):
+        place.mkdir()
+    out.symlink_to("first")
+
+    def relink():
+        out.unlink()
+        out.symlink_to("other")
+
+    with pytest.raises(FileNotFoundError):  # the JSON is where it was announced
+        run(monkeypatch, tmp_path, "--samples", folder, "--reference", folder, "--distances", "False")
+    names = {"evaluate_results.json", "evaluate_nearest_results.png"}
+    assert names <= set(os.listdir(tmp_path / "first")) and not os.listdir(other)
+
+
 def test_seeds_beyond_the_last_are_refused(folder, tmp_path, monkeypatch):
     for options in (("--seed", 2**32), ("--seed", 2**32 - 5, "--num_images", 6)):
         with pytest.raises(ValueError, match="seed"):

@@ -133,7 +133,7 @@ def describe_device(device):
     return f"{device} ({plural(torch.get_num_threads(), 'thread')})" if device.type == "cpu" else str(device)
 
 
-def choose_compile(setting, device, steps=STEPS_WORTH_COMPILING):
+def choose_compile(setting, device, steps):
     """Whether to compile a network for so many steps: "auto" does on CUDA, where it pays."""
     if not (device.type == "cuda" and steps >= STEPS_WORTH_COMPILING if setting == "auto" else setting):
         return False

@@ -62,8 +62,7 @@ def _replacing(path):
     """Yield a temporary name in the folder of `path`. What the block makes of it becomes `path`."""
     if path.parent not in HELD:
         path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: machines that share the folder may share process numbers too.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         yield temporary
         os.replace(temporary, path)
@@ -72,6 +71,12 @@ def _replacing(path):
         raise
     with contextlib.suppress(OSError), _opened(path.parent) as descriptor:
         os.fsync(descriptor)  # the rename survives a power cut
+
+
+def temporary_name(name):
+    """A name of its own for what becomes `name`, as `remove_leftovers` knows it."""
+    # No process number: machines that share the folder may share these too.
+    return f".{name}.{secrets.token_hex(4)}.tmp"
 
 
 @contextlib.contextmanager

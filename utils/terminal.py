@@ -15,7 +15,7 @@ def printable(text, keep=""):
     return RAW_CHARACTERS.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], str(text))
 
 
-def first_few(words, limit):
+def first_few(words, limit=20):
     """The first `limit` words, and how many others there are, as text."""
     words = list(map(str, words))
     return ", ".join(words[:limit]) + (f" and {len(words) - limit} more" if len(words) > limit else "")

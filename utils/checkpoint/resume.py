@@ -78,9 +78,8 @@ def check_classes(config, classes, checkpoint):
     """UserError unless the classes of the images are those that the run was built with."""
     known = checkpoint.classes if config.class_conditional and checkpoint else []
     if known and known != classes:  # it names those first that the others lack, as there may be thousands
-        before, now = (
-            first_few(sorted(a, key=set(b).__contains__), 20) for a, b in ((known, classes), (classes, known))
-        )
+        pairs = (known, classes), (classes, known)
+        before, now = (first_few(sorted(a, key=set(b).__contains__)) for a, b in pairs)
         raise UserError(f"the run's classes are {before}, and cannot change to those of the images: {now or 'none'}")
 
 

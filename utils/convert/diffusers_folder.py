@@ -102,7 +102,7 @@ def choose_label(diffusion, classes, class_name):
     if class_name:
         raise UserError(f"class_name {class_name!r}: the model was trained without classes")
     if classes and diffusion.null_class is None:
-        raise UserError(f"without a null class it needs a --class_name; known: {first_few(classes, 20)}")
+        raise UserError(f"without a null class it needs a --class_name; known: {first_few(classes)}")
     return diffusion.null_class
 
 

@@ -5,7 +5,7 @@ python -m utils.evaluate --samples logs/<run> --features classifier --num_images
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -124,6 +124,7 @@ def main(arguments=None):
     if (config.bits or config.guidance_scale != 1) and not is_checkpoint(config.samples):
         raise UserError(f"--bits and --guidance_scale need a checkpoint, and {config.samples} holds images")
     with output_folder(config.save_dir, "evaluate_*") as folder:
+        config = replace(config, save_dir=str(folder))  # the locked one, wherever a link leads meanwhile
         results, path = evaluate(config), folder / "evaluate_results.json"
         with atomic_write(path, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=1)

@@ -93,7 +93,7 @@ def save_pairs(config, images, reference, distances, found):
     path = Path(config.save_dir) / "evaluate_nearest_results.png"
     pairs = np.concatenate((images[shown].numpy(), reference.images(found[shown]).numpy()), axis=2)
     save_png(path, make_grid(pairs, COLUMNS, padding=4))
-    print(f"{path.resolve()}: sample, nearest image; the {min(PAIRS, len(order))} closest first, then farther ones")
+    print(f"{path}: sample, nearest image; the {min(PAIRS, len(order))} closest first, then farther ones")
     names = [printable(reference.paths[number]) for number in found[shown]]
     return [{"sample": i, "distance": distances[i].item(), "reference": name} for i, name in zip(shown, names)]
 

@@ -5,7 +5,6 @@ import errno
 import hashlib
 import math
 import os
-import secrets
 import tempfile
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from utils.checkpoint.integrity import weights_digest
 from utils.data.decode import attempt
 from utils.data.formats import check_regular
 from utils.errors import UserError
-from utils.files import atomic_write, output_folder
+from utils.files import atomic_write, output_folder, temporary_name
 from utils.images import make_grid, save_animation, save_png, to_uint8
 from utils.terminal import plural
 
@@ -162,8 +161,8 @@ def open_spool(folder, shape):
     """
     file = None
     if distributed.is_main():
-        suffix = f".{secrets.token_hex(4)}.tmp"  # as `remove_leftovers` knows it
-        file = tempfile.NamedTemporaryFile(prefix=".predict_results.", suffix=suffix, dir=folder)  # noqa: SIM115
+        name = {"prefix": ".predict_", "suffix": temporary_name("npz")}
+        file = tempfile.NamedTemporaryFile(**name, dir=folder)  # noqa: SIM115
         try:
             if hasattr(os, "posix_fallocate"):  # a mapped file that gets no space later kills the process
                 os.posix_fallocate(file.fileno(), 0, math.prod(shape))
