@@ -113,13 +113,8 @@ class FeatureCache(NamedTuple):
 def load_extractor(features, dataset, cache, device, batch_size=100, inception_weights=""):
     """The Extractor for "inception", "classifier" (of the dataset's classes) or a net's file."""
     if features == "inception":
-        return Extractor(
-            load_inception(inception_weights, device),
-            "Inception of torch-fidelity, 2048 numbers",
-            device,
-            batch_size,
-            3,
-        )
+        network, name = load_inception(inception_weights, device), "Inception of torch-fidelity, 2048 numbers"
+        return Extractor(network, name, device, batch_size, channels=3)
     path = cache.classifier(dataset, device) if features == "classifier" else Path(features)
     network = load_feature_net(path, device)
     if network.img_channels != dataset.pixels.shape[3]:

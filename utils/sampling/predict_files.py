@@ -166,10 +166,9 @@ def open_spool(folder, shape):
         try:
             if hasattr(os, "posix_fallocate"):  # a mapped file that gets no space later kills the process
                 os.posix_fallocate(file.fileno(), 0, math.prod(shape))
-        except OSError as error:  # others than these: a file system that cannot do this
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # else a file system that cannot do this
                 raise OSError(f"{folder}: too little space for the .npz ({error.strerror})") from None
-            os.truncate(file.fileno(), math.prod(shape))
     name = distributed.from_main(file and file.name)
     spool = np.memmap(file or name, np.uint8, "r+", shape=shape)
     distributed.barrier()
