@@ -388,12 +388,14 @@ def test_wrong_sets_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.npz").write_text("text")
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 4, 4, 3)))
+    np.savez(tmp_path / "nothing.npz", arr_0=np.zeros((0, 4, 4, 3), np.uint8))
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(4), sigma=np.eye(4))
     np.savez(tmp_path / "name.npz", other=np.zeros((2, 4, 4, 3), np.uint8))
     for name, message in (
         ("empty", "no images"),
         ("text.npz", "no .npz"),
         ("floats.npz", "float64"),
+        ("nothing.npz", r"uint8 \(0, 4, 4, 3\)"),
         ("name.npz", "arr_0"),
         ("statistics.npz", "the statistics of features: name the images themselves"),
         ("none.npz", "No such"),

@@ -103,7 +103,7 @@ def _read_npz(path):
             if archive.getinfo("arr_0.npy").file_size > max(MAX_RATIO * path.stat().st_size, ALWAYS_ALLOWED):
                 raise UserError(f"packed by more than {MAX_RATIO} to 1: save it without compression, by numpy.savez")
             pixels = np.load(archive.extract("arr_0.npy", folder), mmap_mode="r", allow_pickle=False)
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or not pixels.size:
             raise UserError(f"it must be uint8 (N, H, W, 1 or 3), not {pixels.dtype} {pixels.shape}")
     except Exception as error:  # zipfile and numpy raise all kinds
         raise UserError(f"{path}: no .npz with images as arr_0 ({one_line(error, 200)})") from None
