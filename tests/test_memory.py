@@ -149,7 +149,7 @@ def on_gpu(built, size):
     return built._replace(device=torch.device("cuda", 0), batch_size=size)
 
 
-@pytest.mark.parametrize("most, tried", [(64, [16, 32]), (31, [16, 32, 4, 8]), (1, [16, 4, 1, 2])])
+@pytest.mark.parametrize("most, tried", [(64, [32, 64]), (31, [32, 8, 16]), (1, [32, 8, 2, 1, 2])])
 def test_a_gpu_is_measured_with_as_many_images_as_fit(parts, monkeypatch, most, tried):
     """A pass takes 1000 + 7 n bytes here; the moments come with the first step."""
     config, built = parts()

@@ -34,12 +34,12 @@ class MemoryNeeds(NamedTuple):
 def measure_needs(config, context) -> MemoryNeeds | None:
     """MemoryNeeds, before anything is compiled; None where no room is left to measure in.
 
-    On CUDA from the peaks of the allocator in real passes of a fourth and a half of the images, or
-    as few as fit; else from what the forward passes of one and two images keep.
+    On CUDA from the peaks of the allocator in real passes of half of the images and of all, or as
+    few as fit; else from what the forward passes of one and two images keep.
     """
     images = context.batch_size // (config.accumulate * distributed.world_size())
     weights = sum(p.numel() * p.element_size() for p in context.diffusion.model.parameters())
-    few = max(images // 4, 1) if context.device.type == "cuda" else 1
+    few = max(images // 2, 1) if context.device.type == "cuda" else 1
     while few:
         try:
             less, more = (measure_pass(config, context, number) for number in (few, 2 * few))
