@@ -72,6 +72,7 @@ class Config:
     loss_type: str = "l2"                                # loss function
     loss_weighting: str = "none"                         # weights of the timesteps in the loss
     min_snr_gamma: float = 5.0                           # gamma of min_snr
+    timestep_sampling: str = "uniform"                   # training timesteps; middle: fewer extreme noise levels
 
     # Optimization
     epochs: int = 1000                                   # passes over all images
@@ -319,7 +320,7 @@ def make_batch(config, context, images, labels, epoch, consumed):
     generator, seed = torch.Generator(context.device), derive_seed(config.seed, epoch, consumed)
     shape = (context.batch_size, config.img_channels, *config.input_shape)
     flip, drop = config.horizontal_flip / 2, config.label_dropout if config.class_conditional else 0.0
-    whole_batch = sample_step_noise(generator, seed, shape, config.num_timesteps, flip, drop)
+    whole_batch = sample_step_noise(generator, seed, shape, context.diffusion.sample_timesteps, flip, drop)
     step_noise = whole_batch.of_rank(rank, world_size)
     x = normalize(images, context.device, step_noise.flip if config.horizontal_flip else None, context.layout)
     y = None

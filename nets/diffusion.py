@@ -1,6 +1,7 @@
 """GaussianDiffusion: forward process, loss, EMA and sampling for a network (x_t, t, y)."""
 
 import copy
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,18 @@ from .schedules import check_betas, make_betas, schedule_tables
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 # (SNR, gamma) -> weight of the squared error of x_0. None: weight 1 for the error of the output.
 LOSS_WEIGHTINGS = {"none": None, "min_snr": np.minimum}  # Hang et al. 2023 ("Min-SNR"), section 3.4
+# alpha_bars (T,) float64 -> the probability of less noise at a training timestep, (T,). The density
+# is one of lambda, half the log-SNR, whatever the schedule. None: all timesteps alike (Ho et al.
+# 2020, algorithm 1).
+TIMESTEP_SAMPLINGS = {
+    "uniform": None,
+    # Proportional to sigmoid(2 - 2 lambda) sigmoid(2 lambda). The squared error of v is that of eps
+    # divided by alpha_bar = sigmoid(2 lambda): the loss of v is that of eps with the weight
+    # sigmoid(2 - log-SNR) of Kingma & Gao 2023 (arXiv 2303.00848, section 5).
+    "middle": lambda alpha_bars: torch.log1p((math.e**2 - 1) * (1 - alpha_bars)) / 2,
+    # Standard normal, as the logit of rectified flow's t in Esser et al. 2024 ("SD3", section 3.1).
+    "logit_normal": lambda alpha_bars: torch.special.ndtr(-torch.logit(alpha_bars) / 2),
+}
 
 
 Labels = Tensor | None  # class ids (b,); None: no classes, or the null class
@@ -34,7 +47,8 @@ class GaussianDiffusion(nn.Module):
     """Trains `model(x_t, t, y)` to remove noise from images, and samples with it.
 
     img_size: (height, width). betas: (T,); None is the linear schedule of 1000 steps. loss_type,
-    prediction, loss_weighting: names from LOSSES, PREDICTIONS, LOSS_WEIGHTINGS; else ValueError.
+    prediction, loss_weighting, timestep_sampling: names from LOSSES, PREDICTIONS, LOSS_WEIGHTINGS,
+    TIMESTEP_SAMPLINGS; else ValueError.
     null_class: the class id for "no class". ema_start, ema_update_rate: see update_ema.
 
     The state dict holds the network, its EMA and the float32 tables of the schedule. Sampling
@@ -56,6 +70,7 @@ class GaussianDiffusion(nn.Module):
         prediction: str = "eps",
         loss_weighting: str = "none",
         min_snr_gamma: float = 5.0,
+        timestep_sampling: str = "uniform",
         ema_warmup: bool = False,
         null_class: int | None = None,
     ):
@@ -63,10 +78,12 @@ class GaussianDiffusion(nn.Module):
         check_choice("loss_type", loss_type, LOSSES)
         check_choice("prediction", prediction, PREDICTIONS)
         check_choice("loss_weighting", loss_weighting, LOSS_WEIGHTINGS)
+        check_choice("timestep_sampling", timestep_sampling, TIMESTEP_SAMPLINGS)
         self.img_size, self.img_channels = tuple(img_size), img_channels
         self.num_classes, self.null_class = num_classes, null_class
         self.prediction, self.loss_type = prediction, loss_type
         self.loss_weighting, self.min_snr_gamma = loss_weighting, min_snr_gamma
+        self.timestep_sampling = timestep_sampling
         self.ema_decay, self.ema_warmup = ema_decay, ema_warmup
         self.ema_start, self.ema_update_rate = ema_start, ema_update_rate
         # Here, where every script's network comes by; the EMA is a copy and has the fast path too.
@@ -78,10 +95,11 @@ class GaussianDiffusion(nn.Module):
         for name, table in schedule_tables(betas).items():
             self.register_buffer(name, torch.tensor(table, dtype=torch.float32))
         self.register_buffer("loss_weight", torch.ones(len(betas)), persistent=False)
+        self.register_buffer("timestep_edges", None, persistent=False)
         self.derive_tables()
 
     def derive_tables(self) -> None:
-        """The tables that a state dict lacks: float64 alpha_bars and a loss weight per timestep."""
+        """What a state dict lacks: float64 alpha_bars, loss weights and edges of the timesteps."""
         alpha_bars = np.cumprod(1 - self.betas.cpu().double().numpy())  # Apple GPUs have no float64
         self.alpha_bars = alpha_bars.tolist()
         weighting, weight = LOSS_WEIGHTINGS[self.loss_weighting], np.ones_like(alpha_bars)
@@ -90,6 +108,9 @@ class GaussianDiffusion(nn.Module):
             to_x_0 = PREDICTIONS[self.prediction].to_x_0
             weight *= weighting(a**2 / s**2, self.min_snr_gamma) * (to_x_0(1, 0, a, s) - to_x_0(0, 0, a, s)) ** 2
         self.loss_weight = torch.tensor(weight, dtype=torch.float32, device=self.betas.device)
+        if distribution := TIMESTEP_SAMPLINGS[self.timestep_sampling]:
+            less_noise = distribution(torch.from_numpy(alpha_bars))
+            self.timestep_edges = (less_noise[1:] + less_noise[:-1]).div(2).float().to(self.betas.device)
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
@@ -115,12 +136,22 @@ class GaussianDiffusion(nn.Module):
         return self.ema_model if use_ema else self.model
 
     def forward(self, x: Tensor, y: Labels = None, *, t: Tensor | None = None, **settings: Any) -> Tensor:
-        """get_losses of images x (b, c, h, w) in [-1, 1] at random timesteps, or at `t` (b,)."""
+        """get_losses of images x (b, c, h, w) in [-1, 1] at sampled timesteps, or at `t` (b,)."""
         if (size := tuple(x.shape[2:])) != self.img_size:
             raise ValueError(f"images are {size} (height, width), this model was built for {self.img_size}")
         if t is None:
-            t = torch.randint(0, self.num_timesteps, (len(x),), device=x.device)
+            t = self.sample_timesteps(len(x))
         return self.get_losses(x, t, y, **settings)
+
+    def sample_timesteps(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Timesteps (count,) to train at, on the device. generator: None is PyTorch's own.
+
+        By inversion: a timestep has the numbers between its two edges, of those from 0 to 1.
+        """
+        on = {"generator": generator, "device": self.betas.device}
+        if self.timestep_edges is None:
+            return torch.randint(0, self.num_timesteps, (count,), **on)
+        return torch.bucketize(torch.rand(count, **on), self.timestep_edges, right=True)
 
     def get_losses(
         self, x: Tensor, t: Tensor, y: Labels, *, noise: Tensor | None = None, use_ema=False, reduction="mean"

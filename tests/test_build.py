@@ -37,6 +37,7 @@ def test_no_settings_are_the_references_defaults():
         "loss_type",
         "prediction",
         "loss_weighting",
+        "timestep_sampling",
         "ema_decay",
         "ema_start",
         "ema_update_rate",
@@ -59,13 +60,16 @@ def test_each_setting_arrives():
         "loss_type": "huber",
         "loss_weighting": "min_snr",
         "min_snr_gamma": 3.0,
+        "timestep_sampling": "middle",
         "ema_decay": 0.99,
         "ema_start": 7,
         "ema_warmup": True,
         "activation_checkpointing": True,
     }
     diffusion = from_config(SMALL | settings)
-    for name in ("prediction", "loss_type", "loss_weighting", "min_snr_gamma", "ema_decay", "ema_start", "ema_warmup"):
+    for name in ("prediction", "loss_type", "loss_weighting", "min_snr_gamma", "timestep_sampling"):
+        assert getattr(diffusion, name) == settings[name], name
+    for name in ("ema_decay", "ema_start", "ema_warmup"):
         assert getattr(diffusion, name) == settings[name], name
     assert diffusion.img_size == (8, 12) and diffusion.model.init_conv.weight.shape == (32, 1, 3, 3)
     assert {module.num_groups for module in diffusion.model.modules() if isinstance(module, torch.nn.GroupNorm)} == {4}

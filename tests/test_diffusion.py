@@ -12,6 +12,7 @@ from torch import nn
 
 from nets import LOSSES, PREDICTIONS, GaussianDiffusion, UNet, build, generate_cosine_schedule, generate_linear_schedule
 from nets.ema import tensors_of, update_
+from nets.schedules import make_betas
 
 T = 100
 BETAS = generate_linear_schedule(T, 1e-3, 0.2)
@@ -79,7 +80,7 @@ def test_perturb_x_against_the_formula(batch):
 def test_the_schedule_survives_a_cast_of_the_module(dtype, batch):
     """In bf16, 1 - 1e-4 is 1: the first timesteps would get no noise at all."""
     betas = generate_linear_schedule(1000, 1e-4, 0.02)
-    diffusion = small(betas=betas)
+    diffusion = small(betas=betas, timestep_sampling="middle")
     before = {name: buffer.clone() for name, buffer in diffusion.named_buffers()}
     alpha_bars = diffusion.alpha_bars
     diffusion.to(dtype)
@@ -93,10 +94,12 @@ def test_the_schedule_survives_a_cast_of_the_module(dtype, batch):
 
 def test_solvers_tables_are_float64_and_follow_loaded_betas():
     other = generate_cosine_schedule(T)
-    diffusion, source = small(loss_weighting="min_snr"), small(betas=other, loss_weighting="min_snr")
+    settings = {"loss_weighting": "min_snr", "timestep_sampling": "middle"}
+    diffusion, source = small(**settings), small(betas=other, **settings)
     diffusion.load_state_dict(source.state_dict())
     assert diffusion.alpha_bars == source.alpha_bars
-    torch.testing.assert_close(diffusion.loss_weight, source.loss_weight, rtol=0, atol=0)
+    for name in ("loss_weight", "timestep_edges"):
+        torch.testing.assert_close(getattr(diffusion, name), getattr(source, name), rtol=0, atol=0)
     np.testing.assert_allclose(diffusion.alpha_bars[:-1], np.cumprod(1 - other)[:-1], rtol=1e-4)
     np.testing.assert_allclose(
         diffusion.alpha_bars, np.cumprod(1 - other.astype(np.float32).astype(np.float64)), rtol=1e-12
@@ -232,11 +235,87 @@ def test_use_ema_takes_the_average_for_the_loss(batch):
         ({"loss_type": "l3"}, "loss_type 'l3'; known: l1, l2, huber"),
         ({"prediction": "x"}, "prediction 'x'; known: eps, x0, v"),
         ({"loss_weighting": "snr"}, "loss_weighting 'snr'; known: none, min_snr"),
+        ({"timestep_sampling": "snr"}, "timestep_sampling 'snr'; known: uniform, middle, logit_normal"),
     ],
 )
 def test_unknown_names_list_the_known_ones(setting, message):
     with pytest.raises(ValueError, match=message):
         small(**setting)
+
+
+# Timesteps to train at
+
+DENSITIES = {  # of lambda, up to a factor
+    "middle": lambda lambdas: 1 / ((1 + np.exp(2 * lambdas - 2)) * (1 + np.exp(-2 * lambdas))),
+    "logit_normal": lambda lambdas: np.exp(-(lambdas**2) / 2),
+}
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("name", DENSITIES)
+def test_lambdas_have_their_density_whatever_the_schedule(name, schedule):
+    """Counts of 200,000 timesteps in twenty equally likely ranges, against the integrated density:
+    chi-square, above 50 by chance once in 10,000 times.
+    """
+    diffusion = small(betas=make_betas(schedule), timestep_sampling=name)
+    t = diffusion.sample_timesteps(200_000, torch.Generator().manual_seed(0))
+    alpha_bars = np.array(diffusion.alpha_bars)
+    lambdas = np.log(alpha_bars / (1 - alpha_bars)) / 2
+    grid = np.linspace(-20, 20, 400_001)
+    above = np.cumsum(DENSITIES[name](grid)[::-1])[::-1]  # the density above each lambda
+    between = np.interp((lambdas[1:] + lambdas[:-1]) / 2, grid, above / above[0])
+    last = np.searchsorted(between, np.arange(1, 20) / 20)  # of each range but the last one
+    expected = np.diff([0, *between[last], 1]) * len(t)
+    counts, _ = np.histogram(t.numpy(), [0, *(last + 1), 1000])
+    assert expected.min() > 2000 and ((counts - expected) ** 2 / expected).sum() < 50
+
+
+def test_middle_leaves_out_what_uniform_wastes_on_the_cosine_schedule():
+    """Fractions of timesteps whose sigma is above 5, and below 0.1."""
+    found = {}
+    for name in ("uniform", "middle"):
+        diffusion = small(betas=make_betas("cosine"), timestep_sampling=name)
+        alpha_bars = torch.tensor(diffusion.alpha_bars)[diffusion.sample_timesteps(200_000)]
+        sigma = (1 / alpha_bars - 1).sqrt()
+        found[name] = [(sigma > 5).double().mean().item(), (sigma < 0.1).double().mean().item()]
+    assert found["uniform"] == pytest.approx([0.127, 0.056], abs=0.004)
+    assert found["middle"] == pytest.approx([0.0169, 0.0307], abs=0.003)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "timesteps"),
+    [
+        ("middle", "linear", 1000),
+        ("middle", "cosine", 1000),
+        ("middle", "sigmoid", 1000),
+        ("middle", "cosine", 2),
+        ("logit_normal", "linear", 1000),
+        ("logit_normal", "sigmoid", 1000),
+        ("logit_normal", "cosine", 20),
+    ],
+)
+def test_the_first_and_the_last_timestep_can_be_reached(monkeypatch, name, schedule, timesteps):
+    """By the least and the largest numbers that torch.rand gives."""
+    diffusion = small(betas=make_betas(schedule, timesteps, schedule_high=0.02), timestep_sampling=name)
+    monkeypatch.setattr(torch, "rand", lambda count, **_: torch.tensor([0.0, 1 - 2**-24]))
+    assert diffusion.sample_timesteps(2).tolist() == [0, timesteps - 1]
+
+
+def test_uniform_timesteps_are_those_of_randint(batch):
+    """The default, with PyTorch's own generator or another; forward takes them, and so it does
+    those of a density.
+    """
+    x, _, noise = batch
+    diffusion = small().eval()
+    expected = torch.randint(0, T, (5,), generator=torch.Generator().manual_seed(3))
+    assert torch.equal(diffusion.sample_timesteps(5, torch.Generator().manual_seed(3)), expected)
+    for diffusion in (small().eval(), small(timestep_sampling="logit_normal").eval()):
+        torch.manual_seed(3)
+        diffusion(x, noise=noise)
+        sampled = diffusion.sample_timesteps(5, torch.Generator().manual_seed(3))
+        assert diffusion.model.calls[-1][1] == sampled.tolist()
+    assert not torch.equal(sampled, expected)
+    assert small(betas=[0.5], timestep_sampling="middle").sample_timesteps(3).tolist() == [0, 0, 0]
 
 
 # The moving average

@@ -70,9 +70,10 @@ def test_two_processes_compute_the_update_of_one_also_with_accumulation(workplac
     assert "broadcast_buffers" not in output  # deprecated in newer versions
 
 
-def test_two_processes_compute_the_update_of_one_with_orthogonal_steps(workplace):
-    one, _ = train_in(workplace / "one", command, "--optimizer_type", "muon")
-    two, _ = train_in(workplace / "two", lambda *arguments: torchrun(2, *arguments), "--optimizer_type", "muon")
+def test_two_processes_compute_the_update_of_one_with_other_steps_and_timesteps(workplace):
+    settings = ("--optimizer_type", "muon", "--timestep_sampling", "middle")
+    one, _ = train_in(workplace / "one", command, *settings)
+    two, _ = train_in(workplace / "two", lambda *arguments: torchrun(2, *arguments), *settings)
     assert_close(one, two)
 
 

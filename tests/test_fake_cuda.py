@@ -139,7 +139,7 @@ def one_step(config, parts):
         {},
         {"class_conditional": True},
         {"accumulate": 2, "horizontal_flip": True},
-        {"prediction": "v", "loss_weighting": "min_snr"},
+        {"prediction": "v", "loss_weighting": "min_snr", "timestep_sampling": "middle"},
         {"activation_checkpointing": True},
         {"optimizer_type": "muon"},
     ],
@@ -207,7 +207,8 @@ class NoFloat64(TorchDispatchMode):
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_nothing_but_the_meter_is_float64_on_the_gpu(parts, gpu, monkeypatch, optimizer):
-    config, built = parts(class_conditional=True, horizontal_flip=True, optimizer_type=optimizer)
+    settings = {"class_conditional": True, "horizontal_flip": True, "timestep_sampling": "middle"}
+    config, built = parts(optimizer_type=optimizer, **settings)
     monkeypatch.setattr(validation.distributed, "sum_over_ranks", lambda total: np.ones(2))
     with gpu, NoFloat64():
         with pytest.raises(AssertionError, match="makes float64"):

@@ -83,6 +83,19 @@ def test_validation_is_drawn_with_the_average_and_always_the_same(workplace, cal
     )
 
 
+def test_the_density_of_the_timesteps_is_that_of_training_alone(workplace, calls):
+    """Their validation losses compare, as timesteps and noise are the same."""
+    settings = ["--val_split", "0.3", "--num_timesteps", "1000", "--accumulate", "2"]
+    for name in ("uniform", "middle"):
+        run_main("train.py", *RUN, *settings, "--timestep_sampling", name)
+    uniform, middle = calls[: len(calls) // 2], calls[len(calls) // 2 :]
+    for one, other in zip(uniform, middle, strict=True):
+        assert torch.equal(one["t"], other["t"]) == one.get("use_ema", False)
+        assert not one.get("use_ema") or torch.equal(one["noise"], other["noise"])
+    trained = [torch.cat([call["t"] for call in part if not call.get("use_ema")]) for part in (uniform, middle)]
+    assert len(trained[0]) > 30 and trained[1].double().mean() < 0.7 * trained[0].double().mean()
+
+
 @pytest.mark.parametrize("batch_size", [8, 4096])
 def test_validation_spreads_the_timesteps_of_each_class_over_all_of_them(monkeypatch, batch_size):
     """The list is sorted by class. Each class has the mean of all timesteps, and no wide gap."""
@@ -93,6 +106,7 @@ def test_validation_spreads_the_timesteps_of_each_class_over_all_of_them(monkeyp
         asked.extend(zip(y.tolist(), t.tolist()))
         return torch.zeros(len(x))
 
+    diffusion.sample_timesteps = lambda count, generator: torch.zeros(count)
     cpu = torch.device("cpu")
     meter, layout = SimpleNamespace(dtype=torch.float64), torch.contiguous_format
     context = SimpleNamespace(

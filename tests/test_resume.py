@@ -170,6 +170,37 @@ def test_a_setting_that_an_older_file_does_not_know_is_what_it_was(workplace, ca
     assert read_file(newest_run(workplace) / "last.pth")["config"][name] == was
 
 
+def test_the_density_of_the_timesteps_is_the_runs_own_and_may_change(twin, monkeypatch):
+    """A file that does not know it is of a run without, and a run from its weights asks anew."""
+    import train
+
+    whole, broken, pictures = twin
+    constant = [*pictures, "--init_lr", "1e-3", "--min_lr", "1e-3", "--warmup", "0", "--timestep_sampling", "middle"]
+    for folder, epochs in ((whole, 2), (broken, 1)):
+        monkeypatch.chdir(folder)
+        run_main("train.py", *RUN, *constant, "--epochs", epochs)
+    run_main("train.py", "--resume", "latest", "--epochs", "2")
+    assert_same_state(result(whole)[0], result(broken)[0])
+    assert result(broken)[0]["config"]["timestep_sampling"] == "middle"
+
+    def read(*options):
+        return train.read_settings(list(map(str, options)))[0].timestep_sampling
+
+    path = newest_run(broken) / "last.pth"
+    assert read("--resume", path, "--timestep_sampling", "logit_normal") == "logit_normal"
+    assert (read("--start_from", path), read("--start_from", path, "--timestep_sampling", "middle")) == (
+        "uniform",
+        "middle",
+    )
+    old = edited(path, lambda checkpoint: checkpoint["config"].pop("timestep_sampling"))
+    monkeypatch.setattr(train, "Config", with_defaults(train.Config, timestep_sampling="logit_normal"))
+    assert (read("--resume", path), read("--resume", old), read("--start_from", old)) == (
+        "middle",
+        "uniform",
+        "logit_normal",
+    )
+
+
 def test_a_file_of_weights_alone_starts_a_run_that_keeps_their_average(workplace, capsys):
     run_main("train.py", *RUN, "--epochs", "1", "--ema_decay", "0.9999")
     first = newest_run(workplace)

@@ -12,6 +12,7 @@ from conftest import TINY, run_main
 from PIL import Image
 
 import train
+from nets import TIMESTEP_SAMPLINGS, GaussianDiffusion, generate_cosine_schedule
 from utils import distributed
 from utils.checkpoint.resume import own_sums
 from utils.data.dataset import ImageDataset, split_validation
@@ -60,23 +61,37 @@ def test_auto_rate_goes_as_one_over_the_width():
     assert choose_learning_rate(3e-4, 64) == 3e-4
 
 
-def test_draws_are_those_of_the_whole_batch_whatever_the_share():
-    generator, shape = torch.Generator(), (8, 3, 4, 4)
-    whole = sample_step_noise(generator, derive_seed(0, 1, 2), shape, 100, flip=0.5, drop=0.3)
+def timesteps_of(name="uniform"):
+    """`sample_timesteps` of a GaussianDiffusion of 100 timesteps."""
+    betas = generate_cosine_schedule(100)
+    return GaussianDiffusion(torch.nn.Identity(), (4, 4), 3, betas=betas, timestep_sampling=name).sample_timesteps
+
+
+@pytest.mark.parametrize("name", TIMESTEP_SAMPLINGS)
+def test_draws_are_those_of_the_whole_batch_whatever_the_share(name):
+    generator, rest = torch.Generator(), ((8, 3, 4, 4), timesteps_of(name), 0.5, 0.3)
+    whole = sample_step_noise(generator, derive_seed(0, 1, 2), *rest)
     torch.randn(5, generator=generator)
-    shares = [
-        sample_step_noise(generator, derive_seed(0, 1, 2), shape, 100, flip=0.5, drop=0.3).of_rank(rank, 4)
-        for rank in range(4)
-    ]
-    for name in whole._fields:
-        assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(whole, name))
-    other = sample_step_noise(generator, derive_seed(0, 1, 3), shape, 100, flip=0.5, drop=0.3)
+    shares = [sample_step_noise(generator, derive_seed(0, 1, 2), *rest).of_rank(rank, 4) for rank in range(4)]
+    for field in whole._fields:
+        assert torch.equal(torch.cat([getattr(share, field) for share in shares]), getattr(whole, field))
+    other = sample_step_noise(generator, derive_seed(0, 1, 3), *rest)
     assert not torch.equal(whole.noise, other.noise) and not torch.equal(whole.t, other.t)
+
+
+def test_the_draws_of_a_step_are_the_same_as_ever():
+    """Pinned: a resumed run goes on with the numbers that it began with."""
+    step_noise = sample_step_noise(torch.Generator(), derive_seed(0, 1, 2), (8, 3, 4, 4), timesteps_of(), 0.5, 0.3)
+    assert step_noise.t.tolist() == [71, 38, 33, 43, 50, 59, 5, 36]
+    assert step_noise.noise.flatten()[:2].tolist() == pytest.approx([-0.129967287, 1.133228898])
+    assert step_noise.flip.nonzero().flatten().tolist() == [6, 7]
+    assert step_noise.drop.nonzero().flatten().tolist() == [0, 4]
 
 
 def test_an_option_does_not_change_another_ones_draws():
     with_flips, without = (
-        sample_step_noise(torch.Generator(), 7, (64, 1, 2, 2), 10, flip=flip, drop=0.5) for flip in (0.5, 0.0)
+        sample_step_noise(torch.Generator(), 7, (64, 1, 2, 2), timesteps_of(), flip=flip, drop=0.5)
+        for flip in (0.5, 0.0)
     )
     assert torch.equal(with_flips.noise, without.noise) and torch.equal(with_flips.drop, without.drop)
     assert with_flips.flip.any() and not without.flip.any()

@@ -4,7 +4,7 @@ train.py's Config has defaults and help texts. Settings in checkpoints are check
 utils imports nets here alone, for the names of its choices.
 """
 
-from nets import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, SAMPLERS, SCHEDULES
+from nets import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, SAMPLERS, SCHEDULES, TIMESTEP_SAMPLINGS
 from utils.data.image_format import RESIZE_MODES
 from utils.device import DTYPES
 from utils.settings import LARGEST, PAIR, SEVERAL, choice, flag, number, pathname, text, whole
@@ -41,6 +41,7 @@ RUN_SETTINGS = {
     "loss_type": choice(LOSSES),
     "loss_weighting": choice(LOSS_WEIGHTINGS),
     "min_snr_gamma": number(0),
+    "timestep_sampling": choice(TIMESTEP_SAMPLINGS),
     # Optimization
     "epochs": whole(1),
     "steps": whole(0),

@@ -1,6 +1,7 @@
 """The randomness of training, a function of seed and position: nothing to save or restore."""
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,9 +26,12 @@ class StepNoise(NamedTuple):
         return StepNoise(*(rows[rank * size : (rank + 1) * size] for rows in self))
 
 
-def sample_step_noise(generator, seed, shape, num_timesteps, flip=0.0, drop=0.0) -> StepNoise:
-    """For a whole batch (B, C, H, W). flip, drop: probabilities; no one changes other numbers."""
+def sample_step_noise(generator, seed, shape, sample_timesteps: Callable, flip=0.0, drop=0.0) -> StepNoise:
+    """For a whole batch (B, C, H, W). sample_timesteps: (B, generator) -> (B,).
+
+    flip, drop: probabilities; no one changes other numbers.
+    """
     generator.manual_seed(seed)
     on = {"generator": generator, "device": generator.device}
-    t, noise = torch.randint(num_timesteps, shape[:1], **on), torch.randn(shape, **on)
+    t, noise = sample_timesteps(shape[0], generator), torch.randn(shape, **on)
     return StepNoise(t, noise, *(torch.rand(shape[:1], **on) < chance for chance in (flip, drop)))

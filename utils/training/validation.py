@@ -20,7 +20,8 @@ def validation_loss(config, context) -> float:
     for number, first in enumerate(range(0, len(images), context.batch_size)):
         size = min(context.batch_size, len(images) - first)
         shape = (size, config.img_channels, *config.input_shape)
-        noise = sample_step_noise(generator, derive_seed(config.seed, "validation", number), shape, 1).noise
+        seed = derive_seed(config.seed, "validation", number)
+        noise = sample_step_noise(generator, seed, shape, context.diffusion.sample_timesteps).noise
         # Evenly over 0 ... T - 1 within each class too: an annotation file is sorted by class.
         place = (torch.arange(first, first + size, dtype=torch.float64) * GOLDEN_RATIO + 0.5) % 1
         t = (place * config.num_timesteps).long()
