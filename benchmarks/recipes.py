@@ -1,11 +1,14 @@
 """Which settings learn most from the same images? Loss of v and Frechet distance, by recipe.
 
     python -m benchmarks.recipes --recipes "base=|fast=init_lr:2e-3;batch_size:8"
+    python -m benchmarks.recipes --data FOLDER --size 32 --seconds 100 --seeds 2 --recipes \\
+        "uniform=|middle=timestep_sampling:middle|longer=timestep_sampling:middle;seconds:330"
 
-Every recipe sees as many images, in train.py's own step, and takes about as long. The loss is the
-unweighted squared error of v on held-out images, by timestep, of the EMA with x_0 clipped, whatever
-a recipe is trained on. The distance is that of time_to_quality. A recipe may name a `variant` too:
-ideas that are no setting (NOTES.md).
+Every recipe sees as many images, in train.py's own step, and takes about as long; or it trains for
+so many seconds of CPU time, with which its learning rate ends. The loss is the unweighted squared
+error of v on held-out images, by timestep, of the EMA with x_0 clipped, whatever a recipe is
+trained on. The distance is that of time_to_quality. A recipe may name a `variant` too: ideas that
+are no setting (NOTES.md).
 """
 
 import sys
@@ -19,21 +22,20 @@ import torch.nn.functional as F
 import nets.diffusion
 import train
 from benchmarks.baselines import Job
-from benchmarks.runs import DATA
-from benchmarks.time_to_quality import Evaluator, OurRun, read_settings, sampled
+from benchmarks.time_to_quality import Evaluator, OurRun, read_settings, sampled, steps_a_minute
 from benchmarks.timing import CLOCKS, markdown
-from nets.diffusion import PREDICTIONS, GaussianDiffusion
+from nets.diffusion import PREDICTIONS, TIMESTEP_SAMPLINGS, GaussianDiffusion
 from nets.errors import check_choice
-from nets.samplers import half_log_snr
 from utils.data.dataset import normalize
 from utils.device import choose_device
 from utils.errors import run_script
-from utils.settings import choice, parse, settings, text, whole
+from utils.settings import parse, settings, text, whole
 from utils.training.settings_schema import RUN_SETTINGS
 from utils.training.step_rng import derive_seed
 
 EIGHTHS, REPEATS, HELD_OUT, CANDIDATES = 8, 16, 256, 4
-IMAGES = whole(1, 10**9)  # that a recipe sees
+MIDDLE = TIMESTEP_SAMPLINGS["middle"]
+SECONDS, IMAGES = whole(0, 10**9), whole(1, 10**9)  # how long a recipe trains: CPU time, or images that it sees
 BASE = {**train.PRESETS["quick"], "val_split": 0.1, "compile": False}
 
 
@@ -41,9 +43,10 @@ BASE = {**train.PRESETS["quick"], "val_split": 0.1, "compile": False}
 @settings
 class Config:
     recipes: str = "base="  # name=setting:value;setting:value|name=...
-    data: str = "emoji"     # dataset
+    data: str = "emoji"     # dataset: emoji, fashion_mnist, or a folder of class folders
     data_root: str = ""     # a torchvision root with FashionMNIST/raw; "": fetched
     images: int = 8000      # that each recipe sees; a recipe may have its own number
+    seconds: int = 0        # of CPU time that each recipe trains, by a few steps timed before; 0: images decides
     size: int = 16          # height and width
     samples: int = 1000     # for the distance
     seed: int = 0           # of each recipe's first training; each further one adds 1
@@ -54,9 +57,10 @@ class Config:
 
 SETTINGS = {
     "recipes": text(),
-    "data": choice(DATA),
+    "data": text(),
     "data_root": text(),
     "images": IMAGES,
+    "seconds": SECONDS,
     "size": whole(1, 2**14),
     "samples": whole(2, 10**7),
     "seed": whole(0, 10**9),
@@ -94,26 +98,31 @@ def main(arguments=None):
 
 def read_recipes(config):
     """{name: arguments of `measure`}. UserError for an unknown setting, value or variant."""
-    declared, found = RUN_SETTINGS | {"variant": text(), "images": IMAGES}, {}
+    declared, found = RUN_SETTINGS | {"variant": text(), "images": IMAGES, "seconds": SECONDS}, {}
     for entry in config.recipes.split("|"):
         name, _, pairs = entry.partition("=")
-        values = {"variant": "", "images": config.images, **read_settings(pairs, declared)}
+        own = {"variant": "", "images": config.images, "seconds": config.seconds}
+        values = own | read_settings(pairs, declared)
         check_choice("variant", values["variant"], VARIANTS)
-        found[name] = {"variant": values.pop("variant"), "images": values.pop("images"), "settings": values}
+        found[name] = {**{key: values.pop(key) for key in own}, "settings": values}
     return found
 
 
-def measure(evaluator, variant, images, settings):
+def measure(evaluator, variant, images, seconds, settings):
     """(steps, CPU seconds, distance, loss, losses by eighth of t) of a recipe."""
     config, values = evaluator.config, BASE | settings
     job = Job(
-        evaluator.device, values["channel"], config.size, values["batch_size"], 0.0, None, None, DATA[config.data]
+        evaluator.device, values["channel"], config.size, values["batch_size"], 0.0, None, None, evaluator.channels
     )
     with ExitStack() as changes:
         for change in VARIANTS[variant]:
             changes.enter_context(change())
         run = OurRun(job, evaluator.annotation, evaluator.channels, config.seed, values)
-        run.told(images // run.context.batch_size)
+        steps = images // run.context.batch_size
+        if seconds:
+            steps = max(1, round(seconds / 60 * steps_a_minute("cpu", run)))
+            run = OurRun(job, evaluator.annotation, evaluator.channels, config.seed, values)
+        run.told(steps)
         began = CLOCKS["cpu"]()
         for _ in range(run.total_steps):
             run.train_step()
@@ -157,13 +166,11 @@ def patched(owner, name, function):
     return lambda: patch.object(owner, name, lambda *args, **options: function(original, *args, **options))
 
 
-def stratified(sample_step_noise, generator, seed, shape, num_timesteps, *chances):
-    """One timestep in each of B equal parts (Kingma et al. 2021, "VDM")."""
-    step_noise = sample_step_noise(generator, seed, shape, num_timesteps, *chances)
-    own = torch.Generator().manual_seed(seed)
-    u = (torch.arange(shape[0]) + torch.rand(shape[0], generator=own)) / shape[0]
-    order = torch.randperm(shape[0], generator=own)
-    return step_noise._replace(t=(u * num_timesteps).long().clamp(max=num_timesteps - 1)[order])
+def stratified(sample_timesteps, diffusion, count, generator=None):
+    """One timestep in each of `count` equal parts (Kingma et al. 2021, "VDM")."""
+    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    t, order = (u * diffusion.num_timesteps).long(), torch.randperm(count, generator=generator)
+    return t.clamp(max=diffusion.num_timesteps - 1)[order]
 
 
 def immiscible(make_batch, config, context, images, labels, epoch, consumed):
@@ -175,23 +182,21 @@ def immiscible(make_batch, config, context, images, labels, epoch, consumed):
     return x, y, step_noise._replace(noise=noises[torch.arange(len(x)), chosen])
 
 
-def lambdas_from(distribution):
-    """Timesteps whose lambda has a distribution: `distribution`, a function of u in (0, 1)."""
-
-    def make_batch_by_lambda(make_batch, config, context, *where):
-        x, y, step_noise = make_batch(config, context, *where)
-        lambdas = torch.tensor([half_log_snr(alpha_bar) for alpha_bar in context.diffusion.alpha_bars])
-        own = torch.Generator().manual_seed(derive_seed(config.seed, *where[2:], "lambda"))
-        wanted = distribution(torch.rand(len(x), generator=own, dtype=torch.float64))
-        t = torch.searchsorted(-lambdas.double(), -wanted).clamp(max=len(lambdas) - 1)
-        return x, y, step_noise._replace(t=t)
-
-    return [patched(train, "make_batch", make_batch_by_lambda)]
+def timesteps_by(distribution):
+    """Training timesteps of a distribution as in TIMESTEP_SAMPLINGS, whatever the setting says."""
+    return [lambda: patch.dict(TIMESTEP_SAMPLINGS, dict.fromkeys(TIMESTEP_SAMPLINGS, distribution))]
 
 
-def laplace(u):
-    """The log-SNR, 2 lambda, has Laplace's distribution: mean 0, b 0.5 (arXiv 2407.03297)."""
-    return -0.25 * (u - 0.5).sign() * torch.log1p(-2 * (u - 0.5).abs())
+def laplace(alpha_bars):
+    """The log-SNR has Laplace's distribution: mean 0, b 0.5 (arXiv 2407.03297)."""
+    log_snr = torch.logit(alpha_bars)
+    tail = torch.exp(-log_snr.abs() / 0.5) / 2
+    return torch.where(log_snr > 0, tail, 1 - tail)
+
+
+def middle_moved(by):
+    """The density "middle" with every lambda higher `by`: above 0 is less noise."""
+    return lambda alpha_bars: MIDDLE(torch.sigmoid(torch.logit(alpha_bars) - 2 * by))
 
 
 def input_noise(perturb_x, diffusion, x, t, noise):
@@ -240,9 +245,10 @@ def ema_of(fraction):
 
 VARIANTS = {
     "": [],
-    "stratified": [patched(train, "sample_step_noise", stratified)],
+    "stratified": [patched(GaussianDiffusion, "sample_timesteps", stratified)],
     "immiscible": [patched(train, "make_batch", immiscible)],
-    "laplace": lambdas_from(laplace),
+    "laplace": timesteps_by(laplace),
+    **{f"middle {by:+}": timesteps_by(middle_moved(by)) for by in (-1.0, -0.5, 0.5, 1.0)},
     "input noise": [patched(GaussianDiffusion, "perturb_x", input_noise)],
     "mirrored": [
         patched(train, "resolve", mirroring),

@@ -45,17 +45,20 @@ def network_options(device, size=0, channel=0):
 
 
 def list_images(data, work=WORK, data_root=""):
-    """The train_lines.txt of "fashion_mnist" or "emoji", made below `work` unless it is there.
+    """The train_lines.txt of "fashion_mnist", "emoji" or a folder of images, made below `work`.
 
-    data_root: a torchvision root that has FashionMNIST/raw; "": fetched. UserError for a root
-    without it.
+    Those of a name are listed once. data_root: a torchvision root that has FashionMNIST/raw; "":
+    fetched. UserError for a root without it.
     """
-    folder = Path(work).resolve() / data
+    known, path = data in DATA, Path(data).resolve()
+    folder = Path(work).resolve() / (data if known else f"{path.name}_{derive_seed(str(path)):016x}")
     images, annotation = folder / "datasets", folder / "train_lines.txt"
     images.mkdir(parents=True, exist_ok=True)  # the cache of decoded images comes to lie in it
-    if annotation.is_file():
+    if annotation.is_file() and known:
         return annotation
-    if data == "emoji":
+    if not known:
+        images = path
+    elif data == "emoji":
         images = PROJECT / "datasets" / "noto_emoji"
     else:
         if data_root:

@@ -286,7 +286,7 @@ class Evaluator:
     """The real images, and the features that samples are compared in."""
 
     def __init__(self, config, device):
-        self.config, self.device, self.channels = config, device, DATA[config.data]
+        self.config, self.device, self.channels = config, device, DATA.get(config.data, 3)
         self.annotation = list_images(config.data, WORK, config.data_root)
         self.dataset = open_dataset(self.annotation, ImageFormat((config.size, config.size), self.channels))
         cache = FeatureCache("", self.annotation)
@@ -339,7 +339,8 @@ def measure(config, device, evaluator, name, report, path):
         run.told(entry["total_steps"])
         run.restore(torch.load(state, weights_only=False), entry["marks"][-1]["steps"])
     else:
-        entry["total_steps"], entry["steps_a_minute"] = plan(config, run)
+        entry["steps_a_minute"] = steps_a_minute(config.clock, run)
+        entry["total_steps"] = max(1, round(config.minutes * entry["steps_a_minute"]))
         del run
         run = start()
         run.told(entry["total_steps"])
@@ -369,17 +370,16 @@ def sampled(evaluator, run):
     return distance
 
 
-def plan(config, run):
-    """(steps that fit into the minutes, steps a minute), measured on a few."""
-    clock, seconds = CLOCKS[config.clock], []
+def steps_a_minute(clock, run):
+    """How many steps fit into a minute, measured on a few. clock: a name from CLOCKS."""
+    read, seconds = CLOCKS[clock], []
     for _ in range(2):
         run.train_step()
     for _ in range(MEASURED_STEPS):
-        began = clock()
+        began = read()
         run.train_step()
-        seconds.append(clock() - began)
-    per_minute = 60 / float(np.median(seconds))
-    return max(1, round(config.minutes * per_minute)), per_minute
+        seconds.append(read() - began)
+    return 60 / float(np.median(seconds))
 
 
 def store(report, path):

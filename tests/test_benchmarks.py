@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT
+from conftest import PROJECT, write_pictures
 
 from benchmarks import denoisers, quality, recipes, runs, solvers
 from benchmarks.solvers import Cell
@@ -368,7 +368,7 @@ def test_each_variant_of_a_recipe_changes_the_training_and_leaves_nothing_behind
         config=recipes.Config(size=16, images=24), annotation="train_lines.txt", channels=3, device=torch.device("cpu")
     )
 
-    def losses(variant, images=24, **settings):
+    def losses(variant, images=24, seconds=0, **settings):
         values = {
             "init_lr": 1e-2,
             "optimizer_type": "adam",
@@ -377,7 +377,7 @@ def test_each_variant_of_a_recipe_changes_the_training_and_leaves_nothing_behind
             "batch_size": 8,
             **settings,
         }
-        steps, _, _, loss, *_ = recipes.measure(evaluator, variant, images, values)
+        steps, _, _, loss, *_ = recipes.measure(evaluator, variant, images, seconds, values)
         return steps, loss
 
     plain, classes = losses(""), losses("", class_conditional=True, horizontal_flip=True)
@@ -386,6 +386,8 @@ def test_each_variant_of_a_recipe_changes_the_training_and_leaves_nothing_behind
         assert steps == 3 and (loss != plain[1]) == bool(variant) and loss != classes[1], variant
     assert losses("") == plain
     assert losses("half size", images=8)[0] == 1
+    monkeypatch.setattr(recipes, "steps_a_minute", lambda clock, run: run.train_step() or 120)
+    assert losses("", seconds=2) == losses("", images=32)  # four steps, without those that were timed
 
 
 @pytest.mark.parametrize(
@@ -405,6 +407,16 @@ def test_a_wrong_recipe_is_refused_before_the_first_training(text, words):
 def test_recipes_are_read():
     config = recipes.Config(recipes="a=|b=variant:laplace;images:5;init_lr:2e-3;channel_mults:1,2")
     assert recipes.read_recipes(config) == {
-        "a": {"variant": "", "images": 8000, "settings": {}},
-        "b": {"variant": "laplace", "images": 5, "settings": {"init_lr": 2e-3, "channel_mults": (1, 2)}},
+        "a": {"variant": "", "images": 8000, "seconds": 0, "settings": {}},
+        "b": {"variant": "laplace", "images": 5, "seconds": 0, "settings": {"init_lr": 2e-3, "channel_mults": (1, 2)}},
     }
+
+
+def test_a_folder_of_images_is_data_too(workplace):
+    lists = [runs.list_images("datasets", workplace / "work")]
+    (workplace / "datasets" / "odd" / "001.png").unlink()
+    lists.append(runs.list_images("datasets", workplace / "work"))
+    write_pictures(workplace / "other" / "datasets")
+    assert lists[0] == lists[1] != runs.list_images("other/datasets", workplace / "work")
+    found = read_annotation(lists[0])
+    assert len(found.paths) == 23 and found.classes == ["even", "odd"]
