@@ -181,7 +181,7 @@ def read_options(target, words):
         with suppress(SystemExit), redirect_stdout(StringIO()):  # --help ends the program
             declared = getattr(module, "SETTINGS", RUN_SETTINGS)
             if target == "train":
-                declared |= {"preset": settings.choice(module.PRESETS)}
+                declared = declared | {"preset": settings.choice(module.PRESETS)}
             typed = settings.typed_options(module.Config, declared, "", words)
             if set(typed.get("names", "loss").split(",")) - set(getattr(module, "FIGURES", ("loss",))):
                 raise ValueError(f"no figure {typed['names']}")
