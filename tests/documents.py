@@ -352,7 +352,7 @@ def faults_of_defaults(path, text):
     """The tables of settings show the defaults that the scripts have."""
     faults = []
     for names, script, cell in default_cells(text):
-        script = script or ("predict" if path.name.startswith("drawing") else "train")
+        script = script or ("predict" if path.name.startswith("sampling") else "train")
         defaults = defaults_of(script)
         shown = [part.strip() for part in re.sub(r"[(（].*", "", cell).split("·")]
         shown = shown * len(names) if len(shown) == 1 else shown
@@ -414,9 +414,9 @@ def measured_values():
 
 
 def faults_of_measured(path, text):
-    """The tables of measured.md show, rounded, what benchmarks/results has."""
+    """The tables of benchmarks.md show, rounded, what benchmarks/results has."""
     faults = []
-    for line in take_apart(text).prose.splitlines() if path.name.startswith("measured.") else ():
+    for line in take_apart(text).prose.splitlines() if path.name.startswith("benchmarks.") else ():
         for number in re.findall(r"(?<![\w.])\d[\d,]*\.\d+|(?<![\w.])\d+,\d[\d,]*", line) if line[:1] == "|" else ():
             value, decimals = float(number.replace(",", "")), len(number.partition(".")[2])
             if not any(abs(known - value) <= 0.5001 * 10.0**-decimals for known in measured_values()):

@@ -37,10 +37,10 @@ def test_every_document_is_read():
 LEAST = {
     "README.md": {"links": 30, "commands": 15, "options": 5, "paths": 8, "names": 40, "defaults": 10, "numbers": 18},
     "docs/training.md": {"links": 8, "commands": 11, "options": 7, "names": 55, "defaults": 12, "numbers": 40},
-    "docs/drawing.md": {"links": 2, "commands": 10, "options": 4, "names": 30, "defaults": 10},
-    "docs/measured.md": {"links": 10, "commands": 5, "options": 6, "names": 20, "numbers": 150},
+    "docs/sampling.md": {"links": 2, "commands": 10, "options": 4, "names": 30, "defaults": 10},
+    "docs/benchmarks.md": {"links": 10, "commands": 5, "options": 6, "names": 20, "numbers": 150},
     "docs/reference.md": {"links": 2, "commands": 4, "names": 40, "paths": 14, "numbers": 10},
-    "docs/trouble.md": {"commands": 5, "options": 12, "names": 20},
+    "docs/troubleshooting.md": {"commands": 5, "options": 12, "names": 20},
     "docs/reading.md": {"links": 2, "paths": 25},
     "docs/how_it_works.md": {"links": 25, "commands": 4, "names": 30, "numbers": 18},
     "docs/contributing.md": {"commands": 6, "paths": 20, "names": 45},
@@ -166,8 +166,8 @@ def test_each_check_sees_its_fault(check, right, wrong):
     assert CHECKS[check](path, right) == [] and CHECKS[check](path, wrong)
 
 
-def test_the_tables_of_measured_md_are_compared():
-    path, row = PROJECT / "docs/measured.md", "| a | 20.52 | 1,893 |"
+def test_the_tables_of_benchmarks_md_are_compared():
+    path, row = PROJECT / "docs/benchmarks.md", "| a | 20.52 | 1,893 |"
     assert CHECKS["measured"](path, row) == []
     assert CHECKS["measured"](path, row.replace("20.52", "20.25")) and CHECKS["measured"](path, row.replace("1,", "7,"))
 
@@ -178,7 +178,7 @@ def test_the_tables_of_measured_md_are_compared():
         ("295.5 million", "2.956 亿"),
         ("10,000 steps", "2 万步"),
         ("in 12 steps", "一步"),
-        ("[a](training.md)", "[a](drawing.zh-CN.md)"),
+        ("[a](training.md)", "[a](sampling.zh-CN.md)"),
         ("[a](training.md)", "a"),
         ("`--seed 1`", "`--seed 2`"),
         ("    python train.py", "    python predict.py"),
