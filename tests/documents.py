@@ -41,7 +41,7 @@ PLACEHOLDER = re.compile(r"[A-Z]+(:\d+)?|.*<\w+>.*|epoch_XXXX.*|my_\w+")
 # Paths that a run makes, or that stand for the reader's files. Each must still be in some document.
 MADE = (
     *("logs/<*", "20*/", "*last.pth", "best.pth", "epoch_*.pth", "epoch_loss.csv", "epoch_loss.png", "speed.csv"),
-    *("config.json", "tensorboard/", "report.html", "evaluate_results.json", ".cache/", ".downloads/"),
+    *("config.json", "tensorboard/", "report.html", "evaluate*_results.*", ".cache/", ".downloads/"),
     *("train_lines.txt", "results/*_out/*", "train_out/*", "predict_out/*", "predict_?x?_results.png"),
     *("datasets/cats/", "datasets/dogs/", "cats/*", "dogs/*"),
 )
