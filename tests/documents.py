@@ -131,7 +131,6 @@ OTHERS = {
     "ruff check .",
     "ruff format --check .",
     "pip config set global.index-url ADDRESS",
-    "git clone ADDRESS ddpm",
     "hf download google/ddpm-celebahq-256 --local-dir celebahq",
     "%cd ddpm",
     "tensorboard --logdir logs",
