@@ -387,27 +387,41 @@ SECTIONS = {
 }
 
 
-SHOWN = ("training step", "denoising step", "25 images")  # the rows of the plot, as multiples of diffusers
+# The rows of the plot -> their titles. The last one's samplers differ in their numbers of steps.
+SHOWN = {
+    "training step": "training step",
+    "denoising step": "denoising step",
+    "25 images": "25 images,\n25 steps here, 1000 elsewhere",
+}
+
+
+def bars(report):
+    """{title: {implementation: speed}}, in multiples of diffusers' in equal precision."""
+    theirs, found = "" if report["machine"]["gpu"] else ", fp32", {}
+    for what, title in SHOWN.items():
+        rates = {row["who"]: row["rate"] for row in report["rows"] if row["what"] == what}
+        equal = next((who for who in rates if who.endswith(" bf16")), "diffusers")
+        names = {who: who.replace("denoising-diffusion-pytorch", "d.-d.-pytorch") + theirs for who in rates}
+        names |= {"this project": f"this project, {report['machine']['precision']}"}
+        names |= {equal: "diffusers, bf16"} if equal != "diffusers" else {}
+        if equal in rates:
+            found[title] = {names[who]: rate / rates[equal] for who, rate in rates.items()}
+    return found
 
 
 def plot(report, path):
-    """Bars of the speeds, as multiples of diffusers', which each panel names."""
+    """The bars as a figure, equal work in equal precision first."""
     from matplotlib.figure import Figure
 
-    found = {what: {row["who"]: row for row in report["rows"] if row["what"] == what} for what in SHOWN}
-    found = {what: rows for what, rows in found.items() if "diffusers" in rows}
-    if not found:
+    if not (found := bars(report)):
         return
-    figure = Figure(figsize=(8, 2.2), dpi=110, layout="constrained")
-    for panel, (what, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
-        times = [row["rate"] / rows["diffusers"]["rate"] for row in rows.values()][::-1]
-        bars = panel.barh(
-            [name.replace("denoising-diffusion-pytorch", "d.-d.-pytorch") for name in rows][::-1],
-            times,
-            color=["C7"] * (len(rows) - 1) + ["C0"],
-        )
-        panel.bar_label(bars, [f"{value:.3g}x" for value in times], padding=2)
-        panel.set(title=what, xlim=(0, 1.4 * max(times)), xticks=[])
+    figure = Figure(figsize=(8, 2.4), dpi=110, layout="constrained")
+    for panel, (title, multiples) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
+        names, times = list(multiples)[::-1], list(multiples.values())[::-1]
+        shown = panel.barh(names, times, color=["C7"] * (len(names) - 1) + ["C0"])
+        panel.bar_label(shown, [f"{value:.3g}x" for value in times], padding=2)
+        panel.set(xlim=(0, 1.4 * max(times)), xticks=[])
+        panel.set_title(title, fontsize=10)
         panel.tick_params(labelleft=panel is figure.axes[0], left=False)
     with atomic_write(path) as file:
         figure.savefig(file, format="png")

@@ -5,6 +5,7 @@ and how runs are started.
 import ast
 import gzip
 import importlib
+import json
 import math
 import re
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import torch
 from conftest import PROJECT, write_pictures
 
-from benchmarks import denoisers, quality, recipes, runs, solvers
+from benchmarks import denoisers, quality, recipes, runs, solvers, speed
 from benchmarks.solvers import Cell
 from nets import build
 from nets.samplers import half_log_snr
@@ -206,6 +207,19 @@ def test_what_a_benchmark_started_ends_with_it(tmp_path, monkeypatch):
     )
     assert subprocess.run([sys.executable, "parent.py"], cwd=tmp_path, timeout=60).returncode == 128 + 15
     assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "multiples"),
+    [
+        ("speed_cpu", [("this project, bf16", 1.16), ("diffusers, fp32", 0.6), ("diffusers, bf16", 1)]),
+        ("speed_cpu_no_bf16", [("this project, fp32", 1.22), ("diffusers, fp32", 1)]),
+    ],
+)
+def test_the_speed_figure_compares_in_equal_precision_and_says_so(name, multiples):
+    shown = speed.bars(json.loads((PROJECT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8")))
+    assert {label: shown["training step"][label] for label, _ in multiples} == pytest.approx(dict(multiples), abs=0.005)
+    assert next(title for title in shown if title.startswith("25 images")).endswith("25 steps here, 1000 elsewhere")
 
 
 def test_quality_replaces_a_report_of_other_settings_and_adds_to_one_of_the_same(tmp_path):
