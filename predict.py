@@ -150,7 +150,10 @@ def load_guide(config, checkpoint, diffusion):
 def check_model(config, diffusion, classes, guide):
     """UserError for a setting that this model cannot serve."""
     if config.class_name and not classes:
-        raise UserError("--class_name: this model was trained without classes; train with --class_conditional True")
+        raise UserError(
+            "--class_name: this model was trained without classes, which logs/emoji.pth has: add --model_path "
+            "logs/emoji.pth, or train with --class_conditional True"
+        )
     if config.class_name:
         check_choice("class_name", config.class_name, classes)
     check_guiding_model(diffusion, config.guidance_scale, guide)

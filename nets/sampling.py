@@ -154,8 +154,8 @@ def check_guiding_model(diffusion: nn.Module, scale: float, guide: nn.Module | N
     """ValueError for a guiding model of another kind, or guidance without it and a null class."""
     if guide is None and scale != 1 and diffusion.null_class is None:
         raise SettingError(
-            f"guidance_scale {scale:g} needs a model with a null class: train with --class_conditional True and "
-            "label_dropout above 0, or name an earlier file of the same run as --guiding_path"
+            f"guidance_scale {scale:g} needs a model with a null class, as logs/emoji.pth has: train with "
+            "--class_conditional True and label_dropout above 0, or name an earlier file of the run as --guiding_path"
         )
     words = {"img_size": "size", "img_channels": "number of channels", "num_classes": "number of classes"}
     for name, word in {**words, "null_class": "null class", "alpha_bars": "schedule"}.items():

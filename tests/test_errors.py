@@ -235,7 +235,7 @@ def test_checkpoint_of_another_architecture(place, capsys):
         ("--class_name fruit", "unknown class_name 'fruit'; known: even, odd"),
         (
             "--guidance_scale 3",
-            "needs a model with a null class: train with --class_conditional True and label_dropout above 0",
+            "needs a model with a null class, as logs/emoji.pth has: train with --class_conditional True and label",
         ),
         ("--guidance_scale -1", "--guidance_scale -1: expected a number from 0 to 1000"),
         (
@@ -311,8 +311,8 @@ def test_class_of_a_model_without_classes(place, capsys):
         "plain.pth", {**checkpoint, "weights": weights, "config": {**checkpoint["config"], "class_conditional": False}}
     )
     for options, words in (
-        ("--class_name even", "was trained without classes"),
-        ("--guidance_scale 2", "needs a model with a null class"),
+        ("--class_name even", "was trained without classes, which logs/emoji.pth has"),
+        ("--guidance_scale 2", "needs a model with a null class, as logs/emoji.pth has"),
     ):
         assert words in refused(capsys, "predict.py", "--model_path", "plain.pth", *PREDICT, *options.split())
 
