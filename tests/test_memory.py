@@ -169,11 +169,12 @@ def test_a_gpu_is_measured_with_as_many_images_as_fit(parts, monkeypatch, most, 
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_compiled_network_needs_less(parts, monkeypatch, checkpointing):
+def test_a_compiled_network_needs_its_share(parts, monkeypatch, checkpointing):
     config, built = parts(activation_checkpointing=checkpointing)
     monkeypatch.setattr(memory, "measure_pass", lambda config, context, number: 1000 + 100 * number)
     compiled = memory.measure_needs(train.replace(config, compile=True), on_gpu(built, 64))
-    assert compiled.per_image == 100 * memory.COMPILED[checkpointing] < 100
+    assert compiled.per_image == 100 * memory.COMPILED[checkpointing]
+    assert memory.COMPILED[False] < 1 < memory.COMPILED[True]  # checkpointing gains most without the compiler
     assert compiled.fixed == memory.measure_needs(config, on_gpu(built, 64)).fixed
 
 
