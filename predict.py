@@ -17,11 +17,12 @@ from nets.samplers import DEFAULT_RESAMPLINGS, DEFAULT_SPACING, SEEDS, VARIANCES
 from nets.sampling import SamplingOptions, check_guiding_model, check_interval, interval_predicate, sampling_schedule
 from utils import distributed
 from utils.checkpoint.runs import open_weights
+from utils.cpu_threads import NUM_THREADS
 from utils.data.image_format import ImageFormat
 from utils.device import DTYPES, autocast, choose_compile, choose_device, choose_precision, memory_format, round_weights
 from utils.errors import UserError, explain_out_of_memory, run_script
 from utils.images import to_uint8
-from utils.sampling.batches import advice_for_sampling, sample_batches
+from utils.sampling.batches import advice_for_sampling, choose_threads, sample_batches
 from utils.sampling.init_images import init_options
 from utils.sampling.option_rules import SOLVER_OPTIONS, check_rules
 from utils.sampling.predict_files import COLUMNS, SHOWN, PredictFiles, image_texts, shared_output_folder
@@ -76,6 +77,7 @@ class Config:
     device: str = "auto"                          # auto, cuda, cuda:1, mps or cpu
     precision: str = "auto"                       # mixed-precision dtype
     compile: bool | str = "auto"                  # torch.compile the network: pays for thousands of network evaluations
+    num_threads: int | str = "auto"               # CPU threads; auto: OMP_NUM_THREADS, or the fastest number
 # fmt: on
 
 
@@ -101,6 +103,7 @@ SETTINGS = {
     "seed_to": whole(-1, SEEDS - 1),
     "precision": choice(("auto", *DTYPES)),
     "compile": flag(choices=("auto",)),
+    "num_threads": NUM_THREADS,
 }
 
 
@@ -116,9 +119,10 @@ def main(arguments=None):
     config = resolve(replace(config, device=device.type, precision=precision), given, diffusion, classes)
     options = sampling_options(config, checkpoint, diffusion, guide)
     rows, labels = grid_rows(config, classes), class_ids(config, classes)
+    networks = move_networks(config, (diffusion, guide), device, precision)
+    choose_threads(config, diffusion, device, precision)
     if distributed.is_main():
         print_sampling(config, classes, rows, device, precision, checkpoint)
-    networks = move_networks(config, (diffusion, guide), device, precision)
     shape = (*diffusion.img_size, diffusion.img_channels)
     text_of = image_texts(config, networks, shape, classes, labels, options)
     for network in networks:

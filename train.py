@@ -19,12 +19,13 @@ from utils import distributed
 from utils.checkpoint.file import Checkpoint
 from utils.checkpoint.resume import check_classes, images_fingerprint, merge_settings, restore, start_settings
 from utils.checkpoint.runs import find_resumed, open_weights, run_folder
+from utils.cpu_threads import SpeedWatch, is_measured, set_threads
 from utils.data.dataset import ImageDataset, epoch_batches, fit_batch_size, normalize, open_dataset, split_validation
 from utils.data.image_format import ImageFormat
 from utils.device import autocast, choose_compile, choose_device, choose_precision, memory_format, peak_memory
 from utils.errors import UserError, explain_out_of_memory, run_script
 from utils.settings import choice, defaults, preset_values, settings, typed_options
-from utils.training.memory import advise, check_network_fits, measure_needs, print_memory
+from utils.training.memory import advise, check_network_fits, measure_needs, print_memory, try_gradients
 from utils.training.meter import Meter, counts_as_bad, epoch_means
 from utils.training.optimizer import choose_learning_rate, learning_rate, make_optimizer, step_unless_bad
 from utils.training.presets import PRESETS
@@ -96,6 +97,7 @@ class Config:
     device: str = "auto"                                 # auto, cuda, cuda:1, mps or cpu
     precision: str = "auto"                              # mixed-precision dtype; fp32: TF32 convolutions on NVIDIA GPUs
     compile: bool | str = "auto"                         # torch.compile the network; auto: on CUDA for 5,000 steps
+    num_threads: int | str = "auto"                      # CPU threads; auto: OMP_NUM_THREADS, or the fastest number
     seed: int = 0                                        # all randomness of the run is a function of it
 
     # Output
@@ -138,6 +140,7 @@ def main(arguments=None):
     config = resolve_by_steps(config, context, checkpoint)
     needs = measure_needs(config, context)
     with explain_out_of_memory(lambda: advise(needs, config, device)):
+        choose_threads(config, context, checkpoint)
         start = restore(checkpoint, context, config)
         print_summary(config, context, start, PRESETS.get(config.preset, {}))
         print_memory(needs, config, device)
@@ -251,11 +254,21 @@ def resolve_by_steps(config, context, checkpoint):
     return replace(config, epochs=epochs, compile=compiled)
 
 
+def choose_threads(config, context, checkpoint=None):
+    """Sets the number of CPU threads, a resumed run's own where it has one. Checkpoints keep it."""
+    kept = checkpoint.resolved.get("num_threads") if checkpoint and checkpoint.training else None
+    step, images = partial(try_gradients, config, context), context.batch_size // config.accumulate
+    number = set_threads(config.num_threads, context.device, step, images, kept=kept)
+    if context.device.type == "cpu" and distributed.world_size() == 1:
+        context.about.resolved["num_threads"] = number
+
+
 def train(config, context, folder, start):
     """The training loop, from the position in `start` to the last epoch, or to a signal."""
     rank, world_size, batch_size = distributed.rank(), distributed.world_size(), context.batch_size
     compile_network(config, context.diffusion)
-    lagged_max = distributed.LaggedMax()
+    lagged_max, speed = distributed.LaggedMax(), SpeedWatch()
+    timed_again = is_measured(config.num_threads, context.device) and not config.compile  # it would compile again
     with StopSignal() as stop, RunWriter(folder, config, context, start) as files:
         for epoch in range(start.epoch, config.epochs):
             consumed = start.images if epoch == start.epoch else 0  # images of this epoch
@@ -263,8 +276,11 @@ def train(config, context, folder, start):
             batches = epoch_batches(len(context.dataset), batch_size, config.seed, epoch, consumed, rank, world_size)
             for images, labels in context.dataset.batches(batches, pin_memory=context.device.type == "cuda"):
                 lr = learning_rate_at(config, context, epoch * context.steps_per_epoch + consumed // batch_size)
-                train_step(config, context, images, labels, epoch, consumed, lr)
+                with speed:
+                    train_step(config, context, images, labels, epoch, consumed, lr)
                 consumed += batch_size
+                if timed_again and speed.changed():
+                    choose_threads(config, context)
 
                 loss, bad_in_row = context.meter.latest()
                 files.show(epoch, batch_size, loss, lr)

@@ -17,7 +17,8 @@ from utils.training.loss_history import LossHistory
 PROJECT = Path(__file__).resolve().parent.parent
 # One thread: several would wait for each other wherever the machine does something else beside the
 # tests. And no matplotlib: it takes nearly half the time of a short run.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT / "tests/data/without_curves")}
+os.environ["OMP_NUM_THREADS"] = "1"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PROJECT / "tests/data/without_curves")}
 torch.set_num_threads(1)
 
 # The smallest network that has all kinds of blocks.

@@ -41,6 +41,8 @@ def merge_settings(defaults: dict, options: dict, checkpoint: Checkpoint) -> dic
     edited = [name for name in known if not RUN_SETTINGS[name].fixed and defaults[name] not in known[name]]
     if (ignored := sorted(edited)) and distributed.is_main():
         print(f"ignored when resuming (pass on the command line to override): {', '.join(ignored)}")
+    if "num_threads" in options:  # also "auto": the run's own number no longer holds
+        checkpoint.resolved.pop("num_threads", None)
     return {**merged, **machine(checkpoint, options), **options}
 
 

@@ -18,6 +18,7 @@ from nets.sampling import check_guiding_model, check_interval, sampling_schedule
 from utils.checkpoint.file import Checkpoint
 from utils.checkpoint.integrity import weights_digest
 from utils.checkpoint.runs import ENDINGS, newest_in, open_weights
+from utils.cpu_threads import NUM_THREADS
 from utils.data.dataset import split_validation
 from utils.data.image_format import RESIZE_MODES, ImageFormat
 from utils.device import DTYPES, autocast, choose_device, choose_precision, describe_device, memory_format
@@ -27,7 +28,7 @@ from utils.evaluate.image_sets import different_images, open_images, scan_sizes
 from utils.evaluate.measures import NEIGHBORS, measure_bits, measure_distances, measure_nearest, print_line
 from utils.files import atomic_write, output_folder
 from utils.images import to_uint8
-from utils.sampling.batches import last_images, sample_batches
+from utils.sampling.batches import choose_threads, last_images, sample_batches
 from utils.sampling.option_rules import check_guidance
 from utils.sampling.summary import describe_guidance
 from utils.settings import PAIR, choice, flag, number, parse, pathname, settings, text, whole
@@ -78,6 +79,7 @@ class Config:
     batch_size: int = 100                         # images at once: lower it if memory runs out
     device: str = "auto"                          # auto, cuda, cuda:1, mps or cpu
     precision: str = "auto"                       # mixed-precision dtype of the diffusion network; features are fp32
+    num_threads: int | str = "auto"               # CPU threads; auto: OMP_NUM_THREADS, or the fastest number
 # fmt: on
 
 
@@ -104,6 +106,7 @@ SETTINGS = {
     "seed": whole(0, SEEDS - 1),
     "batch_size": whole(1, 2**16),
     "precision": choice(("auto", *DTYPES)),
+    "num_threads": NUM_THREADS,
 }
 
 
@@ -136,6 +139,7 @@ def evaluate(config):
     start, device = time.time(), choose_device(config.device)
     precision = choose_precision(config.precision, device)
     model = load_model(config, device, precision) if is_checkpoint(config.samples) else None
+    choose_threads(config, model and model.diffusion, device, precision)
     print(f"{describe_device(device)}, precision {precision}")
     open_set, results = make_opener(config, model)
     reference, held_out = open_references(config, model, open_set)

@@ -2,6 +2,10 @@
 
 import torch
 
+from utils.cpu_threads import set_threads
+from utils.device import autocast
+from utils.errors import explain_out_of_memory
+
 
 def sample_batches(diffusion, firsts, batch_size, seed, labels=None, noise=None, options=None):
     """Yields (first, steps) for each of `firsts`: the batch of images first, first + 1, ...
@@ -16,6 +20,23 @@ def sample_batches(diffusion, firsts, batch_size, seed, labels=None, noise=None,
         y = None if labels is None else labels[numbers % len(labels)].to(device)
         start = {"noise": noise(numbers)} if noise else {"seeds": (seed + numbers).tolist()}
         yield first, diffusion.sample_steps(batch_size, device, y, options=options, **start)
+
+
+def choose_threads(config, diffusion, device, precision):
+    """Sets the number of CPU threads. "auto" times network calls, where there is a diffusion.
+
+    config: of predict.py or utils.evaluate.
+    """
+
+    @torch.no_grad()
+    def call(count):
+        x = torch.zeros(count, diffusion.img_channels, *diffusion.img_size)
+        ids = torch.zeros(count, dtype=torch.long)
+        # Not the network itself: a compiled one would be compiled again for each number.
+        diffusion.network(config.use_ema).forward(x, ids, None if diffusion.num_classes is None else ids)
+
+    with autocast(device, precision), explain_out_of_memory(lambda: advice_for_sampling(config)):
+        set_threads(config.num_threads, device, call if diffusion else None, config.batch_size, seconds=0.5)
 
 
 def last_images(steps):

@@ -122,11 +122,16 @@ def measure_pass(config, context, number: int) -> int:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(context.device)
     with torch.backends.cudnn.flags(enabled=True):  # without its search for fast convolutions
-        try:
-            forward(config, context, number).backward()
-        finally:  # half of a backward pass leaves gradients too
-            context.optimizer.zero_grad()
+        try_gradients(config, context, number)
     return torch.cuda.max_memory_reserved(context.device)
+
+
+def try_gradients(config, context, number: int) -> None:
+    """Forward and backward pass of `number` black images, of which nothing stays."""
+    try:
+        forward(config, context, number).backward()
+    finally:  # half of a backward pass leaves gradients too
+        context.optimizer.zero_grad()
 
 
 def forward(config, context, number: int) -> torch.Tensor:

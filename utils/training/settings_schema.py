@@ -5,6 +5,7 @@ utils imports nets here alone, for the names of its choices.
 """
 
 from nets import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, SAMPLERS, SCHEDULES, TIMESTEP_SAMPLINGS
+from utils.cpu_threads import NUM_THREADS
 from utils.data.image_format import RESIZE_MODES
 from utils.device import DTYPES
 from utils.settings import LARGEST, PAIR, SEVERAL, choice, flag, number, pathname, text, whole
@@ -63,6 +64,7 @@ RUN_SETTINGS = {
     "device": text(),
     "precision": choice(("auto", *DTYPES)),
     "compile": flag(choices=("auto",)),
+    "num_threads": NUM_THREADS,
     "seed": whole(-(2**63), 2**63 - 1),
     # Output
     "save_dir": pathname(),

@@ -1,0 +1,136 @@
+"""How many threads PyTorch computes with on a CPU: the number asked for, or the fastest one.
+
+The threads of a layer wait for each other. On cores that other programs use too, and in containers
+that may use fewer cores than there are, several can be ten times slower than one.
+"""
+
+import math
+import os
+import statistics
+import time
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.module import register_module_forward_pre_hook
+from tqdm import tqdm
+
+from utils import distributed
+from utils.settings import whole
+from utils.terminal import plural
+
+NUM_THREADS = whole(1, 1024, "auto")  # the setting of all scripts
+MOST = torch.get_num_threads()  # PyTorch's own number, before anything changes it
+VARIABLES = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}  # with which users set it. torchrun sets the first
+HOPELESS = 2  # times the least time: still more threads take even longer
+NEARLY = 1.03  # times the least time: of these the fewest threads are taken
+WINDOW = 15  # seconds of steps whose mean speed counts
+CHANGED = 0.6  # ratio of two speeds
+
+
+def set_threads(asked, device, step, images, seconds=1.5, kept=None) -> int:
+    """Sets the number of threads that is `asked` for, and returns it.
+
+    "auto": `kept`, or the result of `fastest_threads`, unless `is_measured` says no. kept: the
+    number of a resumed run, whose results depend on it in their last bits. step: None for none.
+    """
+    if asked != "auto":
+        torch.set_num_threads(asked)
+    elif is_measured(asked, device):
+        if kept and kept <= MOST:
+            torch.set_num_threads(kept)
+        elif step:
+            fastest_threads(step, images, seconds)
+    number = min(torch.get_num_threads(), NUM_THREADS.highest)
+    if kept:
+        before = "as before" if number == kept else f"before {kept}: the last bits of its results change"
+        print(f"the run computes with {plural(number, 'thread')}, {before}")
+    return number
+
+
+def is_measured(asked, device) -> bool:
+    """Whether timing decides: on a CPU, where nobody set the number and no other process shares."""
+    alone = distributed.world_size() == 1 and not VARIABLES & os.environ.keys()
+    return asked == "auto" and device.type == "cpu" and alone and MOST > 1
+
+
+def fastest_threads(step, images: int, seconds: float) -> None:
+    """Sets the number out of 1, 2, 4, ... with which `step(count)` is fastest per image.
+
+    step computes with `count` images, at most `images`; torch's random numbers stay as they were.
+    It takes about so many seconds, longer if a step of one image does.
+    """
+    before, end, few = torch.get_num_threads(), time.perf_counter() + seconds, 1
+    numbers, times = sorted({*(2**power for power in range(MOST.bit_length())), MOST}), {}
+    with torch.random.fork_rng(devices=()):
+        torch.set_num_threads(1)
+        while few < images and few * time_per_image(step, few) < seconds / 10:
+            few *= 2
+        while not times or time.perf_counter() < end:  # in turn: what else the machine does meets all
+            least = math.inf
+            for number in numbers:
+                torch.set_num_threads(number)
+                count = min(few * number, images)  # so that all threads take as long as one
+                limit = max(2 * HOPELESS * least * count, seconds / 4)
+                taken = time_per_image(step, count, seconds / len(numbers) / 6, limit)
+                times.setdefault(number, []).append(taken)
+                if taken > HOPELESS * least:
+                    break
+                least = min(least, taken)
+    medians = {number: statistics.median(times[number]) for number in times}
+    best = next(number for number in times if medians[number] <= NEARLY * min(medians.values()))
+    torch.set_num_threads(best)
+    if best != before:
+        each = [f"{1000 * t:.3g} with {n}" if t < math.inf else f"far more with {n}" for n, t in medians.items()]
+        tqdm.write(f"num_threads {best} is fastest now: milliseconds per image and step are {', '.join(each)}")
+
+
+def time_per_image(step, count, seconds=0.0, limit=math.inf):
+    """Seconds per image of a call with `count` images, or of as many calls as `seconds` are for.
+
+    A first call does not count. If it takes more than `limit` seconds it is given up: infinity.
+    """
+    end = time.perf_counter() + limit
+
+    def check(value=None):
+        if time.perf_counter() > end:
+            raise TimeoutError
+        return value
+
+    hook = register_module_forward_pre_hook(lambda *_: check())
+    try:
+        with saved_tensors_hooks(check, check):  # of the forward and the backward pass
+            step(count)  # what a new size or number of threads needs is made now
+    except TimeoutError:
+        return math.inf
+    finally:
+        hook.remove()
+    calls, began = 0, time.perf_counter()
+    while not calls or time.perf_counter() - began < seconds:
+        step(count)
+        calls += 1
+    return (time.perf_counter() - began) / calls / count
+
+
+class SpeedWatch:
+    """Compares the speed of a loop with what it was. Each step is a `with` block of it."""
+
+    def __init__(self):
+        self.usual, self.steps, self.seconds = None, 0, 0.0
+
+    def __enter__(self):
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - self.began
+
+    def changed(self) -> bool:
+        """Whether the last WINDOW seconds were far slower or faster than the first ones.
+
+        After a True the comparison begins again.
+        """
+        if self.seconds < WINDOW:
+            return False
+        speed, self.steps, self.seconds = self.steps / self.seconds, 0, 0.0
+        changed = self.usual is not None and not CHANGED <= speed / self.usual <= 1 / CHANGED
+        self.usual = None if changed else self.usual or speed
+        return changed
