@@ -4,14 +4,11 @@ The threads of a layer wait for each other. On cores that other programs use too
 that may use fewer cores than there are, several can be ten times slower than one.
 """
 
-import math
 import os
 import statistics
 import time
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.modules.module import register_module_forward_pre_hook
 from tqdm import tqdm
 
 from utils import distributed
@@ -53,62 +50,39 @@ def is_measured(asked, device) -> bool:
     return asked == "auto" and device.type == "cpu" and alone and MOST > 1
 
 
-def fastest_threads(step, images: int, seconds: float) -> None:
+def fastest_threads(step, images: int, seconds: float) -> int:
     """Sets the number out of 1, 2, 4, ... with which `step(count)` is fastest per image.
 
     step computes with `count` images, at most `images`; torch's random numbers stay as they were.
     It takes about so many seconds, longer if a step of one image does.
     """
-    before, end, few = torch.get_num_threads(), time.perf_counter() + seconds, 1
-    numbers, times = sorted({*(2**power for power in range(MOST.bit_length())), MOST}), {}
+    before, end, few, times = torch.get_num_threads(), time.perf_counter() + seconds, 1, {}
+
+    def timed(number, count):
+        torch.set_num_threads(number)
+        began = time.perf_counter()
+        step(count)
+        return (time.perf_counter() - began) / count
+
     with torch.random.fork_rng(devices=()):
-        torch.set_num_threads(1)
-        while few < images and few * time_per_image(step, few) < seconds / 10:
+        for number in sorted({*(2**power for power in range(MOST.bit_length())), MOST}):
+            timed(number, 1)  # what a new number of threads needs is made now
+            times[number] = [timed(number, 1)]  # a hopeless number would take minutes with more images
+            if times[number][0] > HOPELESS * times[1][0]:
+                break
+        close = [number for number in times if times[number][0] <= HOPELESS * times[1][0]]
+        while few < images and few * times[1][0] < seconds / 20:
             few *= 2
-        while not times or time.perf_counter() < end:  # in turn: what else the machine does meets all
-            least = math.inf
-            for number in numbers:
-                torch.set_num_threads(number)
-                count = min(few * number, images)  # so that all threads take as long as one
-                limit = max(2 * HOPELESS * least * count, seconds / 4)
-                taken = time_per_image(step, count, seconds / len(numbers) / 6, limit)
-                times.setdefault(number, []).append(taken)
-                if taken > HOPELESS * least:
-                    break
-                least = min(least, taken)
-    medians = {number: statistics.median(times[number]) for number in times}
+        while time.perf_counter() < end:
+            for number in close:  # in turn: what else the machine does meets all of them
+                times[number].append(timed(number, min(few * number, images)))
+    medians = {number: statistics.median(times[number][1:] or times[number]) for number in times}
     best = next(number for number in times if medians[number] <= NEARLY * min(medians.values()))
     torch.set_num_threads(best)
     if best != before:
-        each = [f"{1000 * t:.3g} with {n}" if t < math.inf else f"far more with {n}" for n, t in medians.items()]
-        tqdm.write(f"num_threads {best} is fastest now: milliseconds per image and step are {', '.join(each)}")
-
-
-def time_per_image(step, count, seconds=0.0, limit=math.inf):
-    """Seconds per image of a call with `count` images, or of as many calls as `seconds` are for.
-
-    A first call does not count. If it takes more than `limit` seconds it is given up: infinity.
-    """
-    end = time.perf_counter() + limit
-
-    def check(value=None):
-        if time.perf_counter() > end:
-            raise TimeoutError
-        return value
-
-    hook = register_module_forward_pre_hook(lambda *_: check())
-    try:
-        with saved_tensors_hooks(check, check):  # of the forward and the backward pass
-            step(count)  # what a new size or number of threads needs is made now
-    except TimeoutError:
-        return math.inf
-    finally:
-        hook.remove()
-    calls, began = 0, time.perf_counter()
-    while not calls or time.perf_counter() - began < seconds:
-        step(count)
-        calls += 1
-    return (time.perf_counter() - began) / calls / count
+        each = ", ".join(f"{1000 * medians[number]:.3g} with {number}" for number in medians)
+        tqdm.write(f"num_threads {best} is fastest now: milliseconds per image and step are {each}")
+    return best
 
 
 class SpeedWatch:
