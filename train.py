@@ -33,7 +33,7 @@ from utils.training.run_files import RunWriter
 from utils.training.settings_schema import CARRIED, RUN_SETTINGS
 from utils.training.signals import StopSignal
 from utils.training.step_rng import derive_seed, sample_step_noise
-from utils.training.summary import print_dry_run, print_summary
+from utils.training.summary import print_dry_run, print_summary, print_time
 from utils.training.validation import validation_loss
 
 
@@ -149,6 +149,7 @@ def main(arguments=None):
             flops = architecture.count_flops(arguments, config.input_shape)
             print_dry_run(config, context, flops, partial(train_step, config, context, epoch=0, consumed=0, lr=0.0))
         else:
+            print_time(config, context, start)
             train(config, context, run_folder(checkpoint, config.save_dir), start)
     distributed.stop()
 

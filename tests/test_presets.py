@@ -3,6 +3,7 @@
 import csv
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import TINY, assert_same_state, read_file, run_main, with_defaults
 import train
 from nets import UNet
 from nets.architecture import count_flops
+from utils.training import summary
 
 NAMES = [name for name in train.PRESETS if name]
 
@@ -88,6 +90,22 @@ def test_a_dry_run_says_the_time_and_changes_nothing(workplace, capsys):
     seconds, rest = line.split(" s a step, 3,000 steps: ")
     assert float(seconds.split()[1]) > 0 and re.fullmatch(r"\d:\d\d:\d\d", rest.split(",")[0])
     assert not Path("logs").exists() and line.endswith(" billion operations per image, forward")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "preset", "line"),
+    [
+        (1000, "", "time       about 50 minutes on this CPU"),
+        (4000, "", "time       about 3 hours on this CPU; `--preset quick` trains on a thousand images in minutes"),
+        (4000, "quick", "time       about 3 hours on this CPU"),
+    ],
+)
+def test_a_run_on_a_cpu_says_how_long_it_takes_before_it_begins(workplace, capsys, monkeypatch, epochs, preset, line):
+    """By this clock four images take half a second. An epoch has 3 batches of 8."""
+    monkeypatch.setattr(train, "train", lambda *_: None)
+    monkeypatch.setattr(summary, "time", SimpleNamespace(perf_counter=iter((0, 9, 9.5)).__next__))
+    run_main("train.py", "--preset", preset, *TINY, "--epochs", epochs)
+    assert line in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize(("epochs", "warned"), [(500, False), (501, True)])

@@ -7,10 +7,12 @@ from datetime import timedelta
 from utils import distributed
 from utils.device import describe_device
 from utils.terminal import plural
+from utils.training.memory import try_gradients
 
 # How often an image may be seen before a warning. The onset of memorization grows in proportion to
 # the number of images (Bonnaire et al. 2025, arXiv 2505.17638); logs/emoji.md measures it at 1,296.
 MEMORIZATION_VIEWS = 500
+LONG = 7200  # seconds of a run on a CPU from which the preset that is made for one is named
 
 
 def print_summary(config, context, start, preset: dict) -> None:
@@ -41,13 +43,33 @@ def print_summary(config, context, start, preset: dict) -> None:
             "warning: a network may memorize so small a training set (the onset scales with its size): hold some out "
             "with --val_split 0.1, and look for copies with `python -m utils.evaluate`"
         )
-    done = start.epoch * context.steps_per_epoch + start.images // context.batch_size
-    counter = context.diffusion.ema_step + max(0, total - done)  # at the end; weights may bring one along
+    counter = context.diffusion.ema_step + steps_left(config, context, start)  # at the end; weights may bring one along
     if span := ema_span(config, counter):
         print(f"EMA        over about the last {span:,} of {plural(total, 'step')} at the end")
     else:
         start_step = f"ema_start is {config.ema_start:,}, and the run has {plural(total, 'step')}"
         print(f"EMA        never starts: {start_step}; its samples come from the last weights")
+
+
+def steps_left(config, context, start) -> int:
+    done = start.epoch * context.steps_per_epoch + start.images // context.batch_size
+    return max(0, config.epochs * context.steps_per_epoch - done)
+
+
+def print_time(config, context, start) -> None:
+    """On a CPU: about how long the run takes, from a pass of a few images, before it is spent."""
+    if context.device.type != "cpu":
+        return
+    share = context.batch_size // distributed.world_size()
+    images = min(share // config.accumulate, 4)
+    for _ in range(2):  # the first pass allocates memory
+        began = time.perf_counter()
+        try_gradients(config, context, images)
+    seconds = (time.perf_counter() - began) / images * share * steps_left(config, context, start)
+    about = f"{seconds / 60:.0f} minutes" if seconds < LONG else f"{seconds / 3600:.0f} hours"
+    quicker = seconds > LONG and not (config.preset or config.resume)
+    instead = "; `--preset quick` trains on a thousand images in minutes" if quicker else ""
+    print(f"time       about {about} on this CPU{instead}")
 
 
 def ema_span(config, steps: int) -> int:
