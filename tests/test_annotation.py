@@ -157,7 +157,7 @@ def test_each_bad_file_is_left_out_with_its_reason(tmp_path):
     whole, bad = check_images(paths)
     assert whole == [(good[0], (8, 6)), (good[1], (5, 9))]
     assert [path for path, _ in bad] == [paths[1], paths[2], paths[4]]
-    assert "truncated" in bad[1][1] and "not a picture" in bad[2][1] and bad[0][1]
+    assert "truncated" in bad[1][1] and "not an image" in bad[2][1] and bad[0][1]
 
 
 def test_a_name_with_a_line_break_is_left_out(tmp_path):
@@ -539,7 +539,7 @@ def test_a_list_cannot_be_written_into_a_pipe_or_a_device(tmp_path):
 def test_a_list_never_replaces_an_image(tmp_path, monkeypatch):
     path = make_image(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="is one of the pictures"):
+    with pytest.raises(ValueError, match="is one of the images"):
         check_annotation_path("a.png", [path])
     check_annotation_path("other.png", [path])
 
@@ -573,7 +573,7 @@ def test_the_script_lists_what_is_good_and_says_what_it_did(tmp_path):
     for said in (
         "3 images, width x height: 8x6 (3)",
         "2 classes: cats (1), dögs (2)",
-        "bad.png: not a picture",
+        "bad.png: not an image",
         "class folders without an image that can be read: owls",
         "the 1 shipped ones",
         str(tmp_path / "train_lines.txt"),
@@ -606,7 +606,7 @@ def test_the_script_says_what_it_does_not_read_and_why_there_are_no_classes(tmp_
     assert "not read: " in done.stdout and ".xyz (1)" in done.stdout
     assert ".heic (2), " in done.stdout and "pip install pillow-heif" in done.stdout or ".heic" in EXTENSIONS
     assert "no class folders, as stray.png would be in none: move" in done.stdout
-    assert r"bad\x1b[31m.png: not a picture" in done.stdout and "pipe.png: no regular file" in done.stdout
+    assert r"bad\x1b[31m.png: not an image" in done.stdout and "pipe.png: no regular file" in done.stdout
     assert "\x1b" not in done.stdout
 
 

@@ -563,7 +563,7 @@ def test_a_batch_is_one_gather():
 def test_the_batch_shrinks_to_the_images_there_are(capsys):
     assert fit_batch_size(100, 64) == 64 and capsys.readouterr().out == ""
     assert fit_batch_size(10, 64) == 10
-    assert "batch_size is 10, not 64: the list has 10 images" in capsys.readouterr().out
+    assert "batch_size is 10, not 64: the annotation file has 10 images" in capsys.readouterr().out
     assert fit_batch_size(10, 64, multiple=4) == 8
 
 

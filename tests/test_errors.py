@@ -255,7 +255,7 @@ def test_checkpoint_of_another_architecture(place, capsys):
         ("--init_image p.png --strength 1.2", "--strength 1.2: expected a number from 0 to 1 or None"),
         ("--init_image p.png --strength 0.1 --steps 9", "steps must be from 1 to 2"),
         ("--init_image gone.png", "gone.png: cannot be read as an image (No such file or directory)"),
-        ("--init_image train_lines.txt", "train_lines.txt: cannot be read as an image (not a picture"),
+        ("--init_image train_lines.txt", "train_lines.txt: cannot be read as an image (not an image"),
         ("--init_image p.png --mask gone.png", "gone.png: cannot be read as an image"),
         ("--init_image p.png --mask black.png", "the mask is all black: paint white"),
         ("--init_image p.png --mask white.png", "the mask is all white: paint white"),

@@ -616,4 +616,4 @@ def test_an_unknown_format_is_no_picture():
     for content in (b"", b"P", b"%!PS-Adobe-3.0 EPSF-3.0", b"GIF", b"text " * 99):
         with pytest.raises(ValueError) as caught, open_image(io.BytesIO(content)):
             pass
-        assert describe_error(caught.value) == "not a picture, or of an unknown format"
+        assert describe_error(caught.value) == "not an image, or of an unknown format"

@@ -431,7 +431,7 @@ def test_what_is_no_picture_is_described_without_its_path(tmp_path):
     (tmp_path / "a.png").write_text("not a picture")
     with pytest.raises(ValueError) as caught:
         check_image(tmp_path / "a.png")
-    assert describe_error(caught.value) == "not a picture, or of an unknown format"
+    assert describe_error(caught.value) == "not an image, or of an unknown format"
 
 
 def test_reading_headers_only_is_possible(tmp_path):
@@ -443,7 +443,7 @@ def test_reading_headers_only_is_possible(tmp_path):
 def test_other_formats_are_not_even_tried(tmp_path):
     smooth(8, 8).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="not a picture"):
+    with pytest.raises(ValueError, match="not an image"):
         check_image(tmp_path / "a.png")
 
 

@@ -715,7 +715,7 @@ def test_given_images_are_read_as_those_of_training(plain, monkeypatch, capsys, 
     Image.new("RGB", (8, 8)).save("photo.png")
     Image.new("RGB", (8, 8)).save("eps.png", "EPS")
     os.mkfifo("pipe.png")
-    for name, words in (("eps.png", "not a picture, or of an unknown format"), ("pipe.png", "is no regular file")):
+    for name, words in (("eps.png", "not an image, or of an unknown format"), ("pipe.png", "is no regular file")):
         images = {"init_image": "photo.png", setting: name}
         with pytest.raises(SystemExit):
             draw(plain, *(word for option, value in images.items() for word in (f"--{option}", value)))

@@ -362,7 +362,7 @@ PRESETS = {
     [
         ("key", r"PRESETS\['key'\]: batchsize is no setting \(did you mean batch_size\?\)"),
         ("range", r"PRESETS\['range'\]: shape is \(1, 65\): expected 2 whole numbers from -1 to 64"),
-        ("list", r"PRESETS\['list'\]: mults is the list \[1, 2\]: write it as a tuple, \(1, 2\)"),
+        ("list", r"PRESETS\['list'\]: mults is a list, \[1, 2\]: write it as a tuple, \(1, 2\)"),
         ("other", "preset 'other': expected one of '', 'fine', 'list', 'key', 'range'"),
     ],
 )

@@ -37,7 +37,7 @@ def run_script(main):
 def user_message(error):
     """The text for the user of what the user can mend; None for a mistake of ours."""
     if is_out_of_memory(error):
-        return "out of memory: lower --batch_size, or the size of the pictures or of the network"
+        return "out of memory: lower --batch_size, or the size of the images or of the network"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}; check this path, or name another"
     return str(error) if isinstance(error, OSError) or getattr(error, "for_user", False) else None

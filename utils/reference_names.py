@@ -7,7 +7,7 @@ REFERENCE_NAMES = {
     "distributed": "nothing: start with torchrun --nproc_per_node N train.py",
     "sync_bn": "nothing: the network has group norm",
     "diffusion_model_path": "start_from (weights for a new run) or resume (the whole run)",
-    "Init_Epoch": "resume: a run goes on at the epoch where it was",
+    "Init_Epoch": "resume: a run continues at the epoch where it was",
     "Epoch": "epochs",
     "Init_lr": "init_lr, the highest learning rate",
     "Min_lr": "min_lr, the last learning rate itself, not a fraction of Init_lr",

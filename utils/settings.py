@@ -132,7 +132,7 @@ def preset_values(presets: dict[str, dict], name: str, declared: dict[str, Setti
     for setting, value in presets[fitted(f"preset {name!r}", name, choice(presets))].items():
         check_known(setting, declared, f"PRESETS[{name!r}]: {setting}")
         if isinstance(value, list):
-            raise UserError(f"PRESETS[{name!r}]: {setting} is the list {value}: write it as a tuple, {tuple(value)}")
+            raise UserError(f"PRESETS[{name!r}]: {setting} is a list, {value}: write it as a tuple, {tuple(value)}")
         values[setting] = fitted(f"PRESETS[{name!r}]: {setting} is {value!r}", value, declared[setting])
     return values
 

@@ -50,7 +50,7 @@ def check_annotation_path(annotation_path, images=()):
     if "\0" in path or not Path(path).name or path.endswith(("/", os.sep)) or os.path.isdir(path):
         raise UserError(f"annotation_path {path!r} is no name of a file: give one such as train_lines.txt")
     if str(resolve_output(path)) in map(os.path.realpath, images):
-        raise UserError(f"annotation_path {path} is one of the pictures: the list would replace it; give another name")
+        raise UserError(f"annotation_path {path} is one of the images and would be overwritten; give another name")
     if Path(path).stem.endswith("_classes") and (lists := _labeled_lists(Path(path))):
         raise UserError(f"annotation_path {path} holds the class names of {lists[0]}: give another name")
 

@@ -113,11 +113,11 @@ def fit_batch_size(num_images, batch_size, multiple=1):
         fit = max(multiple, batch_size // multiple * multiple)
         raise UserError(f"batch_size {batch_size} is no multiple of {multiple} (processes x accumulate): use {fit}")
     if num_images < multiple:
-        have = f"the list has {plural(num_images, 'image')}"
+        have = f"the annotation file has {plural(num_images, 'image')}"
         raise UserError(f"{have}, too few for batches of {multiple} (processes x accumulate)")
     shrunk = min(batch_size, num_images // multiple * multiple)
     if shrunk < batch_size:
-        print(f"batch_size is {shrunk}, not {batch_size}: the list has {plural(num_images, 'image')}")
+        print(f"batch_size is {shrunk}, not {batch_size}: the annotation file has {plural(num_images, 'image')}")
     return shrunk
 
 

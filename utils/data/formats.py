@@ -77,7 +77,7 @@ def open_image(source, whole=True):
             if accept(prefix) in (True, 1):  # a text says why the format is not supported
                 break
         else:
-            raise UserError("not a picture, or of an unknown format")
+            raise UserError("not an image, or of an unknown format")
         opened = {"PNG": _open_png, "JPEG": _open_jpeg, "PPM": _open_ppm, "TIFF": _open_tiff}.get(name)
         with opened(source, whole) if opened else factory(source, "") as image:
             yield image
