@@ -7,6 +7,7 @@ the Chinese from docs/settings_zh.txt.
 """
 
 import importlib
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import fields
 from pathlib import Path
 
@@ -114,6 +115,8 @@ def faults_of_chinese() -> list[str]:
 
 
 def main(arguments=None):
+    form = {"description": __doc__, "formatter_class": RawDescriptionHelpFormatter}
+    ArgumentParser("python -m docs.settings", **form).parse_args(arguments)
     for name, chinese in (("settings.md", False), ("settings.zh-CN.md", True)):
         with atomic_write(FOLDER / name, "w", encoding="utf-8") as file:
             file.write(page(chinese))

@@ -20,8 +20,9 @@ RUN = [*TINY, "--epochs", "2", "--seed", "1"]  # 6 steps
 
 @pytest.fixture
 def calls(monkeypatch):
-    """All calls of the loss, as dicts, without those that only measure memory."""
+    """All calls of the loss, as dicts, without those that only measure memory and time."""
     recorded, forward = [], GaussianDiffusion.forward
+    monkeypatch.setattr(train, "print_time", lambda *_: None)
     monkeypatch.setattr(train, "measure_needs", lambda config, context: MemoryNeeds(8, 1, 1.0))
 
     def recording(self, x, y=None, **options):
