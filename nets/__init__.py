@@ -2,6 +2,7 @@
 """The mathematics of denoising diffusion. Read schedules, unet, samplers, sampling, diffusion."""
 
 from .build import from_checkpoint, from_config, from_weights, load_weights
+from .condition import CONDITIONS, Condition
 from .diffusion import LOSS_WEIGHTINGS, LOSSES, TIMESTEP_SAMPLINGS, GaussianDiffusion
 from .samplers import SAMPLERS, SPACINGS, seeded_noise, slerp
 from .sampling import PREDICTIONS, SamplingOptions

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import condition
 from .errors import SettingError
 from .schedules import check_betas, make_betas, schedule_tables
 from .unet import MAX_GROUPS, UNet
@@ -27,6 +28,7 @@ def unet_arguments(config: Mapping[str, Any], num_classes: int) -> dict[str, Any
     rows, _ = class_rows(config, num_classes)
     renamed = {"base_channels": config["channel"]} if "channel" in config else {}
     arguments = arguments_of(UNet, {"img_channels": 3, **config}, num_classes=rows, **renamed)
+    arguments["cond_channels"] = condition.CONDITIONS[config.get("condition", "")](arguments["img_channels"])
     arguments["num_groups"] = choose_groups(arguments["num_groups"], arguments["base_channels"])
     check_levels(arguments["channel_mults"], arguments["attention_resolutions"])
     return arguments
@@ -99,10 +101,11 @@ def read_architecture(weights: Weights, prefix: str) -> dict[str, Any]:
     """The UNet's arguments, from the shapes of the weights with this prefix; else ValueError."""
     shapes = {key.removeprefix(prefix): tuple(value.shape) for key, value in weights.items() if key.startswith(prefix)}
     try:
-        base_channels, img_channels = shapes["init_conv.weight"][:2]
+        (base_channels, inputs), img_channels = shapes["init_conv.weight"][:2], shapes["out_conv.weight"][0]
         widths, blocks, attention = read_levels(shapes)
         return {
             "img_channels": img_channels,
+            "cond_channels": inputs - img_channels,
             "base_channels": base_channels,
             "channel_mults": tuple(width // base_channels for width in widths),
             "num_res_blocks": blocks,
@@ -161,7 +164,8 @@ def change_classes(weights: Weights, known: Sequence[str], classes: Sequence[str
 
     known: the names of its classes, [] for numbers. classes, config: the names and the settings of
     the new network. A class of both keeps its rows. A new one gets the null class's, or the mean;
-    without classes the bias of the time does. Weights without classes get zeros.
+    without classes the bias of the time does. Weights without classes get zeros, and so do those
+    without the condition of the new network. ValueError: theirs is another.
     """
     weights = {key: value.float() for key, value in clean_keys(weights).items() if not key.startswith("model.")}
     rows, null_class = class_rows(config, len(classes))
@@ -176,4 +180,9 @@ def change_classes(weights: Weights, known: Sequence[str], classes: Sequence[str
         else:
             new = [named.get(name, null) for name in classes]
             weights[embedding] = torch.stack(new + [null] * (null_class is not None))
+    first, images = weights["ema_model.init_conv.weight"], len(weights["ema_model.out_conv.weight"])
+    inputs = images + unet_arguments(config, len(classes))["cond_channels"]
+    if first.shape[1] not in (images, inputs):
+        raise SettingError("these weights are conditioned on an image, and in another way: set their --condition")
+    weights["ema_model.init_conv.weight"] = torch.nn.functional.pad(first, (0, 0, 0, 0, 0, inputs - first.shape[1]))
     return weights

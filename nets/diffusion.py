@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cpu_fused, sampling
+from .condition import Condition
 from .ema import ema_weight, tensors_of, update_
 from .errors import check_choice
 from .samplers import Denoise, Device, Trajectory
@@ -50,6 +51,7 @@ class GaussianDiffusion(nn.Module):
     prediction, loss_weighting, timestep_sampling: names from LOSSES, PREDICTIONS, LOSS_WEIGHTINGS,
     TIMESTEP_SAMPLINGS; else ValueError.
     null_class: the class id for "no class". ema_start, ema_update_rate: see update_ema.
+    condition: None, or what the model is conditioned on, as model(x_t, t, y, cond).
 
     The state dict holds the network, its EMA and the float32 tables of the schedule. Sampling
     computes float64 tables from these float32 betas, so a loaded file gives the same images.
@@ -73,6 +75,7 @@ class GaussianDiffusion(nn.Module):
         timestep_sampling: str = "uniform",
         ema_warmup: bool = False,
         null_class: int | None = None,
+        condition: Condition | None = None,
     ):
         super().__init__()
         check_choice("loss_type", loss_type, LOSSES)
@@ -80,7 +83,7 @@ class GaussianDiffusion(nn.Module):
         check_choice("loss_weighting", loss_weighting, LOSS_WEIGHTINGS)
         check_choice("timestep_sampling", timestep_sampling, TIMESTEP_SAMPLINGS)
         self.img_size, self.img_channels = tuple(img_size), img_channels
-        self.num_classes, self.null_class = num_classes, null_class
+        self.num_classes, self.null_class, self.condition = num_classes, null_class, condition or Condition()
         self.prediction, self.loss_type = prediction, loss_type
         self.loss_weighting, self.min_snr_gamma = loss_weighting, min_snr_gamma
         self.timestep_sampling = timestep_sampling
@@ -154,14 +157,16 @@ class GaussianDiffusion(nn.Module):
         return torch.bucketize(torch.rand(count, **on), self.timestep_edges, right=True)
 
     def get_losses(
-        self, x: Tensor, t: Tensor, y: Labels, *, noise: Tensor | None = None, use_ema=False, reduction="mean"
+        self, x: Tensor, t: Tensor, y: Labels, *, noise=None, cond=None, use_ema=False, reduction="mean"
     ) -> Tensor:
         """The loss at timesteps t (b,) in float32: a scalar, or (b,) for reduction "none".
 
         Ho et al. 2020, equation 14, for eps, l2 and no weighting. noise None: new noise.
+        cond: None, or the conditions of x (b, k, h, w).
         """
         noise = torch.randn_like(x) if noise is None else noise
-        output = self.network(use_ema)(self.perturb_x(x, t, noise), t, y)
+        conds = () if cond is None else (cond,)
+        output = self.network(use_ema)(self.perturb_x(x, t, noise), t, y, *conds)
         target = PREDICTIONS[self.prediction].target(x, noise, *self.signal_and_noise(t, x))
         errors = LOSSES[self.loss_type](output.float(), target.float(), reduction="none")
         losses = errors.flatten(1).mean(1) * self.loss_weight[t]

@@ -45,6 +45,7 @@ class SamplingOptions(NamedTuple):
     # The lambdas between which it acts (Kynkäänniemi et al. 2024; -log sigma); None: at each step.
     guidance_interval: tuple[float, float] | None = None
     guiding_model: nn.Module | None = None  # in the place of the null class; it needs no classes
+    cond: Tensor | None = None  # (b, k, h, w), the condition of each image, see condition.py
     init: Tensor | None = None  # images to start from (Meng et al. 2022, "SDEdit")
     strength: float = 1.0  # they are noised to timestep strength * T
     known: Tensor | None = None  # images to keep where mask is 0 (ddpm only)
@@ -61,28 +62,31 @@ class Denoiser:
     """denoise(x_t, t) -> the network's own x_0. The network should be in eval mode.
 
     y: class ids (b,). None is the null class, where the network has classes; else ValueError.
+    cond: (b, k, h, w), the condition; None for none.
     """
 
-    def __init__(self, diffusion: nn.Module, y: Tensor | None = None, use_ema: bool = True):
+    def __init__(self, diffusion: nn.Module, y=None, use_ema: bool = True, cond: Tensor | None = None):
         device = diffusion.betas.device
         self.network, self.null_class = diffusion.network(use_ema), diffusion.null_class
         self.alpha_bars = diffusion.alpha_bars
         self.output_to_x_0 = PREDICTIONS[diffusion.prediction].to_x_0
         self.timesteps = torch.arange(len(self.alpha_bars), device=device)  # a slice is a view, not a copy to a GPU
-        self.y = None
+        self.y, self.cond = None, None if cond is None else cond.to(device)
         if diffusion.num_classes is not None:
             if y is None and self.null_class is None:
                 raise SettingError("a network without a null class needs a class for each image: pass y")
-            self.y = torch.as_tensor([self.null_class] if y is None else y, device=device)
+            null = [self.null_class] * (1 if cond is None else len(cond))
+            self.y = torch.as_tensor(null if y is None else y, device=device)
 
     def __call__(self, x_t: Tensor, t: int) -> Tensor:
-        return self.to_x_0(self.predict(x_t, t, self.y), x_t, t)
+        return self.to_x_0(self.predict(x_t, t, self.y, self.cond), x_t, t)
 
     @torch.no_grad()
-    def predict(self, x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
+    def predict(self, x_t: Tensor, t: int, y: Tensor | None, cond: Tensor | None) -> Tensor:
         """The network's output in float32. y: (b,), or (1,) for all images."""
-        b = len(x_t)
-        return self.network(x_t, self.timesteps[t : t + 1].expand(b), None if y is None else y.expand(b)).float()
+        b, conds = len(x_t), () if cond is None else (cond,)
+        y = None if y is None else y.expand(b)
+        return self.network(x_t, self.timesteps[t : t + 1].expand(b), y, *conds).float()
 
     def to_x_0(self, output: Tensor, x_t: Tensor, t: int) -> Tensor:
         return self.output_to_x_0(output, x_t, self.alpha_bars[t] ** 0.5, (1 - self.alpha_bars[t]) ** 0.5)
@@ -94,16 +98,17 @@ def apply_guidance(prediction: Tensor, weaker: Tensor, scale: float) -> Tensor:
 
 
 def classifier_free_guidance(denoiser: Denoiser, scale: float, at_once: bool) -> Denoise:
-    """Guidance away from the null class. at_once: one call predicts both, on twice the batch."""
-    null_class = torch.full_like(denoiser.y, denoiser.null_class)
-    labels = torch.cat((denoiser.y, null_class))
+    """Guidance away from no class and no condition. at_once: one call, on twice the batch."""
+    own, empty = (denoiser.y, denoiser.cond), (denoiser.null_class, 0.0)
+    null = [None if given is None else torch.full_like(given, none) for given, none in zip(own, empty)]
+    both = [None if given is None else torch.cat((given, none)) for given, none in zip(own, null)]
 
     def denoise(x_t, t):
         if at_once:
-            conditional, null = denoiser.predict(torch.cat((x_t, x_t)), t, labels).chunk(2)
+            strong, weak = denoiser.predict(torch.cat((x_t, x_t)), t, *both).chunk(2)
         else:
-            conditional, null = (denoiser.predict(x_t, t, y) for y in (denoiser.y, null_class))
-        return denoiser.to_x_0(apply_guidance(conditional, null, scale), x_t, t)
+            strong, weak = (denoiser.predict(x_t, t, *given) for given in (own, null))
+        return denoiser.to_x_0(apply_guidance(strong, weak, scale), x_t, t)
 
     return denoise
 
@@ -115,20 +120,21 @@ def autoguidance(denoiser: Denoise, guide: Denoise, scale: float) -> Denoise:
 
 def make_denoiser(diffusion: nn.Module, y: Tensor | None, options: SamplingOptions) -> Denoise:
     """denoise(x_t, t) -> x_0 with guidance and clipping. ValueError: guidance that cannot work."""
-    scale, guide = options.guidance_scale, options.guiding_model
+    scale, guide, cond = options.guidance_scale, options.guiding_model, options.cond
     check_guiding_model(diffusion, scale, guide)
     acts = interval_predicate(options.guidance_interval)
-    plain = guided = Denoiser(diffusion, y, options.use_ema)
+    plain = guided = Denoiser(diffusion, y, options.use_ema, cond)
     if scale != 1 and guide is not None:
-        guided = autoguidance(plain, Denoiser(guide, y, options.use_ema), scale)
+        guided = autoguidance(plain, Denoiser(guide, y, options.use_ema, cond), scale)
     elif scale != 1:
-        if y is None:
-            raise SettingError("guidance needs a class for each image: pass y")
+        if y is None and cond is None:
+            raise SettingError("guidance needs a class or a condition for each image: pass y or cond")
         # An interval has steps without guidance: one shape for all calls is compiled once.
         guided = classifier_free_guidance(plain, scale, at_once=options.guidance_interval is None)
 
     def denoise(x_t, t):
         x_0 = (guided if acts(half_log_snr(diffusion.alpha_bars[t])) else plain)(x_t, t)
+        x_0 = x_0 if cond is None else diffusion.condition.restore(x_0, plain.cond)
         return x_0.clamp(-1, 1) if options.clip else x_0
 
     return denoise
@@ -152,12 +158,13 @@ def check_interval(interval: tuple[float, float] | None, schedule: list[Step]) -
 
 def check_guiding_model(diffusion: nn.Module, scale: float, guide: nn.Module | None = None) -> None:
     """ValueError for a guiding model of another kind, or guidance without it and a null class."""
-    if guide is None and scale != 1 and diffusion.null_class is None:
+    if guide is None and scale != 1 and diffusion.null_class is None and not diffusion.condition.dropped:
         raise SettingError(
             f"guidance_scale {scale:g} needs a model with a null class, as logs/emoji.pth has: train with "
             "--class_conditional True and label_dropout above 0, or name an earlier file of the run as --guiding_path"
         )
     words = {"img_size": "size", "img_channels": "number of channels", "num_classes": "number of classes"}
+    words["condition"] = "condition"
     for name, word in {**words, "null_class": "null class", "alpha_bars": "schedule"}.items():
         if guide is not None and getattr(guide, name) != getattr(diffusion, name):
             raise SettingError(f"the guiding model has another {word}: take an earlier file of the same run")

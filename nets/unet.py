@@ -174,8 +174,9 @@ class UNet(nn.Module):
     size. time_emb_dim, num_classes: None for no input t or y. initial_pad: pixels of zeros around.
     activation_checkpointing: the backward pass computes activations again, in a third more time.
 
-    The last four are what other projects' weights need. norm_eps: of the norms. attention_head_dim:
-    see AttentionBlock. downsample_padding: see Downsample. freq_shift: see PositionalEmbedding.
+    cond_channels: of the image that the network is conditioned on. The four before are what other
+    projects' weights need. norm_eps: of the norms. attention_head_dim: see AttentionBlock.
+    downsample_padding: see Downsample. freq_shift: see PositionalEmbedding.
     """
 
     def __init__(
@@ -199,10 +200,11 @@ class UNet(nn.Module):
         attention_head_dim: int | None = None,
         downsample_padding: int = 1,
         freq_shift: int = 0,
+        cond_channels: int = 0,
     ):
         super().__init__()
         self.activation, self.num_classes, self.initial_pad = activation, num_classes, initial_pad
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.cond_channels = activation_checkpointing, cond_channels
         self.details = {"norm_eps": norm_eps, "attention_head_dim": attention_head_dim}
         self.details |= {"downsample_padding": downsample_padding, "freq_shift": freq_shift}
         self.time_mlp = None
@@ -210,7 +212,7 @@ class UNet(nn.Module):
             layers = nn.Linear(base_channels, time_emb_dim), nn.SiLU(), nn.Linear(time_emb_dim, time_emb_dim)
             embedding = PositionalEmbedding(base_channels, time_emb_scale, freq_shift=freq_shift)
             self.time_mlp = nn.Sequential(embedding, *layers)
-        self.init_conv = nn.Conv2d(img_channels, base_channels, 3, padding=1)
+        self.init_conv = nn.Conv2d(img_channels + cond_channels, base_channels, 3, padding=1)
         self.downs, self.mid, self.ups = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         levels = [(base_channels * mult, i in attention_resolutions) for i, mult in enumerate(channel_mults)]
         shared = {"dropout": dropout, "time_emb_dim": time_emb_dim, "num_classes": num_classes}
@@ -239,11 +241,17 @@ class UNet(nn.Module):
             if level > 0:
                 self.ups.append(Upsample(channels))
 
-    def forward(self, x: Tensor, time: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        """x (b, c, h, w), time (b,) timesteps, y (b,) class ids -> (b, c, h, w)."""
+    def forward(self, x: Tensor, time: Tensor | None = None, y: Tensor | None = None, cond=None) -> Tensor:
+        """x (b, c, h, w), time (b,) timesteps, y (b,) class ids -> (b, c, h, w).
+
+        cond: (b, cond_channels, h, w), or None for none: zeros.
+        """
         if self.num_classes is not None and y is None:
             raise ValueError("this network is conditioned on classes: pass y")
         time_emb = None if self.time_mlp is None else self.time_mlp(time)
+        if self.cond_channels:
+            cond = x.new_zeros(len(x), self.cond_channels, *x.shape[2:]) if cond is None else cond
+            x = torch.cat((x, cond), dim=1)
         pad = self.initial_pad
         x = self.init_conv(F.pad(x, (pad,) * 4) if pad else x)
         skips = [x]
