@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from nets import GaussianDiffusion, architecture, build
+from nets import GaussianDiffusion, architecture, build, condition
 from nets.unet import MAX_GROUPS
 from utils import distributed
 from utils.checkpoint.file import Checkpoint
@@ -61,7 +61,9 @@ class Config:
     dropout: float = 0.1                                 # dropout probability
     activation_checkpointing: bool = False               # less memory, slower: the backward pass recomputes activations
     class_conditional: bool = False                      # learn the class folders, to sample by class later
-    label_dropout: float = 0.1                           # probability of no label, for classifier-free guidance
+    label_dropout: float = 0.1                           # probability of no label or condition, for guidance
+    condition: str = ""                                  # image that the network is conditioned on, see conditioning.md
+    condition_scale: int = 4                             # how many times smaller the images of low_res are
 
     # Diffusion
     schedule: str = "linear"                             # noise schedule
@@ -184,6 +186,7 @@ def check(config):
         raise UserError("lr_decay_type step falls by a factor and cannot reach 0: set init_lr and min_lr above 0")
     architecture.check_levels(config.channel_mults, config.attention_resolutions)
     architecture.check_input_shape(config.input_shape, len(config.channel_mults))
+    condition.from_settings(asdict(config))
 
 
 def resolve(config):
@@ -215,7 +218,8 @@ def prepare(config, device, checkpoint=None, about=None):
     network = asdict(config) | carried
     image_format = ImageFormat(*(getattr(config, name) for name in ImageFormat._fields))
     with distributed.one_per_machine_first():
-        images = open_dataset(config.annotation_path, image_format, config.num_workers)
+        pairs = config.condition == "pairs"
+        images = open_dataset(config.annotation_path, image_format, config.num_workers, pairs=pairs)
     digests = {"the digest of the images": images_fingerprint(images), "compile": None}  # it may fail on one machine
     position = {"the position of the checkpoint": checkpoint and checkpoint.training and checkpoint.training[:4]}
     distributed.check_equal({**network, **digests, **position})
@@ -316,8 +320,8 @@ def train_step(config, context, images, labels, epoch, consumed, lr):
     """
     (group,) = context.optimizer.param_groups
     group["lr"] = lr
-    x, y, step_noise = make_batch(config, context, images, labels, epoch, consumed)
-    losses = backward(config, context, x, y, step_noise)
+    x, y, cond, step_noise = make_batch(config, context, images, labels, epoch, consumed)
+    losses = backward(config, context, x, y, cond, step_noise)
     context.scaler.unscale_(context.optimizer)
     norm = clip_grad_norm_(group["params"], config.grad_clip or float("inf"))
     bad = 1 - norm.isfinite().float()
@@ -327,7 +331,7 @@ def train_step(config, context, images, labels, epoch, consumed, lr):
 
 
 def make_batch(config, context, images, labels, epoch, consumed):
-    """(x (b, C, H, W) in [-1, 1], class ids (b,) or None, StepNoise) on the device.
+    """(x (b, C, H, W) in [-1, 1], class ids (b,) or None, conditions or None, StepNoise).
 
     The randomness is sampled for the whole batch on every process, so that the number of processes
     changes nothing but dropout.
@@ -336,24 +340,28 @@ def make_batch(config, context, images, labels, epoch, consumed):
     torch.manual_seed(derive_seed(config.seed, epoch, consumed, "dropout", rank))
     generator, seed = torch.Generator(context.device), derive_seed(config.seed, epoch, consumed)
     shape = (context.batch_size, config.img_channels, *config.input_shape)
-    flip, drop = config.horizontal_flip / 2, config.label_dropout if config.class_conditional else 0.0
-    whole_batch = sample_step_noise(generator, seed, shape, context.diffusion.sample_timesteps, flip, drop)
+    drop = config.label_dropout if config.class_conditional or config.condition else 0.0
+    chances = config.horizontal_flip / 2, drop, context.diffusion.condition.count_numbers(*shape[1:])
+    whole_batch = sample_step_noise(generator, seed, shape, context.diffusion.sample_timesteps, *chances)
     step_noise = whole_batch.of_rank(rank, world_size)
     x = normalize(images, context.device, step_noise.flip if config.horizontal_flip else None, context.layout)
+    x, cond = context.diffusion.condition(x, step_noise.condition, condition.AUGMENTATION)
+    cond = None if cond is None else cond * ~step_noise.drop[:, None, None, None]
     y = None
     if config.class_conditional:
         labels = labels.to(context.device, non_blocking=context.device.type == "cuda")
         y = torch.where(step_noise.drop, context.diffusion.num_classes - 1, labels)
-    return x, y, step_noise
+    return x, y, cond, step_noise
 
 
-def backward(config, context, x, y, step_noise):
+def backward(config, context, x, y, cond, step_noise):
     """The gradients of the batch, micro-batch by micro-batch. Returns the losses (b,)."""
     world_size, size, losses = distributed.world_size(), len(x) // config.accumulate, []
     for number in range(config.accumulate):
         rows = slice(number * size, (number + 1) * size)
         last = world_size == 1 or number == config.accumulate - 1
         given = {"t": step_noise.t[rows], "noise": step_noise.noise[rows], "reduction": "none"}
+        given["cond"] = None if cond is None else cond[rows]
         with nullcontext() if last else context.model.no_sync():  # the processes' gradients are averaged once a step
             with autocast(context.device, config.precision):
                 loss = context.model(x[rows], None if y is None else y[rows], **given)

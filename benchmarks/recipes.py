@@ -175,11 +175,11 @@ def stratified(sample_timesteps, diffusion, count, generator=None):
 
 def immiscible(make_batch, config, context, images, labels, epoch, consumed):
     """The nearest of CANDIDATES noises for each image (arXiv 2406.12303, "immiscible")."""
-    x, y, step_noise = make_batch(config, context, images, labels, epoch, consumed)
+    x, *given, step_noise = make_batch(config, context, images, labels, epoch, consumed)
     own = torch.Generator().manual_seed(derive_seed(config.seed, epoch, consumed, "candidates"))
     noises = torch.randn(len(x), CANDIDATES, *x.shape[1:], generator=own)
     chosen = (noises - x[:, None]).flatten(2).square().sum(2).argmin(1)
-    return x, y, step_noise._replace(noise=noises[torch.arange(len(x)), chosen])
+    return x, *given, step_noise._replace(noise=noises[torch.arange(len(x)), chosen])
 
 
 def timesteps_by(distribution):
@@ -216,9 +216,9 @@ def mirroring(resolve, config):
 
 def mirrored(make_batch, config, context, images, labels, epoch, consumed):
     """Half of the images mirrored, in classes of their own: an augmentation that does not leak."""
-    x, y, step_noise = make_batch(config, context, images, labels, epoch, consumed)
+    x, y, cond, step_noise = make_batch(config, context, images, labels, epoch, consumed)
     null = context.diffusion.num_classes - 1
-    return x, torch.where(step_noise.flip & (y != null), y + null // 2, y), step_noise
+    return x, torch.where(step_noise.flip & (y != null), y + null // 2, y), cond, step_noise
 
 
 def half_size_first(train_step, run):

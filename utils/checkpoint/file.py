@@ -16,7 +16,7 @@ FORMAT = 1
 POSITION = ("epoch", "images", "batch_size", "pictures")  # TrainingState's fields, as the file has them
 STATE = ("sums", "optimizer", "scaler", "bad_in_row")
 # What a run did whose file lacks one of these settings: they came later.
-BEFORE = {"num_groups": 32, "icc": False, "schedule_shift": 0.0, "timestep_sampling": "uniform"}
+BEFORE = {"num_groups": 32, "icc": False, "schedule_shift": 0.0, "timestep_sampling": "uniform", "condition": ""}
 
 
 class TrainingState(NamedTuple):

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from utils import distributed
 from utils.checkpoint.runs import BEST, LAST, LOGS
 from utils.checkpoint.saving import CheckpointWriter
+from utils.data.dataset import conditioned
 from utils.device import autocast
 from utils.errors import UserError, explain_out_of_memory
 from utils.files import TolerantWriter, atomic_write, locked, remove_leftovers
@@ -163,9 +164,19 @@ class RunWriter:
 
 
 def sample_preview(config, context):
-    """A 5x5 grid (H, W, C) uint8 by the EMA, all classes in turn, always from the same noise."""
-    y = torch.arange(COUNT) % len(context.dataset.classes) if config.class_conditional else None
-    steps, seeds = min(config.preview_steps, config.num_timesteps), list(range(config.seed, config.seed + COUNT))
+    """A 5x5 grid (H, W, C) uint8 by the EMA, all classes in turn, always from the same noise.
+
+    With conditions, of images held out where there are any: condition, sample, original.
+    """
+    y, cond, count = torch.arange(COUNT) % max(len(context.dataset.classes), 1), None, COUNT
+    if config.condition:
+        source = context.validation if len(context.validation) else context.dataset
+        numbers = source.shuffled(COUNT, config.seed)
+        images, cond = conditioned(context.diffusion, source, numbers, config.seed)
+        y, count = source.labels[numbers], len(numbers)
+    given = {"sampler": config.preview_sampler, "steps": min(config.preview_steps, config.num_timesteps), "cond": cond}
+    given["seeds"] = list(range(config.seed, config.seed + count))
     with autocast(context.device, config.precision):
-        x = context.diffusion.sample(COUNT, context.device, y, sampler=config.preview_sampler, steps=steps, seeds=seeds)
+        x = context.diffusion.sample(count, context.device, y if config.class_conditional else None, **given)
+    x = x if cond is None else torch.cat((cond[:, : config.img_channels].expand_as(x), x, images), 3)
     return make_grid(to_uint8(x), COLUMNS)

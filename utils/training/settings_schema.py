@@ -4,7 +4,7 @@ train.py's Config has defaults and help texts. Settings in checkpoints are check
 utils imports nets here alone, for the names of its choices.
 """
 
-from nets import LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, SAMPLERS, SCHEDULES, TIMESTEP_SAMPLINGS
+from nets import CONDITIONS, LOSS_WEIGHTINGS, LOSSES, PREDICTIONS, SAMPLERS, SCHEDULES, TIMESTEP_SAMPLINGS
 from utils.cpu_threads import NUM_THREADS
 from utils.data.image_format import RESIZE_MODES
 from utils.device import DTYPES
@@ -32,6 +32,8 @@ RUN_SETTINGS = {
     "activation_checkpointing": flag(),
     "class_conditional": flag(fixed="run"),
     "label_dropout": number(0, 0.99),
+    "condition": choice(CONDITIONS, fixed="run"),
+    "condition_scale": whole(2, 64, fixed="run"),
     # Diffusion
     "schedule": choice(SCHEDULES, fixed="weights"),
     "num_timesteps": whole(1, 10**6, fixed="weights"),

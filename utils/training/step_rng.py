@@ -19,14 +19,15 @@ class StepNoise(NamedTuple):
     t: Tensor  # (B,) int64 timesteps
     noise: Tensor  # (B, C, H, W)
     flip: Tensor  # (B,) bool: mirrored left to right
-    drop: Tensor  # (B,) bool: the null class replaces the label
+    drop: Tensor  # (B,) bool: the null class replaces the label, and zeros the condition
+    condition: Tensor  # (B, count) normal numbers, see nets/condition.py
 
     def of_rank(self, rank: int, world_size: int) -> "StepNoise":
         size = len(self.t) // world_size
         return StepNoise(*(rows[rank * size : (rank + 1) * size] for rows in self))
 
 
-def sample_step_noise(generator, seed, shape, sample_timesteps: Callable, flip=0.0, drop=0.0) -> StepNoise:
+def sample_step_noise(generator, seed, shape, sample_timesteps: Callable, flip=0.0, drop=0.0, count=0) -> StepNoise:
     """For a whole batch (B, C, H, W). sample_timesteps: (B, generator) -> (B,).
 
     flip, drop: probabilities; no one changes other numbers.
@@ -34,4 +35,5 @@ def sample_step_noise(generator, seed, shape, sample_timesteps: Callable, flip=0
     generator.manual_seed(seed)
     on = {"generator": generator, "device": generator.device}
     t, noise = sample_timesteps(shape[0], generator), torch.randn(shape, **on)
-    return StepNoise(t, noise, *(torch.rand(shape[:1], **on) < chance for chance in (flip, drop)))
+    chosen = [torch.rand(shape[:1], **on) < chance for chance in (flip, drop)]
+    return StepNoise(t, noise, *chosen, torch.randn(shape[0], count, **on))

@@ -31,7 +31,8 @@ def print_summary(config, context, start, preset: dict) -> None:
     count = sum(parameter.numel() for parameter in context.diffusion.model.parameters())
     noise = f"{config.schedule} schedule shifted by {config.schedule_shift:g}, T = {config.num_timesteps}"
     groups = plural(config.num_groups, "group")
-    print(f"network    {count / 1e6:.2f} million parameters, {groups}; {config.prediction}, {noise}")
+    condition = f"; conditioned on {config.condition}" if config.condition else ""
+    print(f"network    {count / 1e6:.2f} million parameters, {groups}; {config.prediction}, {noise}{condition}")
     total = config.epochs * context.steps_per_epoch
     epochs = f"{plural(config.epochs, 'epoch')} of {plural(context.steps_per_epoch, 'step')} of {context.batch_size}"
     optimizer = f"{config.optimizer_type}, learning rate up to {config.init_lr:g}"
