@@ -23,6 +23,7 @@ from utils.device import DTYPES, autocast, choose_compile, choose_device, choose
 from utils.errors import UserError, explain_out_of_memory, run_script
 from utils.images import to_uint8
 from utils.sampling.batches import advice_for_sampling, choose_threads, sample_batches
+from utils.sampling.condition_images import ConditionImages
 from utils.sampling.init_images import init_options
 from utils.sampling.option_rules import SOLVER_OPTIONS, check_rules
 from utils.sampling.predict_files import COLUMNS, SHOWN, PredictFiles, image_texts, shared_output_folder
@@ -62,8 +63,9 @@ class Config:
     # Image to image
     init_image: str = ""                          # start from this image instead of noise (SDEdit)
     strength: float | None = None                 # how much of it is replaced; None: 0.6, for inpainting 1
-    mask: str = ""                                # inpainting: an image, white where init_image changes (RePaint)
+    mask: str = ""                                # inpainting: an image, white where pixels are sampled (RePaint)
     resamplings: int = 0                          # times that inpainting takes each step; 0: 10
+    condition_image: str = ""                     # what a conditioned model starts from: an image, or a folder
     interpolate: int = 0                          # number of frames of a seed interpolation, in place of the grid
     seed_to: int = -1                             # the seed at its other end; -1: the next one
 
@@ -81,7 +83,7 @@ class Config:
 # fmt: on
 
 
-PATHS = ("model_path", "guiding_path", "init_image", "mask", "save_dir")
+PATHS = ("model_path", "guiding_path", "init_image", "mask", "condition_image", "save_dir")
 SETTINGS = {
     **dict.fromkeys(PATHS, pathname()),
     **dict.fromkeys(("class_name", "device"), text()),
@@ -116,19 +118,25 @@ def main(arguments=None):
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
     guide = load_guide(config, checkpoint, diffusion)
     check_model(config, diffusion, classes, guide)
+    size = {"input_shape": diffusion.img_size, "img_channels": diffusion.img_channels}
+    image_format, conditions = ImageFormat.from_config(checkpoint.config, **size), None
+    if config.condition_image:
+        conditions = ConditionImages(config, diffusion.condition, image_format, given.get("num_images"))
+        mask = "" if diffusion.condition.kind == "masked" else config.mask  # of the condition, or of RePaint
+        config = replace(config, num_images=len(conditions.paths) * conditions.each, mask=mask)
     config = resolve(replace(config, device=device.type, precision=precision), given, diffusion, classes)
-    options = sampling_options(config, checkpoint, diffusion, guide)
+    options = sampling_options(config, image_format, guide)
     rows, labels = grid_rows(config, classes), class_ids(config, classes)
     networks = move_networks(config, (diffusion, guide), device, precision)
     choose_threads(config, diffusion, device, precision)
     if distributed.is_main():
         print_sampling(config, classes, rows, device, precision, checkpoint)
     shape = (*diffusion.img_size, diffusion.img_channels)
-    text_of = image_texts(config, networks, shape, classes, labels, options)
+    text_of = image_texts(config, networks, shape, classes, labels, options, conditions)
     for network in networks:
         round_weights(network, precision)  # only now: the files' texts hold the digest of the exact weights
     with shared_output_folder(config.save_dir) as folder:
-        files = PredictFiles(folder, config, shape, rows, text_of)
+        files = PredictFiles(folder, config, shape, rows, text_of, conditions)
         with autocast(device, precision), explain_out_of_memory(lambda: advice_for_sampling(config)):
             sample(config, diffusion, labels, options, files)
         files.finish()
@@ -161,6 +169,15 @@ def check_model(config, diffusion, classes, guide):
     if config.class_name:
         check_choice("class_name", config.class_name, classes)
     check_guiding_model(diffusion, config.guidance_scale, guide)
+    kind = diffusion.condition.kind
+    if bool(kind) != bool(config.condition_image):
+        cure = (
+            f"is conditioned on an image ({kind}): name it, or a folder" if kind else "has no condition: leave it out"
+        )
+        raise UserError(f"--condition_image: this model {cure}")
+    if kind and (kind == "masked") != bool(config.mask) and not config.init_image:
+        cure = "give a --mask, white where pixels are sampled" if kind == "masked" else "leave out --mask"
+        raise UserError(f"this model's condition is {kind}: {cure}")
     if config.interpolate and classes and not config.class_name:
         known = first_few(classes)
         raise UserError(f"--interpolate stays within one class: name it with --class_name; known: {known}")
@@ -194,12 +211,11 @@ def resolve(config, given, diffusion, classes):
     return replace(config, **chosen, input_shape=diffusion.img_size)
 
 
-def sampling_options(config, checkpoint, diffusion, guide):
+def sampling_options(config, image_format, guide):
     """The SamplingOptions of the resolved settings."""
     solver = {name: getattr(config, name) for name, sampler in SOLVER_OPTIONS.items() if sampler == config.sampler}
     solver |= {"resamplings": config.resamplings} if config.mask else {}
-    size = {"input_shape": diffusion.img_size, "img_channels": diffusion.img_channels}
-    start = init_options(config, ImageFormat.from_config(checkpoint.config, **size))
+    start = init_options(config, image_format)
     names = ("sampler", "steps", "spacing", "use_ema", "clip", "guidance_scale", "guidance_interval")
     own = {name: getattr(config, name) for name in names}
     return SamplingOptions(**own, guiding_model=guide, **start, solver_options=solver)
@@ -219,12 +235,12 @@ def move_networks(config, models, device, precision):
 
 def grid_rows(config, classes):
     """The number of classes that have a row in the grid; 0 for a grid without classes or of one."""
-    return 0 if config.class_name else min(len(classes), MAX_ROWS)
+    return 0 if config.class_name or config.condition_image else min(len(classes), MAX_ROWS)
 
 
 def class_ids(config, classes):
     """Class ids (n,) that the images take in turn, a row of the grid each; None: no classes."""
-    if not classes:
+    if not classes or (config.condition_image and not config.class_name):
         return None
     chosen = [classes.index(config.class_name)] if config.class_name else range(len(classes))
     return torch.tensor(chosen).repeat_interleave(COLUMNS)
@@ -246,7 +262,8 @@ def sample(config, diffusion, labels, options, files):
     with tqdm(total=len(batches) * config.steps, unit="step", disable=rank > 0, mininterval=pause) as bar:
         firsts = list(unfinished(batches, config, files, bar))  # a file that is not ours ends it before the first step
         done, began = 0, time.monotonic()
-        for first, steps in sample_batches(diffusion, firsts, size, config.seed, labels, noise, options):
+        given = labels, noise, options, files.conditions
+        for first, steps in sample_batches(diffusion, firsts, size, config.seed, *given):
             for step, (x, x_0) in enumerate(steps):
                 files.add_step(first, step, x, x_0)
                 bar.update()

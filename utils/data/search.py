@@ -1,6 +1,7 @@
 """Find image files, check them, take their classes from folders, and say what was found."""
 
 import os
+import re
 import unicodedata
 from collections import Counter
 
@@ -8,8 +9,9 @@ from utils.data.decode import attempt, check_image
 from utils.data.formats import EXTENSIONS
 from utils.data.threads import map_in_threads
 from utils.errors import UserError
-from utils.terminal import first_few, plural
+from utils.terminal import first_few, plural, printable
 
+OVERVIEW = re.compile(r"(predict|evaluate)_[0-9a-z]+_results\.(png|gif)")  # of predict.py or evaluate, no samples
 SHIPPED = "noto_emoji"  # the folder of datasets/ that comes with the repository
 # What Windows, Linux, macOS, Synology and QNAP put into folders: trash, thumbnails and snapshots.
 SYSTEM_FOLDERS = ("$recycle.bin", "system volume information", "lost+found", "__macosx", "network trash folder")
@@ -19,6 +21,15 @@ SYSTEM_FOLDERS += ("temporary items", "@eadir", "#recycle", "#snapshot", "@recyc
 def find_images(root):
     """The absolute paths of all image files below `root`, as `search` finds them."""
     return search(root)[0]
+
+
+def find_samples(folder):
+    """`find_images` without what predict.py puts together. UserError: there are none."""
+    paths = [path for path in find_images(folder) if not OVERVIEW.fullmatch(os.path.basename(path))]
+    if not paths:
+        where = printable(os.path.realpath(folder))
+        raise UserError(f"{where} holds no images (grids and animations of predict.py are none)")
+    return paths
 
 
 def search(root):

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import zipfile
 from collections import Counter
 from dataclasses import replace
@@ -17,12 +16,11 @@ from utils.data.annotation import read_annotation, write_annotation
 from utils.data.dataset import ImageDataset, open_dataset
 from utils.data.decode import attempt, check_image
 from utils.data.formats import open_image
-from utils.data.search import find_images, label_by_folder
+from utils.data.search import find_samples, label_by_folder
 from utils.data.threads import map_in_threads
 from utils.errors import UserError, one_line
 from utils.terminal import plural, printable
 
-OVERVIEW = re.compile(r"(predict|evaluate)_[0-9a-z]+_results\.(png|gif)")  # of predict.py or this command, no samples
 MAX_RATIO, ALWAYS_ALLOWED = 20, 2**26  # an .npz that unpacks to more than both may be made to fill the disk
 
 
@@ -32,7 +30,7 @@ def scan_sizes(path):
     if path.suffix.lower() == ".npz":
         count, height, width, channels = _read_npz(path).shape
         return Counter({(height, width): count}), channels == 3
-    paths = _samples_in(path) if path.is_dir() else read_annotation(path).paths
+    paths = find_samples(path) if path.is_dir() else read_annotation(path).paths
     headers = map_in_threads(lambda path: attempt(_header, path), paths, description="sizes")
     found = [header for header, _ in headers if header]
     if not found:
@@ -46,26 +44,20 @@ def _header(path):
         return check_image(path, full=False)[::-1], Image.getmodebase(image.mode) != "L"
 
 
-def _samples_in(folder):
-    """The paths of its images, without what predict.py puts together."""
-    paths = [path for path in find_images(folder) if not OVERVIEW.fullmatch(os.path.basename(path))]
-    if not paths:
-        raise UserError(f"{printable(folder.resolve())} holds no images (grids and animations of predict.py are none)")
-    return paths
-
-
-def open_images(path, image_format, cache_path=None):
+def open_images(path, image_format, cache_path=None, pairs=False):
     """The ImageDataset of a folder (whose folders are classes), a list or an .npz of this size."""
     path = Path(path)
+    if pairs and path.suffix.lower() == ".npz":
+        raise UserError(f"{path}: an .npz holds no pairs: name a folder or an annotation file")
     if path.suffix.lower() == ".npz":
         return _open_npz(path, (*image_format.input_shape, image_format.img_channels))
     if not path.is_dir():
-        return open_dataset(path, image_format, cache_path=cache_path)
-    paths = _samples_in(path)
+        return open_dataset(path, image_format, cache_path=cache_path, pairs=pairs)
+    paths = find_samples(path)
     with TemporaryDirectory() as folder:
         annotation = os.path.join(folder, "lines.txt")
         write_annotation(annotation, paths, *label_by_folder(paths))
-        dataset = open_dataset(annotation, image_format, cache_path=cache_path)
+        dataset = open_dataset(annotation, image_format, cache_path=cache_path, pairs=pairs)
     return replace(dataset, name=printable(path.resolve()))
 
 

@@ -7,19 +7,21 @@ from utils.device import autocast
 from utils.errors import explain_out_of_memory
 
 
-def sample_batches(diffusion, firsts, batch_size, seed, labels=None, noise=None, options=None):
+def sample_batches(diffusion, firsts, batch_size, seed, labels=None, noise=None, options=None, conditions=None):
     """Yields (first, steps) for each of `firsts`: the batch of images first, first + 1, ...
 
     steps: yields (x, x_0), (batch_size, c, h, w). Image i has the noise of seed + i. All batches
     have one size, so the number of images changes no image. labels: (n,) class ids, taken in turn,
     or None. noise: a function of the numbers (batch_size,) that replaces the seeds, or None.
+    conditions: a function of the numbers -> (batch_size, k, h, w), or None.
     """
     device = diffusion.betas.device
     for first in firsts:
         numbers = torch.arange(first, first + batch_size)
         y = None if labels is None else labels[numbers % len(labels)].to(device)
         start = {"noise": noise(numbers)} if noise else {"seeds": (seed + numbers).tolist()}
-        yield first, diffusion.sample_steps(batch_size, device, y, options=options, **start)
+        own = options if conditions is None else options.override(cond=conditions(numbers))
+        yield first, diffusion.sample_steps(batch_size, device, y, options=own, **start)
 
 
 def choose_threads(config, diffusion, device, precision):

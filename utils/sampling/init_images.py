@@ -13,16 +13,17 @@ def init_options(config, image_format):
     image = read_image(config.init_image, image_format) / 127.5 - 1
     image = image.expand(config.batch_size, *image.shape[1:])
     options = {"init": image, "strength": config.strength}
-    return {**options, "known": image, "mask": load_mask(config, image_format)} if config.mask else options
+    inpainting = {"known": image, "mask": load_mask(config, config.init_image, image_format)} if config.mask else {}
+    return options | inpainting
 
 
-def load_mask(config, image_format):
+def load_mask(config, path, image_format):
     """A mask (1, 1, H, W), cropped as the image is: 1.0 (sampled) above mid-gray, 0.0 (kept)."""
     mask = (read_image(config.mask, image_format._replace(img_channels=1, background=(0, 0, 0))) > 127.5).float()
     width, height = check_image(config.mask, full=False)
-    image_width, image_height = check_image(config.init_image, full=False)
+    image_width, image_height = check_image(path, full=False)
     if width * image_height != height * image_width:
-        theirs = f"the mask is {width}x{height} and {config.init_image} {image_width}x{image_height}"
+        theirs = f"the mask is {width}x{height} and {path} {image_width}x{image_height}"
         raise UserError(f"{config.mask}: {theirs}: they must have the same shape, so that one lies on the other")
     if mask.min() == mask.max():
         color = "white" if mask.max() else "black"

@@ -2,8 +2,9 @@
 
 from utils.errors import UserError
 
-# setting -> the setting without which it does nothing
-NEEDS = {"strength": "init_image", "mask": "init_image", "resamplings": "mask", "seed_to": "interpolate"}
+# setting -> the setting, or one of those, without which it does nothing
+NEEDS = {"strength": "init_image", "resamplings": "mask", "seed_to": "interpolate"}
+NEEDS["mask"] = "init_image or --condition_image"
 SOLVER_OPTIONS = {"eta": "ddim", "variance": "ddpm"}  # option of one solver -> that solver
 # What a setting is that is not used: any other value in Config counts as one of the command line.
 UNUSED = {"strength": None, "mask": "", "resamplings": 0, "seed_to": -1, "eta": 0.0, "variance": "beta"}
@@ -19,16 +20,17 @@ def check_guidance(config):
 def check_rules(config, options):
     """UserError for settings that do not go together. options: of the command line, by name."""
     check_guidance(config)
+    inpaints = config.mask and config.init_image
     used = {*options, *(name for name, unused in UNUSED.items() if getattr(config, name) != unused)}
     for name, needed in NEEDS.items():
-        if name in used and not getattr(config, needed):
+        if name in used and not any(getattr(config, one) for one in needed.split(" or --")):
             raise UserError(f"--{name} does nothing without --{needed}: give both, or leave it out")
     if config.strength == 0:
         raise UserError("strength is 0: it must be above 0 and at most 1 (everything is sampled again)")
     for name, sampler in SOLVER_OPTIONS.items():
-        if name in used and config.sampler != sampler and not (sampler == "ddpm" and config.mask):
+        if name in used and config.sampler != sampler and not (sampler == "ddpm" and inpaints):
             raise UserError(f"--{name} is an option of {sampler}: add --sampler {sampler}, or leave it out")
-    if config.mask and options.get("sampler", "ddpm") != "ddpm":
+    if inpaints and options.get("sampler", "ddpm") != "ddpm":
         raise UserError(f"--mask needs the sampler ddpm: --sampler {config.sampler} cannot inpaint; leave it out")
     if config.interpolate and config.init_image:
         raise UserError("--interpolate goes from one seed's noise to another's: leave out --init_image")
