@@ -59,7 +59,8 @@ def export_reference(run, file):
     """Write a run's weights as a bare float32 state dict, where the reference's code can use it."""
     file, checkpoint, diffusion = open_run(run, file)
     own = arguments_of(UNet, {})
-    if other := [f"{name} {value}" for name, value in diffusion.model.details.items() if value != own[name]]:
+    details = diffusion.model.details | {"condition": diffusion.condition.kind}
+    if other := [f"{name} {value}" for name, value in details.items() if value != own.get(name, "")]:
         raise UserError(f"the reference's code cannot compute this network: {', '.join(other)}")
     groups = getattr(diffusion.model.out_norm, "num_groups", MAX_GROUPS)
     if diffusion.prediction != "eps" or groups != MAX_GROUPS:

@@ -19,7 +19,7 @@ from utils.checkpoint.file import Checkpoint
 from utils.checkpoint.integrity import weights_digest
 from utils.checkpoint.runs import ENDINGS, newest_in, open_weights
 from utils.cpu_threads import NUM_THREADS
-from utils.data.dataset import split_validation
+from utils.data.dataset import conditioned, split_validation
 from utils.data.image_format import RESIZE_MODES, ImageFormat
 from utils.device import DTYPES, autocast, choose_device, choose_precision, describe_device, memory_format
 from utils.errors import UserError, run_script
@@ -239,7 +239,8 @@ def make_opener(config, model):
     own = {"resize_mode": config.resize_mode or None, "background": config.background, "icc": config.icc}
     own |= {"input_shape": (height, width), "img_channels": channels}
     image_format = ImageFormat.from_config(model.checkpoint.config if model else {}, **own)
-    open_set = partial(open_images, image_format=image_format, cache_path=config.cache_dir or None)
+    pairs = bool(model) and model.diffusion.condition.kind == "pairs"
+    open_set = partial(open_images, image_format=image_format, cache_path=config.cache_dir or None, pairs=pairs)
     return open_set, {"compared_at": [height, width, channels], "sample_sizes": names}
 
 
@@ -259,10 +260,16 @@ def generate(config, model, reference, device, precision):
     schedule = sampling_schedule(model.diffusion.alpha_bars, options)
     check_interval(config.guidance_interval, schedule)
     labels = labels_like(reference, model, config.seed)
+    order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(config.seed))  # as theirs
+
+    def condition_of(numbers):
+        chosen, seed = order[numbers % len(order)], config.seed + int(numbers[0])
+        return conditioned(model.diffusion, reference, chosen, seed)[1]
 
     def blocks():
         firsts = range(0, count, config.batch_size)
-        batches = sample_batches(model.diffusion, firsts, config.batch_size, config.seed, labels, options=options)
+        given = labels, None, options, condition_of if model.diffusion.condition.kind else None
+        batches = sample_batches(model.diffusion, firsts, config.batch_size, config.seed, *given)
         for first, batch in batches:
             with autocast(device, precision):
                 x = last_images(batch)

@@ -117,7 +117,7 @@ def load_extractor(features, dataset, cache, device, batch_size=100, inception_w
         return Extractor(network, name, device, batch_size, channels=3)
     path = cache.classifier(dataset, device) if features == "classifier" else Path(features)
     network = load_feature_net(path, device)
-    if network.img_channels != dataset.pixels.shape[3]:
+    if network.img_channels != dataset.pixels.shape[-1]:
         channels = plural(network.img_channels, "channel")
         raise UserError(f"{path}: a feature net of {channels} does not fit these images")
     name = f"classifier of {network.num_classes} classes, test accuracy {network.accuracy}, {path.resolve()}"

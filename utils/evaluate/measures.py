@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.data.dataset import normalize
+from utils.data.dataset import conditioned
 from utils.device import autocast
 from utils.evaluate.distances import (
     SUBSET_SIZE,
@@ -106,8 +106,9 @@ def measure_bits(config, model, held_out, device, precision):
     for numbers in tqdm(order.split(config.batch_size), desc="bits", leave=False):
         y = None if labels is None else labels[numbers].to(device)
         with autocast(device, precision):
-            x = normalize(held_out.images(numbers), device)
-            terms.append(variational_bound(diffusion.denoiser(y, config.use_ema), diffusion.alpha_bars, x, generator))
+            x, cond = conditioned(diffusion, held_out, numbers, config.seed + int(numbers[0]))
+            denoise = diffusion.denoiser(y, config.use_ema, cond=cond)
+            terms.append(variational_bound(denoise, diffusion.alpha_bars, x, generator))
     terms = torch.cat(terms)
     total, curve = terms.sum(1), terms.mean(0)
     error = (total.std() / math.sqrt(len(total))).item()
