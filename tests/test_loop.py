@@ -9,7 +9,7 @@ import torch
 from conftest import TINY, newest_run, read_file, read_history, run_main
 
 import train
-from nets import GaussianDiffusion
+from nets import Condition, GaussianDiffusion
 from utils.checkpoint import saving
 from utils.data.dataset import ImageDataset, normalize
 from utils.training.memory import MemoryNeeds
@@ -108,6 +108,7 @@ def test_validation_spreads_the_timesteps_of_each_class_over_all_of_them(monkeyp
         return torch.zeros(len(x))
 
     diffusion.sample_timesteps = lambda count, generator: torch.zeros(count)
+    diffusion.condition = Condition()
     cpu = torch.device("cpu")
     meter, layout = SimpleNamespace(dtype=torch.float64), torch.contiguous_format
     context = SimpleNamespace(

@@ -412,7 +412,8 @@ def test_what_train_accepts_every_reader_of_its_checkpoints_accepts(tmp_path, mo
                     continue
                 diffusion = build.from_config({**tiny, name: value})
             except SettingError as error:  # what does not fit together is refused before training, in one line
-                assert name in ("schedule_shift", "schedule_low", "schedule_high", "lr_decay_type", "schedule"), error
+                known = ("schedule_shift", "schedule_low", "schedule_high", "lr_decay_type", "schedule", "condition")
+                assert name in known, error
                 continue
             weights = {"weights": diffusion.state_dict(), "config": {**tiny, name: value}}
             torch.save(weights, tmp_path / "file.pth")
