@@ -53,16 +53,16 @@ def noise_like(x, seed=0):
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
 
 
-def save(name, figure):
-    """The figure as a PNG of 64 colors, which is small."""
+def save(name, figure, colors=64):
+    """The figure as a PNG of few colors, which is small."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     with atomic_write(FOLDER / f"{name}.png") as file:
-        Image.open(buffer).convert("RGB").quantize(64).save(file, format="PNG", optimize=True)
+        Image.open(buffer).convert("RGB").quantize(colors).save(file, format="PNG", optimize=True)
     print(FOLDER / f"{name}.png")
 
 
-def panels(name, rows, row_names, column_names):
+def panels(name, rows, row_names, column_names, colors=64):
     """A table of images: rows of (n, 3, H, W) tensors in [-1, 1]."""
     figure = Figure(figsize=(1.05 * len(column_names) + 1, 1.05 * len(rows) + 0.3), dpi=100, layout="constrained")
     places = figure.subplots(len(rows), len(column_names), squeeze=False)
@@ -73,7 +73,7 @@ def panels(name, rows, row_names, column_names):
             place.set(xticks=[], yticks=[])
     for place, title in zip(places[0], column_names):
         place.set_title(title, fontsize="medium")
-    save(name, figure)
+    save(name, figure, colors)
 
 
 def curves(name, lines, xlabel, ylabel, **axes):
