@@ -23,8 +23,7 @@ from utils.device import DTYPES, autocast, choose_compile, choose_device, choose
 from utils.errors import UserError, explain_out_of_memory, run_script
 from utils.images import to_uint8
 from utils.sampling.batches import advice_for_sampling, choose_threads, sample_batches
-from utils.sampling.condition_images import ConditionImages
-from utils.sampling.init_images import init_options
+from utils.sampling.init_images import ConditionImages, init_options
 from utils.sampling.option_rules import SOLVER_OPTIONS, check_rules
 from utils.sampling.predict_files import COLUMNS, SHOWN, PredictFiles, image_texts, shared_output_folder
 from utils.sampling.summary import print_sampling
@@ -122,8 +121,7 @@ def main(arguments=None):
     image_format, conditions = ImageFormat.from_config(checkpoint.config, **size), None
     if config.condition_image:
         conditions = ConditionImages(config, diffusion.condition, image_format, given.get("num_images"))
-        mask = "" if diffusion.condition.kind == "masked" else config.mask  # of the condition, or of RePaint
-        config = replace(config, num_images=len(conditions.paths) * conditions.each, mask=mask)
+        config = replace(config, num_images=len(conditions.paths) * conditions.each, mask="")  # not RePaint's
     config = resolve(replace(config, device=device.type, precision=precision), given, diffusion, classes)
     options = sampling_options(config, image_format, guide)
     rows, labels = grid_rows(config, classes), class_ids(config, classes)
@@ -171,11 +169,9 @@ def check_model(config, diffusion, classes, guide):
     check_guiding_model(diffusion, config.guidance_scale, guide)
     kind = diffusion.condition.kind
     if bool(kind) != bool(config.condition_image):
-        cure = (
-            f"is conditioned on an image ({kind}): name it, or a folder" if kind else "has no condition: leave it out"
-        )
-        raise UserError(f"--condition_image: this model {cure}")
-    if kind and (kind == "masked") != bool(config.mask) and not config.init_image:
+        fault = f"is conditioned on an image ({kind}): name one" if kind else "has no condition: leave it out"
+        raise UserError(f"--condition_image: this model {fault}")
+    if kind and (kind == "masked") != bool(config.mask):
         cure = "give a --mask, white where pixels are sampled" if kind == "masked" else "leave out --mask"
         raise UserError(f"this model's condition is {kind}: {cure}")
     if config.interpolate and classes and not config.class_name:

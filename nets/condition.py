@@ -42,14 +42,12 @@ class Condition(NamedTuple):
     def __call__(self, images: Tensor, numbers: Tensor, augmentation: float = 0.0) -> tuple[Tensor, Tensor | None]:
         """(images, conditions or None). numbers: normal. Pairs: the condition's channels first."""
         if self.kind == "pairs":
-            cond, images = images.chunk(2, 1)
-            return images, cond
-        given, known = luminance(images) if self.kind == "gray" else images, None
+            return images.chunk(2, 1)[::-1]
+        given = luminance(images) if self.kind == "gray" else images
+        known = random_known(uniform(numbers), *images.shape[2:]) if self.kind == "masked" else None
         if self.kind == "low_res":
             given, level = F.avg_pool2d(images, self.scale), augmentation * uniform(numbers[:, :1])
             given = given + (level * numbers[:, 1:]).view_as(given)
-        elif self.kind == "masked":
-            known = random_known(uniform(numbers), *images.shape[2:])
         return images, self.of_file(given, known) if self.kind else None
 
     def of_file(self, images: Tensor, known: Tensor | None = None) -> Tensor:

@@ -164,8 +164,8 @@ def check_guiding_model(diffusion: nn.Module, scale: float, guide: nn.Module | N
             "--class_conditional True and label_dropout above 0, or name an earlier file of the run as --guiding_path"
         )
     words = {"img_size": "size", "img_channels": "number of channels", "num_classes": "number of classes"}
-    words["condition"] = "condition"
-    for name, word in {**words, "null_class": "null class", "alpha_bars": "schedule"}.items():
+    words |= {"null_class": "null class", "condition": "condition", "alpha_bars": "schedule"}
+    for name, word in words.items():
         if guide is not None and getattr(guide, name) != getattr(diffusion, name):
             raise SettingError(f"the guiding model has another {word}: take an earlier file of the same run")
 

@@ -249,9 +249,9 @@ class UNet(nn.Module):
         if self.num_classes is not None and y is None:
             raise ValueError("this network is conditioned on classes: pass y")
         time_emb = None if self.time_mlp is None else self.time_mlp(time)
-        if self.cond_channels:
-            cond = x.new_zeros(len(x), self.cond_channels, *x.shape[2:]) if cond is None else cond
-            x = torch.cat((x, cond), dim=1)
+        if self.cond_channels and cond is None:
+            cond = x.new_zeros(len(x), self.cond_channels, *x.shape[2:])
+        x = x if cond is None else torch.cat((x, cond), dim=1)
         pad = self.initial_pad
         x = self.init_conv(F.pad(x, (pad,) * 4) if pad else x)
         skips = [x]

@@ -191,6 +191,12 @@ def test_a_network_without_conditions_has_the_parameters_of_before():
     }
 
 
+def test_a_network_without_conditions_refuses_one():
+    network, t = UNet(3, 8, (1,), 1, num_groups=2, attention_resolutions=()), torch.zeros(6, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="channels"):
+        network(images_of(), t, None, images_of())
+
+
 def test_guidance_leads_away_from_no_class_and_no_condition():
     _, x, cond = small_model("low_res")
     diffusion = build.from_config({**SMALL, "condition": "low_res", "class_conditional": True}, num_classes=2).eval()
@@ -256,7 +262,7 @@ def kind(request, tmp_path, monkeypatch):
 
 def test_a_run_is_resumed_bit_for_bit(kind, tmp_path, monkeypatch):
     """Stopped within an epoch, with previews and a validation loss; the seeds of a run without."""
-    more = ("--preview_period", 1, "--preview_steps", 2, "--val_split", 0.3, "--horizontal_flip", True)
+    more = ("--preview_period", 1, "--preview_steps", 2, "--val_split", 0.3, "--horizontal_flip", True, "--seed", -3)
     arguments = options(kind, *more, "--batch_size", 4)
     run_main("train.py", *arguments, "--save_dir", "logs/whole")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
@@ -402,6 +408,9 @@ def test_each_condition_has_its_samples_under_its_name(kind, tmp_path):
     once = predict(model, *folder)
     assert {name for name in once if "predict" not in name} == {"a.png", "b.png", "c.png"}
     twice = predict(model, *folder, "--num_images", 2, "--batch_size", 4, out="twice")
+    save("alone/b.png", noisy(size, size, 0))
+    alone = predict(model, "--condition_image", "alone", *folder[2:], out="alone_out")
+    assert {name for name in alone if "predict" not in name} == {"b.png"}  # of a folder each once, of one image too
     names = sorted(name for name in twice if "predict" not in name)
     assert names == [f"{'abc'[n // 2]}_seed_{5 + n:010d}.png" for n in range(6)]
     one = predict(
@@ -441,7 +450,12 @@ def test_a_wrong_condition_is_one_line(kind, tmp_path, capsys):
     Path("two").mkdir()
     for number in range(2):
         save(f"two/{number}.png", noisy(4, 4))
+        save(f"same/{number}/a.png", noisy(4, 4))
+    same = ("--condition_image", "same", "--individual_files", True)
     for path, arguments, words in (
+        (model, same, "a.png: another image has this name, and samples have those of their conditions: rename one"),
+        (model, ("--condition_image", good, "--init_image", good), "leave out --init_image"),
+        (model, ("--condition_image", good, "--mask", good, "--resamplings", 3), "without --init_image"),
         (model, (), "this model is conditioned on an image (low_res)"),
         (plain, ("--condition_image", good), "this model has no condition: leave it out"),
         (model, ("--condition_image", large), "it is 8x8, not 4x4 (width x height), which this model enlarges"),
@@ -450,7 +464,7 @@ def test_a_wrong_condition_is_one_line(kind, tmp_path, capsys):
         (model, ("--condition_image", "empty"), "empty holds no images"),
         (model, ("--condition_image", good, "--mask", good), "this model's condition is low_res: leave out --mask"),
         (model, ("--condition_image", "two", "--interpolate", 3), "--interpolate is for one condition"),
-        (plain, ("--mask", good), "--mask does nothing without --init_image or --condition_image"),
+        (plain, ("--mask", good), "--mask does nothing without --init_image"),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:

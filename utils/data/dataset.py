@@ -84,7 +84,7 @@ class ImageDataset:
 
     def shuffled(self, count, seed):
         """`count` numbers (0: all) in random order. A folder's first images may be of one class."""
-        return np.random.default_rng(seed).permutation(len(self))[: count or None]
+        return np.random.default_rng(seed % 2**64).permutation(len(self))[: count or None]
 
     def key(self):
         """A digest of all pixels in their order, and of the classes."""

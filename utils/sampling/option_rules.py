@@ -2,9 +2,8 @@
 
 from utils.errors import UserError
 
-# setting -> the setting, or one of those, without which it does nothing
-NEEDS = {"strength": "init_image", "resamplings": "mask", "seed_to": "interpolate"}
-NEEDS["mask"] = "init_image or --condition_image"
+# (setting, one without which it does nothing)
+NEEDS = [("strength", "init_image"), ("resamplings", "mask"), ("resamplings", "init_image"), ("seed_to", "interpolate")]
 SOLVER_OPTIONS = {"eta": "ddim", "variance": "ddpm"}  # option of one solver -> that solver
 # What a setting is that is not used: any other value in Config counts as one of the command line.
 UNUSED = {"strength": None, "mask": "", "resamplings": 0, "seed_to": -1, "eta": 0.0, "variance": "beta"}
@@ -22,8 +21,9 @@ def check_rules(config, options):
     check_guidance(config)
     inpaints = config.mask and config.init_image
     used = {*options, *(name for name, unused in UNUSED.items() if getattr(config, name) != unused)}
-    for name, needed in NEEDS.items():
-        if name in used and not any(getattr(config, one) for one in needed.split(" or --")):
+    needs = [] if config.condition_image else [("mask", "init_image")]  # or it is a part of the condition
+    for name, needed in [*NEEDS, *needs]:
+        if name in used and not getattr(config, needed):
             raise UserError(f"--{name} does nothing without --{needed}: give both, or leave it out")
     if config.strength == 0:
         raise UserError("strength is 0: it must be above 0 and at most 1 (everything is sampled again)")
@@ -32,6 +32,8 @@ def check_rules(config, options):
             raise UserError(f"--{name} is an option of {sampler}: add --sampler {sampler}, or leave it out")
     if inpaints and options.get("sampler", "ddpm") != "ddpm":
         raise UserError(f"--mask needs the sampler ddpm: --sampler {config.sampler} cannot inpaint; leave it out")
+    if config.condition_image and config.init_image:
+        raise UserError("--condition_image: the samples start from noise: leave out --init_image")
     if config.interpolate and config.init_image:
         raise UserError("--interpolate goes from one seed's noise to another's: leave out --init_image")
     if config.interpolate and "num_images" in options:

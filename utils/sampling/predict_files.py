@@ -31,7 +31,7 @@ def shared_output_folder(path):
     """The `output_folder` that rank 0 holds for all processes."""
     with contextlib.ExitStack() as stack:
         if distributed.is_main():
-            stack.enter_context(output_folder(path, "seed_*", "between_*", "predict_*"))
+            stack.enter_context(output_folder(path, "*.png", "predict_*"))
         distributed.barrier()
         yield Path(os.path.realpath(path))
 
