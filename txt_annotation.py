@@ -57,7 +57,8 @@ def main(arguments=None):
     for path, reason in bad:
         print(f"left out {printable(path)}: {reason}")  # its name may hold a line break
     if others:
-        print(f"files of other endings, which are not read: {in_words(others.most_common())}; {OPTIONAL}")
+        skipped = [(extension or "no extension", count) for extension, count in others.most_common()]
+        print(f"skipped files: {in_words(skipped)}; {OPTIONAL}")
     if not good:
         folder = Path(config.datasets_path).absolute()
         fault = f"none of the {len(bad)} images in {folder} can be read" if bad else f"no image in {folder}"
@@ -72,7 +73,7 @@ def main(arguments=None):
     print(describe_classes(paths, labels, classes))
     if empty := empty_classes(listed, paths):
         print(f"class folders without an image that can be read: {first_few(empty)}")
-    print(f"list: {Path(config.annotation_path).absolute()}")
+    print(f"annotation file: {Path(config.annotation_path).absolute()}")
     if names_path:
         print(f"class names: {names_path.absolute()}")
 

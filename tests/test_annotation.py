@@ -603,7 +603,7 @@ def test_the_script_says_what_it_does_not_read_and_why_there_are_no_classes(tmp_
     os.mkfifo(tmp_path / "datasets" / "pipe.png")
     done = run_script(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "not read: " in done.stdout and ".xyz (1)" in done.stdout
+    assert "skipped files: " in done.stdout and ".xyz (1)" in done.stdout
     assert ".heic (2), " in done.stdout and "pip install pillow-heif" in done.stdout or ".heic" in EXTENSIONS
     assert "no class folders, as stray.png would be in none: move" in done.stdout
     assert r"bad\x1b[31m.png: not an image" in done.stdout and "pipe.png: no regular file" in done.stdout
