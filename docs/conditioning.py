@@ -36,7 +36,7 @@ SMALL = {"preset": "quick", "channel": 16, "channel_mults": "1,2,4", "attention_
 TRAININGS = {
     "gray": FINE_TUNED,
     "masked": FINE_TUNED,
-    "low_res": {**SMALL, "input_shape": "64,64", "batch_size": 8, "epochs": 2},
+    "low_res": {**SMALL, "input_shape": "64,64", "batch_size": 8, "epochs": 8},
 }
 SHARED = {"label_dropout": 0, "val_split": 0.1, "preview_period": 0}
 SHOWN, TRIES = 7, 3  # emoji in a figure, samples of each
