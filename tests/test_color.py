@@ -225,7 +225,7 @@ def test_the_training_hands_the_setting_on(monkeypatch):
     class Reached(Exception):
         pass
 
-    def reached(annotation_path, image_format, num_workers):
+    def reached(annotation_path, image_format, num_workers, **options):
         raise Reached(image_format.icc)
 
     monkeypatch.setattr(train, "open_dataset", reached)
