@@ -12,6 +12,7 @@ from conftest import load_as
 from PIL import Image, ImageCms
 
 import train
+from nets import Condition
 from utils.data.annotation import write_annotation
 from utils.data.color import to_srgb
 from utils.data.dataset import open_dataset
@@ -237,7 +238,7 @@ def test_the_training_hands_the_setting_on(monkeypatch):
 def test_the_evaluation_takes_the_setting_of_the_training(monkeypatch, tmp_path):
     evaluate = importlib.import_module("utils.evaluate.__main__")
     Image.fromarray(colours()).save(tmp_path / "a.png", icc_profile=rgb_profile(DISPLAY_P3))
-    network = types.SimpleNamespace(img_size=(16, 16), img_channels=3)
+    network = types.SimpleNamespace(img_size=(16, 16), img_channels=3, condition=Condition())
     for trained, typed, expected in (
         ({}, None, True),
         ({"icc": False}, None, False),
