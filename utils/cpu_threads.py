@@ -18,7 +18,7 @@ from utils.terminal import plural
 NUM_THREADS = whole(1, 1024, "auto")  # the setting of all scripts
 MOST = torch.get_num_threads()  # PyTorch's own number, before anything changes it
 VARIABLES = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}  # with which users set it. torchrun sets the first
-HOPELESS = 2  # times the least time: still more threads take even longer
+HOPELESS = 2  # times the time of one thread: still more threads take even longer
 NEARLY = 1.03  # times the least time: of these the fewest threads are taken
 WINDOW = 15  # seconds of steps whose mean speed counts
 CHANGED = 0.6  # ratio of two speeds

@@ -155,7 +155,7 @@ def previews(folder):
 def samples(folder, config):
     """The grid of the last `python predict.py`, where it is newer than the run's weights."""
     times = [path.stat().st_mtime for path in (folder / "last.pth", GRID) if path.is_file()]
-    rows = " A row of each class, by name." if config.get("class_conditional") else ""
+    rows = " A row of each class, by name." if config.get("class_conditional") and not config.get("condition") else ""
     title = f"<p>The last grid of python predict.py, be it of this run or of other weights.{rows}</p>"
     return title + image(GRID) if len(times) == 2 and times[0] <= times[1] else ""
 
