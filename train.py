@@ -4,6 +4,7 @@ import utils.terminal  # noqa: F401 (first: Ctrl-C during the other imports is n
 
 # isort: split
 import math
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -33,7 +34,7 @@ from utils.training.run_files import RunWriter
 from utils.training.settings_schema import CARRIED, RUN_SETTINGS
 from utils.training.signals import StopSignal
 from utils.training.step_rng import derive_seed, sample_step_noise
-from utils.training.summary import print_dry_run, print_summary, print_time
+from utils.training.summary import origin, print_dry_run, print_time, summarize
 from utils.training.validation import validation_loss
 
 
@@ -144,7 +145,8 @@ def main(arguments=None):
     with explain_out_of_memory(lambda: advise(needs, config, device)):
         choose_threads(config, context, checkpoint)
         start = restore(checkpoint, context, config)
-        print_summary(config, context, start, PRESETS.get(config.preset, {}))
+        summary = summarize(config, context, start, PRESETS.get(config.preset, {}))
+        print(summary)
         print_memory(needs, config, device)
         if config.dry_run:
             arguments = architecture.unet_arguments(context.about.config, len(context.dataset.classes))
@@ -152,7 +154,8 @@ def main(arguments=None):
             print_dry_run(config, context, flops, partial(train_step, config, context, epoch=0, consumed=0, lr=0.0))
         else:
             print_time(config, context, start)
-            train(config, context, run_folder(checkpoint, config.save_dir), start)
+            summary = f"{origin(sys.argv[1:] if arguments is None else arguments)}\n{summary}"
+            train(config, context, run_folder(checkpoint, config.save_dir), start, summary)
     distributed.stop()
 
 
@@ -268,13 +271,16 @@ def choose_threads(config, context, checkpoint=None):
         context.about.resolved["num_threads"] = number
 
 
-def train(config, context, folder, start):
-    """The training loop, from the position in `start` to the last epoch, or to a signal."""
+def train(config, context, folder, start, summary=""):
+    """The training loop, from the position in `start` to the last epoch, or to a signal.
+
+    summary: what the folder keeps of how the run was started.
+    """
     rank, world_size, batch_size = distributed.rank(), distributed.world_size(), context.batch_size
     compile_network(config, context.diffusion)
     lagged_max, speed = distributed.LaggedMax(), SpeedWatch()
     timed_again = is_measured(config.num_threads, context.device) and not config.compile  # it would compile again
-    with StopSignal() as stop, RunWriter(folder, config, context, start) as files:
+    with StopSignal() as stop, RunWriter(folder, config, context, start, summary) as files:
         for epoch in range(start.epoch, config.epochs):
             consumed = start.images if epoch == start.epoch else 0  # images of this epoch
             context.meter.reset(start.sums if epoch == start.epoch else None)

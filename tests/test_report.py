@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, newest_run, run_main
 
 from utils import report
@@ -65,12 +66,23 @@ def test_the_page_shows_all_that_the_run_wrote(finished):
     assert len(text.encode()) < 5_000_000 and BAD not in text and "&lt;script&gt;alert(1)" in text
     assert "<td>epochs</td><td>3 of 3</td>" in text and "<td>num_timesteps</td><td>20</td><td>1000</td>" in text
     assert "<td>loss_type</td>" not in text  # as in train.py
+    started = text[text.index("<pre>") : text.index("</pre>")]
+    assert "python train.py" in started and f"PyTorch {torch.__version__}" in started and "8x8, 3 channels" in started
+    assert re.search(r"date +20\d\d-\d\d-\d\d .*\ncommand .*\ndevice +cpu.*\nimages .*\nnetwork .*\ntraining ", started)
+    assert "each image is seen about 3 times" in started and "memorization" in text
     assert "The last grid of python predict.py, be it of this run or of other weights. A row of each class" in text
     assert text.count("data:image/png") >= 3 + 4 and 'type="range" min="0" max="2"' in text
     assert "<td>frechet_distance</td><td>12.52</td>" in text and "25.0% of the samples are copies" in text
     assert "<td>copies_low</td><td>0.1</td>" in text
     assert "<td>features</td><td>classifier &lt;script&gt;" in text and "<td>k</td><td>3</td>" in text
     assert not re.search(r"""(src|href)=["'](?!data:)""", text) and "http" not in re.sub('data:[^"]*', "", text)
+
+
+def test_each_start_of_a_run_is_kept(finished, capsys):
+    run_main("train.py", "--resume", "latest", "--epochs", "4")
+    assert made(finished).count("command ") == 2
+    (finished / "summary.txt").unlink()
+    assert "<pre>" not in made(finished)
 
 
 def test_warnings_say_what_the_tables_show(finished):

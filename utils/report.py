@@ -12,7 +12,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from utils.checkpoint.runs import newest_weights
+from utils.checkpoint.runs import SUMMARY, newest_weights
 from utils.errors import UserError, run_script
 from utils.files import atomic_write, read_json, remove_leftovers
 from utils.settings import expand_home
@@ -25,11 +25,15 @@ HEAD = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{name}</ti
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:auto;padding:1rem;overflow-wrap:anywhere}
 img{max-width:100%;height:auto;background:#fff}.pixels{image-rendering:pixelated;width:min(100%,34rem)}input{width:100%}
 td{border-bottom:1px solid #bbb;padding:.2rem .8rem .2rem 0}.warn{border-left:4px solid #d80;padding-left:.6rem}
-p{overflow-x:auto}.curves{max-width:none;width:max(100%,40rem)}"""
+p{overflow-x:auto}pre{white-space:pre-wrap}.curves{max-width:none;width:max(100%,40rem)}"""
 SLIDER = """<p id="when">{shown[0]}</p><input id="time" type="range" min="0" max="{last}" value="{last}">
 <p><img id="preview" class="pixels" alt="preview" src="{shown[1]}"></p><script>const frames={frames};
 document.getElementById("time").oninput=e=>{{const [name,image]=frames[e.target.value];
 document.getElementById("when").textContent=name;document.getElementById("preview").src=image}}</script>"""
+
+CURVES = """<p>loss is the mean of an epoch, and loss_t1 to loss_t4 that of a quarter of the timesteps each, from low
+to high noise. It falls fast at first and slowly ever after, while samples still improve: judge by samples or a
+distance. val_loss rising while loss falls is memorization. A grad_norm that jumps calls for a lower init_lr.</p>"""
 
 
 def main(arguments=None):
@@ -50,10 +54,11 @@ def page(folder):
     """The whole page as text. What comes from a file is escaped."""
     config, rows, found = read_json(folder / "config.json"), read_rows(folder / "epoch_loss.csv"), read_results(folder)
     sections = {
+        "What was trained": trained(folder / SUMMARY),
         "What happened": summary(config, rows, read_rows(folder / "speed.csv")),
         "Warnings": warnings(config, rows, found),
         "Settings that differ from train.py's": settings_table(config),
-        "Curves": image(folder / "epoch_loss.png", "curves") or table(row.items() for row in rows[-5:]),
+        "Curves": CURVES + (image(folder / "epoch_loss.png", "curves") or table(row.items() for row in rows[-5:])),
         "Previews": previews(folder),
         "Samples": samples(folder, config) or "<p>None yet: python predict.py</p>",
         "Distances and nearest training images": distances(found) or "<p>None yet: python -m utils.evaluate</p>",
@@ -95,6 +100,12 @@ def image(path, kind="pixels"):
 
 def embedded(path):
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def trained(path):
+    """How the run was started, each time: command, images, network, device, versions."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return f"<pre>{html.escape(text)}</pre>" if text else ""
 
 
 def summary(config, rows, speed):

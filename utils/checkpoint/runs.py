@@ -11,6 +11,7 @@ from utils.terminal import as_command
 LOGS = "logs"  # where runs are looked for unless another folder is named
 LAST = "last.pth"
 BEST = "best.pth"  # of the lowest validation loss
+SUMMARY = "summary.txt"  # what each start of the run printed: command, images, network, steps
 ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".pth.tar")  # of files of weights, ours or others'
 SHIPPED = "emoji.pth"  # the bundled checkpoint
 

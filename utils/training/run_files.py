@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoint.runs import BEST, LAST, LOGS
+from utils.checkpoint.runs import BEST, LAST, LOGS, SUMMARY
 from utils.checkpoint.saving import CheckpointWriter
 from utils.data.dataset import conditioned
 from utils.device import autocast
@@ -29,9 +29,10 @@ CURES = "with a lower --init_lr, --grad_clip 1, or --precision fp32, and look fo
 class RunWriter:
     """Files and progress bar of a run. Rank 0 writes; all processes call `save` and `stop`."""
 
-    def __init__(self, folder: Path, config, context, start) -> None:
+    def __init__(self, folder: Path, config, context, start, summary="") -> None:
         """start: the ResumePoint, with the position and the tables of the epochs before."""
         self.folder, self.config, self.context, self.start = Path(folder), config, context, start
+        self.summary = summary
         self.previews = Path("results/train_out") / self.folder.name
         self.main, self.lock, self.attempt = distributed.is_main(), contextlib.ExitStack(), TolerantWriter(self.folder)
 
@@ -46,6 +47,10 @@ class RunWriter:
                 remove_leftovers(place)
             with atomic_write(self.folder / "config.json", "w", encoding="utf-8") as file:
                 json.dump(self.context.about.config, file, indent=2)
+            path = self.folder / SUMMARY
+            before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+            with atomic_write(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{before}{self.summary}\n\n")
             print(f"this run writes to {folder}")
             self.history = LossHistory(self.folder, *self.start.tables)
             self.checkpoints = CheckpointWriter(self.folder, self.config, self.context, self.attempt)

@@ -1,12 +1,15 @@
 """What a run is about to do, in a few lines: sizes, steps, and what every "auto" became."""
 
+import platform
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
+
+import torch
 
 from utils import distributed
 from utils.device import describe_device
-from utils.terminal import plural
+from utils.terminal import as_command, plural
 from utils.training.memory import try_gradients
 
 # How often an image may be seen before a warning. The onset of memorization grows in proportion to
@@ -15,41 +18,50 @@ MEMORIZATION_VIEWS = 500
 LONG = 7200  # seconds of a run on a CPU from which the preset that is made for one is named
 
 
-def print_summary(config, context, start, preset: dict) -> None:
+def origin(arguments) -> str:
+    """When, how and with what a run was started. arguments: of the command line."""
+    versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
+    command = as_command("python", "train.py", *arguments)
+    return f"date       {datetime.now():%Y-%m-%d %H:%M}, {versions}\ncommand    {command}"
+
+
+def summarize(config, context, start, preset: dict) -> str:
     """Device, images, network and steps. start: a ResumePoint. preset: {name: value} of it."""
-    if preset:
-        values = [f"{name} {str(getattr(config, name)).strip('()').replace(' ', '')}" for name in preset]
-        print(f"preset     {config.preset}: {', '.join(values)}")
+    values = [f"{name} {str(getattr(config, name)).strip('()').replace(' ', '')}" for name in preset]
+    lines = [f"preset     {config.preset}: {', '.join(values)}"] if preset else []
     device, processes = describe_device(context.device), plural(distributed.world_size(), "process", "es")
-    print(f"device     {device}, precision {config.precision}, compile {config.compile}, {processes}")
+    lines += [f"device     {device}, precision {config.precision}, compile {config.compile}, {processes}"]
     aside, classes = len(context.validation), plural(len(context.dataset.classes), "class", "es")
     kind = "{}x{}, ".format(*config.input_shape) + plural(config.img_channels, "channel")
     used = "used" if config.class_conditional else "not used"
-    print(f"images     {len(context.dataset):,} of {kind}, {aside:,} held out for validation; {classes}, {used}")
+    lines += [f"images     {len(context.dataset):,} of {kind}, {aside:,} held out for validation; {classes}, {used}"]
     if config.img_channels == 3 and context.dataset.is_gray():
-        print("           all images are gray: a run with --img_channels 1 learns and samples them without colors")
+        lines += ["           all images are gray: a run with --img_channels 1 learns and samples them without colors"]
     count = sum(parameter.numel() for parameter in context.diffusion.model.parameters())
     noise = f"{config.schedule} schedule shifted by {config.schedule_shift:g}, T = {config.num_timesteps}"
     groups = plural(config.num_groups, "group")
     condition = f"; conditioned on {config.condition}" if config.condition else ""
-    print(f"network    {count / 1e6:.2f} million parameters, {groups}; {config.prediction}, {noise}{condition}")
+    lines += [f"network    {count / 1e6:.2f} million parameters, {groups}; {config.prediction}, {noise}{condition}"]
     total = config.epochs * context.steps_per_epoch
     epochs = f"{plural(config.epochs, 'epoch')} of {plural(context.steps_per_epoch, 'step')} of {context.batch_size}"
     optimizer = f"{config.optimizer_type}, learning rate up to {config.init_lr:g}"
-    print(f"training   {epochs}, {plural(total, 'step')} in all, {optimizer}")
     views = total * context.batch_size / len(context.dataset)
-    print(f"           each image is seen about {plural(round(views), 'time')}")
+    lines += [
+        f"training   {epochs}, {plural(total, 'step')} in all, {optimizer}",
+        f"           each image is seen about {plural(round(views), 'time')}",
+    ]
     if views > MEMORIZATION_VIEWS:
-        print(
+        lines += [
             "warning: a network may memorize so small a training set (the onset scales with its size): hold some out "
             "with --val_split 0.1, and look for copies with `python -m utils.evaluate`"
-        )
+        ]
     counter = context.diffusion.ema_step + steps_left(config, context, start)  # at the end; weights may bring one along
     if span := ema_span(config, counter):
-        print(f"EMA        over about the last {span:,} of {plural(total, 'step')} at the end")
+        lines += [f"EMA        over about the last {span:,} of {plural(total, 'step')} at the end"]
     else:
         start_step = f"ema_start is {config.ema_start:,}, and the run has {plural(total, 'step')}"
-        print(f"EMA        never starts: {start_step}; its samples come from the last weights")
+        lines += [f"EMA        never starts: {start_step}; its samples come from the last weights"]
+    return "\n".join(lines)
 
 
 def steps_left(config, context, start) -> int:
