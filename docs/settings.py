@@ -37,10 +37,10 @@ HEAD_ZH = """# 全部参数
 
 [English](settings.md)
 
-每个参数都可以写在命令行里，写法与 Python 相同：`--batch_size 32`、`--input_shape 64,64`、`--attention_resolutions 1,`。
+每个参数都可以在命令行中指定，写法与 Python 相同：`--batch_size 32`、`--input_shape 64,64`、`--attention_resolutions 1,`。
 默认值在各脚本开头的 `Config` 中。优先级：命令行 > 预设（`--preset`）> `Config`。
 带 \\* 的参数在断点续训（`--resume`）时不能修改；
-带 \\*\\* 的参数在加载已有权重开始新训练（`--start_from`）时也不能修改。
+带 \\*\\* 的参数在用已有权重开始新的训练（`--start_from`）时也不能修改。
 本页由 `python -m docs.settings` 生成。
 """
 FOLDER = Path(__file__).resolve().parent
@@ -92,7 +92,7 @@ def values_in_chinese(setting: Setting) -> str:
     choices = "、".join(map(repr, setting.choices))
     if setting.kind is None:
         return choices
-    noun = {int: "整数", float: "数", bool: "True 或 False", str: "文本"}[setting.kind]
+    noun = {int: "整数", float: "浮点数", bool: "True 或 False", str: "字符串"}[setting.kind]
     several = setting.count and len(setting.count) > 1
     if setting.count:
         noun = f"若干个{noun}" if several else f"{setting.count[0]} 个{noun}"
@@ -101,7 +101,7 @@ def values_in_chinese(setting: Setting) -> str:
             f"（{setting.lowest} 到 {setting.highest}）" if setting.highest < LARGEST else f"（至少 {setting.lowest}）"
         )
     if setting.count:
-        noun += "，用逗号隔开" + "，单个写成 1," * several
+        noun += "，用逗号隔开" + "，只有一个时写成 1," * several
     return f"{noun}，或 {choices}" if choices else noun
 
 
