@@ -37,7 +37,8 @@ HEAD_ZH = """# 全部参数
 
 [English](settings.md)
 
-每个参数都可以在命令行中指定，写法与 Python 相同：`--batch_size 32`、`--input_shape 64,64`、`--attention_resolutions 1,`。
+每个参数都可以在命令行中指定，写法与 Python 相同：
+`--batch_size 32`、`--input_shape 64,64`、`--attention_resolutions 1,`。
 默认值在各脚本开头的 `Config` 中。优先级：命令行 > 预设（`--preset`）> `Config`。
 带 \\* 的参数在断点续训（`--resume`）时不能修改；
 带 \\*\\* 的参数在用已有权重开始新的训练（`--start_from`）时也不能修改。
@@ -98,7 +99,9 @@ def values_in_chinese(setting: Setting) -> str:
         noun = f"若干个{noun}" if several else f"{setting.count[0]} 个{noun}"
     if setting.lowest > -LARGEST:
         noun += (
-            f"（{setting.lowest} 到 {setting.highest}）" if setting.highest < LARGEST else f"（至少 {setting.lowest}）"
+            f"（{setting.lowest} 到 {setting.highest}）"
+            if setting.highest < LARGEST
+            else f"（不小于 {setting.lowest}）"
         )
     if setting.count:
         noun += "，用逗号隔开" + "，只有一个时写成 1," * several
