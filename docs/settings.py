@@ -98,11 +98,7 @@ def values_in_chinese(setting: Setting) -> str:
     if setting.count:
         noun = f"若干个{noun}" if several else f"{setting.count[0]} 个{noun}"
     if setting.lowest > -LARGEST:
-        noun += (
-            f"（{setting.lowest} 到 {setting.highest}）"
-            if setting.highest < LARGEST
-            else f"（不小于 {setting.lowest}）"
-        )
+        noun += f"（{setting.lowest} 到 {setting.highest}）" if setting.highest < LARGEST else f"（≥ {setting.lowest}）"
     if setting.count:
         noun += "，用逗号隔开" + "，只有一个时写成 1," * several
     return f"{noun}，或 {choices}" if choices else noun
