@@ -172,12 +172,12 @@ def norm_section(config, device):
 
 def dropout_section(config, device):
     x = images(config, device, config.channel, 32)
-    values, mask = x.detach().clone(), cpu_fused.draw_mask(x, 0.1)[0]
+    values, mask = x.detach().clone(), cpu_fused.sample_mask(x, 0.1)[0]
     half = values.bfloat16()
     return {
         "F.dropout, forward and backward": gradients(lambda x: F.dropout(x, 0.1), x),
         "bernoulli_ alone": lambda: torch.empty_like(values).bernoulli_(0.9),
-        "16 random bits alone": lambda: cpu_fused.draw_mask(values, 0.1),
+        "16 random bits alone": lambda: cpu_fused.sample_mask(values, 0.1),
         "masked_fill_ with such a mask, float32": lambda: values.masked_fill_(mask, 0),
         "bits of such a mask, float32": lambda: cpu_fused.drop(values, cpu_fused.keep_bits(mask, values.dtype)),
         "masked_fill_ with such a mask, bf16": lambda: half.masked_fill_(mask, 0),
@@ -202,7 +202,7 @@ def attention_section(config, device):
 
 
 def upsample_section(config, device):
-    """Nearest neighbour and a 3x3 convolution as one transposed convolution of 4x4."""
+    """Nearest neighbor and a 3x3 convolution as one transposed convolution of 4x4."""
     functions = {}
     for dtype in (torch.float32, torch.bfloat16):
         layer = unet.Upsample(2 * config.channel).to(device, dtype, memory_format=CHANNELS_LAST)

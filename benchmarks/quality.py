@@ -206,7 +206,7 @@ def as_text(report):
     lines = [
         f"{on['gpu'] or on['cpu']}, {on['threads']} of {on['cores']} cores, load {on['load']:.1f}, {on['precision']}; "
         f"{versions}. "
-        f"{given} of training each, {settings['samples']:,} samples by predict.py's solver ({SAMPLER}, "
+        f"{given} of training each, {settings['samples']:,} samples by predict.py's default solver ({SAMPLER}, "
         f"{DEFAULT_STEPS} steps).",
         table(report),
         "\n".join(notes(report)),
@@ -252,9 +252,8 @@ def table(report):
                     f"{training['minutes']:.1f}",
                 )
             )
-    return (
-        markdown(COLUMNS, lines) + "\n\nLosses compare within a variant only: each weighs the timesteps in its own way."
-    )
+    note = "Losses are comparable only within a variant, as each weights the timesteps differently."
+    return markdown(COLUMNS, lines) + "\n\n" + note
 
 
 def bits_of(bits):
@@ -278,7 +277,7 @@ def notes(report):
             interval, chance = f"{near['copies_low']:.1%} to {near['copies_high']:.1%}", near["other_copies"]
             yield f"  {near['copies']:.1%} of the samples are copies ({interval}), and {chance:.1%} of held-out images."
         if training["steps"] <= EMA_START:
-            yield f"  The EMA starts at step {EMA_START:,}: here it equals the last weights."
+            yield f"  The EMA starts at step {EMA_START:,}, so here it equals the last weights."
 
 
 def plot(report, path):

@@ -268,10 +268,10 @@ def as_text(report):
     head = (
         f"{about['cpu']}, {about['threads']} of {about['cores']} cores, load {about['load']:.1f}; "
         f"{about['gpu'] or 'no CUDA GPU here: the same command measures one where there is one'}.\n"
-        f"{settings['channel']} channels, batch {settings['batch_size']}, 32x32 where the row does not say "
-        "otherwise; PyTorch "
+        f"{settings['channel']} channels, batch {settings['batch_size']}, 32x32 unless the row says otherwise; "
+        "PyTorch "
         f"{about['versions']['torch']}; medians of {settings['rounds']} rounds, "
-        f"{'wall time' if about['clock'] == 'wall' else 'CPU time of one process, but wall time for several'}.\n"
+        f"{'wall time' if about['clock'] == 'wall' else 'CPU time for one process, wall time for several'}.\n"
     )
     cells = [
         (

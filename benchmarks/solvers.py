@@ -339,7 +339,7 @@ class Bench:
 
 
 def opened(path, about):
-    """The report at `path` to go on with, or a new one.
+    """The report at `path` to continue, or a new one.
 
     UserError where it is about something else.
     """
@@ -422,15 +422,15 @@ def verdict(rows, T):
     """Which way needs the fewest calls to be as good as ddpm with all of its steps, in words."""
     chosen = choose_default(rows, T)
     if chosen is None:
-        return f"What is as good as ddpm with all {T} steps is not known yet: that has not been measured."
+        return f"What is as good as ddpm with all {T} steps is not known yet: ddpm has not been measured."
     row, value = chosen
     what = (
-        f"{row['solver']}, {row['spacing']} spacing, {row['made']} network calls ({row['steps']} steps), "
+        f"{row['solver']}, {row['spacing']} spacing, {row['made']} network evaluations ({row['steps']} steps), "
         f"{value:.3f} times "
         "its distance"
     )
-    fewest = f"The fewest calls within {TOLERANCE - 1:.0%} of ddpm with all {T} steps: {what}."
-    return fewest if row["made"] <= CHEAP else f"{fewest} Nothing with {CHEAP} calls or fewer comes so close."
+    fewest = f"The fewest network evaluations within {TOLERANCE - 1:.0%} of ddpm with all {T} steps: {what}."
+    return fewest if row["made"] <= CHEAP else f"{fewest} Nothing with {CHEAP} evaluations or fewer comes so close."
 
 
 def as_text(report):
@@ -447,7 +447,7 @@ def heading(report):
     network = ", ".join(f"{name} {value}" for name, value in about["trained_with"].items() if value is not None)
     clock = "wall time" if on["clock"] == "wall" else "this process's CPU time"
     real = about["num_held_out"]
-    real = f" {real:,} real images that were held out have {about['held_out_distance']:.3f}." if real else ""
+    real = f" {real:,} held-out real images have a distance of {about['held_out_distance']:.3f}." if real else ""
     return ("" if done == wanted else f"UNFINISHED: {done} of {wanted} cells; the same command resumes.\n\n") + (
         f"Frechet distance of {about['samples']:,} images to {about['num_reference']:,} real ones, mean and "
         "standard deviation of up to "
@@ -466,7 +466,9 @@ def best_of(rows, columns):
     for column in columns:
         best = min((row for row in rows if column in row["columns"]), key=mean)
         lines.append((column, best["solver"], best["spacing"], best["made"], f"{mean(best):.3f}"))
-    return "Best of each column:\n\n" + markdown(("calls", "solver", "spacing", "calls made", "distance"), lines)
+    return "The lowest distance of each column:\n\n" + markdown(
+        ("column", "solver", "spacing", "network evaluations", "distance"), lines
+    )
 
 
 def mean(row):
@@ -494,8 +496,8 @@ def distance_table(rows, columns):
                 for column in columns
             ]
             lines.append((solver, spacing, *(mean_and_spread(row) if row else "" for row in cells)))
-    note = "heun makes 2N - 1 calls in N steps, so in an even column one fewer."
-    return "By network calls; " + note + "\n\n" + markdown(("solver", "spacing", *map(str, columns)), lines)
+    head = "By network evaluations per image; heun takes 2N - 1 in N steps, one fewer than an even column says.\n\n"
+    return head + markdown(("solver", "spacing", *map(str, columns)), lines)
 
 
 def time_table(rows, columns):
@@ -510,8 +512,8 @@ def time_table(rows, columns):
             shares = [share for row in mine for share in row["shares"]]
             cells = [f"{1000 * statistics.median(values):.3g}" if values else "" for values in times]
             lines.append((solver, *cells, f"{statistics.median(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})"))
-    return "Milliseconds per image, and the network's share of the time:\n\n" + markdown(
-        ("solver", *map(str, columns), "network's share"), lines
+    return "Milliseconds per image by network evaluations, and the fraction of the time in the network:\n\n" + markdown(
+        ("solver", *map(str, columns), "in the network"), lines
     )
 
 

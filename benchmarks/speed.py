@@ -432,13 +432,13 @@ def as_text(report):
     about, settings = report["machine"], report["settings"]
     gpu = about["gpu"] or "no CUDA GPU here: the same command measures one where there is one"
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    theirs = "" if about["gpu"] else " on a CPU, in fp32 unless a name says otherwise"
+    theirs = "" if about["gpu"] else " for a CPU, in fp32 unless the name says otherwise"
     clock = "wall time" if about["clock"] == "wall" else "this process's CPU time"
     lines = [
         f"{about['cpu']}, {about['threads']} of {about['cores']} cores, load {about['load']:.1f}; {gpu}.",
         f"{settings['channel']} channels, {settings['size']}x{settings['size']}, batch {settings['batch_size']}, "
-        f"dropout {settings['dropout']}; this project in {about['precision']}, the others as their documentation has "
-        f"it{theirs}; "
+        f"dropout {settings['dropout']}; this project in {about['precision']}, the others as they are "
+        f"documented{theirs}; "
         f"medians of {settings['rounds']} interleaved rounds, {clock}.",
         f"Python {about['python']}, {versions}.",
         "",
@@ -446,7 +446,10 @@ def as_text(report):
     return (
         "\n".join(lines)
         + "\n"
-        + markdown(("what", "who", "rate", "a call (quartiles)", "ratio", "notes"), map(cells, report["rows"]))
+        + markdown(
+            ("measurement", "implementation", "rate", "time per call (quartiles)", "ratio", "notes"),
+            map(cells, report["rows"]),
+        )
     )
 
 
@@ -458,15 +461,15 @@ def cells(row):
     notes = [row["note"]] if "note" in row else []
     if "share_of_peaks" in row:
         shares = ", ".join(f"{share:.0%} of the {peak}" for peak, share in row["share_of_peaks"].items())
-        notes.append(f"{row['flops_a_second'] / 1e9:,.1f} GFLOP/s: {shares} in the same numbers")
-    notes += [f"a core: {row['ours_is_faster_a_core']:.2f}x"] if row.get("ours_is_faster_a_core") else []
+        notes.append(f"{row['flops_a_second'] / 1e9:,.1f} GFLOP/s: {shares} in the same precision")
+    notes += [f"per core: {row['ours_is_faster_a_core']:.2f}x"] if row.get("ours_is_faster_a_core") else []
     return row["what"], row["who"], rate, call, ratio, "; ".join(notes)
 
 
 RATIOS = (
-    ("ours_is_faster", "ours is", "x as fast"),
-    ("predict_takes_of_it", "predict.py takes", "x of it"),
-    ("ours_takes_of_it", "ours takes", " of it"),
+    ("ours_is_faster", "this project is", "x as fast"),
+    ("predict_takes_of_it", "predict.py takes", " of this time"),
+    ("ours_takes_of_it", "this project takes", " of this memory"),
 )
 
 

@@ -65,7 +65,7 @@ class NormActDropoutConv(torch.autograd.Function):
     def forward(ctx, x, scale, shift, weight, bias, groups, eps, silu, rate, padding):
         out, mean, rstd = group_norm(x, scale, shift, groups, eps)
         out = F.silu(out, inplace=True) if silu else out
-        dropped, factor = draw_mask(out, rate) if rate else (None, 1.0)
+        dropped, factor = sample_mask(out, rate) if rate else (None, 1.0)
         out = drop(out, keep_bits(dropped, out.dtype))
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else out.dtype
         # Dropout's factor scales the weights: they are fewer than the features.
@@ -153,7 +153,7 @@ def drop(features, kept):
     return features
 
 
-def draw_mask(like, rate):
+def sample_mask(like, rate):
     """(mask with the strides of `like`, True where dropout drops; factor for the other features).
 
     16 random bits per feature take a third of bernoulli's time. They round the rate to 2^-16.

@@ -30,7 +30,9 @@ ALL = [
     *sorted((PROJECT / "logs").glob("*.md")),
     PROJECT / "datasets/README.md",
     PROJECT / "results/README.md",
+    PROJECT / "benchmarks/NOTES.md",
 ]
+RESULTS = sorted((PROJECT / "benchmarks/results").glob("*.md"))  # pages that the benchmarks write
 TRANSLATED = {  # English page: Chinese page
     path.with_name(path.name.replace(".zh-CN", "")) if path.stem != "README.zh-CN" else PROJECT / "README.md": path
     for path in ALL
@@ -119,7 +121,8 @@ def faults_of_links(page):
 
 # Commands
 
-PROGRAM = re.compile(r"([A-Z_]+=\S+ )*(python|torchrun|pip|ruff|tensorboard) ")
+BEFORE = r"[A-Z_]+=\S+ |timeout \d+ "
+PROGRAM = re.compile(rf"({BEFORE})*(python|torchrun|pip|ruff|tensorboard) ")
 OTHERS = {  # commands of others, as they stand
     "python -m pytest",
     "ruff check .",
@@ -135,12 +138,13 @@ def commands(page):
     found = [span for span in page.spans if PROGRAM.match(span[1])]
     for first, language, text in page.blocks:
         if language in ("", "bash", "powershell"):
-            found += enumerate(text.splitlines(), first)
+            for command in re.finditer(r"(?:\\\n|.)+", text):  # a line, or several that \ joins
+                found.append((first + text.count("\n", 0, command.start()), command[0].replace("\\\n", " ")))
     parts = []
     for line, command in found:
-        command = re.sub(r"^!|\b[A-Z_]+=\S+ |(^|\s)#.*", "", command)
-        parts += [(line, shlex.split(part)) for part in re.split("&&|;", command) if part.strip()]
-    return parts
+        for part in re.split(r"&&|;(?=\s)", re.sub(r"(^|\s)#.*", "", command)):
+            parts.append((line, shlex.split(re.sub(rf"^\s*!?({BEFORE})*", "", part))))
+    return [(line, words) for line, words in parts if words]
 
 
 def import_target(target):
@@ -216,7 +220,8 @@ def check_command(program, *words):
 def faults_of_commands(page):
     """Of commands, of options alone in code marks, and of options that nothing would check."""
     faults = [page.at(line, why) for line, words in commands(page) if (why := refusal(*words))]
-    modules = [words[2] for _, words in commands(page) if words[:2] == ["python", "-m"] and "." in words[2]]
+    known = [words for _, words in commands(page) if not refusal(*words)]
+    modules = [words[2] for words in known if words[:2] == ["python", "-m"] and "." in words[2]]
     targets = ["train", "predict", "txt_annotation", "utils.evaluate", *modules]
     for line, span in page.spans:
         name, *values = shlex.split(span) if span.startswith("--") else [""]
@@ -324,7 +329,7 @@ def numbers(page):
 
 @cache
 def measured_values():
-    text = "\n".join(path.read_text(encoding="utf-8") for path in (PROJECT / "benchmarks/results").glob("*.md"))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in RESULTS)
     return [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*(?:\.\d+)?(?:e\+\d+)?", text)]
 
 

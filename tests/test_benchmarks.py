@@ -135,7 +135,7 @@ def test_the_verdict_says_where_nothing_cheap_is_good_enough():
         a_report({("ddpm", "every", T): [10.0], ("ddim", "trailing", 50): [10.2], ("ddim", "trailing", 25): [11.0]})
     )
     verdict = solvers.verdict(rows, T)
-    assert "50 network calls" in verdict and "Nothing with 25 calls or fewer comes so close" in verdict
+    assert "50 network evaluations" in verdict and "Nothing with 25 evaluations or fewer comes so close" in verdict
     assert "not known yet" in solvers.verdict(rows[1:], T)
 
 

@@ -6,7 +6,7 @@ import re
 import documents
 import pytest
 from conftest import PROJECT, command, run, run_main
-from documents import ALL, CHECKS, TRANSLATED, Page, faults_of_translation
+from documents import ALL, CHECKS, RESULTS, TRANSLATED, Page, faults_of_translation
 
 import docs.settings
 
@@ -19,7 +19,7 @@ def faults_of(text, check, name="docs/page.md"):
     return CHECKS[check](Page(PROJECT / name, text))
 
 
-@by_name(ALL)
+@by_name([*ALL, *RESULTS])
 def test_each_document_is_right(path):
     assert [fault for check in CHECKS.values() for fault in check(Page(path))] == []
 
@@ -32,6 +32,7 @@ def test_both_languages_have_the_same_structure(path):
 
 def test_every_document_is_read_and_has_its_chinese_page():
     alone = {"docs/contributing.md", "logs/README.md", "logs/emoji.md", "datasets/README.md", "results/README.md"}
+    alone.add("benchmarks/NOTES.md")
     english = {path for path in ALL if ".zh-CN" not in path.name}
     assert {path.relative_to(PROJECT).as_posix() for path in english - set(TRANSLATED)} == alone
     assert set(TRANSLATED) <= english and len(TRANSLATED) >= 12
@@ -97,6 +98,13 @@ def test_a_number_that_differs_between_the_languages_is_seen(path):
         ("commands", "    pip install -r requirements.txt && python predict.py", "    pip install -r requirement.txt"),
         ("commands", "    X=1 python train.py && python predict.py", "    X=1 python train.py && python predict.py 7"),
         ("commands", "```powershell\nruff check .; ruff check .\n```", "```powershell\nruff check .; ruff chek .\n```"),
+        ("commands", "    timeout 9 python train.py", "    timeout 9 python train.py --epoch 9"),
+        ("commands", "    python train.py --epochs 2 \\\n      --seed 1", "    python train.py \\\n      --sed 1"),
+        (
+            "commands",
+            '    python -m benchmarks.recipes --recipes "X=a:1;b:2"',
+            '    python -m benchmarks.recipes --recipe "X=a:1;b:2"',
+        ),
         ("commands", "`pip install scipy`", "`pip install scypi`"),
         ("commands", "`python -m utils.convert import a b`", "`python -m utils.convert import a`"),
         ("commands", "`python -m benchmarks.speed --rounds 5`", "`python -m benchmarks.speed --round 5`"),

@@ -282,7 +282,7 @@ def test_under_autocast_the_gradients_are_those_of_the_plain_path_within_roundin
 @pytest.mark.parametrize("share, count", [(0.1, 6554), (0.5, 32768), (0.25, 16384)])
 def test_the_masks_share_and_factor_belong_together(share, count):
     torch.manual_seed(0)
-    dropped, factor = fused.draw_mask(torch.empty(3, 5, 7, 11), share)  # no multiple of four
+    dropped, factor = fused.sample_mask(torch.empty(3, 5, 7, 11), share)  # no multiple of four
     assert dropped.shape == (3, 5, 7, 11) and dropped.dtype == torch.bool
     assert factor == 2**16 / (2**16 - count)
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from conftest import PROJECT
-from documents import ALL, Page, files
+from documents import ALL, RESULTS, Page, files
 
 import docs.settings
 from utils.settings import source_comments
@@ -31,7 +31,7 @@ INSTEAD = {  # what not to write: what to write
     r"(?<!which )(?<!that )the card": "the model card",
     r"normalis\w+|colou?red|colours?|grey|licences?|memoris\w+|neighbours?|optimis\w+": "American spelling",
 }
-ENGLISH = {**INSTEAD, "Frechet": "Fréchet"}  # of documents; a terminal may have no accents
+ENGLISH = {**INSTEAD, "Frechet": "Fréchet"}  # of documents; where programs print, a terminal may have no accents
 CHINESE = {
     "(?<![动图])画(?!面|质|布)": "生成，采样",
     "回答": "输出，预测",
@@ -79,8 +79,9 @@ def texts():
     for path in ALL:
         page = Page(path)
         yield page.name, 1, page.plain, CHINESE if path.name.endswith("zh-CN.md") else ENGLISH
+    yield from ((page.name, 1, page.plain, INSTEAD) for page in map(Page, RESULTS))
     for name in sorted(files()):
-        if name.endswith(".py") and not name.startswith(("tests/", "docs/", "benchmarks/")):
+        if name.endswith(".py") and not name.startswith(("tests/", "docs/")):
             yield from ((name, line, text, INSTEAD) for line, text in texts_of_code(PROJECT / name))
     for command, config_class, _ in docs.settings.scripts():
         for part in source_comments(config_class):
