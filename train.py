@@ -287,10 +287,10 @@ def train(config, context, folder, start, summary=""):
             batches = epoch_batches(len(context.dataset), batch_size, config.seed, epoch, consumed, rank, world_size)
             for images, labels in context.dataset.batches(batches, pin_memory=context.device.type == "cuda"):
                 lr = learning_rate_at(config, context, epoch * context.steps_per_epoch + consumed // batch_size)
-                with speed:
-                    train_step(config, context, images, labels, epoch, consumed, lr)
+                began = time.perf_counter()
+                train_step(config, context, images, labels, epoch, consumed, lr)
                 consumed += batch_size
-                if timed_again and speed.changed():
+                if timed_again and speed.changed(time.perf_counter() - began):
                     choose_threads(config, context)
 
                 loss, bad_in_row = context.meter.latest()

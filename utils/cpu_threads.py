@@ -32,12 +32,11 @@ def set_threads(asked, device, step, images, seconds=1.5, kept=None) -> int:
     """
     if asked != "auto":
         torch.set_num_threads(asked)
-    elif is_measured(asked, device):
-        if kept and kept <= MOST:
-            torch.set_num_threads(kept)
-        elif step:
-            fastest_threads(step, images, seconds)
-    number = min(torch.get_num_threads(), NUM_THREADS.highest)
+    elif is_measured(asked, device) and kept and kept <= MOST:
+        torch.set_num_threads(kept)
+    elif is_measured(asked, device) and step:
+        fastest_threads(step, images, seconds)
+    number = torch.get_num_threads()
     if kept:
         before = "as before" if number == kept else f"before {kept}: the last bits of its results change"
         print(f"the run computes with {plural(number, 'thread')}, {before}")
@@ -56,7 +55,7 @@ def fastest_threads(step, images: int, seconds: float) -> int:
     step computes with `count` images, at most `images`; torch's random numbers stay as they were.
     It takes about so many seconds, longer if a step of one image does.
     """
-    before, end, few, times = torch.get_num_threads(), time.perf_counter() + seconds, 1, {}
+    before, end, times = torch.get_num_threads(), time.perf_counter() + seconds, {}
 
     def timed(number, count):
         torch.set_num_threads(number)
@@ -71,8 +70,7 @@ def fastest_threads(step, images: int, seconds: float) -> int:
             if times[number][0] > HOPELESS * times[1][0]:
                 break
         close = [number for number in times if times[number][0] <= HOPELESS * times[1][0]]
-        while few < images and few * times[1][0] < seconds / 20:
-            few *= 2
+        few = max(1, int(seconds / 20 / times[1][0]))
         while time.perf_counter() < end:
             for number in close:  # in turn: what else the machine does meets all of them
                 times[number].append(timed(number, min(few * number, images)))
@@ -86,22 +84,17 @@ def fastest_threads(step, images: int, seconds: float) -> int:
 
 
 class SpeedWatch:
-    """Compares the speed of a loop with what it was. Each step is a `with` block of it."""
+    """Compares the speed of a loop with what it was."""
 
     def __init__(self):
         self.usual, self.steps, self.seconds = None, 0, 0.0
 
-    def __enter__(self):
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_):
-        self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - self.began
-
-    def changed(self) -> bool:
-        """Whether the last WINDOW seconds were far slower or faster than the first ones.
+    def changed(self, seconds: float) -> bool:
+        """After a step of so many seconds: are the last WINDOW far slower or faster than the first?
 
         After a True the comparison begins again.
         """
+        self.steps, self.seconds = self.steps + 1, self.seconds + seconds
         if self.seconds < WINDOW:
             return False
         speed, self.steps, self.seconds = self.steps / self.seconds, 0, 0.0
