@@ -40,45 +40,45 @@ class Config:
     # Model
     model_path: str = ""                          # a checkpoint, or a run's folder; "": the newest run in logs/
     input_shape: tuple[int, int] | None = None    # height and width; None: as in training
-    use_ema: bool = True                          # sample with the EMA weights; False: with the last ones
+    use_ema: bool = True                          # sample with the EMA weights; False: with the weights without EMA
 
     # Images
-    num_images: int = 25                          # the grid shows the first 25 (by class: 5 of each, 10 classes)
+    num_images: int = 25                          # images to sample; the grid shows 25 (by class: 5 each, 10 classes)
     batch_size: int = 25                          # images sampled at once: lower it if memory runs out
     seed: int = -1                                # seed of the first image, the i-th has seed + i; -1: random, printed
-    class_name: str = ""                          # sample this class only; "": a row of each
-    guidance_scale: float = 1.0                   # guidance; above 1: more typical of its class, less diverse
-    guidance_interval: tuple[float, float] | None = None  # lambdas between which guidance acts; None: at each step
+    class_name: str = ""                          # sample this class only; "": one row per class
+    guidance_scale: float = 1.0                   # guidance; above 1: more typical of the class, less diverse
+    guidance_interval: tuple[float, float] | None = None  # range of lambda in which guidance acts; None: all steps
     guiding_path: str = ""                        # autoguidance: a weaker checkpoint; "": classifier-free guidance
 
     # Solver
     sampler: str = "sde-dpm++"                    # solver; inpainting uses ddpm
     steps: int = 0                                # sampling steps; 0: 25, ddpm all timesteps, inpainting 250
-    spacing: str = ""                             # spacing of the timesteps; "": what suits the sampler
-    eta: float = 0.0                              # fraction of new noise in ddim
+    spacing: str = ""                             # spacing of the timesteps; "": the default of the sampler
+    eta: float = 0.0                              # fraction of new noise in ddim; 0: deterministic
     variance: str = "beta"                        # variance of ddpm's noise
     clip: bool = True                             # clip the predicted x_0 to [-1, 1] at each step
 
-    # Image to image
-    init_image: str = ""                          # start from this image instead of noise (SDEdit)
-    strength: float | None = None                 # how much of it is replaced; None: 0.6, for inpainting 1
-    mask: str = ""                                # inpainting: an image, white where pixels are sampled (RePaint)
-    resamplings: int = 0                          # times that inpainting takes each step; 0: 10
-    condition_image: str = ""                     # what a conditioned model starts from: an image, or a folder
-    interpolate: int = 0                          # number of frames of a seed interpolation, in place of the grid
-    seed_to: int = -1                             # the seed at its other end; -1: the next one
+    # Input images and interpolation
+    init_image: str = ""                          # img2img: start from this image instead of noise (SDEdit)
+    strength: float | None = None                 # timestep to start at, as a fraction of T; None: 0.6, inpainting 1
+    mask: str = ""                                # inpainting (RePaint): an image, white where pixels are sampled
+    resamplings: int = 0                          # resamplings of each step of inpainting (RePaint); 0: 10
+    condition_image: str = ""                     # condition of a model that has one: an image, or a folder of images
+    interpolate: int = 0                          # frames of an interpolation between two seeds, instead of the grid
+    seed_to: int = -1                             # seed at the other end of the interpolation; -1: seed + 1
 
     # Output
     individual_files: bool = False                # also one PNG per image, named by its seed; resumable
     npz: bool = False                             # also all images in one .npz, in the ADM evaluation's format
-    trajectory: bool = False                      # how the images form: a strip, and an animation of the grid
+    trajectory: bool = False                      # also the sampling trajectory: a strip, and an animation of the grid
     save_dir: str = "results/predict_out"         # where the images are written
 
     # Machine
     device: str = "auto"                          # auto, cuda, cuda:1, mps or cpu
     precision: str = "auto"                       # mixed-precision dtype
-    compile: bool | str = "auto"                  # torch.compile the network: pays for thousands of network evaluations
-    num_threads: int | str = "auto"               # CPU threads; auto: OMP_NUM_THREADS, or the fastest number
+    compile: bool | str = "auto"                  # torch.compile the network: worthwhile for thousands of evaluations
+    num_threads: int | str = "auto"               # CPU threads; auto: OMP_NUM_THREADS if set, else the fastest
 # fmt: on
 
 

@@ -41,80 +41,80 @@ from utils.training.validation import validation_loss
 # fmt: off
 @settings
 class Config:
-    preset: str = ""                                     # a set of settings by one name, see PRESETS; "": the article's
+    preset: str = ""                                     # named set of settings (PRESETS); "": the article's settings
 
     # Images
     annotation_path: str = "train_lines.txt"             # the annotation file that txt_annotation.py writes
     input_shape: tuple[int, int] = (32, 32)              # height and width of the images
     img_channels: int = 3                                # 3: color, 1: gray
-    resize_mode: str = "crop"                            # how an image of another shape is made to fit
-    background: tuple[int, int, int] = (255, 255, 255)   # what transparent pixels are composited on
+    resize_mode: str = "crop"                            # how images of another aspect ratio are fitted
+    background: tuple[int, int, int] = (255, 255, 255)   # background color: of transparent pixels and of pad's bars
     icc: bool = True                                     # convert embedded color profiles to sRGB; False: ignore them
-    horizontal_flip: bool = False                        # random horizontal flip: not for text or flags
-    num_workers: int = 0                                 # threads that decode the images, once; 0: one per core
+    horizontal_flip: bool = False                        # random horizontal flips: not for text or flags
+    num_workers: int = 0                                 # threads that decode images into the cache; 0: one per core
 
     # Network
-    channel: int = 128                                   # width of the first level; cost grows with its square
-    channel_mults: tuple[int, ...] = (1, 2, 2, 2)        # width of each level, in channels; each level halves the size
+    channel: int = 128                                   # channels of the first level; cost grows with their square
+    channel_mults: tuple[int, ...] = (1, 2, 2, 2)        # channel multiplier per level; each next level halves the size
     num_res_blocks: int = 2                              # residual blocks per level
-    attention_resolutions: tuple[int, ...] = (1,)        # levels with attention; 0 is full size
-    num_groups: int | str = "auto"                       # GroupNorm groups; auto: up to 32, of 4 or more channels
+    attention_resolutions: tuple[int, ...] = (1,)        # levels with self-attention; 0 is the full resolution
+    num_groups: int | str = "auto"                       # GroupNorm groups; auto: up to 32, each of 4 or more channels
     dropout: float = 0.1                                 # dropout probability
     activation_checkpointing: bool = False               # less memory, slower: the backward pass recomputes activations
-    class_conditional: bool = False                      # learn the class folders, to sample by class later
-    label_dropout: float = 0.1                           # probability of no label or condition, for guidance
+    class_conditional: bool = False                      # train with the class folders as labels, to sample by class
+    label_dropout: float = 0.1                           # probability of dropping label and condition, for guidance
     condition: str = ""                                  # image that the network is conditioned on, see conditioning.md
-    condition_scale: int = 4                             # how many times smaller the images of low_res are
+    condition_scale: int = 4                             # downscaling factor of the condition low_res
 
     # Diffusion
     schedule: str = "linear"                             # noise schedule
     num_timesteps: int = 1000                            # number of diffusion timesteps, T
     schedule_low: float = 1e-4                           # first beta of the linear schedule, at T = 1000
     schedule_high: float = 0.02                          # last beta of the linear schedule, at T = 1000
-    schedule_shift: float = 0.0                          # added to lambda of cosine or sigmoid: above 0 is less noise
-    prediction: str = "eps"                              # what the network predicts: eps is the noise, x0 the image
+    schedule_shift: float = 0.0                          # added to lambda of cosine and sigmoid; positive: less noise
+    prediction: str = "eps"                              # prediction target: noise (eps), image (x0), v-prediction (v)
     loss_type: str = "l2"                                # loss function
     loss_weighting: str = "none"                         # weights of the timesteps in the loss
     min_snr_gamma: float = 5.0                           # gamma of min_snr
-    timestep_sampling: str = "uniform"                   # training timesteps; middle: fewer extreme noise levels
+    timestep_sampling: str = "uniform"                   # distribution of training timesteps; middle: few extreme ones
 
     # Optimization
     epochs: int = 1000                                   # passes over all images
-    steps: int = 0                                       # at least so many steps, in whole epochs; 0: epochs decides
+    steps: int = 0                                       # least number of steps, in whole epochs; 0: set by epochs
     batch_size: int = 64                                 # global batch size, over all processes
-    accumulate: int = 1                                  # micro-batches per batch: less memory, the same update
+    accumulate: int = 1                                  # micro-batches per batch (gradient accumulation): less memory
     init_lr: float | str = "auto"                        # highest learning rate; auto: 2e-4 * 128 / channel, up to 1e-3
     min_lr: float = 2e-6                                 # last learning rate
-    warmup: float = 0.05                                 # fraction of the steps for linear warm-up, at most 1000 steps
+    warmup: float = 0.05                                 # linear warm-up: fraction of all steps, at most 1000 steps
     optimizer_type: str = "adam"                         # optimizer; muon: more progress per step, slower steps
     momentum: float = 0.9                                # beta 1 of the optimizer
     weight_decay: float = 0.0                            # weight decay of the optimizer
     lr_decay_type: str = "cos"                           # learning rate decay
     grad_clip: float = 1.0                               # gradient norm to clip at; 0: no clipping
-    max_bad_steps: int = 50                              # steps in a row with NaN gradients that end the run
+    max_bad_steps: int = 50                              # consecutive non-finite gradients (NaN, inf) that end the run
     ema_decay: float = 0.9999                            # the EMA averages about the last 1/(1 - ema_decay) steps
-    ema_start: int = 2000                                # step at which the EMA starts; before, it copies the weights
+    ema_start: int = 2000                                # step at which the EMA starts; before, it equals the weights
     ema_warmup: bool = True                              # the EMA averages at most a ninth of the steps so far
 
     # Machine
     device: str = "auto"                                 # auto, cuda, cuda:1, mps or cpu
     precision: str = "auto"                              # mixed-precision dtype; fp32: TF32 convolutions on NVIDIA GPUs
-    compile: bool | str = "auto"                         # torch.compile the network; auto: on CUDA for 5,000 steps
-    num_threads: int | str = "auto"                      # CPU threads; auto: OMP_NUM_THREADS, or the fastest number
-    seed: int = 0                                        # all randomness of the run is a function of it
+    compile: bool | str = "auto"                         # torch.compile the network; auto: on CUDA from 5,000 steps on
+    num_threads: int | str = "auto"                      # CPU threads; auto: OMP_NUM_THREADS if set, else the fastest
+    seed: int = 0                                        # random seed of the run
 
     # Output
-    save_dir: str = "logs"                               # where the run's folder is made
+    save_dir: str = "logs"                               # folder in which the run's folder is created
     save_period: int = 25                                # save epoch_XXXX.pth every so many epochs
     save_minutes: float = 10.0                           # minutes between saves of last.pth within an epoch
-    keep_last: int = 0                                   # how many epoch_XXXX.pth stay; 0: all
-    preview_period: int = 10                             # epochs between previews, after the first; 0: none
+    keep_last: int = 0                                   # number of newest epoch_XXXX.pth to keep; 0: all
+    preview_period: int = 10                             # epochs between previews, the first after epoch 1; 0: none
     preview_sampler: str = "sde-dpm++"                   # solver of the previews
     preview_steps: int = 25                              # sampling steps of the previews
-    val_split: float = 0.0                               # fraction of the images kept aside for a validation loss
-    dry_run: bool = False                                # print what the run needs: steps, memory, time; stop
-    start_from: str = ""                                 # weights to begin a new run with, of any size or classes
-    resume: str = ""                                     # "latest", or a path: resume that run
+    val_split: float = 0.0                               # fraction of the images held out for the validation loss
+    dry_run: bool = False                                # print steps, memory and time of the run without training
+    start_from: str = ""                                 # weights to start a new run from; size and classes may differ
+    resume: str = ""                                     # resume a run: "latest", or its folder or checkpoint
 # fmt: on
 
 

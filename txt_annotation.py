@@ -29,10 +29,10 @@ OPTIONAL = "`pip install pillow-heif` brings .heic, Pillow 11.3 or newer .avif"
 @settings
 class Config:
     datasets_path: str = "datasets"           # folder of the images; folders below their common root are classes
-    annotation_path: str = "train_lines.txt"  # the annotation file to write; class names next to it
+    annotation_path: str = "train_lines.txt"  # the annotation file to write; class names go next to it
     verify: bool = True                       # decode every image and leave out the bad ones (False: read headers only)
     num_workers: int = 0                      # threads that decode; 0: one per core
-    download: str = ""                        # a well-known data set to fetch first; "": none
+    download: str = ""                        # a public dataset to download first; "": none
 # fmt: on
 
 

@@ -28,10 +28,10 @@ HEAD = """# All settings
 [中文](settings.zh-CN.md)
 
 Each setting is an option of its script's command line, written as in Python: `--batch_size 32`,
-`--input_shape 64,64`, `--attention_resolutions 1,`. Its default stands in the `Config` at the top of
-the script. Precedence: command line > preset (`--preset`) > `Config`. Settings marked with \\* are
-fixed when a run is resumed (`--resume`), those with \\*\\* also when a run starts from its weights
-(`--start_from`). `python -m docs.settings` writes this page.
+`--input_shape 64,64`, `--attention_resolutions 1,`. Defaults are defined in `Config` at the top of each
+script. Precedence: command line > preset (`--preset`) > `Config`. Settings marked with \\* cannot be
+changed when a run is resumed (`--resume`), and those marked with \\*\\* cannot be changed when a new run
+starts from existing weights (`--start_from`) either. `python -m docs.settings` generates this page.
 """
 HEAD_ZH = """# 全部参数
 

@@ -322,7 +322,7 @@ def test_class_of_a_model_without_classes(place, capsys):
     [
         ("--batchsize 4", "--batchsize is no setting (did you mean batch_size?); --help lists every setting"),
         ("--epochs many", "--epochs many: expected a whole number"),
-        ("--channel_mults 1,x", "expected whole numbers from 1 to 1024 with commas between them, one alone as 1,"),
+        ("--channel_mults 1,x", "expected whole numbers from 1 to 1024 with commas between them (a single one as 1,)"),
         ("--input_shape 9,8 --channel_mults 1,1", "multiples of 2"),
         ("--schedule quadratic", "quadratic"),
         ("--prediction noise", "one of 'eps', 'x0', 'v'"),

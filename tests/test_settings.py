@@ -151,7 +151,7 @@ def test_values_are_written_as_in_python(name, text, value):
         ("shape", "a,b", "2 whole numbers"),
         ("shape", "1.5,2", "2 whole numbers"),
         ("shape", "", "2 whole numbers"),
-        ("mults", "1,x", "one alone as 1,"),
+        ("mults", "1,x", "a single one as 1,"),
         ("mults", "1,2.0", "whole numbers"),
         ("mults", "1 2", "whole numbers"),
         ("limit", "x", "or None"),
@@ -316,7 +316,7 @@ def test_each_default_of_the_scripts_can_be_typed(script):
     [
         (0, whole(1), "a whole number of at least 1"),
         ((8, 65), whole(1, 64, count=PAIR), "2 whole numbers from 1 to 64 with commas between them"),
-        ((), whole(1, count=SEVERAL), "whole numbers of at least 1 with commas between them, one alone as 1,"),
+        ((), whole(1, count=SEVERAL), "whole numbers of at least 1 with commas between them (a single one as 1,)"),
         (2.0, number(0, 1), "a number from 0 to 1"),
         (float("nan"), number(0), "a number of at least 0"),
         (float("inf"), number(0), "a number"),

@@ -66,7 +66,7 @@ class Setting(NamedTuple):
         if self.count is None:
             noun = f"a {noun}" if self.kind in (int, float) else noun
         elif len(self.count) > 1:
-            noun += " with commas between them, one alone as 1,"
+            noun += " with commas between them (a single one as 1,)"
         else:
             noun = f"{self.count[0]} {noun} with commas between them"
         return " or ".join([noun, *map(repr, self.choices)])

@@ -43,43 +43,43 @@ class Config:
     # Images
     samples: str = ""                             # a folder, annotation file, .npz or checkpoint; "": the newest run
     reference: str = "train_lines.txt"            # a folder, annotation file or .npz: the training images
-    held_out: str = ""                            # a folder, annotation file or .npz, not trained on; "": val_split's
-    num_images: int = 0                           # samples; 0: all, of a checkpoint 10,000
-    input_shape: tuple[int, int] | None = None    # height and width to compare at; None: the samples' most frequent
-    img_channels: int = 0                         # of images: 3: color, 1: gray, 0: color if any has it
-    resize_mode: str = ""                         # how images of other shapes are made to fit; "": as in training
-    background: tuple[int, int, int] | None = None  # what transparent pixels are composited on; None: as in training
+    held_out: str = ""                            # folder, annotation file or .npz, not trained on; "": from val_split
+    num_images: int = 0                           # number of samples; 0: all of them, or 10,000 from a checkpoint
+    input_shape: tuple[int, int] | None = None    # height and width to compare at; None: the most frequent of samples
+    img_channels: int = 0                         # 3: color, 1: gray, 0: color if any image has color
+    resize_mode: str = ""                         # how images of another aspect ratio are fitted; "": as in training
+    background: tuple[int, int, int] | None = None  # color of transparent pixels and pad's bars; None: as in training
     icc: bool | None = None                       # convert embedded color profiles to sRGB; None: as in training
 
     # Measures
     distances: bool = True                        # FID (Frechet distance), KID (kernel distance), precision and recall
-    features: str = "inception"                   # inception, classifier (of the reference's classes) or its file
+    features: str = "inception"                   # inception, classifier (trained on the reference), or its file
     inception_weights: str = ""                   # a file with the Inception weights; "": downloaded once
     max_features: int = 10_000                    # images per side for KID, precision and recall
-    nearest: bool = True                          # nearest reference image of each sample: does the model memorize?
-    nearest_images: int = 1000                    # samples, and held-out images, whose nearest neighbor is sought
-    nearest_by: str = "pixels"                    # distance in this space
+    nearest: bool = True                          # memorization: find the nearest reference images of the samples
+    nearest_images: int = 1000                    # number of samples and held-out images whose nearest ones are found
+    nearest_by: str = "pixels"                    # space in which the nearest images are searched
     bits: bool = False                            # bits per dimension of held-out images (T network evaluations each)
-    bits_images: int = 1000                       # of so many of them; 0: all
+    bits_images: int = 1000                       # number of held-out images for bits per dimension; 0: all
 
     # Sampling from a checkpoint
     sampler: str = "sde-dpm++"                    # solver
     steps: int = 0                                # sampling steps; 0: 25, ddpm all timesteps
-    spacing: str = ""                             # spacing of the timesteps; "": what suits the sampler
-    eta: float = 0.0                              # fraction of new noise in ddim
-    guidance_scale: float = 1.0                   # guidance; above 1: more typical of its class, less diverse
-    guidance_interval: tuple[float, float] | None = None  # lambdas between which guidance acts; None: at each step
+    spacing: str = ""                             # spacing of the timesteps; "": the default of the sampler
+    eta: float = 0.0                              # fraction of new noise in ddim; 0: deterministic
+    guidance_scale: float = 1.0                   # guidance; above 1: more typical of the class, less diverse
+    guidance_interval: tuple[float, float] | None = None  # range of lambda in which guidance acts; None: all steps
     guiding_path: str = ""                        # autoguidance: a weaker checkpoint; "": classifier-free guidance
     seed: int = 0                                 # seed of the first sample, of subsets, and of the noise in the bits
-    use_ema: bool = True                          # the EMA weights; False: the last ones
+    use_ema: bool = True                          # sample with the EMA weights; False: with the weights without EMA
 
     # Output and machine
-    save_dir: str = "results/evaluate_out"        # where the results (JSON) and the image of pairs are written
-    cache_dir: str = ""                           # for decoded images, statistics, classifiers; "": datasets/.cache
+    save_dir: str = "results/evaluate_out"        # folder for the results (JSON) and the image of nearest neighbors
+    cache_dir: str = ""                           # folder of caches (images, statistics, ...); "": datasets/.cache
     batch_size: int = 100                         # images at once: lower it if memory runs out
     device: str = "auto"                          # auto, cuda, cuda:1, mps or cpu
     precision: str = "auto"                       # mixed-precision dtype of the diffusion network; features are fp32
-    num_threads: int | str = "auto"               # CPU threads; auto: OMP_NUM_THREADS, or the fastest number
+    num_threads: int | str = "auto"               # CPU threads; auto: OMP_NUM_THREADS if set, else the fastest
 # fmt: on
 
 
