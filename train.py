@@ -76,11 +76,11 @@ class Config:
     loss_type: str = "l2"                                # loss function
     loss_weighting: str = "none"                         # weights of the timesteps in the loss
     min_snr_gamma: float = 5.0                           # gamma of min_snr
-    timestep_sampling: str = "uniform"                   # distribution of training timesteps; middle: few extreme ones
+    timestep_sampling: str = "uniform"                   # distribution of timesteps; middle: fewer extreme noise levels
 
     # Optimization
     epochs: int = 1000                                   # passes over all images
-    steps: int = 0                                       # least number of steps, in whole epochs; 0: set by epochs
+    steps: int = 0                                       # minimum number of steps, in whole epochs; 0: set by epochs
     batch_size: int = 64                                 # global batch size, over all processes
     accumulate: int = 1                                  # micro-batches per batch (gradient accumulation): less memory
     init_lr: float | str = "auto"                        # highest learning rate; auto: 2e-4 * 128 / channel, up to 1e-3

@@ -55,10 +55,10 @@ class Config:
     distances: bool = True                        # FID (Frechet distance), KID (kernel distance), precision and recall
     features: str = "inception"                   # inception, classifier (trained on the reference), or its file
     inception_weights: str = ""                   # a file with the Inception weights; "": downloaded once
-    max_features: int = 10_000                    # images per side for KID, precision and recall
+    max_features: int = 10_000                    # images per set for KID, precision and recall
     nearest: bool = True                          # memorization: find the nearest reference images of the samples
-    nearest_images: int = 1000                    # number of samples and held-out images whose nearest ones are found
-    nearest_by: str = "pixels"                    # space in which the nearest images are searched
+    nearest_images: int = 1000                    # number of samples and held-out images to find neighbors for
+    nearest_by: str = "pixels"                    # space of the distances to the nearest images
     bits: bool = False                            # bits per dimension of held-out images (T network evaluations each)
     bits_images: int = 1000                       # number of held-out images for bits per dimension; 0: all
 
@@ -76,7 +76,7 @@ class Config:
     # Output and machine
     save_dir: str = "results/evaluate_out"        # folder for the results (JSON) and the image of nearest neighbors
     cache_dir: str = ""                           # folder of caches (images, statistics, ...); "": datasets/.cache
-    batch_size: int = 100                         # images at once: lower it if memory runs out
+    batch_size: int = 100                         # images per batch: lower it if memory runs out
     device: str = "auto"                          # auto, cuda, cuda:1, mps or cpu
     precision: str = "auto"                       # mixed-precision dtype of the diffusion network; features are fp32
     num_threads: int | str = "auto"               # CPU threads; auto: OMP_NUM_THREADS if set, else the fastest
