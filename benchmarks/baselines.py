@@ -41,6 +41,10 @@ class Job:
     images: Path  # folder of images, size x size each
     scratch: Path
     img_channels: int = 3
+    # Of the baselines. None: what their example or README has.
+    init_lr: float | None = None
+    groups: int = 32  # diffusers' default; denoising-diffusion-pytorch has RMSNorm, without groups
+    flips: bool = True  # both flip by default
 
 
 def forever(make_iterator):
@@ -129,7 +133,7 @@ class Ours:
 class Files(torch.utils.data.Dataset):
     """The dataset of diffusers' example: it opens, augments and normalizes an image per access."""
 
-    def __init__(self, folder, size, img_channels):
+    def __init__(self, folder, size, img_channels, flips=True):
         from torchvision import transforms
 
         self.mode = "L" if img_channels == 1 else "RGB"
@@ -138,7 +142,7 @@ class Files(torch.utils.data.Dataset):
             [
                 transforms.Resize(size, interpolation=transforms.InterpolationMode.BILINEAR),
                 transforms.CenterCrop(size),
-                transforms.RandomHorizontalFlip(),
+                transforms.RandomHorizontalFlip(0.5 if flips else 0.0),
                 transforms.ToTensor(),
                 transforms.Normalize([0.5], [0.5]),
             ]
@@ -157,7 +161,7 @@ class Diffusers:
     """diffusers: UNet2DModel in the loop of examples/unconditional_image_generation."""
 
     name = "diffusers"
-    cpu_precision = "fp32"
+    cpu_precision, init_lr = "fp32", 1e-4
 
     def __init__(self, job):
         from accelerate import Accelerator
@@ -178,6 +182,7 @@ class Diffusers:
             layers_per_block=2,
             block_out_channels=tuple(job.channel * mult for mult in MULTS),
             dropout=job.dropout,
+            norm_num_groups=job.groups,
             down_block_types=tuple(down),
             up_block_types=tuple(up),
             attention_head_dim=None,
@@ -192,8 +197,10 @@ class Diffusers:
             model_config=model.config,
         )
         self.scheduler = DDPMScheduler(num_train_timesteps=1000)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-        files = Files(job.images, job.size, job.img_channels)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=job.init_lr or self.init_lr, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
+        )
+        files = Files(job.images, job.size, job.img_channels, job.flips)
         loader = torch.utils.data.DataLoader(files, batch_size=job.batch_size, shuffle=True, drop_last=True)
         rate = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=10_000)
         self.model, self.optimizer, self.loader, self.rate = self.accelerator.prepare(model, optimizer, loader, rate)
@@ -260,7 +267,7 @@ class Lucidrains:
     """denoising-diffusion-pytorch: Unet, GaussianDiffusion and Trainer as in its README."""
 
     name = "denoising-diffusion-pytorch"
-    cpu_precision = "fp32"
+    cpu_precision, init_lr = "fp32", 8e-5
 
     def __init__(self, job):
         from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
@@ -275,7 +282,8 @@ class Lucidrains:
             diffusion,
             str(job.images),
             train_batch_size=job.batch_size,
-            train_lr=8e-5,
+            augment_horizontal_flip=job.flips,
+            train_lr=job.init_lr or self.init_lr,
             train_num_steps=0,
             calculate_fid=False,
             amp=self.precision == "bf16",

@@ -117,11 +117,11 @@ def measure(evaluator, variant, images, seconds, settings):
     with ExitStack() as changes:
         for change in VARIANTS[variant]:
             changes.enter_context(change())
-        run = OurRun(job, evaluator.annotation, evaluator.channels, config.seed, values)
+        run = OurRun(job, evaluator.annotation, config.seed, values)
         steps = images // run.context.batch_size
         if seconds:
             steps = max(1, round(seconds / 60 * steps_a_minute("cpu", run)))
-            run = OurRun(job, evaluator.annotation, evaluator.channels, config.seed, values)
+            run = OurRun(job, evaluator.annotation, config.seed, values)
         run.told(steps)
         began = CLOCKS["cpu"]()
         for _ in range(run.total_steps):

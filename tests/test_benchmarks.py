@@ -17,12 +17,14 @@ import pytest
 import torch
 from conftest import PROJECT, write_pictures
 
-from benchmarks import denoisers, quality, recipes, runs, solvers, speed
+import train
+from benchmarks import denoisers, objectives, quality, recipes, runs, solvers, speed, time_to_quality
 from benchmarks.solvers import Cell
 from nets import build
 from nets.samplers import half_log_snr
 from utils.checkpoint.file import Checkpoint, save_checkpoint
 from utils.data.annotation import read_annotation
+from utils.device import choose_precision
 from utils.evaluate.classifier import FeatureNet, save_feature_net
 
 T = 1000
@@ -434,3 +436,118 @@ def test_a_folder_of_images_is_data_too(workplace):
     assert lists[0] == lists[1] != runs.list_images("other/datasets", workplace / "work")
     found = read_annotation(lists[0])
     assert len(found.paths) == 23 and found.classes == ["even", "odd"]
+
+
+def sigma_of(t):
+    return (0.002 * (80 / 0.002) ** (t / 1000)).reshape(-1, 1, 1, 1)
+
+
+def ideal_edm(mean, std):
+    """Karras et al. 2022, equation 7 solved for the network, as the images are N(mean, std^2)."""
+
+    def network(scaled, t):
+        sigma = sigma_of(t)
+        x = scaled * (sigma**2 + 0.25) ** 0.5
+        best = (std**2 * x + sigma**2 * mean) / (std**2 + sigma**2)
+        return (best - 0.25 / (sigma**2 + 0.25) * x) / (sigma * 0.5 / (sigma**2 + 0.25) ** 0.5)
+
+    return network
+
+
+def ideal_flow(mean, std):
+    """E[noise - image | x_t] as the images are N(mean, std^2)."""
+
+    def network(x_t, t):
+        t = (t / 1000).reshape(-1, 1, 1, 1)
+        slope = (t - (1 - t) * std**2) / ((1 - t) ** 2 * std**2 + t**2)
+        return slope * (x_t - (1 - t) * mean) - mean
+
+    return network
+
+
+@pytest.mark.parametrize(("name", "ideal"), [("edm", ideal_edm), ("flow", ideal_flow)])
+def test_another_objective_has_the_known_answers_of_gaussian_images(name, ideal, monkeypatch):
+    """Images that are all alike have no loss. The ODE from noise to N(mean, std^2) is linear."""
+    objective, mean, std, calls = objectives.OBJECTIVES[name], 0.3, 0.4, []
+    noise = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    alike = torch.full_like(noise, mean)
+    losses = objective.losses(ideal(mean, 0.0), alike, noise, torch.linspace(-2, 2, 6))
+    torch.testing.assert_close(losses, torch.zeros(6), atol=1e-6, rtol=0)
+
+    def network(x, t):
+        calls.append(len(x))
+        return ideal(mean, std)(x, t)
+
+    known = mean + std * noise
+    if name == "edm":  # what is left of the mean where it begins, at sigma 80
+        known = mean + std * (80 * noise - mean) / (std**2 + 80**2) ** 0.5
+    errors = [(objective.sample(network, noise) - known).abs().max()]
+    assert calls == [6] * time_to_quality.STEPS
+    for steps in (26, 52):
+        monkeypatch.setattr(objectives, "STEPS", steps)
+        errors.append((objective.sample(network, noise) - known).abs().max())
+    assert errors[2] < 0.01 and errors[0] > 3.8 * errors[1] > 3.8**2 * errors[2]  # of second order
+
+
+def test_edm_gives_its_network_unit_variance_and_asks_for_unit_variance():
+    """Karras et al. 2022, appendix B.6. The weight takes the preconditioning out of the loss."""
+    generator, inputs = torch.Generator().manual_seed(0), []
+    x, noise = (torch.randn(3, 1, 256, 256, generator=generator) for _ in range(2))
+    losses = objectives.edm_losses(
+        lambda scaled, t: inputs.append((scaled, t)) or torch.zeros_like(scaled), 0.5 * x, noise, torch.arange(-1.0, 2)
+    )
+    ((scaled, t),) = inputs
+    torch.testing.assert_close(scaled.flatten(1).var(1), torch.ones(3), atol=0.02, rtol=0)
+    torch.testing.assert_close(losses, torch.ones(3), atol=0.02, rtol=0)
+    torch.testing.assert_close(sigma_of(t).flatten().log(), -1.2 + 1.2 * torch.arange(-1.0, 2))
+
+
+def test_the_fair_table_trains_the_best_rate_to_the_end_and_goes_on_where_it_was(workplace, monkeypatch, capsys):
+    for name in ("WORK", "RESULTS"):
+        monkeypatch.setattr(time_to_quality, name, workplace / name)
+    monkeypatch.setattr(time_to_quality, "steps_a_minute", lambda clock, run: 200)
+    monkeypatch.setattr(time_to_quality, "plot", lambda report, path: None)
+    evaluator = {"annotation": workplace / "train_lines.txt", "channels": 3, "folder": None}
+    monkeypatch.setattr(time_to_quality, "Evaluator", lambda config, device: types.SimpleNamespace(**evaluator))
+    tiny = {"channel": 8, "channel_mults": (1,), "attention_resolutions": (), "batch_size": 8}
+    monkeypatch.setitem(train.PRESETS, "quick", train.PRESETS["quick"] | tiny)
+    rates = {1.2e-3: 3.0, 1e-4: 5.0, 1e-2: 2.0}
+    measured = []
+
+    def distance(evaluator, run):
+        measured.append((run.objective, run.config.optimizer_type, run.config.init_lr, run.seed, run.step))
+        return rates[run.config.init_lr] + run.seed
+
+    monkeypatch.setattr(time_to_quality, "sampled", distance)
+    options = {"data": "datasets", "size": 8, "minutes": 0.02, "marks": (0.01,), "rates": (1e-4, 1e-2), "seeds": 2}
+    arguments = runs.as_options({**options, "methods": "quick-middle,edm-adam", "device": "cpu", "name": "own"})
+    time_to_quality.main(arguments)
+    edm = ("EDM", "adam")
+    assert [row for row in measured if row[0] == "EDM"] == [
+        *((*edm, 1.2e-3, 0, step) for step in (2, 4)),
+        *((*edm, rate, 0, 2) for rate in (1e-4, 1e-2)),
+        (*edm, 1e-2, 0, 4),
+        *((*edm, rate, 1, step) for rate in (1.2e-3, 1e-2) for step in (2, 4)),
+    ]
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    table = {row[0].removeprefix("| "): dict(zip(rows[0][1:], row[1:])) for row in rows[2:]}
+    assert list(table) == ["quick-middle", "edm-adam", "edm-adam 0.0001", "edm-adam 0.01"]
+    assert (
+        table["edm-adam 0.01"]["0.02 min |"] == "2.50 (2.00, 3.00) |" and table["edm-adam 0.0001"]["0.02 min |"] == " |"
+    )
+    own = table["quick-middle"]
+    values = ("0.0012", "muon", "no", "2", "0.0", choose_precision("auto", torch.device("cpu")), "8")
+    assert tuple(own[name] for name in time_to_quality.COLUMNS) == values
+    assert (own["objective"], own["sampler (NFE)"]) == ("v, cosine, middle t", "sde-dpm++ (25)")
+    assert table["edm-adam"]["sampler (NFE)"] == "heun (25)" and table["edm-adam"]["optimizer"] == "adam"
+    count = len(measured)
+    time_to_quality.main(arguments)
+    assert len(measured) == count
+
+    state = next((workplace / "WORK").rglob("edm-adam 0.0001_0.pth"))
+    rates[1e-4] = 1.0
+    report = json.loads((workplace / "RESULTS/time_to_quality_own_datasets.json").read_text("utf-8"))
+    del report["methods"]["edm-adam 0.0001"]["0"]["marks"][0]
+    runs.write_json(workplace / "RESULTS/time_to_quality_own_datasets.json", report)
+    time_to_quality.main(arguments)
+    assert state.is_file() and measured[count:] == [(*edm, 1e-4, seed, step) for seed in (0, 1) for step in (2, 4)]
