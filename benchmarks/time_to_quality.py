@@ -552,7 +552,8 @@ def plot(report, path):
         axes.plot(minutes, distances, marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel="minutes of training", ylabel="Frechet distance")
     axes.grid(True, which="both", alpha=0.3)
-    figure.legend(loc="outside right upper")
+    if axes.lines:
+        figure.legend(loc="outside right upper")
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
