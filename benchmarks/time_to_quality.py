@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import train
@@ -37,7 +38,7 @@ from utils.errors import run_script
 from utils.evaluate.distances import FeatureStatistics, frechet_distance
 from utils.evaluate.features import FeatureCache, load_extractor
 from utils.files import atomic_write
-from utils.images import save_png, to_uint8
+from utils.images import to_uint8
 from utils.sampling.batches import last_images
 from utils.settings import SEVERAL, choice, fitted, number, parse, read_literal, settings, text, whole
 from utils.training.optimizer import learning_rate
@@ -119,6 +120,7 @@ class OurRun(Run):
         )
         self.config, self.context = prepare_training(config)
         self.diffusion, self.step, self.seed = self.context.diffusion, 0, seed
+        self.total_steps = 10_000  # until it is told
         self.network = self.diffusion.model
         self.objective = f"{config.prediction}, {config.schedule}, {config.timestep_sampling} t"
         self.batches = forever(self.epoch)
@@ -139,8 +141,8 @@ class OurRun(Run):
     def train_step(self):
         config = self.config
         epoch, consumed, images, labels = next(self.batches)
-        total = getattr(self, "total_steps", 10_000)
-        lr = learning_rate(self.step, total, config.init_lr, config.min_lr, config.warmup, config.lr_decay_type)
+        ends = config.init_lr, config.min_lr
+        lr = learning_rate(self.step, self.total_steps, *ends, config.warmup, config.lr_decay_type)
         train.train_step(config, self.context, images, labels, epoch, consumed, lr)
         self.step += 1
 
@@ -380,11 +382,17 @@ class Evaluator:
         cache = FeatureCache("", self.annotation)
         self.extractor = load_extractor("classifier", self.dataset, cache, device)
         self.real = cache.collected(self.dataset, self.extractor, 10_000).statistics
-        self.folder = Path(self.annotation).parent / f"images_{config.size}"
-        if not (self.folder / "whole").is_file():  # the other loops read files: the same pixels
+
+    def files(self):
+        """A folder with the same pixels, as other projects' loops read files."""
+        folder = Path(self.annotation).parent / f"images_{self.config.size}"
+        folder.mkdir(exist_ok=True)
+        if not (folder / "whole").is_file():
             for number in tqdm(range(len(self.dataset)), "images", leave=False):
-                save_png(self.folder / f"{number:05d}.png", self.dataset.images([number])[0].numpy())
-            (self.folder / "whole").touch()
+                image = self.dataset.images([number])[0].numpy()
+                Image.fromarray(image.squeeze()).save(folder / f"{number:05d}.png")
+            (folder / "whole").touch()
+        return folder
 
     def distance(self, run):
         """Frechet distance of the run's samples."""
@@ -465,7 +473,8 @@ class Table:
     def start(self, kind, settings, seed):
         config, evaluator = self.config, self.evaluator
         sizes = config.channel, config.size, config.batch_size
-        job = Job(self.device, *sizes, 0.0, evaluator.folder, self.folder, evaluator.channels)
+        files = evaluator.files() if kind in PEERS.values() else None
+        job = Job(self.device, *sizes, 0.0, files, self.folder, evaluator.channels)
         return kind(job, evaluator.annotation, seed, settings)
 
 

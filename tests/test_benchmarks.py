@@ -507,7 +507,7 @@ def test_the_fair_table_trains_the_best_rate_to_the_end_and_goes_on_where_it_was
         monkeypatch.setattr(time_to_quality, name, workplace / name)
     monkeypatch.setattr(time_to_quality, "steps_a_minute", lambda clock, run: 200)
     monkeypatch.setattr(time_to_quality, "plot", lambda report, path: None)
-    evaluator = {"annotation": workplace / "train_lines.txt", "channels": 3, "folder": None}
+    evaluator = {"annotation": workplace / "train_lines.txt", "channels": 3}
     monkeypatch.setattr(time_to_quality, "Evaluator", lambda config, device: types.SimpleNamespace(**evaluator))
     tiny = {"channel": 8, "channel_mults": (1,), "attention_resolutions": (), "batch_size": 8}
     monkeypatch.setitem(train.PRESETS, "quick", train.PRESETS["quick"] | tiny)
