@@ -512,7 +512,9 @@ def test_the_fair_table_trains_the_best_rate_to_the_end_and_goes_on_where_it_was
     tiny = {"channel": 8, "channel_mults": (1,), "attention_resolutions": (), "batch_size": 8}
     monkeypatch.setitem(train.PRESETS, "quick", train.PRESETS["quick"] | tiny)
     rates = {1.2e-3: 3.0, 1e-4: 5.0, 1e-2: 2.0}
-    measured = []
+    measured, losses, edm = [], [], objectives.OBJECTIVES["edm"]
+    counted = edm._replace(losses=lambda *given: losses.append(edm.losses(*given)) or losses[-1])
+    monkeypatch.setitem(objectives.OBJECTIVES, "edm", counted)
 
     def distance(evaluator, run):
         measured.append((run.objective, run.config.optimizer_type, run.config.init_lr, run.seed, run.step))
@@ -522,12 +524,13 @@ def test_the_fair_table_trains_the_best_rate_to_the_end_and_goes_on_where_it_was
     options = {"data": "datasets", "size": 8, "minutes": 0.02, "marks": (0.01,), "rates": (1e-4, 1e-2), "seeds": 2}
     arguments = runs.as_options({**options, "methods": "quick-middle,edm-adam", "device": "cpu", "name": "own"})
     time_to_quality.main(arguments)
-    edm = ("EDM", "adam")
-    assert [row for row in measured if row[0] == "EDM"] == [
-        *((*edm, 1.2e-3, 0, step) for step in (2, 4)),
-        *((*edm, rate, 0, 2) for rate in (1e-4, 1e-2)),
-        (*edm, 1e-2, 0, 4),
-        *((*edm, rate, 1, step) for rate in (1.2e-3, 1e-2) for step in (2, 4)),
+    assert len(losses) == 4 + 2 * 2 + 2 + 2 * 4  # steps, which all ask for this objective
+    row = ("EDM", "adam")
+    assert [found for found in measured if found[0] == "EDM"] == [
+        *((*row, 1.2e-3, 0, step) for step in (2, 4)),
+        *((*row, rate, 0, 2) for rate in (1e-4, 1e-2)),
+        (*row, 1e-2, 0, 4),
+        *((*row, rate, 1, step) for rate in (1.2e-3, 1e-2) for step in (2, 4)),
     ]
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     table = {row[0].removeprefix("| "): dict(zip(rows[0][1:], row[1:])) for row in rows[2:]}
@@ -550,4 +553,4 @@ def test_the_fair_table_trains_the_best_rate_to_the_end_and_goes_on_where_it_was
     del report["methods"]["edm-adam 0.0001"]["0"]["marks"][0]
     runs.write_json(workplace / "RESULTS/time_to_quality_own_datasets.json", report)
     time_to_quality.main(arguments)
-    assert state.is_file() and measured[count:] == [(*edm, 1e-4, seed, step) for seed in (0, 1) for step in (2, 4)]
+    assert state.is_file() and measured[count:] == [(*row, 1e-4, seed, step) for seed in (0, 1) for step in (2, 4)]
