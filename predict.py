@@ -23,7 +23,7 @@ from utils.device import DTYPES, autocast, choose_compile, choose_device, choose
 from utils.errors import UserError, explain_out_of_memory, run_script
 from utils.images import to_uint8
 from utils.sampling.batches import advice_for_sampling, choose_threads, sample_batches
-from utils.sampling.init_images import ConditionImages, init_options
+from utils.sampling.init_images import init_options, load_conditions
 from utils.sampling.option_rules import SOLVER_OPTIONS, check_rules
 from utils.sampling.predict_files import COLUMNS, SHOWN, PredictFiles, image_texts, shared_output_folder
 from utils.sampling.summary import print_sampling
@@ -118,23 +118,23 @@ def main(arguments=None):
     guide = load_guide(config, checkpoint, diffusion)
     check_model(config, diffusion, classes, guide)
     size = {"input_shape": diffusion.img_size, "img_channels": diffusion.img_channels}
-    image_format, conditions = ImageFormat.from_config(checkpoint.config, **size), None
-    if config.condition_image:
-        conditions = ConditionImages(config, diffusion.condition, image_format, given.get("num_images"))
-        config = replace(config, num_images=len(conditions.paths) * conditions.each, mask="")  # not RePaint's
+    image_format = ImageFormat.from_config(checkpoint.config, **size)
+    names, cond = load_conditions(config, diffusion.condition, image_format) if config.condition_image else ([], None)
+    if names:
+        config = replace(config, num_images=given.get("num_images", 1) * len(names), mask="")  # it is not RePaint's
     config = resolve(replace(config, device=device.type, precision=precision), given, diffusion, classes)
-    options = sampling_options(config, image_format, guide)
+    options = sampling_options(config, image_format, guide, cond)
     rows, labels = grid_rows(config, classes), class_ids(config, classes)
     networks = move_networks(config, (diffusion, guide), device, precision)
     choose_threads(config, diffusion, device, precision)
     if distributed.is_main():
         print_sampling(config, classes, rows, device, precision, checkpoint)
     shape = (*diffusion.img_size, diffusion.img_channels)
-    text_of = image_texts(config, networks, shape, classes, labels, options, conditions)
+    text_of = image_texts(config, networks, shape, classes, labels, options)
     for network in networks:
         round_weights(network, precision)  # only now: the files' texts hold the digest of the exact weights
     with shared_output_folder(config.save_dir) as folder:
-        files = PredictFiles(folder, config, shape, rows, text_of, conditions)
+        files = PredictFiles(folder, config, shape, rows, text_of, names)
         with autocast(device, precision), explain_out_of_memory(lambda: advice_for_sampling(config)):
             sample(config, diffusion, labels, options, files)
         files.finish()
@@ -167,13 +167,10 @@ def check_model(config, diffusion, classes, guide):
     if config.class_name:
         check_choice("class_name", config.class_name, classes)
     check_guiding_model(diffusion, config.guidance_scale, guide)
-    kind = diffusion.condition.kind
-    if bool(kind) != bool(config.condition_image):
-        fault = f"is conditioned on an image ({kind}): name one" if kind else "has no condition: leave it out"
-        raise UserError(f"--condition_image: this model {fault}")
-    if kind and (kind == "masked") != bool(config.mask):
-        cure = "give a --mask, white where pixels are sampled" if kind == "masked" else "leave out --mask"
-        raise UserError(f"this model's condition is {kind}: {cure}")
+    kind, asked = diffusion.condition.kind, [bool(config.condition_image), bool(config.mask)]
+    if (kind or config.condition_image) and asked != [kind != "", kind == "masked"]:
+        needs = {"": "no --condition_image", "masked": "--condition_image and --mask, white where pixels are sampled"}
+        raise UserError(f"this model needs {needs.get(kind, f'--condition_image ({kind}) and no --mask')}")
     if config.interpolate and classes and not config.class_name:
         known = first_few(classes)
         raise UserError(f"--interpolate stays within one class: name it with --class_name; known: {known}")
@@ -207,14 +204,14 @@ def resolve(config, given, diffusion, classes):
     return replace(config, **chosen, input_shape=diffusion.img_size)
 
 
-def sampling_options(config, image_format, guide):
+def sampling_options(config, image_format, guide, cond):
     """The SamplingOptions of the resolved settings."""
     solver = {name: getattr(config, name) for name, sampler in SOLVER_OPTIONS.items() if sampler == config.sampler}
     solver |= {"resamplings": config.resamplings} if config.mask else {}
     start = init_options(config, image_format)
     names = ("sampler", "steps", "spacing", "use_ema", "clip", "guidance_scale", "guidance_interval")
     own = {name: getattr(config, name) for name in names}
-    return SamplingOptions(**own, guiding_model=guide, **start, solver_options=solver)
+    return SamplingOptions(**own, guiding_model=guide, cond=cond, **start, solver_options=solver)
 
 
 def move_networks(config, models, device, precision):
@@ -258,8 +255,7 @@ def sample(config, diffusion, labels, options, files):
     with tqdm(total=len(batches) * config.steps, unit="step", disable=rank > 0, mininterval=pause) as bar:
         firsts = list(unfinished(batches, config, files, bar))  # a file that is not ours ends it before the first step
         done, began = 0, time.monotonic()
-        given = labels, noise, options, files.conditions
-        for first, steps in sample_batches(diffusion, firsts, size, config.seed, *given):
+        for first, steps in sample_batches(diffusion, firsts, size, config.seed, labels, noise, options):
             for step, (x, x_0) in enumerate(steps):
                 files.add_step(first, step, x, x_0)
                 bar.update()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from nets import GaussianDiffusion, architecture, build, condition
+from nets import GaussianDiffusion, architecture, build
 from nets.unet import MAX_GROUPS
 from utils import distributed
 from utils.checkpoint.file import Checkpoint
@@ -189,7 +189,7 @@ def check(config):
         raise UserError("lr_decay_type step falls by a factor and cannot reach 0: set init_lr and min_lr above 0")
     architecture.check_levels(config.channel_mults, config.attention_resolutions)
     architecture.check_input_shape(config.input_shape, len(config.channel_mults))
-    condition.from_settings(asdict(config))
+    architecture.make_condition(asdict(config))
 
 
 def resolve(config):
@@ -221,8 +221,7 @@ def prepare(config, device, checkpoint=None, about=None):
     network = asdict(config) | carried
     image_format = ImageFormat(*(getattr(config, name) for name in ImageFormat._fields))
     with distributed.one_per_machine_first():
-        pairs = config.condition == "pairs"
-        images = open_dataset(config.annotation_path, image_format, config.num_workers, pairs=pairs)
+        images = open_dataset(config.annotation_path, image_format, config.num_workers, condition=config.condition)
     digests = {"the digest of the images": images_fingerprint(images), "compile": None}  # it may fail on one machine
     position = {"the position of the checkpoint": checkpoint and checkpoint.training and checkpoint.training[:4]}
     distributed.check_equal({**network, **digests, **position})
@@ -346,13 +345,10 @@ def make_batch(config, context, images, labels, epoch, consumed):
     torch.manual_seed(derive_seed(config.seed, epoch, consumed, "dropout", rank))
     generator, seed = torch.Generator(context.device), derive_seed(config.seed, epoch, consumed)
     shape = (context.batch_size, config.img_channels, *config.input_shape)
-    drop = config.label_dropout if config.class_conditional or config.condition else 0.0
-    chances = config.horizontal_flip / 2, drop, context.diffusion.condition.count_numbers(*shape[1:])
-    whole_batch = sample_step_noise(generator, seed, shape, context.diffusion.sample_timesteps, *chances)
-    step_noise = whole_batch.of_rank(rank, world_size)
+    given = context.diffusion.sample_timesteps, config.horizontal_flip / 2, config.label_dropout, bool(config.condition)
+    step_noise = sample_step_noise(generator, seed, shape, *given).of_rank(rank, world_size)
     x = normalize(images, context.device, step_noise.flip if config.horizontal_flip else None, context.layout)
-    x, cond = context.diffusion.condition(x, step_noise.condition, condition.AUGMENTATION)
-    cond = None if cond is None else cond * ~step_noise.drop[:, None, None, None]
+    x, cond = context.diffusion.condition(x, step_noise.condition, step_noise.drop)
     y = None
     if config.class_conditional:
         labels = labels.to(context.device, non_blocking=context.device.type == "cuda")

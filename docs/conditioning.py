@@ -76,7 +76,7 @@ def figure(kind):
     train.main([f"--{name}={value}" for name, value in options.items()])
     seconds = time.process_time() - began
     diffusion, _, held_out = load(newest_weights()[0])
-    x, cond = conditioned(diffusion, held_out, held_out.shuffled(SHOWN, seed=2), seed=0)
+    x, cond = conditioned(diffusion, held_out, held_out.shuffled(SHOWN, seed=2))
     samples = [sample(diffusion, cond, 100 * number) for number in range(TRIES)]
     show(kind, x, cond, samples)
     print(f"{kind}: {seconds:.0f} seconds of training (CPU time)")
@@ -103,7 +103,7 @@ def measure(run):
         (part.images(numbers), part.labels[numbers]) for part, numbers in ((images, chosen), (held_out, range(1000)))
     )
     net = Extractor(train_feature_net(*parts, len(images.classes), epochs=3), "", CPU)
-    x, cond = conditioned(diffusion, held_out, held_out.shuffled(MEASURED, seed=0), seed=0)
+    x, cond = conditioned(diffusion, held_out, held_out.shuffled(MEASURED, seed=0))
     samples = sample(diffusion, cond)
     known, bicubic, ours = (collect([torch.from_numpy(to_uint8(part))], net).statistics for part in (x, cond, samples))
     show("fashion", x[:SHOWN], cond[:SHOWN], [sample(diffusion, cond[:SHOWN], 100 * number) for number in range(TRIES)])

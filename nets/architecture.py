@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import condition
-from .errors import SettingError
+from .condition import CONDITIONS, Condition
+from .errors import SettingError, check_choice
 from .schedules import check_betas, make_betas, schedule_tables
 from .unet import MAX_GROUPS, UNet
 
@@ -28,7 +28,8 @@ def unet_arguments(config: Mapping[str, Any], num_classes: int) -> dict[str, Any
     rows, _ = class_rows(config, num_classes)
     renamed = {"base_channels": config["channel"]} if "channel" in config else {}
     arguments = arguments_of(UNet, {"img_channels": 3, **config}, num_classes=rows, **renamed)
-    arguments["cond_channels"] = condition.CONDITIONS[config.get("condition", "")](arguments["img_channels"])
+    own, others = CONDITIONS[config.get("condition", "")]
+    arguments["cond_channels"] = own * arguments["img_channels"] + others
     arguments["num_groups"] = choose_groups(arguments["num_groups"], arguments["base_channels"])
     check_levels(arguments["channel_mults"], arguments["attention_resolutions"])
     return arguments
@@ -41,6 +42,19 @@ def class_rows(config: Mapping[str, Any], num_classes: int) -> tuple[int | None,
     if num_classes < 1:
         raise SettingError("class_conditional: the images have no classes; sort them into class folders")
     return (num_classes + 1, num_classes) if config.get("label_dropout") else (num_classes, None)
+
+
+def make_condition(config: Mapping[str, Any]) -> Condition:
+    """The Condition of train.py's settings. ValueError: they do not fit together."""
+    kind, size = config.get("condition", ""), tuple(config["input_shape"])
+    check_choice("condition", kind, CONDITIONS)
+    scale = config["condition_scale"] if kind == "low_res" else 1
+    if any(side % scale for side in size):
+        raise SettingError(f"input_shape {size} is no multiple of condition_scale {scale}")
+    name, value = {"gray": ("img_channels", 3), "pairs": ("resize_mode", "stretch")}.get(kind, ("", None))
+    if config.get(name, value) != value:
+        raise SettingError(f"condition {kind} needs {name} {value}")
+    return Condition(kind, scale, bool(config.get("label_dropout")))
 
 
 def choose_groups(num_groups: int | str, channel: int) -> int:
@@ -100,12 +114,14 @@ def prefixes(weights: Weights) -> tuple[str, ...]:
 def read_architecture(weights: Weights, prefix: str) -> dict[str, Any]:
     """The UNet's arguments, from the shapes of the weights with this prefix; else ValueError."""
     shapes = {key.removeprefix(prefix): tuple(value.shape) for key, value in weights.items() if key.startswith(prefix)}
+    inputs, outputs = shapes.get("init_conv.weight", ())[1:2], shapes.get("out_conv.weight", ())[:1]
+    if inputs and outputs and inputs != outputs:
+        raise SettingError("these weights are conditioned on an image, and only their run's own file says how")
     try:
-        (base_channels, inputs), img_channels = shapes["init_conv.weight"][:2], shapes["out_conv.weight"][0]
+        base_channels, img_channels = shapes["init_conv.weight"][:2]
         widths, blocks, attention = read_levels(shapes)
         return {
             "img_channels": img_channels,
-            "cond_channels": inputs - img_channels,
             "base_channels": base_channels,
             "channel_mults": tuple(width // base_channels for width in widths),
             "num_res_blocks": blocks,
@@ -164,8 +180,7 @@ def change_classes(weights: Weights, known: Sequence[str], classes: Sequence[str
 
     known: the names of its classes, [] for numbers. classes, config: the names and the settings of
     the new network. A class of both keeps its rows. A new one gets the null class's, or the mean;
-    without classes the bias of the time does. Weights without classes get zeros, and so do those
-    without the condition of the new network. ValueError: theirs is another.
+    without classes the bias of the time does. Weights without classes or condition get zeros.
     """
     weights = {key: value.float() for key, value in clean_keys(weights).items() if not key.startswith("model.")}
     rows, null_class = class_rows(config, len(classes))
@@ -181,8 +196,7 @@ def change_classes(weights: Weights, known: Sequence[str], classes: Sequence[str
             new = [named.get(name, null) for name in classes]
             weights[embedding] = torch.stack(new + [null] * (null_class is not None))
     first, images = weights["ema_model.init_conv.weight"], len(weights["ema_model.out_conv.weight"])
-    inputs = images + unet_arguments(config, len(classes))["cond_channels"]
-    if first.shape[1] not in (images, inputs):
-        raise SettingError("these weights are conditioned on an image, and in another way: set their --condition")
-    weights["ema_model.init_conv.weight"] = torch.nn.functional.pad(first, (0, 0, 0, 0, 0, inputs - first.shape[1]))
+    cond_channels = unet_arguments(config, len(classes))["cond_channels"]
+    if first.shape[1] == images:
+        weights["ema_model.init_conv.weight"] = torch.nn.functional.pad(first, (0, 0, 0, 0, 0, cond_channels))
     return weights

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import architecture, condition
+from . import architecture
 from .architecture import Weights, arguments_of, check_sizes, clean_keys, prefixes
 from .diffusion import GaussianDiffusion
 from .errors import SettingError, check_choice
@@ -26,12 +26,11 @@ def from_config(config: Mapping[str, Any], num_classes: int = 0) -> GaussianDiff
     the null class. ValueError: settings that do not fit together.
     """
     size = tuple(config.get("input_shape", (32, 32)))
-    conditioned = condition.from_settings({**config, "input_shape": size})
+    own = {"img_size": size, "condition": architecture.make_condition({**config, "input_shape": size})}
     rows, null_class = architecture.class_rows(config, num_classes)
     network = architecture.unet_arguments(config, num_classes)
     architecture.check_input_shape(size, len(network["channel_mults"]))
-    own = {"img_size": size, "img_channels": network["img_channels"], "num_classes": rows, "null_class": null_class}
-    own["condition"] = conditioned
+    own |= {"img_channels": network["img_channels"], "num_classes": rows, "null_class": null_class}
     betas = make_betas(**arguments_of(make_betas, config))
     return GaussianDiffusion(**arguments_of(GaussianDiffusion, config, model=UNet(**network), betas=betas, **own))
 
@@ -98,8 +97,6 @@ def read_settings(state_dict: Weights) -> tuple[dict[str, Any], int]:
     """
     weights = clean_keys(state_dict)
     settings = architecture.read_architecture(weights, prefixes(weights)[0])
-    if settings.pop("cond_channels"):
-        raise SettingError("these weights are conditioned on an image and do not say how: take the run's own file")
     classes, betas = settings.pop("num_classes"), weights.get("betas", torch.zeros(1)).cpu().double().numpy()
     settings |= {"channel": settings.pop("base_channels"), "class_conditional": classes is not None}
     settings |= {"label_dropout": 0.0, "num_timesteps": betas.size}

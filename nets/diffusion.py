@@ -161,12 +161,10 @@ class GaussianDiffusion(nn.Module):
     ) -> Tensor:
         """The loss at timesteps t (b,) in float32: a scalar, or (b,) for reduction "none".
 
-        Ho et al. 2020, equation 14, for eps, l2 and no weighting. noise None: new noise.
-        cond: None, or the conditions of x (b, k, h, w).
+        Ho et al. 2020, equation 14, for eps, l2, no weighting. noise None: new. cond: (b, k, h, w).
         """
         noise = torch.randn_like(x) if noise is None else noise
-        conds = () if cond is None else (cond,)
-        output = self.network(use_ema)(self.perturb_x(x, t, noise), t, y, *conds)
+        output = self.network(use_ema)(self.perturb_x(x, t, noise), t, y, *([] if cond is None else [cond]))
         target = PREDICTIONS[self.prediction].target(x, noise, *self.signal_and_noise(t, x))
         errors = LOSSES[self.loss_type](output.float(), target.float(), reduction="none")
         losses = errors.flatten(1).mean(1) * self.loss_weight[t]

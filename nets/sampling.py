@@ -62,7 +62,6 @@ class Denoiser:
     """denoise(x_t, t) -> the network's own x_0. The network should be in eval mode.
 
     y: class ids (b,). None is the null class, where the network has classes; else ValueError.
-    cond: (b, k, h, w), the condition; None for none.
     """
 
     def __init__(self, diffusion: nn.Module, y=None, use_ema: bool = True, cond: Tensor | None = None):
@@ -75,18 +74,16 @@ class Denoiser:
         if diffusion.num_classes is not None:
             if y is None and self.null_class is None:
                 raise SettingError("a network without a null class needs a class for each image: pass y")
-            null = [self.null_class] * (1 if cond is None else len(cond))
-            self.y = torch.as_tensor(null if y is None else y, device=device)
+            self.y = torch.as_tensor([self.null_class] if y is None else y, device=device)
 
     def __call__(self, x_t: Tensor, t: int) -> Tensor:
         return self.to_x_0(self.predict(x_t, t, self.y, self.cond), x_t, t)
 
     @torch.no_grad()
     def predict(self, x_t: Tensor, t: int, y: Tensor | None, cond: Tensor | None) -> Tensor:
-        """The network's output in float32. y: (b,), or (1,) for all images."""
-        b, conds = len(x_t), () if cond is None else (cond,)
-        y = None if y is None else y.expand(b)
-        return self.network(x_t, self.timesteps[t : t + 1].expand(b), y, *conds).float()
+        """The network's output in float32. y: (b,), or one for each equal part of the batch."""
+        b, y = len(x_t), None if y is None else y.repeat_interleave(len(x_t) // len(y))
+        return self.network(x_t, self.timesteps[t : t + 1].expand(b), y, *([] if cond is None else [cond])).float()
 
     def to_x_0(self, output: Tensor, x_t: Tensor, t: int) -> Tensor:
         return self.output_to_x_0(output, x_t, self.alpha_bars[t] ** 0.5, (1 - self.alpha_bars[t]) ** 0.5)
@@ -164,8 +161,7 @@ def check_guiding_model(diffusion: nn.Module, scale: float, guide: nn.Module | N
             "--class_conditional True and label_dropout above 0, or name an earlier file of the run as --guiding_path"
         )
     words = {"img_size": "size", "img_channels": "number of channels", "num_classes": "number of classes"}
-    words |= {"null_class": "null class", "condition": "condition", "alpha_bars": "schedule"}
-    for name, word in words.items():
+    for name, word in {**words, "null_class": "null class", "condition": "condition", "alpha_bars": "schedule"}.items():
         if guide is not None and getattr(guide, name) != getattr(diffusion, name):
             raise SettingError(f"the guiding model has another {word}: take an earlier file of the same run")
 

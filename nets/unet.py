@@ -174,9 +174,9 @@ class UNet(nn.Module):
     size. time_emb_dim, num_classes: None for no input t or y. initial_pad: pixels of zeros around.
     activation_checkpointing: the backward pass computes activations again, in a third more time.
 
-    cond_channels: of the image that the network is conditioned on. The four before are what other
-    projects' weights need. norm_eps: of the norms. attention_head_dim: see AttentionBlock.
-    downsample_padding: see Downsample. freq_shift: see PositionalEmbedding.
+    The next four are what other projects' weights need. norm_eps: of the norms. attention_head_dim:
+    see AttentionBlock. downsample_padding: see Downsample. freq_shift: see PositionalEmbedding.
+    cond_channels: of the images that the network is conditioned on; zeros take the place of none.
     """
 
     def __init__(
@@ -242,18 +242,13 @@ class UNet(nn.Module):
                 self.ups.append(Upsample(channels))
 
     def forward(self, x: Tensor, time: Tensor | None = None, y: Tensor | None = None, cond=None) -> Tensor:
-        """x (b, c, h, w), time (b,) timesteps, y (b,) class ids -> (b, c, h, w).
-
-        cond: (b, cond_channels, h, w), or None for none: zeros.
-        """
+        """x (b, c, h, w), time (b,), classes y (b,), cond (b, k, h, w) or None -> (b, c, h, w)."""
         if self.num_classes is not None and y is None:
             raise ValueError("this network is conditioned on classes: pass y")
         time_emb = None if self.time_mlp is None else self.time_mlp(time)
-        if self.cond_channels and cond is None:
-            cond = x.new_zeros(len(x), self.cond_channels, *x.shape[2:])
         x = x if cond is None else torch.cat((x, cond), dim=1)
-        pad = self.initial_pad
-        x = self.init_conv(F.pad(x, (pad,) * 4) if pad else x)
+        pad, missing = self.initial_pad, self.cond_channels if cond is None else 0
+        x = self.init_conv(F.pad(x, (pad,) * 4 + (0, missing)) if pad or missing else x)
         skips = [x]
         for layer in self.downs:
             x = self.run(layer, x, time_emb, y)

@@ -297,7 +297,7 @@ def test_settings_of_predict(place, capsys, options, words):
     [
         ("--interpolate 1", "--interpolate 1: expected a whole number from 2 to 10000 or 0"),
         ("--interpolate 3", "--interpolate stays within one class: name it with --class_name; known: even, odd"),
-        ("--interpolate 3 --init_image p.png", "leave out --init_image"),
+        ("--interpolate 3 --init_image p.png", "--init_image and --interpolate exclude each other"),
     ],
 )
 def test_strips_that_cannot_be(place, capsys, options, words):

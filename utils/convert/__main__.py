@@ -58,9 +58,8 @@ def export_weights(run, file):
 def export_reference(run, file):
     """Write a run's weights as a bare float32 state dict, where the reference's code can use it."""
     file, checkpoint, diffusion = open_run(run, file)
-    own = arguments_of(UNet, {})
-    details = diffusion.model.details | {"condition": diffusion.condition.kind}
-    if other := [f"{name} {value}" for name, value in details.items() if value != own.get(name, "")]:
+    own, network = arguments_of(UNet, {}), read_architecture(diffusion.state_dict(), "model.")
+    if other := [f"{name} {value}" for name, value in diffusion.model.details.items() if value != own[name]]:
         raise UserError(f"the reference's code cannot compute this network: {', '.join(other)}")
     groups = getattr(diffusion.model.out_norm, "num_groups", MAX_GROUPS)
     if diffusion.prediction != "eps" or groups != MAX_GROUPS:
@@ -70,12 +69,12 @@ def export_reference(run, file):
         )
     save_tensors(file, diffusion.state_dict())
     print_sizes(checkpoint.path, file)
-    print_reference_advice(diffusion)
+    print_reference_advice(diffusion, network)
 
 
-def print_reference_advice(diffusion):
+def print_reference_advice(diffusion, network):
     """Say how the reference's code loads these weights; nothing where it does so unchanged."""
-    network, betas = read_architecture(diffusion.state_dict(), "model."), diffusion.betas
+    betas = diffusion.betas
     other = [name for name, (default, _) in REFERENCE_UNET.items() if network[name] != default]
     if other:
         arguments = ", ".join(f"{name}={network[name]!r} instead of {REFERENCE_UNET[name][0]!r}" for name in other)

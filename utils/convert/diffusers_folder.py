@@ -112,7 +112,6 @@ def to_unet2d(network, input_shape, label=None):
     found = read_architecture({**weights, "betas": torch.zeros(1)}, "")
     widths = tuple(found["base_channels"] * mult for mult in found["channel_mults"])
     fits = {"norm": found["norm"] == "gn", "time_emb_dim": found["time_emb_dim"] is not None}
-    fits["cond_channels"] = not found["cond_channels"]
     fits["channel_mults"] = found["channel_mults"][0] == 1  # diffusers' first layer has the width of level 0
     if lacking := [f"{name} {found[name]}" for name, fit in fits.items() if not fit]:
         raise UserError(f"diffusers' UNet2DModel cannot express this network: {', '.join(lacking)}")

@@ -15,15 +15,13 @@ from utils.terminal import plural
 BLOCK_BYTES = 2**23  # pixels in memory at once, where a measure reads a whole data set
 
 
-def open_dataset(annotation_path, image_format, num_workers=0, cache_path=None, pairs=False):
-    """The ImageDataset of a list. Arguments, errors: `open_cache`; UserError for a bad list.
-
-    pairs: each file holds a condition on the left and its image, of this format, on the right.
-    """
-    annotation, (height, width) = read_annotation(annotation_path), image_format.input_shape
-    stored = image_format._replace(input_shape=(height, 2 * width)) if pairs else image_format
-    pixels, index = open_cache(annotation_path, annotation.paths, stored, cache_path, num_workers)
-    pixels = pixels.reshape(len(pixels), height, 2, width, -1) if pairs else pixels
+def open_dataset(annotation_path, image_format, num_workers=0, cache_path=None, condition=""):
+    """The ImageDataset of a list. Arguments, errors: `open_cache`; UserError for a bad list."""
+    pairs, (height, width) = condition == "pairs", image_format.input_shape  # each image to the right of its condition
+    image_format = image_format._replace(input_shape=(height, width * (1 + pairs)))
+    annotation = read_annotation(annotation_path)
+    pixels, index = open_cache(annotation_path, annotation.paths, image_format, cache_path, num_workers)
+    pixels = pixels.reshape(len(pixels), height, 2, width, -1).swapaxes(2, 3) if pairs else pixels
     kept = np.delete(np.arange(len(annotation.paths)), [row for row, _ in index["bad"]])
     labels = torch.tensor([annotation.labels[row] if annotation.labels else 0 for row in kept], dtype=torch.int64)
     name, paths = str(Path(annotation_path).resolve()), [annotation.paths[row] for row in kept]
@@ -35,7 +33,7 @@ class ImageDataset:
     """N images as uint8 pixels in a memory-mapped file, gathered a batch or a block at a time."""
 
     name: str  # for messages
-    pixels: np.ndarray  # (M, H, W, C) uint8, memory-mapped; of pairs (M, H, 2, W, C)
+    pixels: np.ndarray  # (M, H, W, C) uint8, memory-mapped; of pairs (M, H, W, 2, C)
     hashes: list  # hex digits for each image: a hash of its content
     labels: torch.Tensor  # (N,) int64, the class ids; zeros without classes
     classes: list  # the class names by id; [] without classes
@@ -56,8 +54,7 @@ class ImageDataset:
     def batch(self, numbers):
         """Images (B, H, W, C) uint8, labels (B,) int64. Pairs: 2 C, the condition's first."""
         numbers = np.asarray(numbers, dtype=np.int64)
-        pixels = torch.from_numpy(self.pixels[self.rows[numbers]])
-        return pixels.transpose(2, 3).flatten(3) if pixels.ndim == 5 else pixels, self.labels[numbers]
+        return torch.from_numpy(self.pixels[self.rows[numbers]]).flatten(3), self.labels[numbers]
 
     def batches(self, numbers, pin_memory=False):
         """Yields (images, labels) of each batch. pin_memory: in page-locked memory, for CUDA."""
@@ -84,7 +81,7 @@ class ImageDataset:
 
     def shuffled(self, count, seed):
         """`count` numbers (0: all) in random order. A folder's first images may be of one class."""
-        return np.random.default_rng(seed % 2**64).permutation(len(self))[: count or None]
+        return np.random.default_rng(seed).permutation(len(self))[: count or None]
 
     def key(self):
         """A digest of all pixels in their order, and of the classes."""
@@ -140,9 +137,8 @@ def normalize(images, device, flip=None, memory_format=torch.contiguous_format):
     return x.copy_(pixels.permute(0, 3, 1, 2)).div_(127.5).sub_(1)
 
 
-def conditioned(diffusion, dataset, numbers, seed):
-    """(images, conditions or None) by their numbers (n,), on the diffusion's device."""
-    x = normalize(dataset.batch(numbers)[0], diffusion.betas.device)
-    count = diffusion.condition.count_numbers(diffusion.img_channels, *diffusion.img_size)
-    random = torch.randn(len(x), count, generator=torch.Generator().manual_seed(seed))
-    return diffusion.condition(x, random.to(x.device))
+def conditioned(diffusion, dataset, numbers, memory_format=torch.contiguous_format):
+    """(images, conditions or None) by their numbers (n,), which seed the holes of masked ones."""
+    x = normalize(dataset.batch(numbers)[0], diffusion.betas.device, memory_format=memory_format)
+    noise = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(int(number))) for number in numbers]
+    return diffusion.condition(x, torch.stack(noise).to(x.device))

@@ -27,8 +27,7 @@ def find_samples(folder):
     """`find_images` without what predict.py puts together. UserError: there are none."""
     paths = [path for path in find_images(folder) if not OVERVIEW.fullmatch(os.path.basename(path))]
     if not paths:
-        where = printable(os.path.realpath(folder))
-        raise UserError(f"{where} holds no images (grids and animations of predict.py are none)")
+        raise UserError(f"{printable(folder)} holds no images (grids and animations of predict.py are none)")
     return paths
 
 

@@ -225,7 +225,7 @@ def described(dataset, count=None):
 
 def make_opener(config, model):
     """(function path -> ImageDataset, decoded as in training; a dict of what the sizes are)."""
-    names = None
+    names, condition = None, model.diffusion.condition.kind if model else ""
     if model:
         (height, width), channels = model.diffusion.img_size, model.diffusion.img_channels
     else:  # the most frequent size, and color if any image has it
@@ -239,8 +239,7 @@ def make_opener(config, model):
     own = {"resize_mode": config.resize_mode or None, "background": config.background, "icc": config.icc}
     own |= {"input_shape": (height, width), "img_channels": channels}
     image_format = ImageFormat.from_config(model.checkpoint.config if model else {}, **own)
-    pairs = bool(model) and model.diffusion.condition.kind == "pairs"
-    open_set = partial(open_images, image_format=image_format, cache_path=config.cache_dir or None, pairs=pairs)
+    open_set = partial(open_images, image_format=image_format, cache_path=config.cache_dir or None, condition=condition)
     return open_set, {"compared_at": [height, width, channels], "sample_sizes": names}
 
 
@@ -260,17 +259,13 @@ def generate(config, model, reference, device, precision):
     schedule = sampling_schedule(model.diffusion.alpha_bars, options)
     check_interval(config.guidance_interval, schedule)
     labels = labels_like(reference, model, config.seed)
-    order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(config.seed))  # as theirs
-
-    def condition_of(numbers):
-        chosen, seed = order[numbers % len(order)], config.seed + int(numbers[0])
-        return conditioned(model.diffusion, reference, chosen, seed)[1]
+    order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(config.seed))  # as that of labels
 
     def blocks():
-        firsts = range(0, count, config.batch_size)
-        given = labels, None, options, condition_of if model.diffusion.condition.kind else None
-        batches = sample_batches(model.diffusion, firsts, config.batch_size, config.seed, *given)
-        for first, batch in batches:
+        for first in range(0, count, config.batch_size):
+            numbers = order[torch.arange(first, first + config.batch_size) % len(order)]
+            own = options.override(cond=conditioned(model.diffusion, reference, numbers)[1])
+            [(_, batch)] = sample_batches(model.diffusion, [first], config.batch_size, config.seed, labels, options=own)
             with autocast(device, precision):
                 x = last_images(batch)
             yield torch.from_numpy(to_uint8(x)[: count - first])

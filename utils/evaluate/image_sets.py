@@ -44,20 +44,18 @@ def _header(path):
         return check_image(path, full=False)[::-1], Image.getmodebase(image.mode) != "L"
 
 
-def open_images(path, image_format, cache_path=None, pairs=False):
+def open_images(path, image_format, cache_path=None, condition=""):
     """The ImageDataset of a folder (whose folders are classes), a list or an .npz of this size."""
     path = Path(path)
-    if pairs and path.suffix.lower() == ".npz":
-        raise UserError(f"{path}: an .npz holds no pairs: name a folder or an annotation file")
     if path.suffix.lower() == ".npz":
         return _open_npz(path, (*image_format.input_shape, image_format.img_channels))
     if not path.is_dir():
-        return open_dataset(path, image_format, cache_path=cache_path, pairs=pairs)
+        return open_dataset(path, image_format, cache_path=cache_path, condition=condition)
     paths = find_samples(path)
     with TemporaryDirectory() as folder:
         annotation = os.path.join(folder, "lines.txt")
         write_annotation(annotation, paths, *label_by_folder(paths))
-        dataset = open_dataset(annotation, image_format, cache_path=cache_path, pairs=pairs)
+        dataset = open_dataset(annotation, image_format, cache_path=cache_path, condition=condition)
     return replace(dataset, name=printable(path.resolve()))
 
 

@@ -106,7 +106,7 @@ def measure_bits(config, model, held_out, device, precision):
     for numbers in tqdm(order.split(config.batch_size), desc="bits", leave=False):
         y = None if labels is None else labels[numbers].to(device)
         with autocast(device, precision):
-            x, cond = conditioned(diffusion, held_out, numbers, config.seed + int(numbers[0]))
+            x, cond = conditioned(diffusion, held_out, numbers)
             denoise = diffusion.denoiser(y, config.use_ema, cond=cond)
             terms.append(variational_bound(denoise, diffusion.alpha_bars, x, generator))
     terms = torch.cat(terms)

@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from utils import distributed
@@ -40,13 +39,13 @@ class PredictFiles:
     """Writes images that come in any order and from any process, in bounded memory.
 
     folder: of `shared_output_folder`. config: predict.py's, resolved. shape: (H, W, C) of an image.
-    rows: of the grid, one per class; 0: no classes. text_of: see `image_texts`. conditions: a
-    ConditionImages, or None.
+    rows: of the grid, one per class; 0: none. text_of: see `image_texts`. names: of conditions.
     """
 
-    def __init__(self, folder, config, shape, rows, text_of, conditions=None):
+    def __init__(self, folder, config, shape, rows, text_of, names=()):
         self.folder, self.config, self.shape, self.text_of = folder, config, tuple(shape), text_of
-        self.columns, self.conditions = config.interpolate or COLUMNS, conditions
+        self.columns, self.names = config.interpolate or COLUMNS, names
+        self.named_once = len({name.casefold() for name in names}) == config.num_images
         self.shown = config.interpolate or rows * COLUMNS or SHOWN
         self.flat = 0  # images of a single color
         self.images = {}  # number -> (H, W, C): those in the grid
@@ -68,7 +67,8 @@ class PredictFiles:
 
     def path(self, number):
         name = f"between_{number:06d}.png" if self.config.interpolate else f"seed_{self.config.seed + number:010d}.png"
-        return self.folder / (self.conditions.name(number, name) if self.conditions else name)
+        own = self.names[number % len(self.names)] if self.names else ""
+        return self.folder / (f"{own}.png" if self.named_once else f"{own}_{name}" if own else name)
 
     def read(self, number):
         """The pixels of a finished single file, None without; UserError: one of other settings."""
@@ -117,9 +117,6 @@ class PredictFiles:
         images, trajectories = ({number: part[number] for part in parts for number in part} for parts in by_number)
         ordered = np.stack([images[number] for number in sorted(images)])
         save_png(self.named("predict_1x1_results.png"), ordered[0])
-        if self.conditions:
-            shown = self.conditions(torch.tensor(sorted(images)))[:, : self.shape[2]].expand(-1, self.shape[2], -1, -1)
-            ordered = np.concatenate((to_uint8(shown), ordered), axis=2)
         name = "predict_interpolation_results.png" if self.config.interpolate else "predict_5x5_results.png"
         save_png(self.named(name), make_grid(ordered, self.columns))
         if trajectories:
@@ -182,11 +179,7 @@ def open_spool(folder, shape):
     return spool
 
 
-def digest(image):
-    return hashlib.blake2b(image.contiguous().numpy(), digest_size=8).hexdigest()
-
-
-def image_texts(config, networks, shape, classes, labels, options, conditions=None):
+def image_texts(config, networks, shape, classes, labels, options):
     """The function number -> dict of all that an image depends on, the text of its single file.
 
     config: resolved, device and precision too. networks: the one that samples, and the guiding
@@ -198,15 +191,15 @@ def image_texts(config, networks, shape, classes, labels, options, conditions=No
     text = {"size": "x".join(map(str, shape)), **options.solver_options}
     text |= {name: getattr(options, name) for name in names}
     text |= {"device": config.device, "precision": config.precision}
-    for name in ("init", "mask"):  # by their values: the name of a file plays no part
-        if (image := getattr(options, name)) is not None:
-            text[name] = digest(image[:1])
     if config.individual_files:  # reading all weights takes a moment
         text |= {name: weights_digest(net.state_dict()) for name, net in zip(("weights", "guiding weights"), networks)}
 
     def text_of(number):
         own = {} if labels is None else {"class": classes[labels[number % len(labels)]]}
-        own |= {"condition": digest(conditions(torch.tensor([number])))} if conditions else {}
+        for name in ("init", "mask", "cond"):  # by their values: the name of a file plays no part
+            if (images := getattr(options, name)) is not None:
+                image = images[number % len(images)].contiguous()
+                own[name] = hashlib.blake2b(image.numpy(), digest_size=8).hexdigest()
         own["seed"] = config.seed if config.interpolate else config.seed + number
         if config.interpolate:
             own |= {"seed_to": config.seed_to, "place": f"{number} of 0 to {config.interpolate - 1}"}

@@ -169,19 +169,16 @@ class RunWriter:
 
 
 def sample_preview(config, context):
-    """A 5x5 grid (H, W, C) uint8 by the EMA, all classes in turn, always from the same noise.
-
-    With conditions, of images held out where there are any: condition, sample, original.
-    """
-    y, cond, count = torch.arange(COUNT) % max(len(context.dataset.classes), 1), None, COUNT
+    """A 5x5 grid (H, W, C) uint8 by the EMA, all classes in turn, always from the same noise."""
+    y, cond = torch.arange(COUNT) % len(context.dataset.classes) if config.class_conditional else None, None
     if config.condition:
-        source = context.validation if len(context.validation) else context.dataset
-        numbers = source.shuffled(COUNT, config.seed)
-        images, cond = conditioned(context.diffusion, source, numbers, config.seed)
-        y, count = source.labels[numbers], len(numbers)
-    given = {"sampler": config.preview_sampler, "steps": min(config.preview_steps, config.num_timesteps), "cond": cond}
-    given["seeds"] = list(range(config.seed, config.seed + count))
+        source = context.validation or context.dataset  # images held out, where there are any
+        numbers = torch.linspace(0, len(source) - 1, COUNT).long()
+        images, cond = conditioned(context.diffusion, source, numbers)
+        y = source.labels[numbers] if config.class_conditional else None
+    options = {"sampler": config.preview_sampler, "cond": cond, "seeds": range(config.seed, config.seed + COUNT)}
+    steps = min(config.preview_steps, config.num_timesteps)
     with autocast(context.device, config.precision):
-        x = context.diffusion.sample(count, context.device, y if config.class_conditional else None, **given)
-    x = x if cond is None else torch.cat((cond[:, : config.img_channels].expand_as(x), x, images), 3)
+        x = context.diffusion.sample(COUNT, context.device, y, steps=steps, **options)
+    x = x if cond is None else torch.cat((cond[:, : config.img_channels].expand_as(x), x, images), 3)  # side by side
     return make_grid(to_uint8(x), COLUMNS)

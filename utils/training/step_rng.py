@@ -20,20 +20,20 @@ class StepNoise(NamedTuple):
     noise: Tensor  # (B, C, H, W)
     flip: Tensor  # (B,) bool: mirrored left to right
     drop: Tensor  # (B,) bool: the null class replaces the label, and zeros the condition
-    condition: Tensor  # (B, count) normal numbers, see nets/condition.py
+    condition: Tensor  # (B, C, H, W), noise for the conditions; (B,) where there are none
 
     def of_rank(self, rank: int, world_size: int) -> "StepNoise":
         size = len(self.t) // world_size
         return StepNoise(*(rows[rank * size : (rank + 1) * size] for rows in self))
 
 
-def sample_step_noise(generator, seed, shape, sample_timesteps: Callable, flip=0.0, drop=0.0, count=0) -> StepNoise:
+def sample_step_noise(generator, seed, shape, sample_timesteps: Callable, flip=0.0, drop=0.0, cond=False) -> StepNoise:
     """For a whole batch (B, C, H, W). sample_timesteps: (B, generator) -> (B,).
 
-    flip, drop: probabilities; no one changes other numbers.
+    flip, drop: probabilities. cond: whether images have conditions. No one changes other numbers.
     """
     generator.manual_seed(seed)
     on = {"generator": generator, "device": generator.device}
     t, noise = sample_timesteps(shape[0], generator), torch.randn(shape, **on)
     chosen = [torch.rand(shape[:1], **on) < chance for chance in (flip, drop)]
-    return StepNoise(t, noise, *chosen, torch.randn(shape[0], count, **on))
+    return StepNoise(t, noise, *chosen, torch.randn(shape if cond else shape[:1], **on))
