@@ -121,7 +121,8 @@ def main(arguments=None):
     image_format = ImageFormat.from_config(checkpoint.config, **size)
     names, cond = load_conditions(config, diffusion.condition, image_format) if config.condition_image else ([], None)
     if names:
-        config = replace(config, num_images=given.get("num_images", 1) * len(names), mask="")  # it is not RePaint's
+        each = 1 if config.num_images == SHOWN and "num_images" not in given else config.num_images
+        config = replace(config, num_images=each * len(names), mask="")  # the mask is not RePaint's
     config = resolve(replace(config, device=device.type, precision=precision), given, diffusion, classes)
     options = sampling_options(config, image_format, guide, cond)
     rows, labels = grid_rows(config, classes), class_ids(config, classes)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from conftest import (
 )
 from PIL import Image
 
+import predict as predict_module
 import train
 from nets import Condition, UNet, build
 from nets.architecture import change_classes
@@ -423,6 +425,20 @@ def predict(model, *arguments, out="out"):
         "predict.py", "--model_path", model, "--steps", 3, "--seed", 5, "--save_dir", out, "--device", "cpu", *arguments
     )
     return {path.name: np.asarray(Image.open(path)) for path in Path(out).glob("*.png")}
+
+
+def test_an_edited_number_of_images_is_that_of_each_condition(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path, False)
+    model, read = trained("gray"), predict_module.read_settings
+
+    def edited(arguments):
+        config, options = read(arguments)
+        return replace(config, num_images=2), options
+
+    monkeypatch.setattr(predict_module, "read_settings", edited)
+    found = predict(model, "--condition_image", save("gray/a.png", noisy(8, 8)), "--individual_files", True)
+    assert {name for name in found if "predict" not in name} == {"a_seed_0000000005.png", "a_seed_0000000006.png"}
 
 
 def test_each_condition_has_its_samples_under_its_name(kind, capsys):
