@@ -108,7 +108,7 @@ def test_validation_spreads_the_timesteps_of_each_class_over_all_of_them(monkeyp
         return torch.zeros(len(x))
 
     diffusion.sample_timesteps = lambda count, generator: torch.zeros(count)
-    diffusion.condition = Condition()
+    diffusion.condition, diffusion.betas = Condition(), torch.zeros(1)
     cpu = torch.device("cpu")
     meter, layout = SimpleNamespace(dtype=torch.float64), torch.contiguous_format
     context = SimpleNamespace(
@@ -249,7 +249,7 @@ def test_previews_are_drawn_with_the_average_in_eval_mode_from_the_same_noise(wo
     asked, sample = [], GaussianDiffusion.sample
 
     def recording(self, *arguments, **options):
-        asked.append((options["seeds"], options.get("use_ema", True), self.ema_model.training))
+        asked.append((list(options["seeds"]), options.get("use_ema", True), self.ema_model.training))
         return sample(self, *arguments, **options)
 
     monkeypatch.setattr(GaussianDiffusion, "sample", recording)
