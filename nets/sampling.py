@@ -183,7 +183,7 @@ def sample_steps(diffusion, batch_size: int, device: Device, y, options: Samplin
     None is torch's global generator. noise: None, or an endless iterator of (batch_size, c, h, w)
     that replaces seeds, x_T first. ValueError: settings that do not fit.
     """
-    for name, given in (("y", y), ("seeds", seeds)):
+    for name, given in (("y", y), ("seeds", seeds), ("cond", options.cond)):
         if given is not None and len(given) != batch_size:
             raise SettingError(f"{name} has {len(given)} entries for a batch of {batch_size}")
     if not (0 < options.strength <= 1 and 0 <= options.solver_options.get("eta", 0) <= 1):

@@ -32,6 +32,7 @@ from nets.errors import SettingError
 from utils.checkpoint.file import load_checkpoint
 from utils.data.dataset import conditioned, normalize, open_dataset
 from utils.data.image_format import ImageFormat
+from utils.errors import UserError
 from utils.training.step_rng import sample_step_noise
 
 SMALL = {
@@ -577,6 +578,29 @@ def run_main_of_convert(*arguments):
     from utils.errors import run_script
 
     run_script(lambda: main(list(map(str, arguments))))
+
+
+def test_evaluate_measures_pairs_in_the_features_of_a_classifier(tmp_path, monkeypatch, capsys):
+    """Of the images alone, without their conditions; an .npz holds no pairs."""
+    from utils.evaluate import __main__ as evaluate
+
+    monkeypatch.chdir(tmp_path)
+    for number in range(120):
+        save(f"pairs/{'ab'[number % 2]}/{number}.png", noisy(8, 16, number))
+    run_main("txt_annotation.py", "--datasets_path", "pairs")
+    model = trained("pairs", "--class_conditional", False)
+    arguments = ["--samples", model, "--features", "classifier", "--num_images", 8, "--steps", 2, "--nearest", False]
+    evaluate.main(list(map(str, [*arguments, "--reference", "train_lines.txt", "--device", "cpu"])))
+    assert "frechet" in capsys.readouterr().out.lower()
+    np.savez("images.npz", np.zeros((4, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match="an .npz holds no pairs"):
+        evaluate.main(list(map(str, [*arguments, "--reference", "images.npz", "--device", "cpu"])))
+
+
+def test_settings_that_do_nothing_with_a_condition_are_refused():
+    for option in ("--resamplings 5", "--variance posterior"):
+        with pytest.raises(UserError, match=option.split()[0]):
+            predict_module.read_settings(["--condition_image", "x.png", "--mask", "m.png", *option.split()])
 
 
 def test_evaluate_takes_the_conditions_of_the_reference(kind, monkeypatch, capsys):

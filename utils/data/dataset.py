@@ -140,5 +140,6 @@ def normalize(images, device, flip=None, memory_format=torch.contiguous_format):
 def conditioned(diffusion, dataset, numbers, memory_format=torch.contiguous_format):
     """(images, conditions or None) by their numbers (n,), which seed the holes of masked ones."""
     x = normalize(dataset.batch(numbers)[0], diffusion.betas.device, memory_format=memory_format)
-    noise = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(int(number))) for number in numbers]
-    return diffusion.condition(x, torch.stack(noise).to(x.device))
+    seeds = numbers if diffusion.condition.kind == "masked" else []  # nothing else is random here
+    noise = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    return diffusion.condition(x, torch.stack(noise).to(x.device) if noise else x)

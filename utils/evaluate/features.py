@@ -105,7 +105,7 @@ class FeatureCache(NamedTuple):
         if not path.is_file():
             # Digits from the end: the first ones decided already what val_split kept aside.
             parts = split_validation(replace(dataset, hashes=[digest[::-1] for digest in dataset.hashes]), 0.1)
-            batches = (part.batch(range(len(part))) for part in parts)
+            batches = ((part.images(range(len(part))), part.labels) for part in parts)
             save_feature_net(path, train_feature_net(*batches, classes, device=device))
         return path
 

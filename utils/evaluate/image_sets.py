@@ -48,6 +48,8 @@ def open_images(path, image_format, cache_path=None, condition=""):
     """The ImageDataset of a folder (whose folders are classes), a list or an .npz of this size."""
     path = Path(path)
     if path.suffix.lower() == ".npz":
+        if condition == "pairs":
+            raise UserError(f"{path}: an .npz holds no pairs: name a folder or an annotation file")
         return _open_npz(path, (*image_format.input_shape, image_format.img_channels))
     if not path.is_dir():
         return open_dataset(path, image_format, cache_path=cache_path, condition=condition)

@@ -2,8 +2,9 @@
 
 from utils.errors import UserError
 
-# setting -> the setting without which it does nothing
-NEEDS = {"strength": "init_image", "mask": "init_image", "resamplings": "mask", "seed_to": "interpolate"}
+# (setting, one without which it does nothing)
+NEEDS = [("strength", "init_image"), ("mask", "init_image"), ("seed_to", "interpolate")]
+NEEDS += [("resamplings", "mask"), ("resamplings", "init_image")]
 SOLVER_OPTIONS = {"eta": "ddim", "variance": "ddpm"}  # option of one solver -> that solver
 # What a setting is that is not used: any other value in Config counts as one of the command line.
 UNUSED = {"strength": None, "mask": "", "resamplings": 0, "seed_to": -1, "eta": 0.0, "variance": "beta"}
@@ -20,13 +21,13 @@ def check_rules(config, options):
     """UserError for settings that do not go together. options: of the command line, by name."""
     check_guidance(config)
     used = {*options, *(name for name, unused in UNUSED.items() if getattr(config, name) != unused)}
-    for name, needed in NEEDS.items():
+    for name, needed in NEEDS:
         if name in used and not getattr(config, needed) and not (name == "mask" and config.condition_image):
             raise UserError(f"--{name} does nothing without --{needed}: give both, or leave it out")
     if config.strength == 0:
         raise UserError("strength is 0: it must be above 0 and at most 1 (everything is sampled again)")
     for name, sampler in SOLVER_OPTIONS.items():
-        if name in used and config.sampler != sampler and not (sampler == "ddpm" and config.mask):
+        if name in used and config.sampler != sampler and not (sampler == "ddpm" and config.mask and config.init_image):
             raise UserError(f"--{name} is an option of {sampler}: add --sampler {sampler}, or leave it out")
     if config.mask and config.init_image and options.get("sampler", "ddpm") != "ddpm":
         raise UserError(f"--mask needs the sampler ddpm: --sampler {config.sampler} cannot inpaint; leave it out")
