@@ -196,9 +196,7 @@ def resolve(config, given, diffusion, classes):
     if grid_rows(config, classes) and "num_images" not in given and num_images == SHOWN:
         num_images = COLUMNS * grid_rows(config, classes)
     if not config.interpolate and seed + num_images > SEEDS:
-        raise UserError(
-            f"{num_images} images from seed {seed} on: they end at {SEEDS - 1}; lower --seed or --num_images"
-        )
+        raise UserError(f"seeds {seed} to {seed + num_images - 1} exceed {SEEDS - 1}; lower --seed or --num_images")
     chosen = {"seed": seed, "sampler": sampler, "spacing": spacing, "strength": strength, "steps": steps}
     chosen |= {"num_images": num_images, "resamplings": config.resamplings or DEFAULT_RESAMPLINGS}
     chosen["seed_to"] = config.seed_to if config.seed_to >= 0 else seed + 1

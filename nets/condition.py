@@ -1,7 +1,6 @@
-"""Networks conditioned on an image: super-resolution, colorizing, inpainting, image to image.
+"""Networks conditioned on an image, which is more channels of their input, next to x_t.
 
-The condition is more channels of the network's input, next to x_t (Saharia et al. 2022, "SR3" and
-"Palette"). Zeros in its place are "no condition", as the null class is "no class".
+Saharia et al. 2022, "SR3" and "Palette". Zeros are "no condition", as the null class is "no class".
 """
 
 from typing import NamedTuple

@@ -225,7 +225,7 @@ def test_checkpoint_of_another_architecture(place, capsys):
         ("--seed_to 1099511627776", "--seed_to 1099511627776: expected a whole number from -1 to 4294967295"),
         (
             "--seed 4294967294 --num_images 3",
-            "3 images from seed 4294967294 on: they end at 4294967295; lower --seed or --num_images",
+            "seeds 4294967294 to 4294967296 exceed 4294967295; lower --seed or --num_images",
         ),
         ("--num_images 1000000000000", "--num_images 1000000000000: expected a whole number from 1 to 4294967296"),
         ("--batch_size 1000000000", "--batch_size 1000000000: expected a whole number from 1 to 65536"),

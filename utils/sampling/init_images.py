@@ -44,8 +44,7 @@ def read_image(path, image_format):
 
 def load_conditions(config, condition, image_format):
     """(names, conditions (n, k, h, w)) of condition_image, a file or a folder."""
-    given = config.condition_image
-    paths = find_samples(given) if Path(given).is_dir() else [given]
+    paths = find_samples(config.condition_image) if Path(config.condition_image).is_dir() else [config.condition_image]
     height, width = size = tuple(side // condition.scale for side in image_format.input_shape)
     images = torch.cat([read_image(path, image_format._replace(input_shape=size)) for path in paths]) / 127.5 - 1
     for path in paths if condition.scale > 1 else []:  # shrunk ones would lose what they show
