@@ -54,7 +54,7 @@ def make_condition(config: Mapping[str, Any]) -> Condition:
     name, value = {"gray": ("img_channels", 3), "pairs": ("resize_mode", "stretch")}.get(kind, ("", None))
     if config.get(name, value) != value:
         raise SettingError(f"condition {kind} needs {name} {value}")
-    return Condition(kind, scale, bool(config.get("label_dropout")))
+    return Condition(kind, scale, bool(kind and config.get("label_dropout")))
 
 
 def choose_groups(num_groups: int | str, channel: int) -> int:

@@ -597,6 +597,12 @@ def test_evaluate_measures_pairs_in_the_features_of_a_classifier(tmp_path, monke
         evaluate.main(list(map(str, [*arguments, "--reference", "images.npz", "--device", "cpu"])))
 
 
+def test_a_model_without_classes_and_condition_says_what_guidance_needs():
+    diffusion = build.from_config({**SMALL, "class_conditional": False, "label_dropout": 0.1})
+    with pytest.raises(SettingError, match="needs a model with a null class"):
+        diffusion.sample(1, "cpu", guidance_scale=2.0, sampler="ddim", steps=2)
+
+
 def test_settings_that_do_nothing_with_a_condition_are_refused():
     for option in ("--resamplings 5", "--variance posterior"):
         with pytest.raises(UserError, match=option.split()[0]):
