@@ -270,7 +270,7 @@ def choose_threads(config, context, checkpoint=None):
         context.about.resolved["num_threads"] = number
 
 
-def train(config, context, folder, start, summary=""):
+def train(config, context, folder, start, summary):
     """The training loop, from the position in `start` to the last epoch, or to a signal.
 
     summary: what the folder keeps of how the run was started.

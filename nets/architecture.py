@@ -48,7 +48,7 @@ def make_condition(config: Mapping[str, Any]) -> Condition:
     """The Condition of train.py's settings. ValueError: they do not fit together."""
     kind, size = config.get("condition", ""), tuple(config["input_shape"])
     check_choice("condition", kind, CONDITIONS)
-    scale = config.get("condition_scale", 4) if kind == "low_res" else 1
+    scale = config.get("condition_scale", Condition().scale) if kind == "low_res" else 1
     if any(side % scale for side in size):
         raise SettingError(f"input_shape {size} is no multiple of condition_scale {scale}")
     name, value = {"gray": ("img_channels", 3), "pairs": ("resize_mode", "stretch")}.get(kind, ("", None))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# name -> (1 if the condition has the channels of the image, how many it has besides)
+# name -> (1 if it has the image's channels, how many besides); docs/conditioning.md describes each
 CONDITIONS = {"": (0, 0), "low_res": (1, 0), "gray": (0, 1), "masked": (1, 1), "pairs": (1, 0)}
 
 
@@ -17,7 +17,7 @@ class Condition(NamedTuple):
     """How images (b, c, h, w) in [-1, 1] become their conditions (b, k, h, w)."""
 
     kind: str = ""  # a name from CONDITIONS
-    scale: int = 1  # how many times smaller low_res is
+    scale: int = 4  # how many times smaller low_res is
     dropped: bool = False  # training drops it at times, as guidance needs
 
     def __call__(self, images: Tensor, noise: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

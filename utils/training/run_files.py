@@ -29,8 +29,8 @@ CURES = "with a lower --init_lr, --grad_clip 1, or --precision fp32, and look fo
 class RunWriter:
     """Files and progress bar of a run. Rank 0 writes; all processes call `save` and `stop`."""
 
-    def __init__(self, folder: Path, config, context, start, summary="") -> None:
-        """start: the ResumePoint, with the position and the tables of the epochs before."""
+    def __init__(self, folder: Path, config, context, start, summary) -> None:
+        """start: the ResumePoint. summary: what the folder keeps of how the run was started."""
         self.folder, self.config, self.context, self.start = Path(folder), config, context, start
         self.summary = summary
         self.previews = Path("results/train_out") / self.folder.name
