@@ -404,7 +404,9 @@ def start_training(folder, *settings, **options):
     STARTED.append(process)
     deadline = time.monotonic() + 120
     while not set(folder.glob("logs/*/last.pth")) - before:  # of this process: it handles signals now
-        assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()
+        if time.monotonic() > deadline or process.poll() is not None:
+            process.kill()  # or reading its output would wait for all of its epochs
+            pytest.fail(process.stdout.read().decode())
         time.sleep(0.05)
     return process
 
