@@ -28,7 +28,8 @@ HEAD = """# All settings
 [中文](settings.zh-CN.md)
 
 Each setting is an option of its script's command line, written as in Python: `--batch_size 32`,
-`--input_shape 64,64`, `--attention_resolutions 1,`. Defaults are defined in `Config` at the top of each
+`--input_shape 64,64`, `--attention_resolutions 1,` (in PowerShell, values with a comma need quotes:
+`--input_shape "64,64"`). Defaults are defined in `Config` at the top of each
 script. Precedence: command line > preset (`--preset`) > `Config`. Settings marked with \\* cannot be
 changed when a run is resumed (`--resume`), and those marked with \\*\\* cannot be changed when a new run
 starts from existing weights (`--start_from`) either. `python -m docs.settings` generates this page.
@@ -39,6 +40,7 @@ HEAD_ZH = """# 全部参数
 
 每个参数都可以在命令行中指定，写法与 Python 相同：
 `--batch_size 32`、`--input_shape 64,64`、`--attention_resolutions 1,`。
+PowerShell 中，带逗号的值要加引号：`--input_shape "64,64"`。
 默认值在各脚本开头的 `Config` 中。优先级：命令行 > 预设（`--preset`）> `Config`。
 带 \\* 的参数在断点续训（`--resume`）时不能修改；
 带 \\*\\* 的参数在用已有权重开始新的训练（`--start_from`）时也不能修改。
