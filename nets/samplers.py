@@ -96,12 +96,15 @@ def heun(denoise, x, steps, noise) -> Trajectory:
 
     It solves dz/dsigma = (z - x_0) / sigma for z = x / sqrt(alpha_bar), but stays with x: with the
     cosine schedule z starts at 2e4, and float32 would lose the image in it.
+    Below LOWEST_LAMBDA a step is Euler's, with one call. In the first step of the cosine schedule,
+    Heun's correction would be 67 times the difference of two x_0, which are nearly the same in a
+    network that has trained for long, and a tint of all images in another one.
     """
     for i, (alpha_bar_t, alpha_bar_s, t) in enumerate(steps):
         x_0 = denoise(x, t)
         x_weight = math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t))
         x = x_weight * x + (math.sqrt(alpha_bar_s) - x_weight * math.sqrt(alpha_bar_t)) * x_0  # Euler's step
-        if alpha_bar_s < 1 and i + 1 < len(steps):
+        if alpha_bar_s < 1 and i + 1 < len(steps) and half_log_snr(alpha_bar_t) >= LOWEST_LAMBDA:
             sigma_ratio = math.sqrt(alpha_bar_s / alpha_bar_t) / x_weight  # sigma_t / sigma_s
             x = x + 0.5 * math.sqrt(alpha_bar_s) * (sigma_ratio - 1) * (denoise(x, steps[i + 1].t) - x_0)
         yield x, x_0
