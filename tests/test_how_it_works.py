@@ -197,7 +197,7 @@ def test_every_figure_is_made_and_shown():
 
     shown = set(re.findall(r"figures/(\w+)\.png", PATHS[0].read_text(encoding="utf-8")))
     there = {path.stem for path in (PROJECT / "docs" / "figures").glob("*.png")}
-    others = {"fine_tuning", "conditioning_gray", "conditioning_masked", "conditioning_fashion"}
+    others = {"fine_tuning", *(f"conditioning_{name}" for name in ("gray", "masked", "low_res", "fashion"))}
     assert shown == set(figures.FIGURES) - {"forming"} == there - others
     assert sum(path.stat().st_size for path in (PROJECT / "docs" / "figures").glob("*.png")) < 1_500_000
     assert (PROJECT / "docs" / "emoji_forming.gif").stat().st_size <= 600_000  # README's, which forming makes

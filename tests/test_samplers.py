@@ -324,9 +324,16 @@ def test_calls_of_the_network(solver):
     assert called == expected
 
 
+def test_heun_takes_one_call_in_a_step_from_pure_noise():
+    alpha_bars, called = np.cumprod(1 - generate_cosine_schedule(1000)).tolist(), []
+    steps = solver_steps(alpha_bars, timesteps(alpha_bars, 13, "clipped_logsnr"))
+    run("heun", lambda x, t: called.append(t) or x * 0, draws(1)[0], steps)
+    assert called == [999, steps[1].t, *(step.t for step in steps[2:] for _ in range(2))]
+
+
 def test_heun_does_not_enlarge_what_the_network_gets_wrong_in_pure_noise():
     """Images of independent standard normal pixels: the right x_0 is sqrt(alpha_bar) x. An error of
-    0.5 at the last timestep, where sqrt(alpha_bar) is 5e-5, may not show."""
+    0.5 at the last timestep, where sqrt(alpha_bar) is 5e-5, must not show."""
     alpha_bars = np.cumprod(1 - generate_cosine_schedule(1000)).tolist()
     steps, x = solver_steps(alpha_bars, timesteps(alpha_bars, 13, "clipped_logsnr")), draws(1)[0]
     right = run("heun", lambda x, t: math.sqrt(alpha_bars[t]) * x, x, steps)
