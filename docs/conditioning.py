@@ -118,7 +118,7 @@ def measure(run):
 @settings
 class Config:
     folder: str = "results/conditioning"  # where the runs on the emoji are written
-    kinds: str = "gray,masked"  # their conditions; low_res takes ten times as long
+    kinds: str = "gray,masked"  # their conditions; low_res takes seven times as long
     run: str = ""  # measure this low_res run instead
 
 

@@ -73,7 +73,7 @@ class Denoiser:
         self.y, self.cond = None, None if cond is None else cond.to(device)
         if diffusion.num_classes is not None:
             if y is None and self.null_class is None:
-                raise SettingError("the model has no null class, each image needs a class: pass y, or use --class_name")
+                raise SettingError("without a null class, each image needs a class: pass y, or use --class_name")
             self.y = torch.as_tensor([self.null_class] if y is None else y, device=device)
 
     def __call__(self, x_t: Tensor, t: int) -> Tensor:

@@ -364,17 +364,16 @@ def test_what_was_in_the_place_of_the_class_names_before_the_list_stays(tmp_path
     if kind == "pipe" and not hasattr(os, "mkfifo"):
         pytest.skip("named pipes")
     {"file": lambda: place.write_text("mine\n"), "folder": place.mkdir, "pipe": lambda: os.mkfifo(place)}[kind]()
-    before = unread(place)
+    before = stat_without_access_time(place)
     if labels is None:
         write_annotation(tmp_path / "my.txt", ["/d/1.png"])
     else:
         with pytest.raises(UserError, match=r"my_classes\.txt .* not of my\.txt"):
             write_annotation(tmp_path / "my.txt", ["/d/1.png"], labels, ["cats"])
-    assert unread(place) == before
+    assert stat_without_access_time(place) == before
 
 
-def unread(path):
-    """What `os.stat` says of it, except when it was read last."""
+def stat_without_access_time(path):
     return *os.stat(path)[:7], *os.stat(path)[8:]
 
 

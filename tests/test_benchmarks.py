@@ -257,7 +257,7 @@ def test_a_cell_is_measured_on_a_checkpoint(workplace):
         "num_res_blocks": 1,
         "attention_resolutions": (),
         "num_groups": 4,
-        "num_timesteps": 10,
+        "schedule": "cosine",
     }
     save_checkpoint(Checkpoint(Path("small.pth"), build.from_config(settings).state_dict(), config=settings))
     save_feature_net("net.pth", FeatureNet(3, 2))
@@ -265,6 +265,7 @@ def test_a_cell_is_measured_on_a_checkpoint(workplace):
     bench = solvers.Bench(config, torch.device("cpu"))
     found = bench.measure(Cell("ddim", "trailing", 5, 5, 0))
     assert found["distance"] > 0 and found["seconds_per_image"] > 0 and bench.about()["num_reference"] == 24
+    assert (found["made"], bench.measure(Cell("heun", "clipped_logsnr", 10, 5, 0))["made"]) == (5, 8)
 
 
 CONDITIONAL = {
