@@ -827,21 +827,21 @@ def test_network_calls_decide_whether_compiling_pays():
     assert predict.network_calls(predict.replace(config, mask="m.png", resamplings=7)) == 140
 
 
-# The weights in the box
+# The bundled checkpoint
 
 
-def test_the_weights_in_the_box_draw_their_classes():
+def test_the_bundled_checkpoint_samples_its_classes():
     path = PROJECT / "logs" / "emoji.pth"
     assert path.stat().st_size < 24e6
     checkpoint = load_checkpoint(path)
     assert checkpoint.kind == "ema" and checkpoint.training is None and "optimizer" not in read_file(path)
     diffusion, classes = build.from_checkpoint(checkpoint)
     assert classes == sorted(path.name for path in (PROJECT / "datasets" / "noto_emoji").glob("*") if path.is_dir())
-    drawn = {}
+    samples = {}
     for name in ("faces", "flags"):
         y = torch.full((8,), classes.index(name))
-        drawn[name] = diffusion.sample(8, "cpu", y, steps=10, guidance_scale=2.0, seeds=range(8))
-    red, green, blue = drawn["faces"][:, :, 8:24, 8:24].mean((0, 2, 3))
+        samples[name] = diffusion.sample(8, "cpu", y, steps=10, guidance_scale=2.0, seeds=range(8))
+    red, green, blue = samples["faces"][:, :, 8:24, 8:24].mean((0, 2, 3))
     assert red > green > blue + 0.5  # faces are yellow
-    edges = drawn["flags"][..., 0:4, :]
+    edges = samples["flags"][..., 0:4, :]
     assert edges.mean() > 0.9  # flags are wider than high: white above them

@@ -423,14 +423,14 @@ def test_a_lost_terminal_saves_and_under_nohup_it_is_ignored(listed):
     # The tests themselves may run under nohup.
     process = start_training(listed, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     process.send_signal(signal.SIGHUP)
-    output = process.communicate(timeout=60)[0].decode()
+    output = process.communicate(timeout=240)[0].decode()
     assert process.returncode == 128 + signal.SIGHUP and "stopped by SIGHUP" in output
     assert read_file(newest_run(listed) / "last.pth")["position"]
 
     process = start_training(listed, "--seed", "2", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGTERM)  # the first signal that it heeds decides how it ends
-    output = process.communicate(timeout=60)[0].decode()
+    output = process.communicate(timeout=240)[0].decode()
     assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in output and "SIGHUP" not in output
 
 
