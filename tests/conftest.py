@@ -37,6 +37,21 @@ TINY = (
     ),
     *("--num_timesteps", "20", "--batch_size", "8", "--preview_period", "0", "--ema_start", "3", "--device", "cpu"),
 )
+# predict.py's options for one image in one step, the same on every machine.
+ONE_SAMPLE = [
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--num_images",
+    "1",
+    "--batch_size",
+    "1",
+    "--steps",
+    "1",
+    "--seed",
+    "1",
+]
 
 
 def write_pictures(folder, count=24, size=8, seed=0):

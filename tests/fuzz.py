@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import PROJECT, TINY, write_pictures
+from conftest import ONE_SAMPLE, PROJECT, TINY, write_pictures
 from PIL import Image
 
 import predict
@@ -61,20 +61,6 @@ COUNTS = {
     "kills": 60,
 }
 PICTURES_A_CASE = 20  # one run of txt_annotation.py looks at so many
-DRAW = [
-    "--device",
-    "cpu",
-    "--precision",
-    "fp32",
-    "--num_images",
-    "1",
-    "--batch_size",
-    "1",
-    "--steps",
-    "1",
-    "--seed",
-    "1",
-]
 RUN = [*TINY, "--num_groups", "32", "--precision", "fp32", "--class_conditional", "True"]
 NASTY = (
     "",
@@ -263,7 +249,7 @@ def checkpoints(draw, base):
     shutil.copy(base / "workplace" / "train_classes.txt", ".")
     shutil.copy(base / "workplace" / "train_lines.txt", ".")
     commands = [
-        (predict, ["--model_path", "last.pth", *DRAW]),
+        (predict, ["--model_path", "last.pth", *ONE_SAMPLE]),
         (train, ["--resume", "last.pth", "--dry_run", "True"]),
         (train, ["--resume", "last.pth", "--epochs", "2", "--preview_period", "0"]),
         (convert, ["weights", "last.pth", "small.pth"]),
@@ -332,7 +318,7 @@ def any_command(draw):
         [
             (txt_annotation, []),
             (train, [*RUN, "--resume", "latest", "--epochs", "2", "--preview_period", "1", "--preview_steps", "1"]),
-            (predict, [*DRAW, "--individual_files", "True", "--npz", "True", "--trajectory", "True"]),
+            (predict, [*ONE_SAMPLE, "--individual_files", "True", "--npz", "True", "--trajectory", "True"]),
             (evaluate, ["--num_images", "4", "--steps", "1", "--distances", "False", "--nearest_images", "2"]),
             (report, []),
             (convert, ["weights", str(next(Path("logs").glob("*"))), "small.pth"]),
@@ -416,7 +402,7 @@ KINDS = {
     "options_train": options(
         train, {**RUN_SETTINGS, "preset": choice(train.PRESETS)}, {**as_pairs(TINY), "dry_run": "True"}
     ),
-    "options_predict": options(predict, predict.SETTINGS, as_pairs(DRAW)),
+    "options_predict": options(predict, predict.SETTINGS, as_pairs(ONE_SAMPLE)),
     "checkpoints": checkpoints,
     "folders": folders,
     "npz": npz,
@@ -622,7 +608,7 @@ def run_kills(_, count, seed, base):
     commands = [
         ["txt_annotation.py"],
         ["train.py", *TINY, "--epochs", "2", "--save_minutes", "0", "--resume", "latest"],
-        ["predict.py", *DRAW, "--npz", "True"],
+        ["predict.py", *ONE_SAMPLE, "--npz", "True"],
         ["-m", "utils.convert", "weights", str(base / "workplace" / "logs"), "small.pth"],
         ["-m", "utils.evaluate", "--samples", "datasets", "--distances", "False"],
         ["-m", "utils.report"],

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PROJECT, TINY, newest_run, read_file, run_main, write_pictures
+from conftest import ONE_SAMPLE, PROJECT, TINY, newest_run, read_file, run_main, write_pictures
 
 from nets import build
 from utils.checkpoint.file import load_checkpoint
@@ -22,21 +22,6 @@ from utils.checkpoint.integrity import load_tensors, save_tensors
 from utils.checkpoint.runs import find_weights, newest_last
 from utils.evaluate.classifier import FeatureNet, load_feature_net, save_feature_net
 from utils.evaluate.features import Extractor, FeatureCache
-
-PREDICT = [
-    "--device",
-    "cpu",
-    "--precision",
-    "fp32",
-    "--num_images",
-    "1",
-    "--batch_size",
-    "1",
-    "--steps",
-    "1",
-    "--seed",
-    "1",
-]
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +203,7 @@ def test_a_folder_of_diffusers_names_the_command_that_reads_it(workplace, capsys
     path = workplace / "theirs" / inside
     path.parent.mkdir(parents=True)
     path.write_text("{}")
-    for arguments in (("predict.py", "--model_path", "theirs", *PREDICT), ("train.py", *TINY, "--resume", "theirs")):
+    for arguments in (("predict.py", "--model_path", "theirs", *ONE_SAMPLE), ("train.py", *TINY, "--resume", "theirs")):
         assert "python -m utils.convert import theirs FILE" in error_of(capsys, *arguments)
 
 
@@ -294,7 +279,7 @@ def test_values_of_a_wrong_kind_end_in_one_line(trained, workplace, capsys, monk
     for name, mutant in mutants(checkpoint, 120, seed=script == "train.py"):
         torch.save(mutant, path)
         options = (
-            ("--model_path", path, *PREDICT) if script == "predict.py" else ("--resume", path, "--dry_run", "True")
+            ("--model_path", path, *ONE_SAMPLE) if script == "predict.py" else ("--resume", path, "--dry_run", "True")
         )
         try:
             refused += bool(error_of(capsys, script, *options, expect=(0, 1)))
@@ -340,7 +325,7 @@ def test_nan_in_weights_is_refused_by_name(trained, workplace, capsys):
         bad = checkpoint["weights"][name].clone()
         bad[(-1,) * bad.ndim] = value
         save_tensors("bad.pth", {**checkpoint, "weights": {**checkpoint["weights"], name: bad}})
-        for arguments in (("predict.py", "--model_path", "bad.pth", *PREDICT), ("train.py", "--resume", "bad.pth")):
+        for arguments in (("predict.py", "--model_path", "bad.pth", *ONE_SAMPLE), ("train.py", "--resume", "bad.pth")):
             assert f"bad.pth: its weights hold NaN or infinity (the first is {name})" in error_of(capsys, *arguments)
 
 

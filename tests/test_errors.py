@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, command, newest_run, read_file, run, run_main, write_pictures
+from conftest import ONE_SAMPLE, TINY, command, newest_run, read_file, run, run_main, write_pictures
 
 from nets.errors import check_choice
 from utils.checkpoint.integrity import save_tensors
@@ -18,20 +18,6 @@ from utils.checkpoint.resume import check_classes
 from utils.convert.diffusers_folder import choose_label
 
 TRAIN = [*TINY, "--epochs", "1", "--precision", "fp32"]
-PREDICT = [
-    "--device",
-    "cpu",
-    "--precision",
-    "fp32",
-    "--num_images",
-    "1",
-    "--batch_size",
-    "1",
-    "--steps",
-    "1",
-    "--seed",
-    "1",
-]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +135,7 @@ def test_files_that_are_no_checkpoints(place, trained, capsys, script):
             content(path)
         elif content is not None:
             path.write_bytes(content)
-        arguments = ["--model_path", path, *PREDICT] if script == "predict.py" else ["--resume", path, *TRAIN]
+        arguments = ["--model_path", path, *ONE_SAMPLE] if script == "predict.py" else ["--resume", path, *TRAIN]
         line = refused(capsys, script, *arguments)
         assert name in line or name == "other_net.pth", line
         assert words in line, line
@@ -158,28 +144,28 @@ def test_files_that_are_no_checkpoints(place, trained, capsys, script):
 
 def test_text_is_no_checkpoint(place, capsys):
     (place / "text.pth").write_text("these are no weights")
-    assert "text.pth" in refused(capsys, "predict.py", "--model_path", "text.pth", *PREDICT)
+    assert "text.pth" in refused(capsys, "predict.py", "--model_path", "text.pth", *ONE_SAMPLE)
 
 
 def test_damaged_newest_run_is_not_drawn_silently(place, trained, capsys):
     (place / "logs/run/last.pth").write_bytes(trained[:1000])
-    assert "logs/run/last.pth: damaged" in refused(capsys, "predict.py", *PREDICT)
+    assert "logs/run/last.pth: damaged" in refused(capsys, "predict.py", *ONE_SAMPLE)
 
 
 def test_archive_of_something_else(place, capsys):
     with zipfile.ZipFile(place / "photos.pth", "w") as archive:
         archive.writestr("holiday.txt", "sun")
     assert "photos.pth: damaged, or no PyTorch checkpoint" in refused(
-        capsys, "predict.py", "--model_path", "photos.pth", *PREDICT
+        capsys, "predict.py", "--model_path", "photos.pth", *ONE_SAMPLE
     )
 
 
 def test_no_weights_at_all(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    line = refused(capsys, "predict.py", *PREDICT)
+    line = refused(capsys, "predict.py", *ONE_SAMPLE)
     assert "holds no weights: run `python train.py` first, or name a checkpoint with --model_path" in line
     (tmp_path / "logs" / "empty_run").mkdir(parents=True)
-    line = refused(capsys, "predict.py", "--model_path", "logs/empty_run", *PREDICT)
+    line = refused(capsys, "predict.py", "--model_path", "logs/empty_run", *ONE_SAMPLE)
     assert "logs/empty_run/last.pth: there is no such PyTorch checkpoint" in line
 
 
@@ -192,10 +178,10 @@ def test_checkpoint_of_another_architecture(place, capsys):
     )
     for changed, words in cases:
         save_tensors("other.pth", {**checkpoint, "config": {**checkpoint["config"], **changed}})
-        line = refused(capsys, "predict.py", "--model_path", "other.pth", *PREDICT)
+        line = refused(capsys, "predict.py", "--model_path", "other.pth", *ONE_SAMPLE)
         assert "the weights do not fit this network" in line and words in line
     save_tensors("other.pth", {**checkpoint, "config": {**checkpoint["config"], "num_res_blocks": 0}})
-    line = refused(capsys, "predict.py", "--model_path", "other.pth", *PREDICT)
+    line = refused(capsys, "predict.py", "--model_path", "other.pth", *ONE_SAMPLE)
     assert "other.pth: damaged, or edited: num_res_blocks is 0: expected a whole number from 1 to 1024" in line
     for option, value in (
         ("--channel", "64"),
@@ -289,7 +275,7 @@ def test_settings_of_predict(place, capsys, options, words):
         if name in ("wide", "m"):
             picture.paste(255, (0, 0, 4, 4))
         picture.save(f"{name}.png")
-    assert words in refused(capsys, "predict.py", *PREDICT, *options.split())
+    assert words in refused(capsys, "predict.py", *ONE_SAMPLE, *options.split())
 
 
 @pytest.mark.parametrize(
@@ -314,7 +300,7 @@ def test_class_of_a_model_without_classes(place, capsys):
         ("--class_name even", "was trained without classes, which logs/emoji.pth has"),
         ("--guidance_scale 2", "needs a model with a null class, as logs/emoji.pth has"),
     ):
-        assert words in refused(capsys, "predict.py", "--model_path", "plain.pth", *PREDICT, *options.split())
+        assert words in refused(capsys, "predict.py", "--model_path", "plain.pth", *ONE_SAMPLE, *options.split())
 
 
 @pytest.mark.parametrize(
