@@ -34,7 +34,7 @@ from nets.sampling import SamplingOptions, make_denoiser, sampling_schedule
 from utils.data.dataset import epoch_batches, open_dataset
 from utils.data.image_format import ImageFormat
 from utils.device import autocast, choose_device, choose_precision
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.evaluate.distances import FeatureStatistics, frechet_distance
 from utils.evaluate.features import FeatureCache, load_extractor
 from utils.files import atomic_write
@@ -411,11 +411,17 @@ class Table:
     """The report in its files, and what fills it."""
 
     def __init__(self, config, device):
-        self.config, self.device, self.evaluator = config, device, Evaluator(config, device)
         self.path = RESULTS / f"time_to_quality_{config.name}_{Path(config.data).name}"
-        self.report = opened(self.path.with_suffix(".json"), config)
-        self.report["machine"] = machine(device, choose_precision("auto", device), config.clock)
-        identity = (config.size, config.channel, config.batch_size, config.minutes)
+        self.report, about = (
+            opened(self.path.with_suffix(".json"), config),
+            machine(device, choose_precision("auto", device), config.clock),
+        )
+        if self.report["methods"] and any(self.report["machine"][part] != about[part] for part in ("cpu", "gpu")):
+            raise UserError(f"{self.path}.json is of another machine: choose another --name")
+        self.report["machine"] = about
+        self.config, self.device, self.evaluator = config, device, Evaluator(config, device)
+
+        identity = (config.name, config.clock, config.size, config.channel, config.batch_size, config.minutes)
         folder = Path(self.evaluator.annotation).parent
         self.folder = WORK / "time_to_quality" / "_".join(map(str, (folder.name, *identity)))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -439,15 +445,19 @@ class Table:
             "settings": json.loads(json.dumps(settings)),  # as the file has them
             "precision": choose_precision("auto", self.device),
         }
-        entry = entries.setdefault(str(seed), {})
-        if {key: entry.get(key) for key in own} != own:  # a preset that changed, or another machine
-            entry = entries[str(seed)] = {**own, "marks": []}
+        # A row has one kind of training: those of a preset that has changed go, of all seeds.
+        for other in [key for key, entry in entries.items() if {name: entry.get(name) for name in own} != own]:
+            del entries[other]
+        entry = entries.setdefault(str(seed), {**own, "marks": []})
         if len(entry["marks"]) >= len(marks):
             return entry
         run, state = self.start(kind, settings, seed), self.folder / f"{name}_{seed}.pth"
+        steps, saved = torch.load(state, weights_only=False) if entry["marks"] and state.exists() else (0, None)
+        if entry["marks"] and steps != entry["marks"][-1]["steps"]:
+            entry["marks"].clear()  # the state is not that of the last mark: from the start
         if entry["marks"]:
             run.told(entry["total_steps"])
-            run.restore(torch.load(state, weights_only=False), entry["marks"][-1]["steps"])
+            run.restore(saved, steps)
         else:
             entry["about"] = describe(run)
             entry["steps_a_minute"] = steps_a_minute(config.clock, run)
@@ -465,7 +475,7 @@ class Table:
             distance = sampled(self.evaluator, run)
             entry["marks"].append({"mark": mark, "steps": steps, "minutes": minutes, "distance": distance})
             with atomic_write(state) as file:
-                torch.save(run.state(), file)
+                torch.save((steps, run.state()), file)
             store(self.report, self.path)
             print(f"{name}, seed {seed}: {mark:g} minutes, {steps} steps, distance {distance:.2f}", flush=True)
         return entry

@@ -20,7 +20,7 @@ NOISE_BLOCK = 8  # steps whose noise is sampled at once; another number changes 
 SEEDS = 2**32  # the seeds that a CPU generator tells apart
 VARIANCES = ("beta", "posterior")  # of ddpm's noise: beta_t, or the smaller one of Ho et al. 2020, equation 7
 DEFAULT_RESAMPLINGS = 10  # of RePaint's paper
-LOWEST_LAMBDA = -5.1  # just below the linear schedule's last one; there x_t holds no image yet
+LOWEST_LAMBDA = -5.1  # just below the last one of 500 or more linear timesteps; there x_t holds no image yet
 
 Device = torch.device | str
 Denoise = Callable[[Tensor, int], Tensor]  # (x_t (b, c, h, w), the timestep of all) -> x_0 in float32

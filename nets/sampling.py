@@ -61,10 +61,10 @@ class SamplingOptions(NamedTuple):
 class Denoiser:
     """denoise(x_t, t) -> the network's own x_0. The network should be in eval mode.
 
-    y: class ids (b,). None is the null class, where the network has classes; else ValueError.
+    y: class ids (b,), or one for all. None is the null class; ValueError where there is none.
     """
 
-    def __init__(self, diffusion: nn.Module, y=None, use_ema: bool = True, cond: Tensor | None = None):
+    def __init__(self, diffusion: nn.Module, y: Tensor | None = None, use_ema: bool = True, cond: Tensor | None = None):
         device = diffusion.betas.device
         self.network, self.null_class = diffusion.network(use_ema), diffusion.null_class
         self.alpha_bars = diffusion.alpha_bars
@@ -74,7 +74,7 @@ class Denoiser:
         if diffusion.num_classes is not None:
             if y is None and self.null_class is None:
                 raise SettingError("without a null class, each image needs a class: pass y, or use --class_name")
-            self.y = torch.as_tensor([self.null_class] if y is None else y, device=device)
+            self.y = torch.as_tensor(self.null_class if y is None else y, device=device).reshape(-1)
 
     def __call__(self, x_t: Tensor, t: int) -> Tensor:
         return self.to_x_0(self.predict(x_t, t, self.y, self.cond), x_t, t)
@@ -82,7 +82,10 @@ class Denoiser:
     @torch.no_grad()
     def predict(self, x_t: Tensor, t: int, y: Tensor | None, cond: Tensor | None) -> Tensor:
         """The network's output in float32. y: (b,), or one for each equal part of the batch."""
-        b, y = len(x_t), None if y is None else y.repeat_interleave(len(x_t) // len(y))
+        b = len(x_t)
+        if y is not None and b % len(y):
+            raise SettingError(f"y has {len(y)} entries for a batch of {b}")
+        y = None if y is None else y.repeat_interleave(b // len(y))
         return self.network(x_t, self.timesteps[t : t + 1].expand(b), y, *([] if cond is None else [cond])).float()
 
     def to_x_0(self, output: Tensor, x_t: Tensor, t: int) -> Tensor:

@@ -151,7 +151,7 @@ def test_an_interrupted_table_goes_on_and_measures_no_cell_twice(tmp_path):
             measured.append(None)
             raise KeyboardInterrupt
         measured.append(cell)
-        return {"distance": 1.0 + cell.steps, "seconds_per_image": 0.1, "network_share": 0.97}
+        return {"made": cell.made, "distance": 1.0 + cell.steps, "seconds_per_image": 0.1, "network_share": 0.97}
 
     with pytest.raises(KeyboardInterrupt):
         solvers.fill(empty, path, wanted, measure)
@@ -555,3 +555,19 @@ def test_the_fair_table_trains_the_best_rate_to_the_end_and_goes_on_where_it_was
     runs.write_json(workplace / "RESULTS/time_to_quality_own_datasets.json", report)
     time_to_quality.main(arguments)
     assert state.is_file() and measured[count:] == [(*row, 1e-4, seed, step) for seed in (0, 1) for step in (2, 4)]
+
+    report = json.loads((workplace / "RESULTS/time_to_quality_own_datasets.json").read_text("utf-8"))
+    del report["methods"]["edm-adam"]["1"]["marks"][1]  # its state is that of the second mark
+    runs.write_json(workplace / "RESULTS/time_to_quality_own_datasets.json", report)
+    count = len(measured)
+    time_to_quality.main(arguments)
+    assert measured[count:] == [(*row, 1.2e-3, 1, step) for step in (2, 4)]
+
+    count, preset = len(measured), train.PRESETS["quick"]
+    monkeypatch.setitem(train.PRESETS, "quick", {**preset, "init_lr": 1e-2})
+    time_to_quality.main(
+        runs.as_options({**options, "seeds": 1, "methods": "quick-middle", "device": "cpu", "name": "own"})
+    )
+    assert [found[2:] for found in measured[count:]] == [(1e-2, 0, step) for step in (2, 4)]
+    report = json.loads((workplace / "RESULTS/time_to_quality_own_datasets.json").read_text("utf-8"))
+    assert list(report["methods"]["quick-middle"]) == ["0"]  # no mean over two rates

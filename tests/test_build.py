@@ -265,3 +265,9 @@ def test_every_kind_of_mismatch_is_named_and_nothing_is_loaded():
     assert "1 missing: sigma" in message
     assert "1 of another shape: model.init_conv.bias (7,) instead of (32,)" in message
     torch.testing.assert_close(dict(target.state_dict()), before, rtol=0, atol=0)
+
+
+def test_no_condition_is_the_same_from_settings_and_from_python():
+    """Else a model built by hand could not guide one that was built from settings."""
+    by_hand = GaussianDiffusion(UNet(3, 8, (1,), 1, num_groups=2, attention_resolutions=()), (8, 8), 3)
+    assert from_config({"input_shape": (8, 8), "channel": 32}).condition == by_hand.condition

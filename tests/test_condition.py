@@ -127,11 +127,11 @@ def test_rectangles_and_strokes_are_where_their_numbers_say():
     assert torch.equal(both, torch.maximum(rectangle, line)) and 0 < line.sum() < rectangle.sum()
 
 
-def test_every_second_hole_is_upright_and_the_images_differ():
+def test_the_holes_of_images_differ_in_place_and_size():
     known = random_known(noise_of(torch.zeros(500, 3, 32, 32)))
     assert len(known.unique(dim=0)) == 500
-    corners = known.flatten(1).mean(1)
-    assert corners.min() < 0.3 and corners.max() > 0.95
+    fractions = known.flatten(1).mean(1)
+    assert fractions.min() < 0.3 and fractions.max() > 0.95
 
 
 def test_holes_do_not_depend_on_other_images(tmp_path):
@@ -170,6 +170,7 @@ def test_of_pairs_the_left_half_is_the_condition_and_each_half_is_mirrored_in_it
         ({"condition": "gray", "img_channels": 1}, "condition gray needs img_channels 3"),
         ({"condition": "pairs", "resize_mode": "crop"}, "condition pairs needs resize_mode stretch"),
         ({"condition": "sketch"}, "unknown condition 'sketch'; known: , low_res"),
+        ({"condition": "masked", "input_shape": (2, 2)}, "too small for condition masked"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_line(settings, words):
@@ -386,7 +387,11 @@ def test_start_from_and_resume_name_what_cannot_be(kind, tmp_path, capsys):
     assert json.loads((gray / "config.json").read_text())["condition"] == "gray"
     for arguments, words in (
         (("--resume", plain, "--condition", "gray"), "was built with condition = '', which cannot change"),
-        (("--start_from", gray, "--device", "cpu"), "do not fit this network"),
+        (("--start_from", gray, "--device", "cpu"), "is conditioned on an image: add --condition gray"),
+        (
+            ("--start_from", gray, "--condition", "low_res", "--condition_scale", 2, "--device", "cpu"),
+            "is conditioned on an image: add --condition gray",
+        ),
     ):
         with pytest.raises(SystemExit):
             run_main("train.py", *arguments)
@@ -394,13 +399,13 @@ def test_start_from_and_resume_name_what_cannot_be(kind, tmp_path, capsys):
     torch.save(read_file(gray / "last.pth")["weights"], "bare.pth")
     with pytest.raises(SystemExit):
         run_main("predict.py", "--model_path", "bare.pth", "--device", "cpu")
-    assert "only their run's own file says how" in capsys.readouterr().err
+    assert "which only this project's own files describe" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_it_costs(kind, capsys):
     run_main("train.py", *options(kind, "--dry_run", True))
     said = capsys.readouterr().out
-    assert "memory " in said and "time " in said
+    assert "memory " in said and "time " in said and f"; condition {kind}\n" in said
 
 
 # predict.py
@@ -440,6 +445,26 @@ def test_an_edited_number_of_images_is_that_of_each_condition(tmp_path, monkeypa
     monkeypatch.setattr(predict_module, "read_settings", edited)
     found = predict(model, "--condition_image", save("gray/a.png", noisy(8, 8)), "--individual_files", True)
     assert {name for name in found if "predict" not in name} == {"a_seed_0000000005.png", "a_seed_0000000006.png"}
+
+
+def test_a_condition_named_as_an_overview_keeps_its_sample(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path, False)
+    model, path = trained("gray"), save("gray/predict_1x1_results.png", noisy(8, 8))
+    for _ in range(2):  # a repeated command takes the file that is there
+        found = predict(model, "--condition_image", path, "--individual_files", True)
+        names = ["predict_1x1_results.png", "predict_1x1_results_seed_0000000005.png", "predict_5x5_results.png"]
+        assert sorted(found) == names
+
+
+def test_a_class_without_a_null_class_is_asked_for_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path, False)
+    model = trained("gray", "--class_conditional", True, "--label_dropout", 0)
+    with pytest.raises(SystemExit):
+        predict(model, "--condition_image", save("gray.png", noisy(8, 8)))
+    assert "no null class: name one with --class_name; known: even, odd" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_each_condition_has_its_samples_under_its_name(kind, capsys):
@@ -610,15 +635,14 @@ def test_settings_that_do_nothing_with_a_condition_are_refused():
 
 
 def test_evaluate_takes_the_conditions_of_the_reference(kind, monkeypatch, capsys):
-    """The samples of a network that returns its condition are the reference's conditions."""
+    """What the network is given: conditions of the reference images, in the order of the seed."""
     from utils.evaluate import __main__ as evaluate
 
     model, seen = trained(kind), []
     batches = evaluate.sample_batches
 
-    def noticing(*arguments, options):
-        seen.append(options.cond)
-        return batches(*arguments, options=options)
+    def noticing(*arguments, cond, options):
+        return batches(*arguments, cond=lambda numbers: seen.append(cond(numbers)) or seen[-1], options=options)
 
     monkeypatch.setattr(evaluate, "sample_batches", noticing)
     arguments = ["--samples", model, "--reference", "train_lines.txt", "--held_out", "train_lines.txt", "--bits", True]

@@ -214,7 +214,7 @@ def test_sigterm_ends_a_process_that_waits_for_another(tmp_path, monkeypatch):
             time.sleep(0.1)
         time.sleep(0.5)  # until it waits
         os.kill(processes[0].pid, signal.SIGTERM)
-        processes[0].join(20)
+        processes[0].join(240)
         assert processes[0].exitcode == 128 + signal.SIGTERM
     finally:
         for process in processes:

@@ -7,6 +7,7 @@ import torch
 from test_diffusion import BETAS, Scale, guided, small
 
 from nets import GaussianDiffusion
+from nets.errors import SettingError
 from nets.sampling import SamplingOptions, apply_guidance, check_guiding_model, check_interval, sampling_schedule
 
 
@@ -130,3 +131,11 @@ def test_what_has_no_guidance_passes_and_a_guiding_model_of_another_kind_never_d
     check_interval((-99.0, 99.0), schedule)
     with pytest.raises(ValueError, match="another number of classes"):
         check_guiding_model(plain, 1.0, guided())
+
+
+def test_labels_are_one_for_each_image_or_one_for_all():
+    diffusion, x_t = guided(), torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    one = diffusion.denoiser(torch.tensor(1))(x_t, 7)
+    assert torch.equal(one, diffusion.denoiser(torch.tensor([1, 1, 1, 1]))(x_t, 7))
+    with pytest.raises(SettingError, match="y has 3 entries for a batch of 4"):
+        diffusion.denoiser(torch.tensor([0, 1, 0]))(x_t, 7)

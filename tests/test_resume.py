@@ -77,14 +77,19 @@ def test_second_signal_ends_at_once(tmp_path):
     """
     script = (
         "import time; from utils.training.signals import StopSignal\nwith StopSignal():\n"
-        "    print('ready', flush=True)\n    time.sleep(60)"
+        "    print('ready', flush=True)\n    time.sleep(600)"
     )
     process = subprocess.Popen(
-        [*command("")[:1], "-c", script], stdout=subprocess.PIPE, cwd=os.path.dirname(os.path.dirname(__file__))
+        [*command("")[:1], "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=os.path.dirname(os.path.dirname(__file__)),
     )
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    time.sleep(1.3)
+    while b"saving after this step" not in process.stderr.readline():  # noticed, however busy the machine is
+        assert process.poll() is None
+    time.sleep(1.1)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=240) == 128 + signal.SIGTERM

@@ -36,7 +36,7 @@ def set_threads(asked, device, step, images, seconds=1.5, kept=None) -> int:
         torch.set_num_threads(kept)
     elif is_measured(asked, device) and step:
         fastest_threads(step, images, seconds)
-    number = torch.get_num_threads()
+    number = min(torch.get_num_threads(), NUM_THREADS.highest)  # what every reader of the checkpoint accepts
     if kept:
         before = "as before" if number == kept else f"before {kept}: the last bits of its results change"
         print(f"the run computes with {plural(number, 'thread')}, {before}")

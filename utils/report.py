@@ -53,12 +53,13 @@ def main(arguments=None):
 def page(folder):
     """The whole page as text. What comes from a file is escaped."""
     config, rows, found = read_json(folder / "config.json"), read_rows(folder / "epoch_loss.csv"), read_results(folder)
+    curves = image(folder / "epoch_loss.png", "curves") or table(row.items() for row in rows[-5:])
     sections = {
         "What was trained": trained(folder / SUMMARY),
         "What happened": summary(config, rows, read_rows(folder / "speed.csv")),
         "Warnings": warnings(config, rows, found),
         "Settings that differ from train.py's": settings_table(config),
-        "Curves": CURVES + (image(folder / "epoch_loss.png", "curves") or table(row.items() for row in rows[-5:])),
+        "Curves": curves and CURVES + curves,
         "Previews": previews(folder),
         "Samples": samples(folder, config) or "<p>None yet: python predict.py</p>",
         "Distances and nearest training images": distances(found) or "<p>None yet: python -m utils.evaluate</p>",

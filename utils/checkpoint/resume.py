@@ -71,6 +71,8 @@ def start_settings(config: dict, options: dict, checkpoint: Checkpoint) -> dict[
     for name in (*WEIGHTS, "img_channels"):
         if asked.get(name, "auto") not in ("auto", saved[name], checkpoint.resolved.get(name)):
             raise cannot_change(checkpoint, name, asked[name], saved[name], "without --start_from")
+    if (own := saved.get("condition")) != config["condition"] and checkpoint.config.get("condition"):
+        raise UserError(f"{checkpoint.path}: its network is conditioned on an image: add --condition {own}")
     if distributed.is_main():
         print(f"starting from {checkpoint.path}, with its network and schedule")
     return {**config, **{name: saved[name] for name in WEIGHTS}}

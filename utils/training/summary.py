@@ -1,5 +1,6 @@
 """What a run is about to do, in a few lines: sizes, steps, and what every "auto" became."""
 
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -21,7 +22,9 @@ LONG = 7200  # seconds of a run on a CPU from which the preset that is made for 
 def origin(arguments) -> str:
     """When, how and with what a run was started. arguments: of the command line."""
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
-    command = as_command("python", "train.py", *arguments)
+    processes = os.environ.get("LOCAL_WORLD_SIZE")  # of this machine, as torchrun says
+    start = ["torchrun", "--nproc_per_node", processes] if processes else ["python"]
+    command = as_command(*start, "train.py", *arguments)
     return f"date       {datetime.now():%Y-%m-%d %H:%M}, {versions}\ncommand    {command}"
 
 
@@ -40,7 +43,8 @@ def summarize(config, context, start, preset: dict) -> str:
     count = sum(parameter.numel() for parameter in context.diffusion.model.parameters())
     noise = f"{config.schedule} schedule shifted by {config.schedule_shift:g}, T = {config.num_timesteps}"
     groups = plural(config.num_groups, "group")
-    lines += [f"network    {count / 1e6:.2f} million parameters, {groups}; {config.prediction}, {noise}"]
+    given = f"; condition {config.condition}" if config.condition else ""
+    lines += [f"network    {count / 1e6:.2f} million parameters, {groups}; {config.prediction}, {noise}{given}"]
     total = config.epochs * context.steps_per_epoch
     epochs = f"{plural(config.epochs, 'epoch')} of {plural(context.steps_per_epoch, 'step')} of {context.batch_size}"
     optimizer = f"{config.optimizer_type}, learning rate up to {config.init_lr:g}"
