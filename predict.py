@@ -124,20 +124,20 @@ def main(arguments=None):
         each = 1 if config.num_images == SHOWN and "num_images" not in given else config.num_images
         config = replace(config, num_images=each * len(names), mask="")  # the mask is not RePaint's
     config = resolve(replace(config, device=device.type, precision=precision), given, diffusion, classes)
-    options = sampling_options(config, image_format, guide)
+    options = sampling_options(config, image_format, guide, cond)
     rows, labels = grid_rows(config, classes), class_ids(config, classes)
     networks = move_networks(config, (diffusion, guide), device, precision)
     choose_threads(config, diffusion, device, precision)
     if distributed.is_main():
         print_sampling(config, classes, rows, device, precision, checkpoint)
     shape = (*diffusion.img_size, diffusion.img_channels)
-    text_of = image_texts(config, networks, shape, classes, labels, options, cond)
+    text_of = image_texts(config, networks, shape, classes, labels, options)
     for network in networks:
         round_weights(network, precision)  # only now: the files' texts hold the digest of the exact weights
     with shared_output_folder(config.save_dir) as folder:
         files = PredictFiles(folder, config, shape, rows, text_of, names)
         with autocast(device, precision), explain_out_of_memory(lambda: advice_for_sampling(config)):
-            sample(config, diffusion, labels, cond, options, files)
+            sample(config, diffusion, labels, options, files)
         files.finish()
     distributed.stop()
 
@@ -172,8 +172,6 @@ def check_model(config, diffusion, classes, guide):
     if (kind or config.condition_image) and asked != [kind != "", kind == "masked"]:
         needs = {"": "no --condition_image", "masked": "--condition_image and --mask, white where pixels are sampled"}
         raise UserError(f"this model needs {needs.get(kind, f'--condition_image ({kind}) and no --mask')}")
-    if kind and classes and diffusion.null_class is None and not config.class_name:
-        raise UserError(f"this model has no null class: name one with --class_name; known: {first_few(classes)}")
     if config.interpolate and classes and not config.class_name:
         known = first_few(classes)
         raise UserError(f"--interpolate stays within one class: name it with --class_name; known: {known}")
@@ -205,14 +203,14 @@ def resolve(config, given, diffusion, classes):
     return replace(config, **chosen, input_shape=diffusion.img_size)
 
 
-def sampling_options(config, image_format, guide):
+def sampling_options(config, image_format, guide, cond):
     """The SamplingOptions of the resolved settings."""
     solver = {name: getattr(config, name) for name, sampler in SOLVER_OPTIONS.items() if sampler == config.sampler}
     solver |= {"resamplings": config.resamplings} if config.mask else {}
     start = init_options(config, image_format)
     names = ("sampler", "steps", "spacing", "use_ema", "clip", "guidance_scale", "guidance_interval")
     own = {name: getattr(config, name) for name in names}
-    return SamplingOptions(**own, guiding_model=guide, **start, solver_options=solver)
+    return SamplingOptions(**own, guiding_model=guide, cond=cond, **start, solver_options=solver)
 
 
 def move_networks(config, models, device, precision):
@@ -247,7 +245,7 @@ def network_calls(config):
     return config.steps * per_step * -(-config.num_images // config.batch_size)
 
 
-def sample(config, diffusion, labels, cond, options, files):
+def sample(config, diffusion, labels, options, files):
     """Samples this process's batches that have no files yet, and hands them to `files`."""
     size, rank, processes = config.batch_size, distributed.rank(), distributed.world_size()
     batches = range(0, config.num_images, size)[rank::processes]
@@ -256,7 +254,7 @@ def sample(config, diffusion, labels, cond, options, files):
     with tqdm(total=len(batches) * config.steps, unit="step", disable=rank > 0, mininterval=pause) as bar:
         firsts = list(unfinished(batches, config, files, bar))  # a file that is not ours ends it before the first step
         done, began = 0, time.monotonic()
-        for first, steps in sample_batches(diffusion, firsts, size, config.seed, labels, noise, cond, options):
+        for first, steps in sample_batches(diffusion, firsts, size, config.seed, labels, noise, options):
             for step, (x, x_0) in enumerate(steps):
                 files.add_step(first, step, x, x_0)
                 bar.update()

@@ -1,7 +1,6 @@
 """The UNet's arguments, from settings or bare weights; which sizes fit; what a network costs."""
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .condition import CONDITIONS, HOLE_NUMBERS, Condition
+from .condition import CONDITIONS, Condition
 from .errors import SettingError, check_choice
 from .schedules import check_betas, make_betas, schedule_tables
 from .unet import MAX_GROUPS, UNet
@@ -55,8 +54,6 @@ def make_condition(config: Mapping[str, Any]) -> Condition:
     name, value = {"gray": ("img_channels", 3), "pairs": ("resize_mode", "stretch")}.get(kind, ("", None))
     if config.get(name, value) != value:
         raise SettingError(f"condition {kind} needs {name} {value}")
-    if kind == "masked" and math.prod((config.get("img_channels", 3), *size)) < HOLE_NUMBERS:
-        raise SettingError(f"input_shape {size} is too small for condition masked")
     return Condition(kind, scale, bool(config.get("label_dropout"))) if kind else Condition()
 
 
@@ -119,10 +116,7 @@ def read_architecture(weights: Weights, prefix: str) -> dict[str, Any]:
     shapes = {key.removeprefix(prefix): tuple(value.shape) for key, value in weights.items() if key.startswith(prefix)}
     inputs, outputs = shapes.get("init_conv.weight", ())[1:2], shapes.get("out_conv.weight", ())[:1]
     if inputs and outputs and inputs != outputs:
-        raise SettingError(
-            "these weights are conditioned on an image, which only this project's own files describe: take the run's "
-            "checkpoint, or what `python -m utils.convert weights` writes"
-        )
+        raise SettingError("these weights are conditioned on an image, which only this project's own files describe")
     try:
         base_channels, img_channels = shapes["init_conv.weight"][:2]
         widths, blocks, attention = read_levels(shapes)

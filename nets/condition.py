@@ -13,9 +13,6 @@ from torch import Tensor
 CONDITIONS = {"": (0, 0), "low_res": (1, 0), "gray": (0, 1), "masked": (1, 1), "pairs": (1, 0)}
 
 
-HOLE_NUMBERS = 15  # random numbers of a mask: three holes of five each
-
-
 class Condition(NamedTuple):
     """How images (b, c, h, w) in [-1, 1] become their conditions (b, k, h, w)."""
 
@@ -59,10 +56,8 @@ def luminance(images: Tensor) -> Tensor:
 def random_known(noise: Tensor) -> Tensor:
     """(b, 1, h, w) of normal noise (b, c, h, w): 0 in three holes, rectangles or turned strokes."""
     y, x = (torch.linspace(-2, 2, side, device=noise.device) for side in noise.shape[2:])
-    numbers = noise.flatten(1)[:, :HOLE_NUMBERS].view(-1, 3, 5, 1, 1)
-    center_y, center_x, height, width, angle = numbers.unbind(2)  # (b, 3, 1, 1) each
-    y, x, angle = y[:, None] - center_y, x - center_x, 2 * angle.clamp(min=0)  # rectangles: 0
+    center_y, center_x, height, width, angle = noise.flatten(1)[:, :15].view(-1, 3, 5, 1, 1).unbind(2)  # (b, 3, 1, 1)
+    y, x, angle = y[:, None] - center_y, x - center_x, 2 * angle.clamp(min=0)  # 0: a rectangle, else a thin stroke
     along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()  # (b, 3, h, w)
-    half_height = torch.where(angle > 0, 0.2, 0.1 + height.abs())  # strokes: thin
-    holes = (along.abs() < 0.1 + width.abs()) & (across.abs() < half_height)
+    holes = (along.abs() < 0.1 + width.abs()) & (across.abs() < torch.where(angle > 0, 0.2, 0.1 + height.abs()))
     return 1 - holes.any(1, keepdim=True).float()

@@ -67,12 +67,11 @@ def machine(checkpoint, options):
 
 def start_settings(config: dict, options: dict, checkpoint: Checkpoint) -> dict[str, Any]:
     """`config` with the network and schedule of a checkpoint. UserError for what cannot hold."""
-    saved, asked = {**config, **REFERENCE, **checkpoint.config}, {**options, "img_channels": config["img_channels"]}
-    for name in (*WEIGHTS, "img_channels"):
+    saved, own = {**config, **REFERENCE, **checkpoint.config}, ["condition"] * bool(checkpoint.config.get("condition"))
+    asked = options | {name: config[name] for name in ("img_channels", *own)}
+    for name in (*WEIGHTS, "img_channels", *own):
         if asked.get(name, "auto") not in ("auto", saved[name], checkpoint.resolved.get(name)):
             raise cannot_change(checkpoint, name, asked[name], saved[name], "without --start_from")
-    if (own := saved.get("condition")) != config["condition"] and checkpoint.config.get("condition"):
-        raise UserError(f"{checkpoint.path}: its network is conditioned on an image: add --condition {own}")
     if distributed.is_main():
         print(f"starting from {checkpoint.path}, with its network and schedule")
     return {**config, **{name: saved[name] for name in WEIGHTS}}

@@ -261,15 +261,11 @@ def generate(config, model, reference, device, precision):
     labels = labels_like(reference, model, config.seed)
     order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(config.seed))  # as that of labels
 
-    def conditions(numbers):
-        return conditioned(model.diffusion, reference, order[numbers % len(order)])[1]
-
     def blocks():
-        firsts, cond = range(0, count, config.batch_size), conditions if model.diffusion.condition.kind else None
-        batches = sample_batches(
-            model.diffusion, firsts, config.batch_size, config.seed, labels, cond=cond, options=options
-        )
-        for first, batch in batches:
+        for first in range(0, count, config.batch_size):
+            numbers = order[torch.arange(first, first + config.batch_size) % len(order)]
+            own = options.override(cond=conditioned(model.diffusion, reference, numbers)[1])
+            [(_, batch)] = sample_batches(model.diffusion, [first], config.batch_size, config.seed, labels, options=own)
             with autocast(device, precision):
                 x = last_images(batch)
             yield torch.from_numpy(to_uint8(x)[: count - first])

@@ -7,20 +7,19 @@ from utils.device import autocast
 from utils.errors import explain_out_of_memory
 
 
-def sample_batches(diffusion, firsts, batch_size, seed, labels=None, noise=None, cond=None, options=None):
+def sample_batches(diffusion, firsts, batch_size, seed, labels=None, noise=None, options=None):
     """Yields (first, steps) for each of `firsts`: the batch of images first, first + 1, ...
 
     steps: yields (x, x_0), (batch_size, c, h, w). Image i has the noise of seed + i. All batches
     have one size, so the number of images changes no image. labels: (n,) class ids or None, taken
-    in turn. noise: a function of the numbers (b,) that replaces the seeds, or None. cond: one that
-    returns their conditions (b, k, h, w), or None.
+    in turn as options.cond is. noise: a function of the numbers that replaces the seeds, or None.
     """
     device = diffusion.betas.device
     for first in firsts:
         numbers = torch.arange(first, first + batch_size)
         y = None if labels is None else labels[numbers % len(labels)].to(device)
         start = {"noise": noise(numbers)} if noise else {"seeds": (seed + numbers).tolist()}
-        own = options.override(cond=cond(numbers)) if cond else options
+        own = options if options.cond is None else options.override(cond=options.cond[numbers % len(options.cond)])
         yield first, diffusion.sample_steps(batch_size, device, y, options=own, **start)
 
 

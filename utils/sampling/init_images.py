@@ -43,21 +43,12 @@ def read_image(path, image_format):
 
 
 def load_conditions(config, condition, image_format):
-    """(names, function numbers (n,) -> conditions (n, k, h, w), taken in turn) of condition_image.
-
-    condition_image: a file or a folder. Its images are kept as bytes: their conditions can take 64
-    times as much memory.
-    """
+    """(names, conditions (n, k, h, w)) of condition_image, a file or a folder."""
     paths = find_samples(config.condition_image) if Path(config.condition_image).is_dir() else [config.condition_image]
     height, width = size = tuple(side // condition.scale for side in image_format.input_shape)
-    images = torch.cat([read_image(path, image_format._replace(input_shape=size)).byte() for path in paths])
+    images = torch.cat([read_image(path, image_format._replace(input_shape=size)) for path in paths]) / 127.5 - 1
     for path in paths if condition.scale > 1 else []:  # shrunk ones would lose what they show
         if (found := check_image(path, full=False)) != (width, height):
             raise UserError(f"{path}: it is {found[0]}x{found[1]}, and this model enlarges images of {width}x{height}")
-    known = torch.cat([load_mask(config, path, image_format) < 0.5 for path in paths]) if config.mask else None
-
-    def conditions(numbers):
-        own = numbers % len(paths)
-        return condition.of_given(images[own] / 127.5 - 1, None if known is None else known[own].float())
-
-    return [Path(path).stem for path in paths], conditions
+    known = torch.cat([1 - load_mask(config, path, image_format) for path in paths]) if config.mask else None
+    return [Path(path).stem for path in paths], condition.of_given(images, known)

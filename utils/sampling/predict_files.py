@@ -9,14 +9,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from utils import distributed
 from utils.checkpoint.integrity import weights_digest
 from utils.data.decode import attempt
 from utils.data.formats import check_regular
-from utils.data.search import OVERVIEW
 from utils.errors import UserError
 from utils.files import atomic_write, output_folder, temporary_name
 from utils.images import make_grid, save_animation, save_png, to_uint8
@@ -47,8 +45,7 @@ class PredictFiles:
     def __init__(self, folder, config, shape, rows, text_of, names=()):
         self.folder, self.config, self.shape, self.text_of = folder, config, tuple(shape), text_of
         self.columns, self.names = config.interpolate or COLUMNS, names
-        own = {name for name in map(str.casefold, names) if not OVERVIEW.fullmatch(f"{name}.png")}
-        self.named_once = len(own) == config.num_images  # else the seed follows the name
+        self.named_once = len({n.casefold() for n in names if not n.startswith("predict_")}) == config.num_images
         self.shown = config.interpolate or rows * COLUMNS or SHOWN
         self.flat = 0  # images of a single color
         self.images = {}  # number -> (H, W, C): those in the grid
@@ -182,11 +179,11 @@ def open_spool(folder, shape):
     return spool
 
 
-def image_texts(config, networks, shape, classes, labels, options, cond=None):
+def image_texts(config, networks, shape, classes, labels, options):
     """The function number -> dict of all that an image depends on, the text of its single file.
 
     config: resolved, device and precision too. networks: the one that samples, and the guiding
-    one. options: SamplingOptions. cond: see `sample_batches`.
+    one. options: SamplingOptions.
     """
     names = ["sampler", "steps", "spacing", "guidance_scale", "use_ema"]
     names += ["guidance_interval"] * bool(options.guidance_interval) + ["clip"] * (not options.clip)
@@ -199,9 +196,8 @@ def image_texts(config, networks, shape, classes, labels, options, cond=None):
 
     def text_of(number):
         own = {} if labels is None else {"class": classes[labels[number % len(labels)]]}
-        given = {"init": options.init, "mask": options.mask, "cond": cond and cond(torch.tensor([number]))}
-        for name, images in given.items():  # by their values: the name of a file plays no part
-            if images is not None:
+        for name in ("init", "mask", "cond"):  # by their values: the name of a file plays no part
+            if (images := getattr(options, name)) is not None:
                 image = images[number % len(images)].contiguous()
                 own[name] = hashlib.blake2b(image.numpy(), digest_size=8).hexdigest()
         own["seed"] = config.seed if config.interpolate else config.seed + number

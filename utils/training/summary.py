@@ -43,8 +43,7 @@ def summarize(config, context, start, preset: dict) -> str:
     count = sum(parameter.numel() for parameter in context.diffusion.model.parameters())
     noise = f"{config.schedule} schedule shifted by {config.schedule_shift:g}, T = {config.num_timesteps}"
     groups = plural(config.num_groups, "group")
-    given = f"; condition {config.condition}" if config.condition else ""
-    lines += [f"network    {count / 1e6:.2f} million parameters, {groups}; {config.prediction}, {noise}{given}"]
+    lines += [f"network    {count / 1e6:.2f} million parameters, {groups}; {config.prediction}, {noise}"]
     total = config.epochs * context.steps_per_epoch
     epochs = f"{plural(config.epochs, 'epoch')} of {plural(context.steps_per_epoch, 'step')} of {context.batch_size}"
     optimizer = f"{config.optimizer_type}, learning rate up to {config.init_lr:g}"
