@@ -386,10 +386,10 @@ def test_start_from_and_resume_name_what_cannot_be(kind, tmp_path, capsys):
     assert json.loads((gray / "config.json").read_text())["condition"] == "gray"
     for arguments, words in (
         (("--resume", plain, "--condition", "gray"), "was built with condition = '', which cannot change"),
-        (("--start_from", gray, "--device", "cpu"), "was built with condition = 'gray', which cannot change"),
+        (("--start_from", gray, "--device", "cpu"), "was built with condition = gray, which cannot change"),
         (
             ("--start_from", gray, "--condition", "low_res", "--condition_scale", 2, "--device", "cpu"),
-            "was built with condition = 'gray', which cannot change",
+            "was built with condition = gray, which cannot change",
         ),
     ):
         with pytest.raises(SystemExit):
