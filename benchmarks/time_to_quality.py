@@ -412,15 +412,12 @@ class Table:
 
     def __init__(self, config, device):
         self.path = RESULTS / f"time_to_quality_{config.name}_{Path(config.data).name}"
-        self.report, about = (
-            opened(self.path.with_suffix(".json"), config),
-            machine(device, choose_precision("auto", device), config.clock),
-        )
+        self.report = opened(self.path.with_suffix(".json"), config)
+        about = machine(device, choose_precision("auto", device), config.clock)
         if self.report["methods"] and any(self.report["machine"][part] != about[part] for part in ("cpu", "gpu")):
-            raise UserError(f"{self.path}.json is of another machine: choose another --name")
+            raise UserError(f"{self.path.with_suffix('.json')} is of another machine: choose another --name")
         self.report["machine"] = about
         self.config, self.device, self.evaluator = config, device, Evaluator(config, device)
-
         identity = (config.name, config.clock, config.size, config.channel, config.batch_size, config.minutes)
         folder = Path(self.evaluator.annotation).parent
         self.folder = WORK / "time_to_quality" / "_".join(map(str, (folder.name, *identity)))

@@ -2,9 +2,8 @@
 [--share 0.1] [--seed 0]`.
 
 Each case has a folder of its own. It fails by a traceback, an error of more than one line or with
-raw control characters, more than 20 s (more on a machine on which the fixtures take more than 10),
-more than 2.5 GB, a file outside its folder, a change of what is named "mine", or values that are
-not those of the file.
+raw control characters, more than 20 s of CPU time or a minute without an end, more than 2.5 GB, a
+file outside its folder, a change of what is named "mine", or values that are not those of the file.
 """
 
 import argparse
@@ -41,7 +40,6 @@ from utils.terminal import printable
 from utils.training.settings_schema import RUN_SETTINGS
 
 SECONDS, MEMORY, ADDRESS_SPACE = 20, 2.5 * 2**30, 6 * 2**30
-FIXTURE_SECONDS = 600  # the first training of the process
 CASES_A_WORKER = 50
 COUNTS = {
     "pictures": 2000,
@@ -518,12 +516,11 @@ def run_case(prepare, draw, base, folder):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_command(module, arguments, seconds=None):
+def run_command(module, arguments):
     """(what is wrong or None, whether it was refused)."""
-    seconds = seconds or SECONDS
     out, err, before = io.StringIO(), io.StringIO(), peak_memory()
-    signal.signal(signal.SIGALRM, stop_case)
-    signal.alarm(seconds)
+    signal.signal(signal.SIGPROF, stop_case)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # CPU time: what else the machine does plays no part
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -531,11 +528,11 @@ def run_command(module, arguments, seconds=None):
     except SystemExit as end:
         code = end.code
     except TooLong:
-        return f"more than {seconds} s", False
+        return f"more than {SECONDS} s", False
     except BaseException as error:  # noqa: BLE001 (a traceback is what is looked for)
         return f"{type(error).__name__}: {error} at {where(error)}", False
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     lines = [line for line in err.getvalue().split("\n") if line.startswith("error: ")]
     if code not in (0, 1) or len(lines) != code:
         return f"exit code {code} with the errors {lines}", code == 1
@@ -648,12 +645,12 @@ def make_fixtures(base):
     workplace = base / "workplace"
     write_pictures(workplace / "datasets", count=8)
     os.chdir(workplace)
-    run_command(txt_annotation, [], FIXTURE_SECONDS)
-    ended = run_command(train, [*RUN, "--epochs", "1"], FIXTURE_SECONDS)
+    run_command(txt_annotation, [])
+    ended = run_command(train, [*RUN, "--epochs", "1"])
     assert ended == (None, False), ended
     run = str(next(Path("logs").glob("*")))
     with contextlib.suppress(ImportError):
-        assert run_command(convert, ["diffusers", run, str(base / "folder")], FIXTURE_SECONDS) == (None, False)
+        assert run_command(convert, ["diffusers", run, str(base / "folder")]) == (None, False)
     folder = base / "pictures"
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)
@@ -669,7 +666,6 @@ def make_fixtures(base):
 
 
 def main():
-    global SECONDS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", help=f"of {', '.join(COUNTS)}; none: all")
     parser.add_argument("--share", type=float, default=1.0, help="of the full counts")
@@ -678,9 +674,7 @@ def main():
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder).resolve()
-        began = time.monotonic()
         make_fixtures(base)
-        SECONDS = max(SECONDS, round(2 * (time.monotonic() - began)))
         for kind in arguments.kinds or COUNTS:
             cases = max(1, round(COUNTS[kind] * arguments.share / (PICTURES_A_CASE if kind == "pictures" else 1)))
             count, refused, failures = (run_kills if kind == "kills" else run_kind)(kind, cases, arguments.seed, base)

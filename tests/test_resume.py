@@ -112,6 +112,7 @@ def test_torchrun_stops_all_processes_at_one_step(twin):
     assert "resumes from here" in output, output
     stopped = read_file(newest_run(broken) / "last.pth")["position"]
     assert stopped["epoch"] < 199
+    assert "command    torchrun --nproc_per_node 2 train.py" in (newest_run(broken) / "summary.txt").read_text("utf-8")
     assert len(read_file(newest_run(broken) / "last.pth")["sums"]) == 2
 
 

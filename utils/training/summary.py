@@ -1,6 +1,5 @@
 """What a run is about to do, in a few lines: sizes, steps, and what every "auto" became."""
 
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -22,8 +21,8 @@ LONG = 7200  # seconds of a run on a CPU from which the preset that is made for 
 def origin(arguments) -> str:
     """When, how and with what a run was started. arguments: of the command line."""
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
-    processes = os.environ.get("LOCAL_WORLD_SIZE")  # of this machine, as torchrun says
-    start = ["torchrun", "--nproc_per_node", processes] if processes else ["python"]
+    processes = distributed.world_size()
+    start = ["torchrun", "--nproc_per_node", str(processes)] if processes > 1 else ["python"]
     command = as_command(*start, "train.py", *arguments)
     return f"date       {datetime.now():%Y-%m-%d %H:%M}, {versions}\ncommand    {command}"
 
