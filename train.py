@@ -15,7 +15,6 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from nets import GaussianDiffusion, architecture, build
-from nets.unet import MAX_GROUPS
 from utils import distributed
 from utils.checkpoint.file import Checkpoint
 from utils.checkpoint.resume import check_classes, images_fingerprint, merge_settings, restore, start_settings
@@ -163,7 +162,6 @@ def read_settings(arguments=None):
     """(Config, its defaults when the run began, Checkpoint or None).
 
     A resumed run has its own settings, a run that starts from weights their network and schedule.
-    A bare state dict does not show its number of groups: it is the reference's.
     """
     declared = RUN_SETTINGS | {"preset": choice(PRESETS, fixed="run")}
     own, options = defaults(Config, declared), typed_options(Config, declared, __doc__, arguments)
@@ -172,11 +170,11 @@ def read_settings(arguments=None):
     config = {**own, **preset, **options}
     checkpoint = find_resumed(config["resume"], config["save_dir"])
     if checkpoint:
-        checkpoint.config = {"num_groups": MAX_GROUPS, **build.settings_of(checkpoint)}
+        checkpoint.config = build.settings_of(checkpoint)
         config, own = merge_settings(own, options, checkpoint), {**own, **checkpoint.defaults}
     elif config["start_from"]:
         checkpoint = replace(open_weights(config["start_from"]), training=None, ema_step=None)
-        checkpoint.config = {"num_groups": MAX_GROUPS, **build.settings_of(checkpoint)}
+        checkpoint.config = build.settings_of(checkpoint)
         config = start_settings(config, options, checkpoint)
     if "epochs" in options:  # a typed number of epochs overrides the steps of a preset or of a resumed run
         config = {**config, "steps": options.get("steps", 0)}

@@ -13,7 +13,7 @@ from .diffusion import GaussianDiffusion
 from .errors import SettingError, check_choice
 from .sampling import check_guiding_model
 from .schedules import find_schedule, make_betas
-from .unet import UNet
+from .unet import MAX_GROUPS, UNet
 
 Checkpoint = Any  # of utils/checkpoint/file.py: weights, kind, config ({}: a bare state dict), classes
 
@@ -109,6 +109,7 @@ def read_settings(state_dict: Weights) -> tuple[dict[str, Any], int]:
 def config_from_weights(state_dict: Weights) -> dict[str, Any]:
     """Settings of a bare state dict: train.py's, and time_emb_dim. ValueError: not trainable."""
     settings, _ = read_settings(state_dict)
+    settings["num_groups"] = MAX_GROUPS  # the reference's: the weights do not show it
     if settings.pop("norm") != "gn" or settings["time_emb_dim"] is None:
         raise SettingError("train.py trains only networks with group norm and a time embedding (predict.py any)")
     if "schedule" not in settings:

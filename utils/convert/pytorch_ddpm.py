@@ -9,7 +9,6 @@ import torch
 
 from nets import build
 from nets.schedules import generate_linear_schedule, schedule_tables
-from nets.unet import MAX_GROUPS
 from utils.checkpoint.file import Checkpoint, save_checkpoint
 from utils.checkpoint.integrity import check_tensors, load_tensors
 from utils.convert.diffusers_folder import as_user_error
@@ -44,7 +43,7 @@ def import_file(source, file):
         theirs = loaded.get("ema_model", loaded)
         check_tensors(theirs)
         weights = to_ours(dict(theirs))
-        config = build.config_from_weights(weights) | {"num_groups": MAX_GROUPS, "input_shape": (32, 32)}
+        config = build.config_from_weights(weights) | {"input_shape": (32, 32)}
     save_checkpoint(Checkpoint(file, weights, "ema", config))
     print(f"{as_command('python', 'predict.py', '--model_path', file)}  samples with it")
 
