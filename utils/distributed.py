@@ -27,10 +27,10 @@ OTHER_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # their 
 
 
 def start(settings=None):
-    """Joins the process group of torchrun. NCCL carries CUDA tensors, gloo all others.
+    """Joins the process group of torchrun, in which rank 0 alone prints from now on.
 
-    settings: a dict, the same on all processes. UserError: it is not, or torchrun's variables are
-    not whole.
+    NCCL carries CUDA tensors, gloo all others. settings: a dict, the same on all processes.
+    UserError: it is not, or torchrun's variables are not whole.
     """
     if launched_processes() > 1 and not dist.is_initialized():
         if sys.platform == "linux":  # SIGTERM when torchrun is killed: else processes would go on beside the next run

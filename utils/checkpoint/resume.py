@@ -39,7 +39,7 @@ def merge_settings(defaults: dict, options: dict, checkpoint: Checkpoint) -> dic
             raise cannot_change(checkpoint, name, value, there, "a fresh run")
     known = {name: ("auto", saved[name], checkpoint.defaults.get(name)) for name in saved.keys() - options.keys()}
     edited = [name for name in known if not RUN_SETTINGS[name].fixed and defaults[name] not in known[name]]
-    if (ignored := sorted(edited)) and distributed.is_main():
+    if ignored := sorted(edited):
         print(f"ignored when resuming (pass on the command line to override): {', '.join(ignored)}")
     if "num_threads" in options:  # also "auto": the run's own number no longer holds
         checkpoint.resolved.pop("num_threads", None)
@@ -60,8 +60,7 @@ def machine(checkpoint, options):
     with suppress(UserError):
         find_device(options.get("device", device), processes=distributed.world_size())
         return {}
-    if distributed.is_main():
-        print(f"the run was on {device}, which is not here: device, precision and compile are chosen again")
+    print(f"the run was on {device}, which is not here: device, precision and compile are chosen again")
     return dict.fromkeys(MACHINE, "auto")
 
 
@@ -72,8 +71,7 @@ def start_settings(config: dict, options: dict, checkpoint: Checkpoint) -> dict[
     for name in (*WEIGHTS, "img_channels", *own):
         if asked.get(name, "auto") not in ("auto", saved[name], checkpoint.resolved.get(name)):
             raise cannot_change(checkpoint, name, asked[name], saved[name], "without --start_from")
-    if distributed.is_main():
-        print(f"starting from {checkpoint.path}, with its network and schedule")
+    print(f"starting from {checkpoint.path}, with its network and schedule")
     return {**config, **{name: saved[name] for name in WEIGHTS}}
 
 
@@ -99,7 +97,7 @@ class ResumePoint(NamedTuple):
 def restore(checkpoint, context, config):
     """Restores optimizer and scaler -> ResumePoint. Weights alone begin a run of their own."""
     if checkpoint is None or checkpoint.training is None:
-        if checkpoint and not config.start_from and distributed.is_main():
+        if checkpoint and not config.start_from:
             print("weights only: starting a new run at epoch 1 (use a last.pth to resume)")
         return ResumePoint()
     state, before = checkpoint.training, checkpoint.config | checkpoint.resolved
@@ -107,7 +105,7 @@ def restore(checkpoint, context, config):
     check_fits(state, context, muon, checkpoint.path)
     if muon == (config.optimizer_type == "muon"):
         restore_optimizer(context.optimizer, state.optimizer)
-    elif distributed.is_main():
+    else:
         print(f"the optimizer is now {config.optimizer_type}: its state was reset")
     if state.scaler:
         context.scaler.load_state_dict(state.scaler)
@@ -129,7 +127,7 @@ def resume_point(checkpoint, context, comparable):
         changed.append("the images are not those of before")
     if state.batch_size != context.batch_size:
         changed.append(f"the batch size was {state.batch_size} and is {context.batch_size}")
-    if changed and distributed.is_main():
+    if changed:
         print(f"{'; '.join(changed)}{f': epoch {state.epoch + 1} begins again' if state.images else ''}")
     tables = state.tables or [read_table(checkpoint.path.with_name(name), state.epoch) for name in TABLES]
     best = best_saved(tables[0]) if comparable else ResumePoint().best

@@ -51,7 +51,7 @@ def find_resumed(resume: str, save_dir: str) -> Checkpoint | None:
         return load_checkpoint(Path(resume, LAST) if Path(resume).is_dir() else resume)
     found = newest_last(save_dir) if resume and distributed.is_main() else None
     path = distributed.from_main(found and found.path)
-    if resume and path is None and distributed.is_main():
+    if resume and path is None:
         print(f"--resume latest: no run with a {LAST} in {Path(save_dir).resolve()}; this is a fresh run")
     return found or (path and load_checkpoint(path))
 
@@ -59,7 +59,7 @@ def find_resumed(resume: str, save_dir: str) -> Checkpoint | None:
 def open_weights(path: str, label: str = "") -> Checkpoint:
     """The checkpoint that `find_weights` finds on rank 0, for all processes. label: printed."""
     path, remark = distributed.from_main(find_weights(path) if distributed.is_main() else None)
-    if label and distributed.is_main():
+    if label:
         print(f"{label}: {path.resolve()}{remark}")
     return load_checkpoint(path, lazily=True)
 
