@@ -205,8 +205,8 @@ class UNet(nn.Module):
         super().__init__()
         self.activation, self.num_classes, self.initial_pad = activation, num_classes, initial_pad
         self.activation_checkpointing, self.cond_channels = activation_checkpointing, cond_channels
-        self.details = {"norm_eps": norm_eps, "attention_head_dim": attention_head_dim}
-        self.details |= {"downsample_padding": downsample_padding, "freq_shift": freq_shift}
+        details = {"norm_eps": norm_eps, "attention_head_dim": attention_head_dim}
+        self.details = details | {"downsample_padding": downsample_padding, "freq_shift": freq_shift}
         self.time_mlp = None
         if time_emb_dim is not None:
             layers = nn.Linear(base_channels, time_emb_dim), nn.SiLU(), nn.Linear(time_emb_dim, time_emb_dim)
@@ -216,8 +216,7 @@ class UNet(nn.Module):
         self.downs, self.mid, self.ups = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         levels = [(base_channels * mult, i in attention_resolutions) for i, mult in enumerate(channel_mults)]
         shared = {"dropout": dropout, "time_emb_dim": time_emb_dim, "num_classes": num_classes}
-        shared |= {"activation": activation, "norm": norm, "num_groups": num_groups}
-        shared |= {"norm_eps": norm_eps, "attention_head_dim": attention_head_dim}
+        shared |= {"activation": activation, "norm": norm, "num_groups": num_groups, **details}
         self.add_blocks(base_channels, levels, num_res_blocks, partial(ResidualBlock, **shared), downsample_padding)
         self.out_norm = get_norm(norm, levels[0][0], num_groups, norm_eps)
         self.out_conv = zero_init(nn.Conv2d(levels[0][0], img_channels, 3, padding=1))
