@@ -44,8 +44,7 @@ def from_checkpoint(checkpoint: Checkpoint, input_shape: Sequence | None = None)
     """
     overrides = {"input_shape": input_shape} if input_shape else {}
     if checkpoint.config:
-        config = settings_of(checkpoint)
-        diffusion = from_config({**config, **overrides}, len(checkpoint.classes))
+        diffusion = from_config({**settings_of(checkpoint), **overrides}, len(checkpoint.classes))
         load_weights(diffusion, checkpoint.weights, checkpoint.kind)
     else:
         diffusion = from_weights(checkpoint.weights, **overrides)
@@ -69,10 +68,9 @@ def guiding_model(checkpoint: Checkpoint, own: Checkpoint, diffusion: GaussianDi
     except SettingError as error:
         raise SettingError(f"the guiding model: {error}") from None
     check_guiding_model(diffusion, 1.0, guide)
+    # In half precision, as exports have them.
     weights, others = ([value.half() for value in part.ema_model.parameters()] for part in (diffusion, guide))
-    if len(weights) == len(others) and all(
-        map(torch.equal, weights, others)
-    ):  # in half precision, as exports have them
+    if len(weights) == len(others) and all(map(torch.equal, weights, others)):
         raise SettingError("the guiding model has the same weights: take an earlier file of the same run")
     return guide
 
