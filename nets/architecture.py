@@ -94,9 +94,8 @@ def count_flops(arguments: Mapping[str, Any], input_shape: Sequence[int]) -> int
     from torch.utils.flop_counter import FlopCounterMode  # it imports triton, a fifth of a second at each start
 
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        network = UNet(**arguments)
-        y = None if network.num_classes is None else torch.zeros(1, dtype=torch.long)
-        network(torch.empty(1, arguments["img_channels"], *input_shape), torch.zeros(1), y)
+        x, t = torch.empty(1, arguments["img_channels"], *input_shape), torch.zeros(1, dtype=torch.long)
+        UNet(**arguments)(x, t, y=t)  # without classes it ignores y
     return counter.get_total_flops()
 
 

@@ -138,7 +138,5 @@ def forward(config, context, number: int) -> torch.Tensor:
     """The loss of `number` black images."""
     x = torch.zeros(number, config.img_channels, *config.input_shape, device=context.device)
     t = torch.zeros(number, dtype=torch.long, device=context.device)
-    with autocast(context.device, config.precision):
-        return context.diffusion(
-            x.to(memory_format=context.layout), t if config.class_conditional else None, t=t, noise=x
-        )
+    with autocast(context.device, config.precision):  # without classes the network ignores y
+        return context.diffusion(x.to(memory_format=context.layout), y=t, t=t, noise=x)
