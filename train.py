@@ -217,7 +217,7 @@ def prepare(config, device, checkpoint=None, about=None):
     """The TrainContext, with the checkpoint's weights where there is one."""
     carried = {name: checkpoint.config[name] for name in CARRIED if checkpoint and name in checkpoint.config}
     network = asdict(config) | carried
-    image_format = ImageFormat(*(getattr(config, name) for name in ImageFormat._fields))
+    image_format = ImageFormat.from_config(network)
     with distributed.one_per_machine_first():
         images = open_dataset(config.annotation_path, image_format, config.num_workers, condition=config.condition)
     digests = {"the digest of the images": images_fingerprint(images), "compile": None}  # it may fail on one machine
