@@ -7,7 +7,6 @@ huggingface.co and what diffusers' examples train come in too.
 """
 
 import contextlib
-import inspect
 from pathlib import Path
 
 import torch
@@ -185,12 +184,8 @@ def read_settings(path, kind):
     """The settings in a JSON file, and the defaults of their class for those that it leaves out."""
     if (found := read_json(path)) is None:
         raise UserError(f"{path} is not there, or damaged: a folder that diffusers' DDPMPipeline saved has it")
-    given = {"_class_name": None} | defaults(kind) | found
+    given = {"_class_name": None} | arguments_of(kind, {}) | found
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-
-
-def defaults(kind):
-    return {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
 
 
 def read_weights(folder):
@@ -246,7 +241,8 @@ def to_config(given, weights, UNet2DModel):
         config = check_saved(nearest, RUN_SETTINGS | CARRIED)
         settings, expected = to_unet2d(UNet(**unet_arguments(config, 0)), config["input_shape"])
     given = given | {"time_embedding_dim": config["time_emb_dim"]}
-    wanted = defaults(UNet2DModel) | settings | {name: given[name] for name in ("sample_size", "num_train_timesteps")}
+    free = {name: given[name] for name in ("sample_size", "num_train_timesteps")}
+    wanted = arguments_of(UNet2DModel, {}) | settings | free
     foreign = [f"{name} is {given[name]!r} (ours: {ours!r})" for name, ours in wanted.items() if given[name] != ours]
     if foreign:
         raise UserError(f"this is not one of our networks: {'; '.join(foreign)}")
