@@ -115,7 +115,8 @@ def main(arguments=None):
     precision = choose_precision(config.precision, device)
     checkpoint = open_weights(config.model_path, "weights")
     diffusion, classes = build.from_checkpoint(checkpoint, config.input_shape)
-    guide = load_guide(config, checkpoint, diffusion)
+    weaker = open_weights(config.guiding_path, "guided by") if config.guiding_path else None
+    guide = weaker and build.guiding_model(weaker, checkpoint, diffusion)
     check_model(config, diffusion, classes, guide)
     size = {"input_shape": diffusion.img_size, "img_channels": diffusion.img_channels}
     image_format = ImageFormat.from_config(checkpoint.config, **size)
@@ -149,13 +150,6 @@ def read_settings(arguments=None):
     interval_predicate(config.guidance_interval)  # before anything is loaded
     check_rules(config, options)
     return config, options
-
-
-def load_guide(config, checkpoint, diffusion):
-    """The guiding model of guiding_path; None without. UserError for one of another kind."""
-    if not config.guiding_path:
-        return None
-    return build.guiding_model(open_weights(config.guiding_path, "guided by"), checkpoint, diffusion)
 
 
 def check_model(config, diffusion, classes, guide):
