@@ -181,17 +181,16 @@ def resolve(config, given, diffusion, classes):
     spacing = config.spacing or DEFAULT_SPACING[sampler]
     strength = config.strength or (0.6 if config.init_image and not config.mask else 1.0)
     options = SamplingOptions(sampler, config.steps or None, spacing, strength=strength)
-    steps = len(sampling_schedule(diffusion.alpha_bars, options))
-    if config.mask and not config.steps:
-        steps = min(steps, MASKED_STEPS)
-    schedule = sampling_schedule(diffusion.alpha_bars, options.override(steps=steps))
+    schedule = sampling_schedule(diffusion.alpha_bars, options)
+    if config.mask and not config.steps and len(schedule) > MASKED_STEPS:
+        schedule = sampling_schedule(diffusion.alpha_bars, options.override(steps=MASKED_STEPS))
     check_interval(config.guidance_interval, schedule)
     num_images = config.interpolate or config.num_images
     if grid_rows(config, classes) and "num_images" not in given and num_images == SHOWN:
         num_images = COLUMNS * grid_rows(config, classes)
     if not config.interpolate and seed + num_images > SEEDS:
         raise UserError(f"seeds {seed} to {seed + num_images - 1} exceed {SEEDS - 1}; lower --seed or --num_images")
-    chosen = {"seed": seed, "sampler": sampler, "spacing": spacing, "strength": strength, "steps": steps}
+    chosen = {"seed": seed, "sampler": sampler, "spacing": spacing, "strength": strength, "steps": len(schedule)}
     chosen |= {"num_images": num_images, "resamplings": config.resamplings or DEFAULT_RESAMPLINGS}
     chosen["seed_to"] = config.seed_to if config.seed_to >= 0 else seed + 1
     return replace(config, **chosen, input_shape=diffusion.img_size)
