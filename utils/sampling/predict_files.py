@@ -28,9 +28,7 @@ STRIP_IMAGES, STRIP_STEPS, FRAMES, FRAME_MS, LAST_FRAME_MS = 4, 10, 40, 80, 2000
 @contextlib.contextmanager
 def shared_output_folder(path):
     """The `output_folder` that rank 0 holds for all processes."""
-    with contextlib.ExitStack() as stack:
-        if distributed.is_main():
-            stack.enter_context(output_folder(path, "*.png", "predict_*"))
+    with output_folder(path, "*.png", "predict_*") if distributed.is_main() else contextlib.nullcontext():
         distributed.barrier()
         yield Path(os.path.realpath(path))
 
