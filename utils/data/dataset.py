@@ -15,11 +15,14 @@ from utils.terminal import plural
 BLOCK_BYTES = 2**23  # pixels in memory at once, where a measure reads a whole data set
 
 
-def open_dataset(annotation_path, image_format, num_workers=0, cache_path=None, condition=""):
-    """The ImageDataset of a list. Arguments, errors: `open_cache`; UserError for a bad list."""
+def open_dataset(annotation_path, image_format, num_workers=0, cache_path=None, condition="", annotation=None):
+    """The ImageDataset of a list. Arguments, errors: `open_cache`; UserError for a bad list.
+
+    annotation: its content, where that is known already.
+    """
     pairs, (height, width) = condition == "pairs", image_format.input_shape  # each image to the right of its condition
     image_format = image_format._replace(input_shape=(height, width * (1 + pairs)))
-    annotation = read_annotation(annotation_path)
+    annotation = annotation or read_annotation(annotation_path)
     pixels, index = open_cache(annotation_path, annotation.paths, image_format, cache_path, num_workers)
     pixels = pixels.reshape(len(pixels), height, 2, width, -1).swapaxes(2, 3) if pairs else pixels
     kept = np.delete(np.arange(len(annotation.paths)), [row for row, _ in index["bad"]])

@@ -1,10 +1,8 @@
 """Sets of images to compare: a folder, a list (train_lines.txt) or an .npz of other evaluators."""
 
 import hashlib
-import os
 import zipfile
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.data.annotation import read_annotation, write_annotation
+from utils.data.annotation import Annotation, read_annotation
 from utils.data.dataset import ImageDataset, open_dataset
 from utils.data.decode import attempt, check_image
 from utils.data.formats import open_image
@@ -51,14 +49,9 @@ def open_images(path, image_format, cache_path=None, condition=""):
         if condition == "pairs":
             raise UserError(f"{path}: an .npz holds no pairs: name a folder or an annotation file")
         return _open_npz(path, (*image_format.input_shape, image_format.img_channels))
-    if not path.is_dir():
-        return open_dataset(path, image_format, cache_path=cache_path, condition=condition)
-    paths = find_samples(path)
-    with TemporaryDirectory() as folder:
-        annotation = os.path.join(folder, "lines.txt")
-        write_annotation(annotation, paths, *label_by_folder(paths))
-        dataset = open_dataset(annotation, image_format, cache_path=cache_path, condition=condition)
-    return replace(dataset, name=printable(path.resolve()))
+    paths = find_samples(path) if path.is_dir() else []
+    annotation = Annotation(paths, *label_by_folder(paths)) if paths else None
+    return open_dataset(path, image_format, cache_path=cache_path, condition=condition, annotation=annotation)
 
 
 def different_images(dataset):
