@@ -14,7 +14,6 @@ def init_options(config, image_format):
     if not config.init_image:
         return {}
     image = read_image(config.init_image, image_format) / 127.5 - 1
-    image = image.expand(config.batch_size, *image.shape[1:])
     init = {"init": image, "strength": config.strength}
     return {**init, "known": image, "mask": load_mask(config, config.init_image, image_format)} if config.mask else init
 
