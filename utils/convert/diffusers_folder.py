@@ -108,7 +108,7 @@ def choose_label(diffusion, classes, class_name):
 def to_unet2d(network, input_shape, label=None):
     """(settings, weights) of the UNet2DModel that computes `network` for the class id `label`."""
     weights, renamed = dict(network.state_dict()), {}
-    found = read_architecture({**weights, "betas": torch.zeros(1)}, "")
+    found = read_architecture(weights, "")
     widths = tuple(found["base_channels"] * mult for mult in found["channel_mults"])
     fits = {"norm": found["norm"] == "gn", "time_emb_dim": found["time_emb_dim"] is not None}
     fits["channel_mults"] = found["channel_mults"][0] == 1  # diffusers' first layer has the width of level 0
