@@ -161,8 +161,7 @@ def open_spool(folder, shape):
     """
     file = None
     if distributed.is_main():
-        name = {"prefix": ".predict_", "suffix": temporary_name("npz")}
-        file = tempfile.NamedTemporaryFile(**name, dir=folder)  # noqa: SIM115
+        file = tempfile.NamedTemporaryFile(prefix=".predict_", suffix=temporary_name("npz"), dir=folder)  # noqa: SIM115
         try:
             if hasattr(os, "posix_fallocate"):  # a mapped file that gets no space later kills the process
                 os.posix_fallocate(file.fileno(), 0, math.prod(shape))
