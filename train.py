@@ -148,8 +148,8 @@ def main(arguments=None):
         print(summary)
         print_memory(needs, config, device)
         if config.dry_run:
-            arguments = architecture.unet_arguments(context.about.config, len(context.dataset.classes))
-            flops = architecture.count_flops(arguments, config.input_shape)
+            network = architecture.unet_arguments(context.about.config, len(context.dataset.classes))
+            flops = architecture.count_flops(network, config.input_shape)
             print_dry_run(config, context, flops, partial(train_step, config, context, epoch=0, consumed=0, lr=0.0))
         else:
             print_time(config, context, start)

@@ -12,7 +12,7 @@ from utils.settings import LARGEST, PAIR, SEVERAL, choice, flag, number, pathnam
 from utils.training.optimizer import DECAYS, OPTIMIZERS
 
 RUN_SETTINGS = {
-    "preset": text(fixed="run"),  # train.py knows its presets; a file may be of a later version's
+    "preset": text(fixed="run"),  # a file may have one of a later version's
     # Images
     "annotation_path": pathname(),
     "input_shape": whole(1, 2**14, count=PAIR, fixed="run"),
