@@ -129,8 +129,7 @@ def main(arguments=None):
     rows, labels = grid_rows(config, classes), class_ids(config, classes)
     networks = move_networks(config, (diffusion, guide), device, precision)
     choose_threads(config, diffusion, device, precision)
-    if distributed.is_main():
-        print_sampling(config, classes, rows, device, precision, checkpoint)
+    print_sampling(config, classes, rows, device, precision, checkpoint)
     shape = (*diffusion.img_size, diffusion.img_channels)
     text_of = image_texts(config, networks, shape, classes, labels, options)
     for network in networks:

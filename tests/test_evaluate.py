@@ -361,10 +361,10 @@ def save_npz(path, pictures):
 
 @pytest.mark.skipif(os.name == "nt", reason="names of POSIX")
 def test_a_folder_may_have_names_that_no_list_can_hold(tmp_path):
-    (tmp_path / "set").mkdir()
-    Image.new("L", (8, 8), 7).save(tmp_path / "set" / "one\ntwo.png")
-    pictures = open_images(tmp_path / "set", GRAY, cache_path=tmp_path / "cache")
-    assert (next(pictures.blocks()) == 7).all() and pictures.name == str((tmp_path / "set").resolve())
+    (tmp_path / "a\nset").mkdir()
+    Image.new("L", (8, 8), 7).save(tmp_path / "a\nset" / "one\ntwo.png")
+    pictures = open_images(tmp_path / "a\nset", GRAY, cache_path=tmp_path / "cache")
+    assert (next(pictures.blocks()) == 7).all() and pictures.name == str(tmp_path.resolve() / r"a\nset")
 
 
 def test_folder_list_and_npz_are_the_same_pictures(folder, tmp_path):

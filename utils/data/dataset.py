@@ -10,7 +10,7 @@ import torch
 from utils.data.annotation import read_annotation
 from utils.data.cache import open_cache
 from utils.errors import UserError
-from utils.terminal import plural
+from utils.terminal import plural, printable
 
 BLOCK_BYTES = 2**23  # pixels in memory at once, where a measure reads a whole data set
 
@@ -18,7 +18,7 @@ BLOCK_BYTES = 2**23  # pixels in memory at once, where a measure reads a whole d
 def open_dataset(annotation_path, image_format, num_workers=0, cache_path=None, condition="", annotation=None):
     """The ImageDataset of a list. Arguments, errors: `open_cache`; UserError for a bad list.
 
-    annotation: its content, where that is known already.
+    annotation: the list, where no file holds it; annotation_path then only names the images.
     """
     pairs, (height, width) = condition == "pairs", image_format.input_shape  # each image to the right of its condition
     image_format = image_format._replace(input_shape=(height, width * (1 + pairs)))
@@ -27,7 +27,7 @@ def open_dataset(annotation_path, image_format, num_workers=0, cache_path=None, 
     pixels = pixels.reshape(len(pixels), height, 2, width, -1).swapaxes(2, 3) if pairs else pixels
     kept = np.delete(np.arange(len(annotation.paths)), [row for row, _ in index["bad"]])
     labels = torch.tensor([annotation.labels[row] if annotation.labels else 0 for row in kept], dtype=torch.int64)
-    name, paths = str(Path(annotation_path).resolve()), [annotation.paths[row] for row in kept]
+    name, paths = printable(Path(annotation_path).resolve()), [annotation.paths[row] for row in kept]
     return ImageDataset(name, pixels, index["hashes"], labels, annotation.classes, paths, tuple(image_format[2:]))
 
 
