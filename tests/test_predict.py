@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +182,13 @@ def test_class_grid_has_a_row_a_class(classy, capsys):
     for (row, column), picture in grid.items():
         assert np.array_equal(picture, wanted[row * 5 + column])
     assert np.abs(wanted[5:].astype(int) - one_class[5:]).max() > 1
+
+
+def test_a_model_with_classes_samples_without_slow_imports(classy):
+    code = "import sys, predict; predict.main(); assert not {'torchvision', 'torch._dynamo'} & set(sys.modules)"
+    options = ["--model_path", classy, "--save_dir", Path("out").resolve(), "--num_images", "1", "--steps", "1"]
+    done = subprocess.run([sys.executable, "-c", code, *options], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_class_and_guidance(classy):
