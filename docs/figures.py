@@ -33,7 +33,7 @@ from utils.settings import parse, settings, text
 
 PROJECT = Path(__file__).resolve().parent.parent
 FOLDER, WEIGHTS, IMAGES = PROJECT / "docs" / "figures", PROJECT / "logs" / "emoji.pth", PROJECT / "datasets/noto_emoji"
-CPU, SIZE = torch.device("cpu"), (32, 32)
+CPU, SIZE = torch.device("cpu"), (64, 64)
 FORWARD, REVERSE = "#b45309", "#1f5fa8"  # colors of the two processes
 SHOWN_STEPS = (5, 8, 9, 10, 11, 12, 13, 14, 16, 24)  # of 25: what can be seen happens between the ends
 
@@ -293,14 +293,14 @@ def guidance():
 
 
 def forming():
-    """README's animation of samples as they form: three of each class, enlarged, in 64 colors."""
+    """README's animation of samples as they form: three of each class, in 64 colors."""
     diffusion, classes = load()
     y = torch.arange(len(classes)).repeat_interleave(3)
     seeds = [100 + 5 * (i // 3) + i % 3 for i in range(len(y))]  # as in predict.py's grid from seed 100
     options = {"sampler": "sde-dpm++", "seeds": seeds, "guidance_scale": 2}
     steps = [x for x, _ in diffusion.sample_steps(len(y), CPU, y, **options)]
     images = [next(seeded_noise(seeds, (3, *SIZE), CPU)), *(steps[number] for number in SHOWN_STEPS)]
-    grids = [make_grid(to_uint8(x), 3).repeat(2, 0).repeat(2, 1) for x in images]
+    grids = [make_grid(to_uint8(x), 3) for x in images]
     first, *others = (Image.fromarray(grid).quantize(64) for grid in grids)
     with atomic_write(FOLDER.parent / "emoji_forming.gif") as file:
         times = [150] * len(others) + [2000]  # milliseconds

@@ -20,7 +20,8 @@ from docs.figures import WEIGHTS, panels
 from utils.errors import run_script
 from utils.settings import parse, settings, text
 
-COUNT, SIZE, SCALE = 40, 32, 8
+COUNT, SIZE, SCALE = 40, 64, 8
+UNITS = 32  # height and width in which the houses are described; SCALE pixels each while drawn
 
 
 def house(draw, random):
@@ -43,7 +44,7 @@ def draw_images(folder):
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for number in range(COUNT):
-        image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), "white")
+        image = Image.new("RGB", (UNITS * SCALE, UNITS * SCALE), "white")
         house(ImageDraw.Draw(image), random)
         image.resize((SIZE, SIZE), Image.Resampling.LANCZOS).save(folder / f"house_{number:02d}.png")
 
@@ -68,7 +69,8 @@ def main(arguments=None):
     os.chdir(folder)
     txt_annotation.main([])
     began = time.monotonic()
-    options = {"start_from": WEIGHTS, "preset": "quick", "batch_size": 8, "epochs": 100, "preview_period": 0}
+    options = {"start_from": WEIGHTS, "input_shape": "64,64", "preset": "quick", "batch_size": 8, "epochs": 100}
+    options |= {"preview_period": 0}
     train.main([f"--{name}={value}" for name, value in options.items()])
     print(f"{time.monotonic() - began:.0f} seconds of training")
     predict.main(["--seed", "1", "--num_images", "8", "--individual_files", "True"])

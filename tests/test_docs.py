@@ -176,7 +176,7 @@ def test_the_lines_from_python_run(tmp_path, monkeypatch, capsys):
     scope = {}
     for block in blocks:
         exec(compile(block.replace("steps=25", "steps=3"), "python.md", "exec"), scope)
-    assert (tmp_path / "four.png").is_file() and scope["x"].shape == (4, 3, 32, 32)
+    assert (tmp_path / "four.png").is_file() and scope["x"].shape == (4, 3, 64, 64)
     assert torch.isfinite(scope["loss"]) and scope["diffusion"].ema_step == 1
     called = [node.func.value.id for node in ast.walk(ast.parse(scripts)) if isinstance(node, ast.Call)]
     assert called == ["txt_annotation", "train", "predict"]

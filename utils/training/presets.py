@@ -14,7 +14,7 @@ PRESETS = {
         "optimizer_type": "muon", "ema_start": 100,
     },
     # An hour on one core, minutes on a GPU: more channels where the images are small, and batches
-    # that make Muon's part of the time small. The bundled checkpoint has its network. 60 epochs
+    # that make Muon's part of the time small. The bundled checkpoint began with it. 60 epochs
     # suit a few thousand images.
     "small": {
         "channel": 32, "channel_mults": (1, 2, 4, 4), "num_res_blocks": 1, "attention_resolutions": (2,),
