@@ -293,15 +293,15 @@ def guidance():
 
 
 def forming():
-    """README's animation of samples as they form: three of each class, in 64 colors."""
+    """README's animation of samples as they form: two of each class, in 48 colors."""
     diffusion, classes = load()
-    y = torch.arange(len(classes)).repeat_interleave(3)
-    seeds = [100 + 5 * (i // 3) + i % 3 for i in range(len(y))]  # as in predict.py's grid from seed 100
+    y = torch.arange(len(classes)).repeat_interleave(2)
+    seeds = [100 + 5 * (i // 2) + i % 2 for i in range(len(y))]  # as in predict.py's grid from seed 100
     options = {"sampler": "sde-dpm++", "seeds": seeds, "guidance_scale": 2}
     steps = [x for x, _ in diffusion.sample_steps(len(y), CPU, y, **options)]
     images = [next(seeded_noise(seeds, (3, *SIZE), CPU)), *(steps[number] for number in SHOWN_STEPS)]
-    grids = [make_grid(to_uint8(x), 3) for x in images]
-    first, *others = (Image.fromarray(grid).quantize(64) for grid in grids)
+    grids = [make_grid(to_uint8(x), 2) for x in images]
+    first, *others = (Image.fromarray(grid).quantize(48) for grid in grids)
     with atomic_write(FOLDER.parent / "emoji_forming.gif") as file:
         times = [150] * len(others) + [2000]  # milliseconds
         first.save(file, format="GIF", save_all=True, append_images=others, duration=times, loop=0)
