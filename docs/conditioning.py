@@ -15,7 +15,7 @@ import torch
 
 import train
 import txt_annotation
-from docs.figures import CPU, IMAGES, WEIGHTS, panels
+from docs.figures import CPU, IMAGES, SIZE, WEIGHTS, panels
 from nets import build
 from nets.condition import luminance
 from utils.checkpoint.file import load_checkpoint
@@ -31,7 +31,7 @@ from utils.settings import parse, settings, text
 
 # The first two start from the bundled checkpoint; a small network learns low_res from scratch.
 FINE_TUNED = {"start_from": WEIGHTS, "preset": "small", "init_lr": 5e-4, "ema_decay": 0.97, "ema_start": 20}
-FINE_TUNED |= {"input_shape": "64,64", "batch_size": 16, "epochs": 1}
+FINE_TUNED |= {"input_shape": SIZE, "batch_size": 16, "epochs": 1}
 SMALL = {"preset": "quick", "channel": 16, "channel_mults": "1,2,4", "attention_resolutions": "()"}
 TRAININGS = {
     "gray": FINE_TUNED,

@@ -16,12 +16,11 @@ from PIL import Image, ImageDraw
 import predict
 import train
 import txt_annotation
-from docs.figures import WEIGHTS, panels
+from docs.figures import SIZE, WEIGHTS, panels
 from utils.errors import run_script
 from utils.settings import parse, settings, text
 
-COUNT, SIZE, SCALE = 40, 64, 8
-UNITS = 32  # height and width in which the houses are described; SCALE pixels each while drawn
+COUNT, UNITS, SCALE = 40, 32, 8  # a house is described in 32x32 units, and drawn in 8x8 pixels each
 
 
 def house(draw, random):
@@ -46,7 +45,7 @@ def draw_images(folder):
     for number in range(COUNT):
         image = Image.new("RGB", (UNITS * SCALE, UNITS * SCALE), "white")
         house(ImageDraw.Draw(image), random)
-        image.resize((SIZE, SIZE), Image.Resampling.LANCZOS).save(folder / f"house_{number:02d}.png")
+        image.resize(SIZE, Image.Resampling.LANCZOS).save(folder / f"house_{number:02d}.png")
 
 
 def pixels(paths):
@@ -69,7 +68,7 @@ def main(arguments=None):
     os.chdir(folder)
     txt_annotation.main([])
     began = time.monotonic()
-    options = {"start_from": WEIGHTS, "input_shape": "64,64", "preset": "quick", "batch_size": 8, "epochs": 100}
+    options = {"start_from": WEIGHTS, "input_shape": SIZE, "preset": "quick", "batch_size": 8, "epochs": 100}
     options |= {"preview_period": 0}
     train.main([f"--{name}={value}" for name, value in options.items()])
     print(f"{time.monotonic() - began:.0f} seconds of training")

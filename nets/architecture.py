@@ -85,7 +85,7 @@ def check_input_shape(input_shape: Sequence[int], levels: int) -> None:
 
 
 class NoInit(TorchFunctionMode):
-    """Skips torch.nn.init. On the meta device its normal_ imports torch._dynamo: 1.7 seconds."""
+    """Skips torch.nn.init. On the meta device its normal_ imports torch._dynamo, which is slow."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         skipped = getattr(func, "__module__", "") == "torch.nn.init"
